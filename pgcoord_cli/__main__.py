@@ -1,0 +1,5 @@
+"""`python -m pgcoord_cli` is `pgcoord`."""
+
+from pgcoord_cli.cli import main
+
+main()

@@ -1,0 +1,200 @@
+"""What every command shares: global options that work in any place, groups that load when asked for.
+
+**Global options.** `pgcoord -o json leader status` and `pgcoord leader status -o json` mean the same. Each command
+and group carries the options of section "Global options" itself; whichever place gave a value last, wins. They
+are collected in the context and resolved, with the environment, into one frozen Settings when a command asks.
+
+**Lazy groups.** The root knows its groups by name and one line of help. A group's module is imported when one of its
+commands is called, so that `pgcoord --help` costs little more than Python and Typer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import typer
+from typer._click.core import Command as ClickCommand
+from typer._click.core import Context as ClickContext
+from typer._click.core import Parameter
+from typer._click.formatting import HelpFormatter
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from pgcoord_cli import __version__
+from pgcoord_cli.errors import UsageError
+from pgcoord_cli.render import Output
+from pgcoord_cli.settings import OutputFormat, Settings, parse_duration, resolve_settings
+
+T = TypeVar("T")
+
+_FLAGS = "pgcoord.flags"
+
+EXIT_CODES = {
+    0: "fine, or the asked condition is true",
+    1: "failed",
+    2: "usage: a word of the call is wrong",
+    3: "the asked condition is false (no leader, pending migrations, no such key, unhealthy)",
+    4: "cannot connect",
+    5: "busy: a lock is held, or waiting for it timed out",
+    6: "fenced: another leadership has superseded this one",
+    7: "the schema is missing or unknown",
+    8: "the cursor has expired",
+    9: "unsuitable server: standby, transaction pooler, unsupported version",
+    10: "outcome unknown: ask again with pgcoord commit show REQUEST_ID",
+    124: "timed out",
+    130: "interrupted (Ctrl-C); 143 when terminated",
+}
+
+ENVIRONMENT = {
+    "PGCOORD_DSN": "connection string, where --dsn is not given; without both, libpq reads PGHOST, PGSERVICE, …",
+    "PGCOORD_SCHEMA": "schema, where --schema is not given",
+    "PGCOORD_OUTPUT": "output format, where --output is not given",
+    "PGCOORD_COLOR": "auto, always or never, where --color is not given; NO_COLOR is honoured too",
+    "PGCOORD_CONNECT_TIMEOUT": "longest wait for a connection (default 10s)",
+    "PGCOORD_STATEMENT_TIMEOUT": "longest run of one statement (default 30s)",
+    "PGCOORD_LOCK_TIMEOUT": "longest wait for a lock inside a statement (default 10s)",
+}
+
+
+def _remember(ctx: ClickContext, param: Parameter, value: Any) -> Any:
+    if value not in (None, False):
+        ctx.find_root().meta.setdefault(_FLAGS, {})[param.name] = value
+    return value
+
+
+def _show_version(ctx: ClickContext, _param: Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        typer.echo(f"pgcoord {__version__}")
+        raise typer.Exit
+
+
+def global_options() -> list[TyperOption]:
+    """Fresh copies of the options that every command and group takes."""
+
+    def option(*names: str, help: str, metavar: str | None = None, flag: bool = False) -> TyperOption:  # noqa: A002
+        return TyperOption(
+            param_decls=list(names), help=help, metavar=metavar, is_flag=flag, expose_value=False, callback=_remember
+        )
+
+    return [
+        option("--dsn", help="Connection string, URI or keywords. [PGCOORD_DSN, then libpq's own]", metavar="DSN"),
+        option("--schema", help="Schema that holds the cluster. [PGCOORD_SCHEMA, then pgcoord]", metavar="NAME"),
+        option("--output", "-o", help=f"{', '.join(OutputFormat)}. [PGCOORD_OUTPUT, then table]", metavar="FORMAT"),
+        option("--quiet", "-q", help="No talk on stderr unless something is wrong.", flag=True),
+        option("--verbose", "-v", help="Say more on stderr.", flag=True),
+        option("--color", help="auto, always or never. [PGCOORD_COLOR, then auto]", metavar="WHEN"),
+        TyperOption(
+            param_decls=["--version"], is_flag=True, is_eager=True, expose_value=False,
+            help="Print the version and exit.", callback=_show_version,
+        ),
+    ]  # fmt: skip
+
+
+def _format_options(command: ClickCommand, ctx: ClickContext, formatter: HelpFormatter) -> None:
+    """Own options first, global ones in a section of their own."""
+    global_names = {option.name for option in global_options()}
+    sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Global options": []}
+    for param in command.get_params(ctx):
+        if record := param.get_help_record(ctx):
+            title = "Arguments" if param.param_type_name == "argument" else "Options"
+            sections["Global options" if param.name in global_names else title].append(record)
+    for title, records in sections.items():
+        if records:
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class PgcoordCommand(TyperCommand):
+    """A command that also takes the global options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(global_options())
+
+    def format_options(self, ctx: ClickContext, formatter: HelpFormatter) -> None:
+        _format_options(self, ctx, formatter)
+
+
+class PgcoordGroup(TyperGroup):
+    """A group whose commands are PgcoordCommands and that also takes the global options itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(global_options())
+
+    def format_options(self, ctx: ClickContext, formatter: HelpFormatter) -> None:
+        self.format_commands(ctx, formatter)
+        _format_options(self, ctx, formatter)
+
+
+class RootGroup(PgcoordGroup):
+    """The root: knows every noun by name and one line of help, and imports its module when it is called."""
+
+    def __init__(self, *args: Any, catalogue: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.catalogue = catalogue
+        self.commands: dict[str, ClickCommand] = {
+            name: TyperCommand(name, help=line) for name, line in catalogue.items()
+        }
+        self._loaded: set[str] = set()
+
+    def get_command(self, ctx: ClickContext, cmd_name: str) -> ClickCommand | None:
+        if cmd_name in self.catalogue and cmd_name not in self._loaded:
+            module = importlib.import_module(f"pgcoord_cli.commands.{cmd_name}")
+            self.commands[cmd_name] = typer.main.get_command(module.app)
+            self._loaded.add(cmd_name)
+        return self.commands.get(cmd_name)
+
+    def format_commands(self, ctx: ClickContext, formatter: HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self.catalogue.items()))
+
+
+def noun(help: str) -> typer.Typer:  # noqa: A002
+    """The Typer app of one noun's file."""
+    return typer.Typer(
+        cls=PgcoordGroup, help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+
+
+def single(help: str) -> typer.Typer:  # noqa: A002
+    """The Typer app of a noun that is one command, like `demo`."""
+    return typer.Typer(
+        help=help, add_completion=False, rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+
+
+def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as `name` of `app`, with the global options."""
+    return app.command(name, cls=PgcoordCommand, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def settings_of(ctx: typer.Context, **overrides: Any) -> Settings:
+    """The frozen Settings of this call; `overrides` are the command's own last word."""
+    settings = resolve_settings(ctx.find_root().meta.get(_FLAGS, {}), os.environ)
+    return replace(settings, **overrides) if overrides else settings
+
+
+def output_of(ctx: typer.Context) -> tuple[Settings, Output]:
+    """Settings and the Output that renders by them: what nearly every command starts with."""
+    settings = settings_of(ctx)
+    return settings, Output(settings)
+
+
+def duration(option: str, minimum: float = 0.0) -> Callable[[str | None], float | None]:
+    """A Typer callback that turns `10s` into seconds and refuses less than or equal to `minimum`."""
+
+    def parse(text: str | None) -> float | None:
+        if text is None:
+            return None
+        seconds = parse_duration(text, option)
+        if seconds <= minimum:
+            raise UsageError(f"{option}: {text!r} is too short; it has to be more than {minimum:g}s")
+        return seconds
+
+    return parse

@@ -1,0 +1,158 @@
+"""`pgcoord migrate`: bring the schema up to date, and say whether it is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pgcoord_cli.commands.framework import command, duration, noun, output_of
+from pgcoord_cli.errors import ConditionFalse, UsageError
+
+app = noun("Bring the schema up to date, and say whether it is.")
+
+COLUMNS = ["version", "name", "state", "applied_at", "applied_by", "execution_ms"]
+
+
+@command(app, "up")
+def up(
+    ctx: typer.Context,
+    to: Annotated[int | None, typer.Option("--to", metavar="N", help="Stop after migration N.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be applied; change nothing.")] = False,
+    lock_timeout: Annotated[
+        str, typer.Option("--lock-timeout", metavar="DURATION", help="How long to wait for another run.")
+    ] = "30s",
+) -> None:
+    """Apply the migrations that this database lacks, each in a transaction of its own.
+
+    Safe to run from many places at once: runs go one after the other.
+
+    \b
+    Examples:
+      pgcoord migrate up
+      pgcoord migrate up --dry-run
+      pgcoord migrate up --to 2 --schema staging
+    """
+    from pgcoord_cli.core import migrations, session
+
+    settings, out = output_of(ctx)
+    patience = duration("--lock-timeout")(lock_timeout) or 0
+    with session.migration_session(settings, read_only=dry_run) as (conn, server):
+        if dry_run:
+            todo = migrations.plan(migrations.states(conn, has_ledger=server.has_ledger), to)
+        else:
+            with migrations.migration_lock(
+                conn,
+                settings.schema,
+                patience,
+                lambda ahead: out.note(f"waiting for the migration lock held by {ahead}"),
+            ):
+                todo = migrations.apply(
+                    conn, settings.schema, to, lambda done: out.note(f"applied {done.version:04}_{done.name}")
+                )
+    out.rows(
+        ["version", "name", "state"],
+        [{"version": m.version, "name": m.name, "state": "pending" if dry_run else "applied"} for m in todo],
+        empty=f"schema {settings.schema} is up to date",
+    )
+
+
+@command(app, "status")
+def status(
+    ctx: typer.Context,
+    check: Annotated[bool, typer.Option("--check", help="Exit 3 unless everything is applied.")] = False,
+) -> None:
+    """List every migration and whether this database has had it.
+
+    \b
+    Examples:
+      pgcoord migrate status
+      pgcoord migrate status --check -q || pgcoord migrate up
+    """
+    from pgcoord_cli.core import migrations, session
+
+    settings, out = output_of(ctx)
+    with session.migration_session(settings, read_only=True) as (conn, server):
+        states = migrations.states(conn, has_ledger=server.has_ledger)
+    pending = [state for state in states if state.state == "pending"]
+    if check and pending and out.is_json:
+        raise ConditionFalse(f"{len(pending)} migration(s) are pending", hint="apply them with: pgcoord migrate up")
+    if not (check and settings.quiet):
+        out.rows(COLUMNS, [state._asdict() for state in states])
+    if check and pending:
+        raise ConditionFalse(f"{len(pending)} migration(s) are pending", hint="apply them with: pgcoord migrate up")
+
+
+@command(app, "sql")
+def sql(
+    ctx: typer.Context,
+    to: Annotated[int | None, typer.Option("--to", metavar="N", help="Stop after migration N.")] = None,
+) -> None:
+    """Print the migrations as a psql script, for those who run DDL by hand. Needs no database.
+
+    \b
+    Examples:
+      pgcoord migrate sql | less
+      pgcoord migrate sql | psql -1 mydb
+    """
+    from pgcoord_cli.core import migrations
+
+    settings, out = output_of(ctx)
+    script = migrations.script(settings.schema, migrations.plan(migrations.compare([]), to))
+    if out.is_json:
+        out.document({"schema": settings.schema, "sql": script})
+    else:
+        typer.echo(script, nl=False)
+
+
+@command(app, "verify")
+def verify(ctx: typer.Context) -> None:
+    """Check that what was applied is what this program carries: checksums, and nothing unknown.
+
+    \b
+    Examples:
+      pgcoord migrate verify
+      pgcoord migrate verify -o json
+    """
+    from pgcoord_cli.core import migrations, session
+
+    settings, out = output_of(ctx)
+    with session.migration_session(settings, read_only=True) as (conn, server):
+        states = migrations.states(conn, has_ledger=server.has_ledger)
+    migrations.verify(states)
+    if not server.has_ledger:
+        raise session.unmigrated(settings)
+    applied = [state for state in states if state.state == "applied"]
+    out.document({"schema": settings.schema, "verified": len(applied), "pending": len(states) - len(applied)})
+
+
+@command(app, "grant")
+def grant(
+    ctx: typer.Context,
+    reader: Annotated[
+        list[str] | None, typer.Option("--reader", metavar="ROLE", help="May look: status, listings, tails.")
+    ] = None,
+    client: Annotated[
+        list[str] | None, typer.Option("--client", metavar="ROLE", help="May read data and submit commits.")
+    ] = None,
+    operator: Annotated[
+        list[str] | None, typer.Option("--operator", metavar="ROLE", help="May lead, repair and collect garbage.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the statements; change nothing.")] = False,
+) -> None:
+    """Give existing roles just the rights that their work needs. Repeat an option for several roles.
+
+    \b
+    Examples:
+      pgcoord migrate grant --reader grafana --client app --operator pgcoord_ops
+      pgcoord migrate grant --client app --dry-run
+    """
+    from pgcoord_cli.core import grants, session
+
+    settings, out = output_of(ctx)
+    wanted = {"reader": reader or [], "client": client or [], "operator": operator or []}
+    if not any(wanted.values()):
+        raise UsageError("give at least one of --reader, --client, --operator")
+    with session.command_session(settings, "migrate grant", writes=not dry_run) as conn:
+        given = grants.grant(conn, wanted, dry_run=dry_run)
+    out.rows(["kind", "role", "statement"], [item._asdict() for item in given])

@@ -1,0 +1,51 @@
+"""Rights for three kinds of role, each holding the ones before it.
+
+reader    looks at leadership, requests and their outcomes; sees neither data nor payloads
+client    also reads the data and submits requests; cannot say what becomes of them
+operator  also leads, repairs and collects garbage; cannot change the schema or its ledger
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from psycopg import Connection
+
+from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import UsageError
+
+KINDS = ("reader", "client", "operator")
+
+
+class Grant(NamedTuple):
+    """One statement, and whom it is for."""
+
+    kind: str
+    role: str
+    statement: str
+
+
+def grant(conn: Connection[Any], wanted: Mapping[str, Sequence[str]], *, dry_run: bool) -> list[Grant]:
+    """Runs the statements for `wanted` (kind to roles) in one transaction; returns them. UsageError: no such role."""
+    for kind, roles in wanted.items():
+        for role in roles:
+            _require_role(conn, kind, role)
+    grants = [item for kind, roles in wanted.items() for role in roles for item in _statements(conn, kind, role)]
+    if not dry_run:
+        with conn.transaction():
+            for item in grants:
+                conn.execute(item.statement.encode())
+    return grants
+
+
+def _require_role(conn: Connection[Any], kind: str, role: str) -> None:
+    row = conn.execute(sql("grants", "role_exists"), [role]).fetchone()
+    if not (row and row[0]):
+        raise UsageError(f"--{kind}: there is no role {role!r}", hint=f"make it first: CREATE ROLE {role} LOGIN")
+
+
+def _statements(conn: Connection[Any], kind: str, role: str) -> list[Grant]:
+    kinds = KINDS[: KINDS.index(kind) + 1]
+    rows = [row for each in kinds for row in conn.execute(sql("grants", f"{each}_grants"), [role])]
+    return [Grant(kind, role, row[0]) for row in rows]

@@ -1,0 +1,39 @@
+"""Advisory lock keys, and who holds them.
+
+A key is 64 bits of a hash over the schema and a name, so that two schemas in one database never share a lock. The
+hash is computed here rather than by the server, so that every version of PostgreSQL gets the same key.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+from psycopg import Connection
+
+from pgcoord_cli.db.sqlfiles import sql
+
+
+class LockHolder(NamedTuple):
+    """The session that holds a lock. `since` is when its transaction, or else the session, began."""
+
+    pid: int
+    application: str
+    client: str
+    since: datetime
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.application or 'no application name'}, {self.client}) since {self.since:%H:%M:%S %Z}"
+
+
+def lock_key(schema: str, name: str) -> int:
+    """The signed 64-bit key of the lock called `name` in `schema`."""
+    digest = blake2b(f"{schema}\0{name}".encode(), digest_size=8, person=b"pgcoord lock").digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def lock_holder(conn: Connection[Any], key: int) -> LockHolder | None:
+    """Who holds the advisory lock of `key` at this moment, or None."""
+    row = conn.execute(sql("locks", "lock_holder"), [key]).fetchone()
+    return LockHolder(*row) if row else None

@@ -1,0 +1,141 @@
+"""Opening a database session that is fit for its work, or saying why it is not.
+
+Every command comes through here, and three questions are asked before it may touch anything (rule I14):
+
+1. Is the server new enough, and, if the command is going to write, is it a primary? Otherwise UnsuitableServer.
+2. Does the schema exist and carry every migration that this program needs? Otherwise SchemaMissing, with the
+   command that mends it. A `--schema` that does not exist in a database where another schema is migrated is
+   taken for a typing mistake: UsageError.
+3. Has a newer pgcoord migrated it, with a migration marked breaking? Then SchemaUnknown. Newer migrations that
+   are not breaking only add things, and an older program goes on working beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from psycopg import AsyncConnection, Connection
+
+from pgcoord_cli.core.migrations import check_ledger, read_ledger, read_ledger_async
+from pgcoord_cli.db.connection import MIGRATE_HINT, connect, connect_async, mapped_errors
+from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import PgcoordError, SchemaMissing, UnsuitableServer, UsageError
+from pgcoord_cli.settings import Settings
+
+OLDEST_SERVER = 150_000
+
+
+class Server(NamedTuple):
+    """What the session found: `version_number` as PostgreSQL counts (150004 is 15.4)."""
+
+    version_number: int
+    in_recovery: bool
+    has_ledger: bool
+
+
+@contextmanager
+def command_session(settings: Settings, command: str, *, writes: bool) -> Iterator[Connection[Any]]:
+    """A session on a migrated schema for one command's work; psycopg's errors leave it translated."""
+    with mapped_errors(), closing(open_session(settings, command, writes=writes)) as conn:
+        yield conn
+
+
+@contextmanager
+def migration_session(settings: Settings, *, read_only: bool) -> Iterator[tuple[Connection[Any], Server]]:
+    """A session whose schema may be missing, without a statement timeout; `read_only` makes it one READ ONLY transaction."""
+    conn, server = open_bare_session(replace(settings, statement_timeout=0), "migrate")
+    with mapped_errors(), closing(conn):
+        if read_only:
+            conn.read_only = True
+            with conn.transaction():
+                yield conn, server
+        else:
+            require_primary(server, writes=True)
+            yield conn, server
+
+
+def open_session(settings: Settings, command: str, *, writes: bool) -> Connection[Any]:
+    """A synchronous session on a migrated schema. Raises what the module's docstring lists, and ConnectionFailed."""
+    conn, server = open_bare_session(settings, command)
+    try:
+        with mapped_errors():
+            require_primary(server, writes=writes)
+            if not server.has_ledger:
+                raise unmigrated(settings, [row[0] for row in conn.execute(*_other_schemas(settings))])
+            check_ledger(settings.schema, read_ledger(conn))
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+async def open_session_async(settings: Settings, command: str, *, writes: bool) -> AsyncConnection[Any]:
+    """The same for asyncio."""
+    conn = await connect_async(settings, command)
+    try:
+        with mapped_errors():
+            server = _server(await (await conn.execute(*_preparation(settings))).fetchone())
+            require_primary(server, writes=writes)
+            if not server.has_ledger:
+                others = await (await conn.execute(*_other_schemas(settings))).fetchall()
+                raise unmigrated(settings, [row[0] for row in others])
+            check_ledger(settings.schema, await read_ledger_async(conn))
+    except BaseException:
+        await conn.close()
+        raise
+    return conn
+
+
+def open_bare_session(settings: Settings, command: str) -> tuple[Connection[Any], Server]:
+    """A session on a supported server whose schema may still be missing: what `migrate` starts from."""
+    conn = connect(settings, command)
+    try:
+        with mapped_errors():
+            server = _server(conn.execute(*_preparation(settings)).fetchone())
+    except BaseException:
+        conn.close()
+        raise
+    return conn, server
+
+
+def require_primary(server: Server, *, writes: bool) -> None:
+    """UnsuitableServer when the session is on a standby and the command is going to write."""
+    if writes and server.in_recovery:
+        raise UnsuitableServer(
+            "this server is a standby: nothing can be changed here",
+            hint="connect to the primary, for example with target_session_attrs=read-write in the connection string",
+        )
+
+
+def _preparation(settings: Settings) -> tuple[Any, list[str]]:
+    timeouts = [f"{round(seconds * 1000)}" for seconds in (settings.statement_timeout, settings.lock_timeout)]
+    return sql("session", "prepare_session"), [settings.schema, *timeouts]
+
+
+def _other_schemas(settings: Settings) -> tuple[Any, list[str]]:
+    return sql("session", "other_schemas"), [settings.schema]
+
+
+def _server(row: tuple[Any, ...] | None) -> Server:
+    assert row is not None
+    server = Server(*row[3:])
+    if server.version_number < OLDEST_SERVER:
+        raise UnsuitableServer(
+            f"PostgreSQL {server.version_number // 10_000} is not supported",
+            hint="pgcoord needs PostgreSQL 15 or newer",
+        )
+    return server
+
+
+def unmigrated(settings: Settings, others: Sequence[str] = ()) -> PgcoordError:
+    """What to say of a schema that is not there; `others` are the pgcoord schemas that this database does have."""
+    if settings.schema_given and others:
+        return UsageError(
+            f"--schema: there is no pgcoord schema {settings.schema!r} in this database",
+            hint=f"found: {', '.join(others)}; a new one is made by: pgcoord migrate up --schema {settings.schema}",
+        )
+    mend = MIGRATE_HINT + (f" --schema {settings.schema}" if settings.schema_given else "")
+    return SchemaMissing(f"schema {settings.schema!r} has not been migrated", hint=mend)

@@ -1,0 +1,129 @@
+"""Opening connections, and turning what psycopg raises into errors a person can act on.
+
+Every session carries `application_name = pgcoord/<command>`, so that an operator sees in `pg_stat_activity`
+who holds what. Dead peers are noticed by TCP keepalives and `tcp_user_timeout`; both are defaults that the
+connection string may override. No message or repr ever holds the password: libpq's own texts do not, but for the
+one about a malformed string, which quotes it, and that one is not passed on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, Connection, errors
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.raw_cursor import AsyncRawCursor, RawCursor
+
+from pgcoord_cli.errors import (
+    Busy,
+    ConnectionFailed,
+    PermissionDenied,
+    PgcoordError,
+    SchemaMissing,
+    TimedOut,
+    UnsuitableServer,
+    UsageError,
+)
+from pgcoord_cli.settings import Settings
+
+LIVENESS_DEFAULTS = {
+    "keepalives_idle": 10,  # seconds of silence before the first probe
+    "keepalives_interval": 5,  # seconds between probes
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,  # milliseconds that sent data may stay unacknowledged
+}
+
+
+MIGRATE_HINT = "create it with: pgcoord migrate up"
+
+
+def conninfo(settings: Settings, command: str) -> str:
+    """The full connection string: the user's, then our liveness defaults, then the application name."""
+    try:
+        given = conninfo_to_dict(settings.dsn)
+    except psycopg.Error:
+        raise UsageError(
+            f"{settings.dsn_source}: not a connection string that libpq understands",
+            hint="write postgresql://user@host:5432/database or host=… port=… dbname=… user=…",
+        ) from None
+    defaults: dict[str, Any] = {"connect_timeout": max(1, round(settings.connect_timeout)), **LIVENESS_DEFAULTS}
+    added = {name: value for name, value in defaults.items() if name not in given}
+    return make_conninfo(settings.dsn, **added, application_name=f"pgcoord/{command}")
+
+
+def connect(settings: Settings, command: str) -> Connection[Any]:
+    """A synchronous autocommit connection that takes `$1` parameters; raises ConnectionFailed, UsageError."""
+    target = conninfo(settings, command)
+    try:
+        return Connection.connect(target, autocommit=True, cursor_factory=RawCursor)
+    except psycopg.OperationalError as error:
+        raise connection_failed(settings, error) from None
+
+
+async def connect_async(settings: Settings, command: str) -> AsyncConnection[Any]:
+    """The same for asyncio."""
+    target = conninfo(settings, command)
+    try:
+        return await AsyncConnection.connect(target, autocommit=True, cursor_factory=AsyncRawCursor)
+    except psycopg.OperationalError as error:
+        raise connection_failed(settings, error) from None
+
+
+def connection_failed(settings: Settings, error: psycopg.Error) -> ConnectionFailed:
+    """One line with the address that was tried, the server's reason, and where the address came from."""
+    return ConnectionFailed(
+        f"cannot connect: {redact(_first_reason(error))}",
+        hint=f"the address comes from {settings.dsn_source}; is the server up? (--dsn and PGCOORD_DSN choose another)",
+    )
+
+
+def _first_reason(error: psycopg.Error) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    # psycopg lists every address that it tried behind the reason; one line is for people.
+    return text.split(" Multiple connection attempts failed")[0].removeprefix("connection failed: ")
+
+
+def redact(text: str) -> str:
+    """`text` with anything that looks like a password of a URI or keyword string struck out."""
+    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"(password\s*=\s*)('[^']*'|\S+)", r"\1***", text, flags=re.IGNORECASE)
+
+
+@contextmanager
+def mapped_errors() -> Iterator[None]:
+    """Within the block, a psycopg error leaves as the PgcoordError that says what to do about it."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise translate(error) from error
+
+
+_CLASSES: tuple[tuple[tuple[type[psycopg.Error], ...], type[PgcoordError], str | None], ...] = (
+    ((errors.LockNotAvailable,), Busy, "somebody holds a lock; see pg_stat_activity, then try again"),
+    ((errors.QueryCanceled,), TimedOut, "PGCOORD_STATEMENT_TIMEOUT raises the limit"),
+    ((errors.InsufficientPrivilege,), PermissionDenied, "an owner can give the right: pgcoord migrate grant"),
+    ((errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction), SchemaMissing, MIGRATE_HINT),
+    ((errors.UndefinedColumn,), SchemaMissing, MIGRATE_HINT),
+    ((errors.ReadOnlySqlTransaction,), UnsuitableServer, "connect to the primary"),
+)
+
+
+def translate(error: psycopg.Error) -> PgcoordError:
+    """The PgcoordError for a psycopg error; its message is the server's first line."""
+    message = redact(error.diag.message_primary or (str(error).strip().splitlines() or [type(error).__name__])[0])
+    for kinds, target, hint in _CLASSES:
+        if isinstance(error, kinds):
+            return target(message, hint=hint)
+    if is_connection_lost(error):
+        return ConnectionFailed(f"connection lost: {message}", hint="is the server still up?")
+    return PgcoordError(message)
+
+
+def is_connection_lost(error: psycopg.Error) -> bool:
+    """Whether the session is gone, so that the fate of a statement in flight is unknown."""
+    state = error.sqlstate or ""
+    return isinstance(error, psycopg.OperationalError) and (not state or state.startswith(("08", "57P")))

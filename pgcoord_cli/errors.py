@@ -1,0 +1,167 @@
+"""Everything that can go wrong, and the exit code it ends the process with.
+
+    PgcoordError                1   failed
+    ├── CommitRefused           1   the resolver said no; nothing was written
+    │   ├── Conflict                a key that was read has been written since
+    │   ├── TooOld                  the read version is below the leader's conflict floor
+    │   └── Rejected                the request itself is wrong; the reason says how
+    ├── MigrationEdited         1   an applied migration differs from its file
+    ├── PermissionDenied        1   the role may not; `migrate grant` gives it the right
+    ├── ServerUnavailable       1   no PostgreSQL programs to start an embedded server with
+    ├── UsageError              2   the words of the call are off; names the option
+    ├── ConditionFalse          3   what was asked is not so
+    │   └── NoLeader                nobody holds an unexpired lease
+    ├── ConnectionFailed        4   PostgreSQL cannot be reached, or went away
+    ├── Busy                    5   a lock is held by someone else
+    ├── Fenced                  6   another leadership has superseded this one
+    ├── SchemaMissing           7   not migrated, or not migrated far enough
+    ├── SchemaUnknown           7   migrated by a newer pgcoord in a way this one cannot serve
+    ├── CursorExpired           8   older than what garbage collection kept
+    ├── UnsuitableServer        9   a standby, a transaction pooler, an unsupported version
+    ├── OutcomeUnknown         10   the commit may or may not have happened; ask again
+    └── TimedOut              124   a deadline passed
+
+`code` is the stable word for scripts (`-o json` prints it); `hint` is the next thing to try.
+Codes and exit codes are a contract: new ones may come, old ones keep their meaning.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PgcoordError(Exception):
+    """Base of all: one line of message, an optional hint, a code and an exit code."""
+
+    code: ClassVar[str] = "failed"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class CommitRefused(PgcoordError):
+    """The resolver decided against the transaction. Nothing of it was written, nor will be."""
+
+    code = "refused"
+
+
+class Conflict(CommitRefused):
+    """A key that the transaction read was written after its read version; run it again."""
+
+    code = "conflict"
+
+
+class TooOld(CommitRefused):
+    """The transaction read so long ago that nobody can tell whether it conflicts; run it again."""
+
+    code = "too_old"
+
+
+class Rejected(CommitRefused):
+    """The request itself cannot be applied, now or later; the message says why."""
+
+    code = "rejected"
+
+
+class MigrationEdited(PgcoordError):
+    """A migration that this database has applied differs from the file that the program carries."""
+
+    code = "migration_edited"
+
+
+class PermissionDenied(PgcoordError):
+    """The role lacks a privilege."""
+
+    code = "permission_denied"
+
+
+class ServerUnavailable(PgcoordError):
+    """There are no PostgreSQL programs on this machine to start an embedded server with."""
+
+    code = "server_unavailable"
+
+
+class UsageError(PgcoordError):
+    """A word of the call is wrong; the message names the option or argument."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class ConditionFalse(PgcoordError):
+    """The condition that was asked for does not hold."""
+
+    code = "condition_false"
+    exit_code = 3
+
+
+class NoLeader(ConditionFalse):
+    """Nobody holds an unexpired lease, so nobody would resolve a commit."""
+
+    code = "no_leader"
+
+
+class ConnectionFailed(PgcoordError):
+    """PostgreSQL could not be reached, refused the session, or ended it."""
+
+    code = "cannot_connect"
+    exit_code = 4
+
+
+class Busy(PgcoordError):
+    """Somebody else holds the lock; the message names them."""
+
+    code = "busy"
+    exit_code = 5
+
+
+class Fenced(PgcoordError):
+    """This leadership has been superseded; nothing is written under it any more."""
+
+    code = "fenced"
+    exit_code = 6
+
+
+class SchemaMissing(PgcoordError):
+    """The schema is absent or lacks migrations that this program needs."""
+
+    code = "schema_missing"
+    exit_code = 7
+
+
+class SchemaUnknown(PgcoordError):
+    """A newer pgcoord has changed the schema in a way that this one must not touch."""
+
+    code = "schema_unknown"
+    exit_code = 7
+
+
+class CursorExpired(PgcoordError):
+    """The cursor points before the oldest event that is still kept."""
+
+    code = "cursor_expired"
+    exit_code = 8
+
+
+class UnsuitableServer(PgcoordError):
+    """The server cannot carry this work: a standby, a transaction pooler, an unsupported version."""
+
+    code = "unsuitable_server"
+    exit_code = 9
+
+
+class OutcomeUnknown(PgcoordError):
+    """The commit may or may not have happened. `request_id` is what to ask with."""
+
+    code = "outcome_unknown"
+    exit_code = 10
+
+
+class TimedOut(PgcoordError):
+    """A deadline passed before what was waited for came."""
+
+    code = "timed_out"
+    exit_code = 124

@@ -1,0 +1,224 @@
+"""Records to table, plain, json, jsonl, csv or markdown. stdout is data, stderr is talk.
+
+Three shapes cover every command: a *document* (one nested mapping, like a status), *rows* (a list of records), and
+a *stream* (records that come one after the other, each flushed). Keys are a contract; `-o json` prints them all.
+
+What is not a terminal is never coloured and never truncated. rich is loaded only for a table on a terminal; a
+document, being what scripts and prompts ask for most, is laid out here without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from pgcoord_cli.settings import ColorMode, OutputFormat, Settings
+
+Record = Mapping[str, Any]
+
+_STYLES = {"good": "32", "bad": "31", "dim": "2", "bold": "1", "warn": "33"}
+
+
+class Output:
+    """Writes to stdout and stderr as Settings say."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.format = settings.output
+        self.quiet = settings.quiet
+        self.verbose = settings.verbose
+        self.color = settings.color
+
+    @property
+    def is_json(self) -> bool:
+        """Whether stdout is to be read by a program that parses JSON."""
+        return self.format in (OutputFormat.JSON, OutputFormat.JSONL)
+
+    def document(self, document: Record) -> None:
+        """One nested record. Scalars of the top level come first, then a section for each mapping in it."""
+        if self.is_json:
+            _write(to_json(document, indent=2 if self.format == OutputFormat.JSON else None))
+        elif self.format in (OutputFormat.TABLE, OutputFormat.PLAIN):
+            _write("\n".join(self._sections(document)))
+        else:
+            self.rows(["field", "value"], [{"field": k, "value": v} for k, v in flatten(document)])
+
+    def _sections(self, document: Record) -> Iterable[str]:
+        if self.format == OutputFormat.PLAIN:
+            return (f"{name} {scalar(value)}" for name, value in flatten(document))
+        return self._titled_sections(document)
+
+    def _titled_sections(self, document: Record) -> Iterable[str]:
+        scalars = {name: value for name, value in document.items() if not isinstance(value, Mapping)}
+        sections: dict[str, Record] = {"": scalars} if scalars else {}
+        sections |= {name: value for name, value in document.items() if isinstance(value, Mapping)}
+        width = max((len(name) for section in sections.values() for name, _ in flatten(section)), default=0)
+        for title, section in sections.items():
+            if title:
+                yield paint(title, "bold", self.colored(sys.stdout))
+            for name, value in flatten(section):
+                yield f"  {name:<{width}}  {self._painted(value)}"
+
+    def _painted(self, value: Any) -> str:
+        style = {True: "good", False: "bad"}.get(value) if isinstance(value, bool) else None
+        text = scalar(value)
+        return paint(text, style or ("dim" if text == "-" else ""), self.colored(sys.stdout))
+
+    def rows(self, columns: Sequence[str], rows: Iterable[Record], *, empty: str = "") -> None:
+        """A list of records; `empty` is said on stderr where there are none and a person is reading."""
+        records = list(rows)
+        if self.format == OutputFormat.JSON:
+            _write(to_json(records, indent=2))
+        elif self.format == OutputFormat.JSONL:
+            for record in records:
+                _write(to_json(record))
+        elif records:
+            self._listing(columns, records)
+        elif empty:
+            self.note(empty)
+
+    def _listing(self, columns: Sequence[str], records: Sequence[Record]) -> None:
+        cells = [[scalar(record.get(column)) for column in columns] for record in records]
+        if self.format == OutputFormat.CSV:
+            _write_csv(columns, [[plain_scalar(record.get(column)) for column in columns] for record in records])
+        elif self.format == OutputFormat.PLAIN:
+            for row in cells:
+                _write("\t".join(row))
+        elif self.format == OutputFormat.TABLE and self.colored(sys.stdout):
+            _write_rich_table(columns, cells)
+        else:
+            _write_tabulated(columns, cells, "simple" if self.format == OutputFormat.TABLE else "pipe")
+
+    def record(self, record: Record, line: str) -> None:
+        """One record of a stream, flushed: as a JSON line, or as `line` for people."""
+        _write(to_json(record) if self.is_json else line)
+        sys.stdout.flush()
+
+    def value(self, record: Record, bare: str) -> None:
+        """A single record whose plain form is one bare value, for `$(…)` in scripts."""
+        if self.format == OutputFormat.PLAIN:
+            _write(bare)
+        elif self.format in (OutputFormat.JSON, OutputFormat.JSONL):
+            self.document(record)
+        else:
+            self.rows(list(record), [record])
+
+    def note(self, text: str) -> None:
+        """Talk: on stderr, silent under --quiet."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def detail(self, text: str) -> None:
+        """Talk that only --verbose asks for."""
+        if self.verbose:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Something is not right: on stderr, also under --quiet."""
+        print(paint(text, "warn", self.colored(sys.stderr)), file=sys.stderr, flush=True)
+
+    def colored(self, stream: TextIO) -> bool:
+        """Whether to colour what goes to `stream`."""
+        return is_colored(self.color, stream)
+
+
+def is_colored(mode: ColorMode, stream: TextIO) -> bool:
+    """`auto` is a terminal that did not ask for none through NO_COLOR or TERM=dumb."""
+    if mode == ColorMode.AUTO:
+        return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return mode == ColorMode.ALWAYS
+
+
+def paint(text: str, style: str, colored: bool) -> str:
+    """`text` in one of the few styles, if colour is wanted."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if colored and style in _STYLES else text
+
+
+def flatten(record: Record, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Leaves of a nested record with dotted names."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def scalar(value: Any) -> str:
+    """How a person reads one value."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(scalar, value))
+    return str(value)
+
+
+def plain_scalar(value: Any) -> str:
+    """How a program reads one value in CSV: empty for none, ISO 8601 for a time."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return _for_json(value) if isinstance(value, datetime) else str(value)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON with times in ISO 8601 UTC and anything unknown as its text."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, default=_for_json)
+
+
+def _for_json(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return str(value)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _write_csv(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    import csv
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+
+
+def _write_tabulated(columns: Sequence[str], rows: Sequence[Sequence[str]], layout: str) -> None:
+    from tabulate import tabulate
+
+    _write(tabulate(rows, headers=columns, tablefmt=layout, disable_numparse=True))
+
+
+def _write_rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=sys.stdout, force_terminal=True, highlight=False, markup=False).print(table)
+
+
+def render_error(message: str, code: str, hint: str | None, exit_code: int, as_json: bool) -> int:
+    """Says what went wrong, as one JSON document on stdout or as a line and a hint on stderr; returns `exit_code`."""
+    if as_json:
+        _write(to_json({"error": {"code": code, "message": message, "hint": hint}}))
+    else:
+        colored = is_colored(ColorMode.AUTO, sys.stderr)
+        print(f"{paint('error:', 'bad', colored)} {message}", file=sys.stderr)
+        if hint:
+            print(f"{paint('hint:', 'dim', colored)} {hint}", file=sys.stderr)
+    return exit_code

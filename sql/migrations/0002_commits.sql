@@ -1,0 +1,72 @@
+-- breaking: no
+-- The data, the queue of commit requests over it, and the one function that settles a batch of them.
+
+CREATE TABLE kv (
+    key   bytea PRIMARY KEY,
+    value bytea NOT NULL
+) WITH (fillfactor = 80);
+
+COMMENT ON TABLE kv IS 'The committed data. Only the leader writes here.';
+
+CREATE TABLE commit_requests (
+    id             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    request_id     uuid        NOT NULL UNIQUE,
+    epoch          bigint      NOT NULL,
+    read_version   bigint      NOT NULL,
+    payload        bytea       NOT NULL,
+    reply_channel  text,
+    status         text        NOT NULL DEFAULT 'pending'
+                   CHECK (status IN ('pending', 'committed', 'conflict', 'too_old', 'rejected', 'orphaned')),
+    commit_version bigint,
+    reason         text,
+    created_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    resolved_at    timestamptz,
+    CHECK ((status = 'committed') = (commit_version IS NOT NULL)),
+    CHECK ((status = 'pending') = (resolved_at IS NULL))
+) WITH (fillfactor = 60);
+
+COMMENT ON TABLE commit_requests IS 'The queue of transactions that ask to be committed, and what became of each.';
+COMMENT ON COLUMN commit_requests.request_id IS 'Made by the client; a request applies at most once.';
+COMMENT ON COLUMN commit_requests.epoch IS 'The leadership that the client saw in the snapshot it read in.';
+COMMENT ON COLUMN commit_requests.read_version IS 'The durable version of the snapshot that the client read in.';
+COMMENT ON COLUMN commit_requests.payload IS 'Read ranges and mutations; docs/wire-format.md.';
+
+-- Settles a batch: statuses, the durable version and the wake-ups, in the caller's transaction, under the fence.
+-- The fence comes last, so that the lease row is locked only while the transaction commits and a renewal never
+-- waits for a long batch. SQLSTATE PC001: this leadership is over. PC002: a request of the batch was settled by
+-- somebody else since it was claimed. Either undoes the whole transaction.
+CREATE FUNCTION settle_commits(
+    leader_epoch bigint, leader_term uuid, version_before bigint, version_after bigint,
+    new_conflict_floor bigint, new_window_start_id bigint, new_queue_floor_id bigint,
+    ids bigint[], statuses text[], versions bigint[], reasons text[]
+) RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+DECLARE
+    settled bigint;
+BEGIN
+    WITH settlement AS (
+        UPDATE commit_requests AS request
+           SET status = outcome.status, commit_version = outcome.version, reason = outcome.reason,
+               resolved_at = clock_timestamp()
+          FROM unnest(ids, statuses, versions, reasons) AS outcome (id, status, version, reason)
+         WHERE request.id = outcome.id AND request.status = 'pending'
+        RETURNING request.reply_channel
+    ), wake_up AS (
+        SELECT pg_notify(waiting.reply_channel, '')
+          FROM (SELECT DISTINCT reply_channel FROM settlement WHERE reply_channel IS NOT NULL) AS waiting
+    )
+    SELECT (SELECT count(*) FROM settlement) + 0 * (SELECT count(*) FROM wake_up) INTO settled;
+    IF settled <> cardinality(ids) THEN
+        RAISE EXCEPTION 'only % of % claimed requests were still pending', settled, cardinality(ids)
+            USING ERRCODE = 'PC002';
+    END IF;
+
+    UPDATE leader_lease
+       SET durable_version = version_after, conflict_floor = new_conflict_floor,
+           window_start_id = new_window_start_id, queue_floor_id = new_queue_floor_id
+     WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
+       AND durable_version = version_before AND expires_at > clock_timestamp();
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the leadership of epoch % is over', leader_epoch USING ERRCODE = 'PC001';
+    END IF;
+END
+$$;
