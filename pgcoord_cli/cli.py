@@ -12,7 +12,7 @@ import typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError
 
 from pgcoord_cli.commands.framework import RootGroup
-from pgcoord_cli.errors import PgcoordError
+from pgcoord_cli.errors import PgcoordError, UsageError
 from pgcoord_cli.render import render_error
 from pgcoord_cli.settings import OutputFormat
 
@@ -38,8 +38,6 @@ CATALOGUE = {
     "demo": "Show the whole thing at work on a throw-away PostgreSQL.",
 }
 
-SIGINT_EXIT = 128 + signal.SIGINT
-
 
 def root() -> RootGroup:
     """The command tree. Modules of its groups are imported when a command of theirs is called."""
@@ -54,25 +52,34 @@ def run(argv: Sequence[str]) -> int:
     try:
         with root().make_context("pgcoord", list(argv)) as ctx:
             ctx.command.invoke(ctx)
+        return 0
     except typer.Exit as stop:
         return stop.exit_code
     except NoArgsIsHelpError as error:
         typer.echo(error.format_message())
-        return 2
-    except ClickException as error:
-        return render_error(error.format_message(), "usage", _usage_hint(error), 2, wants_json(argv))
-    except PgcoordError as error:
-        return render_error(error.message, error.code, error.hint, error.exit_code, wants_json(argv))
-    except (KeyboardInterrupt, typer.Abort):
-        return render_error("interrupted", "interrupted", None, SIGINT_EXIT, wants_json(argv))
+        return UsageError.exit_code
     except BrokenPipeError:
         return _quiet_end()
-    return 0
+    except (ClickException, PgcoordError, KeyboardInterrupt, typer.Abort) as error:
+        failure = _failure(error)
+        render_error(failure, as_json=wants_json(argv))
+        return failure.exit_code
 
 
-def _usage_hint(error: ClickException) -> str | None:
-    ctx = getattr(error, "ctx", None)
-    return f"see: {ctx.command_path} --help" if ctx else None
+class Interrupted(PgcoordError):
+    """Ctrl-C, or a question left unanswered."""
+
+    code = "interrupted"
+    exit_code = 128 + signal.SIGINT
+
+
+def _failure(error: BaseException) -> PgcoordError:
+    if isinstance(error, PgcoordError):
+        return error
+    if isinstance(error, ClickException):
+        ctx = getattr(error, "ctx", None)
+        return UsageError(error.format_message(), hint=f"see: {ctx.command_path} --help" if ctx else None)
+    return Interrupted("interrupted")
 
 
 def _quiet_end() -> int:

@@ -36,10 +36,12 @@ class PgcoordError(Exception):
     code: ClassVar[str] = "failed"
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, answered: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.answered = answered
+        """The command's whole answer is on stdout already, and says the same."""
 
 
 class CommitRefused(PgcoordError):

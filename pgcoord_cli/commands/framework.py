@@ -155,10 +155,17 @@ class RootGroup(PgcoordGroup):
 
 def noun(help: str) -> typer.Typer:  # noqa: A002
     """The Typer app of one noun's file."""
-    return typer.Typer(
+    app = typer.Typer(
         cls=PgcoordGroup, help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )  # fmt: skip
+    app.callback()(_keep_as_group)
+    return app
+
+
+def _keep_as_group() -> None:
+    # Without a callback, Typer turns a group of one command into that command.
+    pass
 
 
 def single(help: str) -> typer.Typer:  # noqa: A002

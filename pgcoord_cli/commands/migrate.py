@@ -75,12 +75,11 @@ def status(
     with session.migration_session(settings, read_only=True) as (conn, server):
         states = migrations.states(conn, has_ledger=server.has_ledger)
     pending = [state for state in states if state.state == "pending"]
-    if check and pending and out.is_json:
-        raise ConditionFalse(f"{len(pending)} migration(s) are pending", hint="apply them with: pgcoord migrate up")
-    if not (check and settings.quiet):
-        out.rows(COLUMNS, [state._asdict() for state in states])
+    out.rows(COLUMNS, [state._asdict() for state in states])
     if check and pending:
-        raise ConditionFalse(f"{len(pending)} migration(s) are pending", hint="apply them with: pgcoord migrate up")
+        raise ConditionFalse(
+            f"{len(pending)} migration(s) are pending", hint="apply them with: pgcoord migrate up", answered=True
+        )
 
 
 @command(app, "sql")

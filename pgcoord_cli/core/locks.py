@@ -24,7 +24,8 @@ class LockHolder(NamedTuple):
     since: datetime
 
     def __str__(self) -> str:
-        return f"pid {self.pid} ({self.application or 'no application name'}, {self.client}) since {self.since:%H:%M:%S %Z}"
+        application = self.application or "no application name"
+        return f"pid {self.pid} ({application}, {self.client}) since {self.since:%Y-%m-%d %H:%M:%S %Z}"
 
 
 def lock_key(schema: str, name: str) -> int:

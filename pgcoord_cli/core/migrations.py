@@ -91,9 +91,9 @@ async def read_ledger_async(conn: AsyncConnection[Any]) -> list[LedgerRow]:
 def check_ledger(schema: str, ledger: Sequence[LedgerRow]) -> None:
     """SchemaMissing or SchemaUnknown unless this program can work on a schema with this ledger."""
     states = compare(ledger)
-    if breaking := [state for state in states if state.state == "breaking"]:
+    if breaking := [f"{state.version:04}_{state.name}" for state in states if state.state == "breaking"]:
         raise SchemaUnknown(
-            f"schema {schema!r} has migration {breaking[0].version:04}_{breaking[0].name}, which this pgcoord does not know",
+            f"schema {schema!r} has migration {breaking[0]}, which this pgcoord does not know",
             hint="a newer pgcoord migrated it in a way that older ones cannot serve: upgrade pgcoord",
         )
     if pending := [state for state in states if state.state == "pending"]:

@@ -45,7 +45,7 @@ def command_session(settings: Settings, command: str, *, writes: bool) -> Iterat
 
 @contextmanager
 def migration_session(settings: Settings, *, read_only: bool) -> Iterator[tuple[Connection[Any], Server]]:
-    """A session whose schema may be missing, without a statement timeout; `read_only` makes it one READ ONLY transaction."""
+    """A session whose schema may be missing, without a statement timeout; `read_only`: one READ ONLY transaction."""
     conn, server = open_bare_session(replace(settings, statement_timeout=0), "migrate")
     with mapped_errors(), closing(conn):
         if read_only:

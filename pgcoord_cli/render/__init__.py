@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from pgcoord_cli.errors import PgcoordError
 from pgcoord_cli.settings import ColorMode, OutputFormat, Settings
 
 Record = Mapping[str, Any]
@@ -45,6 +46,14 @@ class Output:
             _write("\n".join(self._sections(document)))
         else:
             self.rows(["field", "value"], [{"field": k, "value": v} for k, v in flatten(document)])
+
+    def next_document(self, document: Record) -> None:
+        """One document of several that follow each other: a line each in JSON, flushed."""
+        if self.is_json:
+            _write(to_json(document))
+        else:
+            self.document(document)
+        sys.stdout.flush()
 
     def _sections(self, document: Record) -> Iterable[str]:
         if self.format == OutputFormat.PLAIN:
@@ -212,13 +221,15 @@ def _write_rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     Console(file=sys.stdout, force_terminal=True, highlight=False, markup=False).print(table)
 
 
-def render_error(message: str, code: str, hint: str | None, exit_code: int, as_json: bool) -> int:
-    """Says what went wrong, as one JSON document on stdout or as a line and a hint on stderr; returns `exit_code`."""
-    if as_json:
-        _write(to_json({"error": {"code": code, "message": message, "hint": hint}}))
-    else:
-        colored = is_colored(ColorMode.AUTO, sys.stderr)
-        print(f"{paint('error:', 'bad', colored)} {message}", file=sys.stderr)
-        if hint:
-            print(f"{paint('hint:', 'dim', colored)} {hint}", file=sys.stderr)
-    return exit_code
+def render_error(error: PgcoordError, *, as_json: bool) -> None:
+    """Says what went wrong: one JSON document on stdout, or a line and a hint on stderr.
+
+    An answer that is already on stdout (`error.answered`) is not followed by a second document there.
+    """
+    if as_json and not error.answered:
+        _write(to_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
+        return
+    colored = is_colored(ColorMode.AUTO, sys.stderr)
+    print(f"{paint('error:', 'bad', colored)} {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"{paint('hint:', 'dim', colored)} {error.hint}", file=sys.stderr)

@@ -1,0 +1,72 @@
+"""`pgcoord commit`: look at commit requests and what became of them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from uuid import UUID
+
+import typer
+
+from pgcoord_cli.commands.framework import command, noun, output_of
+from pgcoord_cli.errors import ConditionFalse, UsageError
+
+app = noun("Look at commit requests and what became of them.")
+
+COLUMNS = ["id", "request_id", "status", "commit_version", "read_version", "epoch", "created_at", "reason"]
+STATUSES = "pending, committed, conflict, too_old, rejected, orphaned"
+
+
+@command(app, "list")
+def list_(
+    ctx: typer.Context,
+    status: Annotated[str | None, typer.Option("--status", metavar="STATUS", help=f"Only one of: {STATUSES}.")] = None,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")] = 20,
+) -> None:
+    """List commit requests, newest first.
+
+    \b
+    Examples:
+      pgcoord commit list
+      pgcoord commit list --status rejected --limit 5
+      pgcoord commit list -o jsonl
+    """
+    from pgcoord_cli.core import commits, session
+
+    settings, out = output_of(ctx)
+    wanted = None
+    if status is not None:
+        if status not in tuple(commits.Status):
+            raise UsageError(f"--status: {status!r} is not one of {STATUSES}")
+        wanted = commits.Status(status)
+    with session.command_session(settings, "commit list", writes=False) as conn:
+        requests = commits.list_requests(conn, wanted, limit)
+    out.rows(COLUMNS, [request._asdict() for request in requests], empty="no commit requests")
+
+
+@command(app, "show")
+def show(
+    ctx: typer.Context,
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="The UUID that the client made.")],
+) -> None:
+    """Say what became of one request; exit 3 when it is not there.
+
+    \b
+    Examples:
+      pgcoord commit show 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f
+      pgcoord commit show 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f -o json
+    """
+    from pgcoord_cli.core import commits, session
+
+    settings, out = output_of(ctx)
+    try:
+        wanted = UUID(request_id)
+    except ValueError:
+        raise UsageError(f"REQUEST_ID: {request_id!r} is not a UUID", hint="pgcoord commit list shows them") from None
+    with session.command_session(settings, "commit show", writes=False) as conn:
+        request = commits.find_request(conn, wanted)
+    if request is None:
+        raise ConditionFalse(
+            f"there is no request {wanted}",
+            hint="it was never enqueued, or was settled and then collected after the retention",
+        )
+    out.document(request._asdict())

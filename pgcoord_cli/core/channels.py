@@ -1,0 +1,25 @@
+"""Names of the NOTIFY channels. Each includes the schema, so that two clusters in one database never wake each other.
+
+A notification only wakes (rule I7): its payload is never read as truth, and whoever waits also looks by itself
+once in a poll interval.
+"""
+
+from __future__ import annotations
+
+POLL_SECONDS = 1.0
+"""How long anything waits for a notification before it looks by itself."""
+
+
+def commits(schema: str) -> str:
+    """Wakes the leader: requests have been enqueued."""
+    return f"{schema}.commits"
+
+
+def leadership(schema: str) -> str:
+    """Wakes whoever waits for a leader: the lease was taken or released."""
+    return f"{schema}.leader"
+
+
+def reply(schema: str, client: str) -> str:
+    """Wakes one client process: some of its requests have been settled. `client` is 12 hex digits."""
+    return f"{schema}.reply.{client}"

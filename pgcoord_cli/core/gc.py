@@ -1,0 +1,73 @@
+"""Garbage collection: deleting what nobody can ask for any more.
+
+**Commit requests.** A settled request is kept for a retention that is never shorter than what clients, new leaders
+and resubmissions reach back (`core.retention`). Older ones are deleted in small batches, oldest first, each batch a
+transaction of its own that skips rows somebody else has locked, so that commits go on beside it and any number
+of collectors can run. Pending requests are never deleted (rule I11). Those that outlived the retention without any
+leader to settle them are first marked `orphaned`; from then on they are settled, and are kept for a retention more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from psycopg import Connection
+
+from pgcoord_cli.core.retention import SHORTEST_RETENTION
+from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import UsageError
+
+DEFAULT_RETENTION = 600.0
+DEFAULT_BATCH_SIZE = 1_000
+
+
+class Collected(NamedTuple):
+    """What a run did to one table; under `dry_run`, `deleted` is what it would have deleted."""
+
+    table: str
+    deleted: int
+    batches: int
+    orphaned: int
+    oldest_kept: datetime | None
+    dry_run: bool
+
+
+def check_retention(seconds: float) -> float:
+    """`seconds`, or UsageError when that is shorter than what others rely on."""
+    if seconds < SHORTEST_RETENTION:
+        raise UsageError(
+            f"--older-than: {seconds:g}s is shorter than {SHORTEST_RETENTION:g}s",
+            hint="clients may still ask for outcomes that young, and a new leader needs them",
+        )
+    return seconds
+
+
+def collect_commit_requests(
+    conn: Connection[Any], older_than: float, batch_size: int, progress: Callable[[int], bool]
+) -> Collected:
+    """Deletes settled requests older than `older_than` seconds; `progress(deleted)` says whether to go on."""
+    orphaned = conn.execute(sql("gc", "orphan_requests"), [older_than]).rowcount
+    deleted = batches = last_id = 0
+    while progress(deleted):
+        count, last_id = conn.execute(sql("gc", "delete_requests"), [last_id, older_than, batch_size]).fetchone() or (
+            0,
+            0,
+        )
+        deleted += count
+        batches += count > 0
+        if count < batch_size:
+            break
+    return Collected("commit_requests", deleted, batches, orphaned, _oldest_request(conn), False)
+
+
+def count_commit_requests(conn: Connection[Any], older_than: float) -> Collected:
+    """What `collect_commit_requests` would delete at this moment."""
+    row = conn.execute(sql("gc", "count_requests"), [older_than]).fetchone() or (0,)
+    return Collected("commit_requests", row[0], 0, 0, _oldest_request(conn), True)
+
+
+def _oldest_request(conn: Connection[Any]) -> datetime | None:
+    row = conn.execute(sql("gc", "oldest_request")).fetchone()
+    return row[0] if row else None

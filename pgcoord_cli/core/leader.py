@@ -1,0 +1,177 @@
+"""Leading: election, resolving, and what a leader says of itself.
+
+`lead` is the life of one `pgcoord leader run`: stand for election, resolve while the lease is trusted, and when that is
+over, because the lease ran out, another took it or a connection broke, say so and stand again with nothing kept
+from before. It ends when it is told to stop, finishing the batch in hand and releasing the lease.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import Connection
+
+from pgcoord_cli.core import channels
+from pgcoord_cli.core.election import RENEWALS_PER_TTL, Keeper, mark_leader_session
+from pgcoord_cli.core.lease import Lease, Term, read_lease
+from pgcoord_cli.core.resolver import Resolver
+from pgcoord_cli.core.session import open_session
+from pgcoord_cli.core.wakeup import Wakeup, listen
+from pgcoord_cli.db.connection import translate
+from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import ConnectionFailed, Fenced, NoLeader, PgcoordError
+from pgcoord_cli.settings import Settings
+
+RECONNECT_SECONDS = 1.0
+
+
+class LeaderEvent(NamedTuple):
+    """Something that happened to this candidate: standing, elected, fenced, lost, released, unreachable."""
+
+    event: str
+    node_id: str
+    epoch: int | None
+    detail: str
+
+
+Report = Callable[[LeaderEvent], None]
+
+
+def default_node_id() -> str:
+    """Host and process id: unique among the candidates of a network, and of use to whoever reads it."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def status_document(conn: Connection[Any]) -> dict[str, dict[str, Any]]:
+    """Who leads and how long the queue is, under the keys that scripts count on. Times are the server's."""
+    lease = read_lease(conn)
+    pending, oldest = conn.execute(sql("commits", "queue_state")).fetchone() or (0, None)
+    return {
+        "leader": {
+            "held": lease.held,
+            "leader_addr": lease.leader_addr,
+            "epoch": lease.epoch,
+            "durable_version": lease.durable_version,
+            "acquired_at": lease.acquired_at,
+            "renewed_at": lease.renewed_at,
+            "expires_at": lease.expires_at,
+            "expires_in_seconds": lease.expires_in_seconds,
+        },
+        "queue": {"pending": pending, "oldest_pending_seconds": oldest},
+    }
+
+
+def watch_status(conn: Connection[Any], schema: str, seconds: float) -> Iterator[dict[str, dict[str, Any]]]:
+    """The status now, at every change of leadership, and otherwise once in `seconds`. Never ends by itself."""
+    notifications = listen(conn, channels.leadership(schema), Wakeup())
+    while True:
+        yield status_document(conn)
+        notifications.wait(seconds)
+
+
+def wait_for_leader(conn: Connection[Any], schema: str, seconds: float) -> Lease:
+    """The lease once somebody holds it; wakes at the election. NoLeader when nobody does within `seconds`."""
+    with closing(Wakeup()) as wakeup:
+        notifications = listen(conn, channels.leadership(schema), wakeup)
+        deadline = time.monotonic() + seconds
+        while not (lease := read_lease(conn)).held:
+            if time.monotonic() >= deadline:
+                raise NoLeader(
+                    f"nobody leads, and nobody was elected within {seconds:g}s",
+                    hint="start a leader with: pgcoord leader run",
+                )
+            notifications.wait(min(channels.POLL_SECONDS, deadline - time.monotonic()))
+    return lease
+
+
+class Leader:
+    """One candidate. `run` blocks; `stop` may be called from a signal handler or another thread."""
+
+    def __init__(self, settings: Settings, node_id: str, ttl: float, report: Report) -> None:
+        self._settings = settings
+        self._node_id = node_id
+        self._ttl = ttl
+        self._report = report
+        self._wakeup = Wakeup()
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Asks `run` to finish the batch in hand, release the lease and return."""
+        self._stopping = True
+        self._wakeup.set()
+
+    def run(self) -> None:
+        """Stands for election and leads until stopped. Raises PgcoordError where standing makes no sense."""
+        open_session(self._settings, "leader run", writes=True).close()  # says at once what is wrong with the server
+        while not self._stopping:
+            self._say("standing", None, "waiting to be elected")
+            try:
+                self._serve_one_term()
+            except ConnectionFailed as error:
+                self._say("unreachable", None, error.message)
+            if not self._stopping:
+                self._pause()
+
+    def _pause(self) -> None:
+        """A moment between terms, so that a server that refuses us is not asked a thousand times a second."""
+        self._wakeup.wait(RECONNECT_SECONDS)
+
+    def _serve_one_term(self) -> None:
+        keeper = Keeper(self._settings, self._node_id, self._ttl, self._wakeup)
+        keeper.start()
+        try:
+            term = self._await_election(keeper)
+            if term:
+                self._say("elected", term.epoch, f"leading from version {term.durable_version} on")
+                self._lead(keeper, term)
+        finally:
+            keeper.stop()
+        if term:
+            self._say("released" if keeper.over == "released" else "lost", term.epoch, keeper.over or "")
+
+    def _await_election(self, keeper: Keeper) -> Term | None:
+        """The term that was won, or None when stopped; raises what kept the keeper from standing."""
+        while not self._stopping and keeper.term is None and keeper.over is None:
+            self._wakeup.wait(channels.POLL_SECONDS)
+        if isinstance(keeper.failure, PgcoordError):
+            raise keeper.failure
+        if keeper.over and keeper.term is None:
+            raise ConnectionFailed(keeper.over)
+        return keeper.term
+
+    def _lead(self, keeper: Keeper, term: Term) -> None:
+        """Resolves until stopped or until this leadership is over."""
+        try:
+            with closing(open_session(self._patient_settings(), "leader run", writes=True)) as conn:
+                mark_leader_session(conn, self._settings.schema)
+                self._resolve(conn, keeper, term)
+        except Fenced as error:
+            self._say("fenced", term.epoch, error.message)
+        except psycopg.Error as error:
+            self._say("lost", term.epoch, translate(error).message)
+
+    def _patient_settings(self) -> Settings:
+        """A batch may take as long as it takes: renewals go over another connection, and the fence guards its end."""
+        return replace(self._settings, statement_timeout=0, lock_timeout=0)
+
+    def _resolve(self, conn: Connection[Any], keeper: Keeper, term: Term) -> None:
+        notifications = listen(conn, channels.commits(self._settings.schema), self._wakeup)
+        resolver = Resolver(conn, term)
+        while not self._stopping and keeper.over is None:
+            if not keeper.is_trusted():
+                # Frozen, or the renewals stall: whether the lease still stands is for the keeper to find out.
+                self._wakeup.wait(self._ttl / RENEWALS_PER_TTL)
+            elif resolver.resolve_batch() == 0:
+                notifications.wait(channels.POLL_SECONDS)
+        if keeper.over and not self._stopping:
+            raise Fenced(keeper.over)
+
+    def _say(self, event: str, epoch: int | None, detail: str) -> None:
+        self._report(LeaderEvent(event, self._node_id, epoch, detail))

@@ -1,0 +1,87 @@
+"""The lease: one row that says who leads.
+
+**Terms.** A leadership is named by its *epoch*, which grows by one with each, and its *term*, a random UUID. The
+pair is the fence (rule I2): every write of a leader checks both in its own transaction, so that a database
+restored from a backup, which hands out an epoch for the second time, still fences the old leader by the term.
+
+**Taking over.** Whoever holds the election lock may take the lease at once, because the session of the leader
+before is gone. Without the lock, the lease has to have run out by the server's clock. Either way the
+previous leadership is closed in `leader_history` in the same statement.
+
+**Renewing** extends a lease that is still this term's and has not run out. A lease that has run out is over even when
+nobody took it: the leader stands for election again.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from psycopg import Connection
+
+from pgcoord_cli.core import channels
+from pgcoord_cli.db.sqlfiles import sql
+
+DEFAULT_TTL = 10.0
+MIN_TTL = 1.0
+
+
+class Lease(NamedTuple):
+    """The lease row. `held` and `expires_in_seconds` are judged by the server's clock."""
+
+    epoch: int
+    term_id: UUID | None
+    leader_addr: str | None
+    durable_version: int
+    conflict_floor: int
+    window_start_id: int
+    queue_floor_id: int
+    acquired_at: datetime | None
+    renewed_at: datetime | None
+    expires_at: datetime | None
+    held: bool
+    expires_in_seconds: float
+
+
+class Term(NamedTuple):
+    """A leadership that has begun, and what its first batch continues from."""
+
+    epoch: int
+    term_id: UUID
+    durable_version: int
+    conflict_floor: int
+    window_start_id: int
+    queue_floor_id: int
+
+
+def read_lease(conn: Connection[Any]) -> Lease:
+    """The lease as it stands in this snapshot."""
+    row = conn.execute(sql("lease", "read_lease")).fetchone()
+    assert row is not None
+    return Lease(*row)
+
+
+def take_over(conn: Connection[Any], schema: str, node_id: str, ttl: float, *, lock_held: bool) -> Term | None:
+    """Begins a new leadership; None when the lease is held and the election lock is not ours. `ttl` in seconds."""
+    arguments = [node_id, ttl, lock_held, channels.leadership(schema)]
+    row = conn.execute(sql("lease", "take_over"), arguments).fetchone()
+    return Term(*row[:-1]) if row else None
+
+
+def renew(conn: Connection[Any], term: Term, ttl: float) -> bool:
+    """Extends the lease by `ttl` seconds; False when this leadership is over."""
+    return conn.execute(sql("lease", "renew"), [term.epoch, term.term_id, ttl]).fetchone() is not None
+
+
+def release(conn: Connection[Any], schema: str, term: Term, reason: str) -> bool:
+    """Ends the leadership cleanly; False when it was over already."""
+    arguments = [term.epoch, term.term_id, reason, channels.leadership(schema)]
+    return conn.execute(sql("lease", "release"), arguments).fetchone() is not None
+
+
+def successor(conn: Connection[Any]) -> str:
+    """Who holds the lease now, in words, for the message of a leader that was fenced."""
+    row = conn.execute(sql("lease", "successor")).fetchone()
+    assert row is not None
+    return f"epoch {row[0]} ({row[1]})" if row[1] else f"epoch {row[0]} (nobody)"

@@ -1,0 +1,302 @@
+"""The resolver: drains the queue of commit requests under one leadership.
+
+**A batch** is claimed (the oldest pending requests, no locks), decided in memory, folded into one write set, and
+applied in one PostgreSQL transaction that is sent as a whole, so that a leader that freezes leaves none open half
+way: remove ranges, remove keys, write keys, and at the end `settle_commits`, which sets the statuses, checks the
+fence, advances the durable version and wakes the clients. Either all of it happens or nothing (rules I2, I5).
+
+**Deciding.** In queue order: a payload that cannot be decoded is `rejected`; a read version below the conflict floor
+is `too_old`; one from the future is `rejected` (a database restored from a backup has them); a request whose reads
+were written since is a `conflict`; any other gets the next version and its writes enter the window at once, so
+that later requests of the same batch are checked against it.
+
+**When PostgreSQL refuses a batch** for a reason that lies in the data, the window is rebuilt and the same requests are
+tried one by one; the one that is refused alone is `rejected` with PostgreSQL's reason (rule I6).
+
+**When the fate of a batch is unknown**, because the connection broke, nothing is retried: the leadership ends, and
+whoever leads next, perhaps this very process, starts from what the database holds.
+
+**The queue floor.** Ids become visible out of order, so "above the last id seen" would miss requests. The resolver
+notes the last id drawn and the transactions that hold a row-exclusive lock on the queue; those are the only ones that
+can still bring an id up to there to light. When all of them are gone, and a claim made after that has been
+settled, every id up to the noted one is settled for ever, and claims start above it. So a claim costs what is
+new, not what is stored.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import Connection
+
+from pgcoord_cli.core import codec, mutations
+from pgcoord_cli.core.codec import Op, Range, Request, Undecodable
+from pgcoord_cli.core.conflicts import ConflictWindow
+from pgcoord_cli.core.lease import Term
+from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import Fenced
+
+BATCH_LIMIT = 1_000
+CONFLICT_WINDOW = timedelta(seconds=10)
+"""How long after a commit its writes can still be checked against; older reads are too_old."""
+
+FENCED = "PC001"
+ALREADY_SETTLED = "PC002"
+
+
+class Claimed(NamedTuple):
+    """A pending request as the leader sees it; `claimed_at` is the server's clock."""
+
+    id: int
+    epoch: int
+    read_version: int
+    payload: bytes
+    claimed_at: datetime
+
+
+class Verdict(NamedTuple):
+    """What becomes of one request. `request` is there when it was committed."""
+
+    id: int
+    status: str
+    version: int | None = None
+    reason: str | None = None
+    request: Request | None = None
+
+
+def writes_of(request: Request) -> tuple[list[bytes], list[Range]]:
+    """The keys and the ranges that later reads are checked against. Pure."""
+    keys = [mutation.key for mutation in request.mutations if mutation.op != Op.CLEAR_RANGE]
+    ranges = [(mutation.key, mutation.operand) for mutation in request.mutations if mutation.op == Op.CLEAR_RANGE]
+    return keys, [*ranges, *request.write_ranges]
+
+
+def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed]) -> list[Verdict]:
+    """One verdict a request, in order; committed writes enter `window`. Reads no clock and no database."""
+    verdicts = []
+    version = durable_version
+    for claimed in batch:
+        verdict = _judge(window, version, claimed)
+        if verdict.request:
+            version += 1
+            verdict = verdict._replace(version=version)
+            window.record(version, *writes_of(verdict.request or _NOTHING))
+        verdicts.append(verdict)
+    return verdicts
+
+
+_NOTHING = Request((), (), (), ())
+
+
+def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Verdict:
+    if claimed.read_version < window.floor:
+        return Verdict(claimed.id, "too_old", reason=f"read at {claimed.read_version}, checkable from {window.floor}")
+    if claimed.read_version > durable_version:
+        return Verdict(claimed.id, "rejected", reason=f"read version {claimed.read_version} was never committed")
+    try:
+        request = codec.decode(claimed.payload)
+    except Undecodable as error:
+        return Verdict(claimed.id, "rejected", reason=str(error))
+    if window.conflicts(claimed.read_version, request.read_keys, request.read_ranges):
+        return Verdict(claimed.id, "conflict")
+    return Verdict(claimed.id, "committed", request=request)
+
+
+class Resolver:
+    """Resolves requests over `conn` for as long as `term` lasts. Raises Fenced when it is over."""
+
+    def __init__(self, conn: Connection[Any], term: Term) -> None:
+        self._conn = conn
+        self._term = term
+        self._durable_version = term.durable_version
+        self._floor = QueueFloor(term.queue_floor_id)
+        self._marks = Marks()
+        self._one_by_one_up_to = 0
+        self._window = self._load_window(term.conflict_floor, term.window_start_id)
+
+    @property
+    def durable_version(self) -> int:
+        """The version of the last commit under this term, or the one it continued from."""
+        return self._durable_version
+
+    def _load_window(self, floor: int, start_id: int) -> ConflictWindow:
+        """The window as a leader that never stopped would have it, from the requests that are stored (rule I8)."""
+        rows = self._conn.execute(sql("commits", "window_commits"), [start_id, floor]).fetchall()
+        # Versions are dense, so what is missing shows: below the last gap nothing can be checked.
+        whole_from = self._durable_version - _dense_tail([row[1] for row in rows], self._durable_version)
+        window = ConflictWindow(max(floor, whole_from))
+        self._marks = Marks()
+        for request_id, version, payload, resolved_at in rows:
+            if version > window.floor:
+                window.record(version, *writes_of(codec.decode(payload)))
+                self._marks.add(resolved_at, version, request_id)
+        return window
+
+    def resolve_batch(self, limit: int = BATCH_LIMIT) -> int:
+        """Claims and settles one batch; returns how many requests it had."""
+        self._floor.observe(self._conn)
+        claimed = self._claim(limit)
+        batch = claimed[:1] if claimed and claimed[0].id <= self._one_by_one_up_to else claimed
+        if batch:
+            self._window.raise_floor(self._marks.forget(batch[0].claimed_at - CONFLICT_WINDOW))
+            verdicts = decide(self._window, self._durable_version, batch)
+            if not self._settle(verdicts, batch[0].claimed_at):
+                return len(batch)
+        if len(batch) == len(claimed) < limit:
+            self._floor.everything_settled()
+        elif batch:
+            self._floor.settled_up_to(batch[-1].id)
+        return len(batch)
+
+    def _claim(self, limit: int) -> list[Claimed]:
+        cursor = self._conn.cursor(binary=True)
+        return [Claimed(*row) for row in cursor.execute(sql("commits", "claim"), [self._floor.id, limit])]
+
+    def _settle(self, verdicts: Sequence[Verdict], now: datetime) -> bool:
+        """Applies a batch; False when it was undone and has to be claimed again."""
+        start_id = self._window_start_id()
+        try:
+            self._apply(verdicts)
+        except psycopg.Error as error:
+            if error.sqlstate == FENCED:
+                raise Fenced(error.diag.message_primary or "this leadership is over") from None
+            if not (error.sqlstate == ALREADY_SETTLED or _lies_in_the_data(error)):
+                raise
+            self._window = self._load_window(self._window.floor, start_id)
+            if error.sqlstate != ALREADY_SETTLED:
+                self._isolate(verdicts, error)
+            return False
+        self._durable_version = _last_version(verdicts, self._durable_version)
+        if committed := [verdict.id for verdict in verdicts if verdict.version is not None]:
+            self._marks.add(now, self._durable_version, min(committed))
+        return True
+
+    def _window_start_id(self) -> int:
+        """No commit of the window, nor any to come, has an id at or below this."""
+        return min([self._floor.id, *(mark.first_id - 1 for mark in self._marks)])
+
+    def _apply(self, verdicts: Sequence[Verdict]) -> None:
+        """One transaction, sent as one unit: a pipeline without BEGIN is atomic up to its end."""
+        write_set = mutations.fold(m for verdict in verdicts if verdict.request for m in verdict.request.mutations)
+        with self._conn.pipeline():
+            if write_set.ranges:
+                self._conn.execute(sql("commits", "delete_ranges"), _columns(write_set.ranges, 2))
+            if write_set.removed:
+                self._conn.execute(sql("commits", "delete_keys"), [write_set.removed])
+            if write_set.written:
+                self._conn.execute(sql("commits", "upsert_keys"), _columns(write_set.written.items(), 2))
+            self._conn.execute(sql("commits", "settle"), self._settlement(verdicts))
+
+    def _settlement(self, verdicts: Sequence[Verdict]) -> list[Any]:
+        version_after = _last_version(verdicts, self._durable_version)
+        floors = [self._window.floor, self._window_start_id(), self._floor.id]
+        outcomes = _columns([verdict[:4] for verdict in verdicts], 4)
+        return [self._term.epoch, self._term.term_id, self._durable_version, version_after, *floors, *outcomes]
+
+    def _isolate(self, verdicts: Sequence[Verdict], error: psycopg.Error) -> None:
+        """Has the requests of a refused batch tried one by one; a single one is rejected with the reason."""
+        if len(verdicts) > 1:
+            self._one_by_one_up_to = verdicts[-1].id
+            return
+        reason = error.diag.message_primary or type(error).__name__
+        self._apply([Verdict(verdicts[0].id, "rejected", reason=reason)])
+
+
+class Mark(NamedTuple):
+    """A stretch of commits: the last began at `committed_at` and has `version`; none has an id below `first_id`."""
+
+    committed_at: datetime
+    version: int
+    first_id: int
+
+
+class Marks:
+    """When the commits of the window were made, in stretches of half a second. Iterates oldest first."""
+
+    GRAIN = timedelta(seconds=0.5)
+
+    def __init__(self) -> None:
+        self._marks: deque[Mark] = deque()
+        self._stretch_began: datetime | None = None
+        self._forgotten = 0
+
+    def __iter__(self) -> Iterator[Mark]:
+        return iter(self._marks)
+
+    def add(self, committed_at: datetime, version: int, first_id: int) -> None:
+        """Notes commits up to `version`, none with an id below `first_id`."""
+        if self._marks and self._stretch_began and committed_at - self._stretch_began < self.GRAIN:
+            last = self._marks.pop()
+            first_id = min(first_id, last.first_id)
+        else:
+            self._stretch_began = committed_at
+        self._marks.append(Mark(committed_at, version, first_id))
+
+    def forget(self, before: datetime) -> int:
+        """Drops the stretches that ended before a time; returns the last version that was ever dropped, or 0."""
+        while self._marks and self._marks[0].committed_at < before:
+            self._forgotten = self._marks.popleft().version
+        return self._forgotten
+
+
+class QueueFloor:
+    """Below or at `id` nothing is pending, now or later. The module's docstring says why."""
+
+    def __init__(self, floor_id: int) -> None:
+        self.id = floor_id
+        self._last_id = floor_id
+        self._writers: set[str] | None = None
+        self._clear = False
+
+    def observe(self, conn: Connection[Any]) -> None:
+        """Before a claim: notes who may still write below the last id, or sees that they are gone."""
+        if self._clear:
+            return
+        last_id, writers = conn.execute(sql("commits", "queue_writers")).fetchone() or (0, [])
+        if self._writers is None:
+            self._last_id, self._writers = last_id, set(writers)
+        else:
+            self._writers &= set(writers)
+        self._clear = not self._writers
+
+    def everything_settled(self) -> None:
+        """After a claim that held all there was, and its settlement."""
+        self.settled_up_to(self._last_id)
+
+    def settled_up_to(self, last_settled: int) -> None:
+        """After a claim whose last request was this id, and its settlement."""
+        if self._clear and last_settled >= self._last_id:
+            self.id = max(self.id, self._last_id)
+            self._writers, self._clear = None, False
+
+
+def _lies_in_the_data(error: psycopg.Error) -> bool:
+    """Whether PostgreSQL refused what was to be written, rather than when or by whom: classes 22, 23 and 54."""
+    return (error.sqlstate or "").startswith(("22", "23", "54"))
+
+
+def _dense_tail(versions: Sequence[int], last: int) -> int:
+    """How many of the versions, which ascend, lead up to `last` without a gap."""
+    count = 0
+    for version in reversed(versions):
+        if version != last - count:
+            break
+        count += 1
+    return count
+
+
+def _last_version(verdicts: Sequence[Verdict], otherwise: int) -> int:
+    return max((verdict.version for verdict in verdicts if verdict.version is not None), default=otherwise)
+
+
+def _columns(rows: Iterable[Sequence[Any]], width: int) -> list[list[Any]]:
+    """Rows turned into the parallel arrays that `unnest` takes."""
+    columns: list[list[Any]] = [[] for _ in range(width)]
+    for row in rows:
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
+    return columns

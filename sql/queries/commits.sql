@@ -1,0 +1,82 @@
+-- name: enqueue
+-- Puts commit requests into the queue, each at most once, and wakes the leader.
+WITH enqueued AS (
+    INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
+    SELECT request.request_id, request.epoch, request.read_version, request.payload, $5::text
+      FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bytea[])
+           AS request (request_id, epoch, read_version, payload)
+    ON CONFLICT (request_id) DO NOTHING
+)
+SELECT pg_notify($6::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
+
+-- name: claim
+-- The pending requests above the queue floor, oldest first, with the server's clock.
+SELECT id, epoch, read_version, payload, clock_timestamp() AS claimed_at
+  FROM commit_requests
+ WHERE id > $1::bigint AND status = 'pending'
+ ORDER BY id
+ LIMIT $2::integer;
+
+-- name: queue_writers
+-- The last request id that was drawn, and the transactions that may still bring an earlier one to light.
+SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('commit_requests', 'id')::regclass), 0) AS last_id,
+       (SELECT coalesce(array_agg(DISTINCT virtualtransaction), '{}')
+          FROM pg_locks
+         WHERE locktype = 'relation' AND relation = 'commit_requests'::regclass
+           AND mode = 'RowExclusiveLock' AND pid IS DISTINCT FROM pg_backend_pid()) AS writers;
+
+-- name: delete_ranges
+-- Removes the keys of half-open ranges; an end of null means to the last key.
+DELETE FROM kv
+ USING unnest($1::bytea[], $2::bytea[]) AS cleared (range_begin, range_end)
+ WHERE kv.key >= cleared.range_begin AND (cleared.range_end IS NULL OR kv.key < cleared.range_end);
+
+-- name: delete_keys
+-- Removes single keys.
+DELETE FROM kv WHERE key = ANY ($1::bytea[]);
+
+-- name: upsert_keys
+-- Writes single keys.
+INSERT INTO kv (key, value)
+SELECT key, value FROM unnest($1::bytea[], $2::bytea[]) AS written (key, value)
+ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+
+-- name: settle
+-- Settles a batch under the fence: statuses, durable version, floors, wake-ups.
+SELECT settle_commits($1::bigint, $2::uuid, $3::bigint, $4::bigint, $5::bigint, $6::bigint, $7::bigint,
+                      $8::bigint[], $9::text[], $10::bigint[], $11::text[]);
+
+-- name: window_commits
+-- The committed requests that the conflict window is rebuilt from, in version order.
+SELECT id, commit_version, payload, resolved_at
+  FROM commit_requests
+ WHERE id > $1::bigint AND commit_version > $2::bigint AND status = 'committed'
+ ORDER BY commit_version;
+
+-- name: ask
+-- What became of requests, with the epoch and the clock of the same snapshot.
+SELECT lease.epoch, clock_timestamp() AS asked_at, request.request_id, request.status, request.commit_version, request.reason
+  FROM leader_lease AS lease
+  LEFT JOIN commit_requests AS request ON request.request_id = ANY ($1::uuid[])
+ WHERE lease.id = 1;
+
+-- name: queue_state
+-- How many requests wait, and for how many seconds the oldest has.
+SELECT count(*) AS pending,
+       extract(epoch FROM clock_timestamp() - min(created_at))::double precision AS oldest_pending_seconds
+  FROM commit_requests
+ WHERE status = 'pending' AND id > (SELECT queue_floor_id FROM leader_lease WHERE id = 1);
+
+-- name: list
+-- Requests, newest first, without their payloads.
+SELECT id, request_id, status, commit_version, read_version, epoch, reason, created_at, resolved_at
+  FROM commit_requests
+ WHERE ($1::text IS NULL OR status = $1::text)
+ ORDER BY id DESC
+ LIMIT $2::integer;
+
+-- name: show
+-- One request by the id that its client made.
+SELECT id, request_id, status, commit_version, read_version, epoch, reason, created_at, resolved_at
+  FROM commit_requests
+ WHERE request_id = $1::uuid;
