@@ -1,1 +1,150 @@
+# Completion of pgcoord in bash 3.2 and later.
+# Written by docs/generate.py from the command tree. Change the commands and run it again.
 
+# Sets `commands`, `options` and `valued` (the options that take a value) of the command $1.
+_pgcoord_command() {
+    commands='' options='--dsn --schema -o --output -q --quiet -v --verbose --color --version -h --help'
+    valued='--dsn --schema -o --output --color'
+    case $1 in
+        'pgcoord')
+            commands='migrate leader kv commit gc dev demo'
+            ;;
+        'pgcoord migrate')
+            commands='up status sql verify grant'
+            ;;
+        'pgcoord migrate up')
+            options="--to --dry-run --lock-timeout $options"
+            valued="--to --lock-timeout $valued"
+            ;;
+        'pgcoord migrate status')
+            options="--check $options"
+            ;;
+        'pgcoord migrate sql')
+            options="--to $options"
+            valued="--to $valued"
+            ;;
+        'pgcoord migrate grant')
+            options="--reader --client --operator --dry-run $options"
+            valued="--reader --client --operator $valued"
+            ;;
+        'pgcoord leader')
+            commands='run status'
+            ;;
+        'pgcoord leader run')
+            options="--node-id --ttl $options"
+            valued="--node-id --ttl $valued"
+            ;;
+        'pgcoord leader status')
+            options="-w --watch --interval $options"
+            valued="--interval $valued"
+            ;;
+        'pgcoord kv')
+            commands='get set clear range'
+            ;;
+        'pgcoord kv get')
+            options="--hex $options"
+            ;;
+        'pgcoord kv set')
+            options="--hex --timeout $options"
+            valued="--timeout $valued"
+            ;;
+        'pgcoord kv clear')
+            options="--hex --timeout $options"
+            valued="--timeout $valued"
+            ;;
+        'pgcoord kv range')
+            options="--limit --reverse --hex $options"
+            valued="--limit $valued"
+            ;;
+        'pgcoord commit')
+            commands='list show'
+            ;;
+        'pgcoord commit list')
+            options="--status --limit $options"
+            valued="--status --limit $valued"
+            ;;
+        'pgcoord gc')
+            commands='commit-requests'
+            ;;
+        'pgcoord gc commit-requests')
+            options="--older-than --batch-size --max-runtime --dry-run $options"
+            valued="--older-than --batch-size --max-runtime $valued"
+            ;;
+        'pgcoord dev')
+            commands='up down dsn status'
+            ;;
+        'pgcoord dev up')
+            options="--server-version --no-migrate $options"
+            valued="--server-version $valued"
+            ;;
+        'pgcoord dev down')
+            options="--destroy --yes $options"
+            ;;
+    esac
+}
+
+# Sets `how` to the way compgen finds the values of the option or argument number $2 of the command $1.
+_pgcoord_value() {
+    case "$1 $2" in
+        *' -o') how=(-W 'table plain json jsonl csv markdown') ;;
+        *' --output') how=(-W 'table plain json jsonl csv markdown') ;;
+        *' --color') how=(-W 'auto always never') ;;
+    esac
+}
+
+# Fills COMPREPLY by `compgen "$@"`, whose lines may hold spaces.
+_pgcoord_reply() {
+    local found
+    while IFS= read -r found; do
+        [[ -n $found ]] && COMPREPLY+=("$found")
+    done <<<"$(compgen "$@")"
+    # Only readline can say that the words are file names, and only bash 4 can tell it so.
+    [[ $1 == -W ]] || compopt -o filenames 2>/dev/null
+}
+
+_pgcoord() {
+    local cur=${COMP_WORDS[COMP_CWORD]} path=pgcoord position=1 awaited='' plain='' index word
+    local commands options valued
+    local -a how=()
+    COMPREPLY=()
+    _pgcoord_command "$path"
+    for ((index = 1; index < COMP_CWORD; index++)); do
+        word=${COMP_WORDS[index]}
+        if [[ $word == [=:]* ]]; then
+            # Bash cuts words at = and :, so the next word goes on with the last one.
+            ((++index < COMP_CWORD)) && awaited=''
+        elif [[ -n $awaited ]]; then
+            awaited=''
+        elif [[ -n $plain ]]; then
+            ((position++))
+        elif [[ $word == -- ]]; then
+            plain=yes
+        elif [[ $word == -* ]]; then
+            [[ " $valued " == *" $word "* ]] && awaited=$word
+        elif [[ " $commands " == *" $word "* ]]; then
+            path="$path $word" position=1
+            _pgcoord_command "$path"
+        else
+            ((position++))
+        fi
+    done
+    if [[ -n $awaited ]]; then
+        [[ $cur == '=' ]] && cur=''
+        _pgcoord_value "$path" "$awaited"
+    elif [[ $cur == [=:]* || ${COMP_WORDS[COMP_CWORD - 1]} == [=:]* ]]; then
+        return
+    elif [[ -z $plain && $cur == --*=* ]]; then
+        _pgcoord_value "$path" "${cur%%=*}"
+        ((${#how[@]})) && _pgcoord_reply "${how[@]}" -P "${cur%%=*}=" -- "${cur#*=}"
+        return
+    elif [[ -z $plain && $cur == -* ]]; then
+        how=(-W "$options")
+    elif [[ -n $commands ]]; then
+        how=(-W "$commands")
+    else
+        _pgcoord_value "$path" "$position"
+    fi
+    ((${#how[@]})) && _pgcoord_reply "${how[@]}" -- "$cur"
+}
+
+complete -F _pgcoord pgcoord

@@ -1,1 +1,155 @@
+# Completion of pgcoord in fish.
+# Written by docs/generate.py from the command tree. Change the commands and run it again.
 
+function __pgcoord_is_command
+    contains -- "$argv" \
+        'pgcoord migrate' \
+        'pgcoord migrate up' \
+        'pgcoord migrate status' \
+        'pgcoord migrate sql' \
+        'pgcoord migrate verify' \
+        'pgcoord migrate grant' \
+        'pgcoord leader' \
+        'pgcoord leader run' \
+        'pgcoord leader status' \
+        'pgcoord kv' \
+        'pgcoord kv get' \
+        'pgcoord kv set' \
+        'pgcoord kv clear' \
+        'pgcoord kv range' \
+        'pgcoord commit' \
+        'pgcoord commit list' \
+        'pgcoord commit show' \
+        'pgcoord gc' \
+        'pgcoord gc commit-requests' \
+        'pgcoord dev' \
+        'pgcoord dev up' \
+        'pgcoord dev down' \
+        'pgcoord dev dsn' \
+        'pgcoord dev status' \
+        'pgcoord demo'
+end
+
+function __pgcoord_takes_value
+    contains -- "$argv" \
+        '--dsn' \
+        '--schema' \
+        '-o' \
+        '--output' \
+        '--color' \
+        'pgcoord migrate up --to' \
+        'pgcoord migrate up --lock-timeout' \
+        'pgcoord migrate sql --to' \
+        'pgcoord migrate grant --reader' \
+        'pgcoord migrate grant --client' \
+        'pgcoord migrate grant --operator' \
+        'pgcoord leader run --node-id' \
+        'pgcoord leader run --ttl' \
+        'pgcoord leader status --interval' \
+        'pgcoord kv set --timeout' \
+        'pgcoord kv clear --timeout' \
+        'pgcoord kv range --limit' \
+        'pgcoord commit list --status' \
+        'pgcoord commit list --limit' \
+        'pgcoord gc commit-requests --older-than' \
+        'pgcoord gc commit-requests --batch-size' \
+        'pgcoord gc commit-requests --max-runtime' \
+        'pgcoord dev up --server-version'
+end
+
+# Whether the words before the cursor name the command $argv[1], with the cursor at its argument number $argv[2].
+# Without a number, at any; with a third word, at that one or a later one.
+function __pgcoord_at
+    set -l path pgcoord
+    set -l position 1
+    set -l awaited
+    set -l plain
+    set -l words (commandline -opc)
+    set -e words[1]
+    for word in $words
+        if set -q awaited[1]
+            set -e awaited
+        else if set -q plain[1]
+            set position (math $position + 1)
+        else if test "$word" = --
+            set plain yes
+        else if string match -q -- '-*' "$word"
+            __pgcoord_takes_value $word; or __pgcoord_takes_value "$path $word"; and set awaited yes
+        else if __pgcoord_is_command "$path $word"
+            set path "$path $word"
+            set position 1
+        else
+            set position (math $position + 1)
+        end
+    end
+    test "$path" = "$argv[1]"; or return 1
+    set -q argv[2]; or return 0
+    test $position -eq $argv[2]; and return 0
+    set -q argv[3]; and test $position -gt $argv[2]
+end
+
+complete -c pgcoord -f
+complete -c pgcoord -l dsn -r -f -d 'Connection string, URI or keywords. [PGCOORD_DSN, then libpq\'s own]'
+complete -c pgcoord -l schema -r -f -d 'Schema that holds the cluster. [PGCOORD_SCHEMA, then pgcoord]'
+complete -c pgcoord -s o -l output -r -f -a 'table plain json jsonl csv markdown' -d 'table, plain, json, jsonl, csv, markdown. [PGCOORD_OUTPUT, then table]'
+complete -c pgcoord -s q -l quiet -d 'No talk on stderr unless something is wrong.'
+complete -c pgcoord -s v -l verbose -d 'Say more on stderr.'
+complete -c pgcoord -l color -r -f -a 'auto always never' -d 'auto, always or never. [PGCOORD_COLOR, then auto]'
+complete -c pgcoord -l version -d 'Print the version and exit.'
+complete -c pgcoord -s h -l help -d 'Show this message and exit.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'migrate' -d 'Bring the schema up to date, and say whether it is.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'leader' -d 'Run, inspect and watch the elected leader.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'kv' -d 'Read and write the transactional key-value data.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'commit' -d 'Look at commit requests and what became of them.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'gc' -d 'Collect garbage: settled requests that nobody can ask for any more.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'dev' -d 'Keep a PostgreSQL of your own to try things on.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'demo' -d 'Show the whole thing at work on a throw-away PostgreSQL.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'up' -d 'Apply the migrations that this database lacks, each in a transaction of its own.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'status' -d 'List every migration and whether this database has had it.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'sql' -d 'Print the migrations as a psql script, for those who run DDL by hand.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'verify' -d 'Check that what was applied is what this program carries: checksums, and nothing unknown.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'grant' -d 'Give existing roles just the rights that their work needs.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate up'" -l to -r -f -d 'Stop after migration N.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate up'" -l dry-run -d 'Say what would be applied; change nothing.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate up'" -l lock-timeout -r -f -d 'How long to wait for another run.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate status'" -l check -d 'Exit 3 unless everything is applied.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate sql'" -l to -r -f -d 'Stop after migration N.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate grant'" -l reader -r -f -d 'May look: status, listings, tails.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate grant'" -l client -r -f -d 'May read data and submit commits.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate grant'" -l operator -r -f -d 'May lead, repair and collect garbage.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate grant'" -l dry-run -d 'Print the statements; change nothing.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'run' -d 'Stand for election, and while elected resolve commit requests.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'status' -d 'Say who leads, how far the data has got and how long the queue is; exit 3 when nobody leads.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader run'" -l node-id -r -f -d 'Name of this candidate. [default: host and pid]'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader run'" -l ttl -r -f -d 'How long the lease lasts unrenewed; at least 1s.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader status'" -s w -l watch -d 'Show it again and again until Ctrl-C.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader status'" -l interval -r -f -d 'With --watch: longest time between two looks.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'get' -d 'Print what a key holds; exit 3 when there is no such key.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'set' -d 'Write a key through the leader, and print the version at which that took effect.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'clear' -d 'Remove a key through the leader, and print the version at which that took effect.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'range' -d 'List keys and values from BEGIN up to but without END, all of one snapshot.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l hex -d 'Keys and values are hexadecimal, in and out.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l hex -d 'Keys and values are hexadecimal, in and out.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear'" -l hex -d 'Keys and values are hexadecimal, in and out.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l limit -r -f -d 'At most so many.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l reverse -d 'From the end backwards.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l hex -d 'Keys and values are hexadecimal, in and out.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'list' -d 'List commit requests, newest first.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'show' -d 'Say what became of one request; exit 3 when it is not there.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l status -r -f -d 'Only one of: pending, committed, conflict, too_old, rejected, orphaned.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l limit -r -f -d 'At most so many.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc'" -a 'commit-requests' -d 'Delete settled commit requests that are older than the retention.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l older-than -r -f -d 'Keep what was settled since; at least 60s.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l batch-size -r -f -d 'Rows a transaction.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l max-runtime -r -f -d 'Begin no batch after that long.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l dry-run -d 'Say what would be deleted; change nothing.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'up' -d 'Start the development server, creating it at the first call, and bring its schema up to date.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'down' -d 'Stop the development server.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'dsn' -d 'Print the connection string of the development server; exit 3 if it is not running.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'status' -d 'Say whether the development server runs, and where; exit 3 if it does not.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev up'" -l server-version -r -f -d 'PostgreSQL 15, 16, 18. [the data\'s, then newest]'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev up'" -l no-migrate -d 'Leave the schema as it is.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev down'" -l destroy -d 'Remove the data too.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev down'" -l yes -d 'Remove without asking.'

@@ -76,12 +76,12 @@ def watch_status(conn: Connection[Any], schema: str, seconds: float) -> Iterator
         notifications.wait(seconds)
 
 
-def wait_for_leader(conn: Connection[Any], schema: str, seconds: float) -> Lease:
-    """The lease once somebody holds it; wakes at the election. NoLeader when nobody does within `seconds`."""
+def wait_for_leader(conn: Connection[Any], schema: str, seconds: float, *, after_epoch: int = 0) -> Lease:
+    """The lease once somebody holds one later than `after_epoch`; wakes at the election. NoLeader after `seconds`."""
     with closing(Wakeup()) as wakeup:
         notifications = listen(conn, channels.leadership(schema), wakeup)
         deadline = time.monotonic() + seconds
-        while not (lease := read_lease(conn)).held:
+        while not (lease := read_lease(conn)).held or lease.epoch <= after_epoch:
             if time.monotonic() >= deadline:
                 raise NoLeader(
                     f"nobody leads, and nobody was elected within {seconds:g}s",

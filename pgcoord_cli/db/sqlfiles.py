@@ -41,10 +41,7 @@ def statements(noun: str) -> dict[str, Statement]:
     """Every statement of `sql/queries/<noun>.sql`, by name."""
     parts = _HEADER.split((sql_root() / "queries" / f"{noun}.sql").read_text(encoding="utf-8"))[1:]
     triples = zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
-    return {
-        name: Statement(name, purpose, body.strip().removesuffix(";"))
-        for name, purpose, body in triples
-    }
+    return {name: Statement(name, purpose, body.strip().removesuffix(";")) for name, purpose, body in triples}
 
 
 def sql(noun: str, name: str) -> str:

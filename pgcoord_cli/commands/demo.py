@@ -1,0 +1,140 @@
+"""`pgcoord demo`: the whole thing at work on a throw-away PostgreSQL."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pgcoord_cli.commands.framework import PgcoordCommand, output_of, single
+from pgcoord_cli.errors import PgcoordError
+
+if TYPE_CHECKING:
+    from pgcoord_cli.core.demo import DemoResult
+    from pgcoord_cli.core.embedded import EmbeddedServer
+    from pgcoord_cli.render import Output
+
+app = single("Show the whole thing at work on a throw-away PostgreSQL.")
+
+
+@app.command("demo", cls=PgcoordCommand)
+def demo(
+    ctx: typer.Context,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the server running, and say what to try on it.")] = False,
+) -> None:
+    """Show the whole thing at work on a throw-away PostgreSQL.
+
+    Starts a server, elects one of two leaders, moves money between accounts with many clients at once, kills the
+    leader half way, and checks at the end that every account and every transfer is there. Leaves nothing behind.
+
+    \b
+    Examples:
+      pgcoord demo
+      pgcoord demo --keep
+      pgcoord demo -q -o json
+    """
+    from pgcoord_cli.core import demo as story
+
+    settings, out = output_of(ctx)
+    narrator = TerminalNarrator(out)
+    signal.signal(signal.SIGTERM, _as_exit)
+    narrator.step("Start a PostgreSQL of its own")
+    with _server(keep=keep) as server:
+        narrator.say(f"PostgreSQL {server.version()}, on a Unix socket, durability on")
+        result = story.run(replace(settings, dsn=server.dsn, dsn_source="pgcoord demo"), narrator)
+        narrator.end()
+        _show(out, result)
+        if keep:
+            _say_what_to_try(out, server)
+
+
+def _as_exit(number: int, _frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def _server(*, keep: bool) -> Iterator[EmbeddedServer]:
+    """A throw-away server; with `keep`, a new one in the place where `pgcoord dev --name demo` finds it."""
+    from pgcoord_cli.core.embedded import EmbeddedServer, dev_root, throw_away_server
+
+    if not keep:
+        with throw_away_server() as server:
+            yield server
+        return
+    server = EmbeddedServer(dev_root("demo"))
+    server.destroy()
+    server.start()
+    yield server
+
+
+def _show(out: Output, result: DemoResult) -> None:
+    out.document({"demo": result._asdict() | {"ok": result.ok}})
+    if not result.ok:
+        raise PgcoordError("the sums differ: this is a bug in pgcoord", hint="please report it", answered=True)
+    out.note(
+        f"\nNo money appeared or vanished, and each of {result.acknowledged} acknowledged transfers is there exactly "
+        "once, although the leader was killed."
+    )
+
+
+def _say_what_to_try(out: Output, server: EmbeddedServer) -> None:
+    import shlex
+
+    out.note(
+        "\nThe server is still running. Try:\n"
+        f"  export PGCOORD_DSN={shlex.quote(server.dsn)}\n"
+        "  pgcoord leader run &\n"
+        "  pgcoord leader status\n"
+        "  pgcoord kv range account/ account0\n"
+        "  pgcoord kv set greeting hello && pgcoord kv get greeting\n"
+        "  pgcoord commit list --limit 5\n"
+        "and when you are done:\n"
+        "  pgcoord dev down --name demo --destroy --yes"
+    )
+
+
+class TerminalNarrator:
+    """Tells the story on stderr: numbered steps, details below them, a progress line that stays in its place."""
+
+    REDRAW_SECONDS = 0.1
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        self._steps = 0
+        self._drawn_at = 0.0
+        self._in_place = sys.stderr.isatty() and not out.quiet
+        self._line_open = False
+
+    def step(self, title: str) -> None:
+        """A numbered heading."""
+        self.end()
+        self._steps += 1
+        self._out.note(f"{self._steps}. {title}")
+
+    def say(self, text: str) -> None:
+        """An indented line."""
+        self.end()
+        self._out.note(f"   {text}")
+
+    def progress(self, done: int, total: int) -> None:
+        """A bar, redrawn ten times a second on a terminal; nothing elsewhere."""
+        now = time.monotonic()
+        if not self._in_place or (now - self._drawn_at < self.REDRAW_SECONDS and done < total):
+            return
+        self._drawn_at = now
+        filled = 40 * done // total
+        sys.stderr.write(f"\r   [{'#' * filled}{'.' * (40 - filled)}] {done}/{total}")
+        sys.stderr.flush()
+        self._line_open = True
+
+    def end(self) -> None:
+        """Ends the progress line, if one is open."""
+        if self._line_open:
+            sys.stderr.write("\n")
+            self._line_open = False

@@ -1,0 +1,151 @@
+"""`pgcoord dev`: a PostgreSQL of your own to try things on, kept until you remove it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pgcoord_cli.commands.framework import command, noun, output_of
+from pgcoord_cli.errors import ConditionFalse, UsageError
+
+if TYPE_CHECKING:
+    from pgcoord_cli.core.embedded import EmbeddedServer
+    from pgcoord_cli.render import Output
+    from pgcoord_cli.settings import Settings
+
+app = noun("Keep a PostgreSQL of your own to try things on.")
+
+START_HINT = "start it with: pgcoord dev up"
+
+
+@command(app, "up")
+def up(
+    ctx: typer.Context,
+    server_version: Annotated[
+        int | None,
+        typer.Option("--server-version", metavar="N", help="PostgreSQL 15, 16, 18. [the data's, then newest]"),
+    ] = None,
+    no_migrate: Annotated[bool, typer.Option("--no-migrate", help="Leave the schema as it is.")] = False,
+) -> None:
+    """Start the development server, creating it at the first call, and bring its schema up to date.
+
+    It listens on a Unix socket only and goes on running until `dev down`. Its data outlives that; PGCOORD_DEV_DIR
+    says where it is kept. Called on a running server, this changes nothing but a schema that is behind.
+
+    \b
+    Examples:
+      pgcoord dev up
+      pgcoord dev up --server-version 16 --no-migrate
+      pgcoord dev up -q -o json
+    """
+    import shlex
+
+    settings, out = output_of(ctx)
+    server = _server(server_version)
+    started = server.start()
+    applied = 0 if no_migrate else bring_up_to_date(replace(settings, dsn=server.dsn, dsn_source="pgcoord dev"), out)
+    out.document(server.describe()._asdict() | {"started": started, "migrations_applied": applied})
+    out.note(f"export PGCOORD_DSN={shlex.quote(server.dsn)}")
+
+
+@command(app, "down")
+def down(
+    ctx: typer.Context,
+    destroy: Annotated[bool, typer.Option("--destroy", help="Remove the data too.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """Stop the development server. Its data stays, unless it is to be destroyed.
+
+    \b
+    Examples:
+      pgcoord dev down
+      pgcoord dev down --destroy
+      pgcoord dev down --destroy --yes
+    """
+    _, out = output_of(ctx)
+    server = _server()
+    if destroy and not yes:
+        _confirm(server)
+    stopped = server.stop()
+    destroyed = server.destroy() if destroy else False
+    out.document({"stopped": stopped, "destroyed": destroyed, "data_directory": str(server.data)})
+
+
+@command(app, "dsn")
+def dsn(ctx: typer.Context) -> None:
+    """Print the connection string of the development server; exit 3 if it is not running.
+
+    \b
+    Examples:
+      export PGCOORD_DSN=$(pgcoord dev dsn)
+      psql "$(pgcoord dev dsn)"
+    """
+    _, out = output_of(ctx)
+    server = _server()
+    if not server.is_running():
+        raise ConditionFalse("the development server is not running", hint=START_HINT)
+    if out.is_json:
+        out.document({"dsn": server.dsn})
+    else:
+        typer.echo(server.dsn)
+
+
+@command(app, "status")
+def status(ctx: typer.Context) -> None:
+    """Say whether the development server runs, and where; exit 3 if it does not.
+
+    \b
+    Examples:
+      pgcoord dev status
+      pgcoord dev status -o json | jq -r .data_directory
+    """
+    _, out = output_of(ctx)
+    description = _server().describe()
+    out.document(description._asdict())
+    if not description.running:
+        out.note(START_HINT)
+        raise typer.Exit(ConditionFalse.exit_code)
+
+
+def bring_up_to_date(settings: Settings, out: Output) -> int:
+    """Applies the migrations that the database of `settings` lacks, saying so on stderr; returns how many."""
+    from pgcoord_cli.core import migrations, session
+
+    def waiting(ahead: object) -> None:
+        out.note(f"waiting for the migration lock held by {ahead}")
+
+    with (
+        session.migration_session(settings, read_only=False) as (conn, _),
+        migrations.migration_lock(conn, settings.schema, 30.0, waiting),
+    ):
+        applied = migrations.apply(
+            conn, settings.schema, None, lambda done: out.note(f"applied {done.version:04}_{done.name}")
+        )
+    return len(applied)
+
+
+def _server(version: int | None = None) -> EmbeddedServer:
+    """The development server, on PostgreSQL of that version; UsageError if its data is of another."""
+    from pgcoord_cli.core.embedded import EmbeddedServer, dev_root, find_programs
+
+    server = EmbeddedServer(dev_root())
+    made_by = server.version()
+    if version in (None, made_by):
+        return server
+    if made_by:
+        raise UsageError(
+            f"--server-version: the data in {server.data} is of PostgreSQL {made_by}",
+            hint="remove it with: pgcoord dev down --destroy; or set PGCOORD_DEV_DIR to another directory",
+        )
+    return EmbeddedServer(server.root, find_programs(version))
+
+
+def _confirm(server: EmbeddedServer) -> None:
+    """Goes on only if a person at the terminal agrees that the data be removed."""
+    if not sys.stdin.isatty():
+        raise UsageError("--destroy: removes all data, and there is no terminal to ask at", hint="add --yes")
+    if not typer.confirm(f"Remove {server.root} and all data in it?", err=True):
+        raise typer.Exit(1)

@@ -1,0 +1,225 @@
+"""A real PostgreSQL for every test, and the program as its users run it.
+
+One throw-away server serves a session (`--server-version 15|16|18` chooses it); every test gets a database of its own,
+copied from a migrated template. Tests that stop or break a server start one for themselves (`own_server`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from queue import Empty, Queue
+from threading import Thread
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from pytest_postgresql import factories
+from pytest_postgresql.executors import NoopExecutor
+from pytest_postgresql.janitor import DatabaseJanitor
+
+from pgcoord_cli.core import migrations
+from pgcoord_cli.core.embedded import EmbeddedServer, Programs, find_programs, throw_away_server
+from pgcoord_cli.core.session import migration_session
+from pgcoord_cli.settings import Settings
+
+PATIENCE = 30.0
+"""Seconds after which a test that waits for something gives up. Nothing is asserted about shorter times."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--server-version", type=int, default=18, choices=(15, 16, 18), help="PostgreSQL to test on")
+
+
+@pytest.fixture(scope="session")
+def programs(pytestconfig: pytest.Config) -> Programs:
+    """The PostgreSQL programs of the chosen version."""
+    return find_programs(pytestconfig.getoption("--server-version"))
+
+
+@pytest.fixture(scope="session")
+def server(programs: Programs) -> Iterator[EmbeddedServer]:
+    """The server that the session's tests share; nobody may stop it."""
+    with throw_away_server(programs) as running:
+        yield running
+
+
+class Address(NamedTuple):
+    """Where the shared server is, in the words that pytest-postgresql asks for."""
+
+    host: str
+    port: int = 5432
+    user: str = "postgres"
+    password: str | None = None
+    options: str = ""
+    maintenance_dbname: str = "postgres"
+    template_dbname: str | None = None
+
+
+@pytest.fixture(scope="session")
+def server_address(server: EmbeddedServer) -> Address:
+    return Address(host=str(conninfo_to_dict(server.dsn)["host"]))
+
+
+def migrate(**address: Any) -> None:
+    """Puts the schema into the template that test databases are copied from."""
+    address = {name: value for name, value in address.items() if value}
+    migrate_schema(Settings(dsn=make_conninfo("", **address)))
+
+
+def migrate_schema(settings: Settings) -> None:
+    """What `pgcoord migrate up` does."""
+    with (
+        migration_session(settings, read_only=False) as (conn, _),
+        migrations.migration_lock(conn, settings.schema, PATIENCE, lambda _: None),
+    ):
+        migrations.apply(conn, settings.schema, None, lambda _: None)
+
+
+migrated_template = factories.postgresql_noproc(dbname="migrated", depends_on="server_address", load=[migrate])
+empty_template = factories.postgresql_noproc(dbname="empty", depends_on="server_address")
+
+
+@contextmanager
+def _copy_of(template: NoopExecutor) -> Iterator[Settings]:
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    janitor = DatabaseJanitor(
+        user=template.user, host=template.host, port=template.port, dbname=name,
+        template_dbname=template.template_dbname, maintenance_dbname=template.maintenance_dbname,
+    )  # fmt: skip
+    with janitor:
+        yield Settings(dsn=make_conninfo("", host=template.host, user=template.user, dbname=name))
+
+
+@pytest.fixture
+def settings(migrated_template: NoopExecutor) -> Iterator[Settings]:
+    """A migrated database of the test's own."""
+    with _copy_of(migrated_template) as copied:
+        yield copied
+
+
+@pytest.fixture
+def empty_settings(empty_template: NoopExecutor) -> Iterator[Settings]:
+    """A database of the test's own, without any schema of ours."""
+    with _copy_of(empty_template) as copied:
+        yield copied
+
+
+@pytest.fixture
+def sql(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
+    """An autocommit connection to the test's database, as a psql user would have it."""
+    with psycopg.connect(settings.dsn, autocommit=True, options="-c search_path=pgcoord") as conn:
+        yield conn
+
+
+@pytest.fixture
+def own_server(programs: Programs) -> Iterator[EmbeddedServer]:
+    """A server of the test's own, which it may stop, kill and start again."""
+    with throw_away_server(programs) as running:
+        yield running
+
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The environment of a user whose PGCOORD_DSN names the test's database."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "PGCOORD"))}
+    return clean | {"PGCOORD_DSN": settings.dsn, "PGCOORD_SCHEMA": settings.schema, "NO_COLOR": "1"}
+
+
+@pytest.fixture
+def cli(request: pytest.FixtureRequest) -> Cli:
+    """Runs `pgcoord …` in a process of its own, against the test's database unless `settings=` names another."""
+
+    def run(
+        *words: str, settings: Settings | None = None, env: dict[str, str] | None = None, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        chosen = settings or request.getfixturevalue("settings")
+        return subprocess.run(
+            [sys.executable, "-m", "pgcoord_cli", *words],
+            env=environment(chosen) | (env or {}), capture_output=True, text=True, timeout=PATIENCE * 2, input=stdin,
+            check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@dataclass
+class LeaderProcess:
+    """A `pgcoord leader run` in a process of its own, and what it has said so far."""
+
+    process: subprocess.Popen[str]
+    node_id: str
+    _lines: Queue[str]
+    said: list[str]
+
+    def wait_for(self, text: str) -> str:
+        """The next line on stderr that holds `text`; fails when none comes in time."""
+        while True:
+            try:
+                line = self._lines.get(timeout=PATIENCE)
+            except Empty:
+                raise AssertionError(f"{self.node_id} never said {text!r}; it said {self.said}") from None
+            self.said.append(line)
+            if text in line:
+                return line
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        """Ends the process, whatever state it is in, and returns its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+        return self.process.wait(PATIENCE)
+
+
+StartLeader = Callable[..., LeaderProcess]
+
+
+@pytest.fixture
+def start_leader(request: pytest.FixtureRequest) -> Iterator[StartLeader]:
+    """Starts `pgcoord leader run`; ends those that are left when the test is over."""
+    started: list[LeaderProcess] = []
+
+    def start(node_id: str, *words: str, settings: Settings | None = None) -> LeaderProcess:
+        leader = _start_leader(node_id, words, settings or request.getfixturevalue("settings"))
+        started.append(leader)
+        return leader
+
+    yield start
+    for leader in started:
+        leader.end()
+        assert leader.process.stderr
+        leader.process.stderr.close()
+
+
+def _start_leader(node_id: str, words: Sequence[str], settings: Settings) -> LeaderProcess:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pgcoord_cli", "leader", "run", "--node-id", node_id, *words],
+        env=environment(settings), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    lines: Queue[str] = Queue()
+
+    def read() -> None:
+        assert process.stderr
+        for line in process.stderr:
+            lines.put(line)
+
+    Thread(target=read, daemon=True).start()
+    return LeaderProcess(process, node_id, lines, [])
+
+
+@pytest.fixture
+def in_schema() -> Callable[[Settings, str], Settings]:
+    """The same database, another schema."""
+    return lambda settings, schema: replace(settings, schema=schema, schema_given=True)

@@ -1,0 +1,138 @@
+"""No command without help, and no example that the parser would refuse."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer._click.core import Command, Context
+from typer._click.exceptions import ClickException
+from typer.core import TyperArgument, TyperGroup, TyperOption
+
+from pgcoord_cli.cli import CATALOGUE, root
+from pgcoord_cli.commands.framework import global_options
+from pgcoord_cli.errors import UsageError
+from pgcoord_cli.settings import resolve_settings
+
+GLOBAL_NAMES = {option.name for option in global_options()}
+
+SEPARATORS = "();|&"
+
+BEFORE_A_COMMAND = re.compile(r"!|if|elif|while|until|then|else|do|\w+=.*", re.DOTALL)
+"""Words that may stand before the command in a line of shell: reserved words and assignments."""
+
+
+def walk(command: Command, words: tuple[str, ...], parent: Context | None = None) -> Iterator[tuple[str, Command]]:
+    """Every command below, with what is typed to call it."""
+    ctx = Context(command, parent=parent, info_name=words[-1])
+    if isinstance(command, TyperGroup):
+        for name in command.list_commands(ctx):
+            child = command.get_command(ctx, name)
+            assert child is not None
+            yield " ".join([*words, name]), child
+            yield from walk(child, (*words, name), ctx)
+
+
+TREE = dict(walk(root(), ("pgcoord",)))
+LEAVES = {path: command for path, command in TREE.items() if not isinstance(command, TyperGroup)}
+
+
+def first_paragraph(command: Command) -> str:
+    return " ".join((command.help or "").split("\n\n")[0].split())
+
+
+def examples(command: Command) -> list[str]:
+    """The lines of the Examples block, those that go on in the next one joined to it."""
+    block = re.search(r"^\x08\nExamples:\n((?:  .*\n?)+)", command.help or "", re.MULTILINE)
+    return [line.strip() for line in block[1].replace("\\\n", "").splitlines()] if block else []
+
+
+def calls(line: str) -> list[list[str]]:
+    """The calls of pgcoord in a line of shell. What the shell would put in is a 1."""
+    found: list[list[str]] = []
+    while inner := re.search(r"\$\(([^()]*)\)", line):
+        found += calls(inner[1])
+        line = f"{line[: inner.start()]}1{line[inner.end() :]}"
+    line = re.sub(r"\$\{?\w+\}?", "1", line)
+    line = re.sub(r"\d?(?:>>?|<)(?:&\d|\s*\S+)", "", line)
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=SEPARATORS)
+    lexer.whitespace_split = True
+    for is_separator, group in itertools.groupby(lexer, key=lambda word: set(word) <= set(SEPARATORS)):
+        words = list(itertools.dropwhile(BEFORE_A_COMMAND.fullmatch, group))
+        if not is_separator and words[:1] == ["pgcoord"]:
+            found.append(words)
+    return found
+
+
+def parse(words: list[str]) -> None:
+    """Does everything that a call does before the command's own function begins."""
+    ctx = root().make_context(words[0], words[1:])
+    while isinstance(ctx.command, TyperGroup):
+        name, command, rest = ctx.command.resolve_command(ctx, [*ctx._protected_args, *ctx.args])
+        assert command is not None
+        ctx = command.make_context(name, rest, parent=ctx)
+    resolve_settings(ctx.find_root().meta.get("pgcoord.flags", {}), {})
+
+
+@pytest.mark.parametrize("path", TREE)
+def test_every_command_has_help_that_is_a_sentence(path: str) -> None:
+    assert first_paragraph(TREE[path]).endswith(".")
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_every_command_has_an_example_of_itself(path: str) -> None:
+    assert [line for line in examples(LEAVES[path]) if f"{line} ".startswith(f"{path} ")]
+
+
+@pytest.mark.parametrize("path", TREE)
+def test_every_option_and_argument_has_help(path: str) -> None:
+    own = [param for param in TREE[path].params if param.name not in GLOBAL_NAMES]
+    assert [param.name for param in own if not (isinstance(param, TyperOption | TyperArgument) and param.help)] == []
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_every_example_can_be_parsed(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in examples(LEAVES[path]):
+        for words in calls(line):
+            try:
+                parse(words)
+            except (ClickException, UsageError) as error:
+                pytest.fail(f"{line}\n{error}")
+            except typer.Exit:  # an example of --version or --help
+                pass
+
+
+@pytest.mark.parametrize("noun", CATALOGUE)
+def test_the_catalogue_says_what_the_noun_says_of_itself(noun: str) -> None:
+    assert first_paragraph(TREE[f"pgcoord {noun}"]) == CATALOGUE[noun]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("pgcoord kv get a", ["kv get a"]),
+        ("pgcoord migrate status --check -q || pgcoord migrate up", ["migrate status --check -q", "migrate up"]),
+        ("pgcoord migrate sql | psql -1 pgcoord", ["migrate sql"]),
+        ("if ! pgcoord leader wait; then echo pgcoord; fi", ["leader wait"]),
+        ('pgcoord kv set a "$(pgcoord kv get b | tr a b)"', ["kv get b", "kv set a 1"]),
+        ("PGCOORD_SCHEMA=x pgcoord kv get $KEY > out 2>&1  # why", ["kv get 1"]),
+        ("cat < in | pgcoord kv set 'a|b' - >> log &", ["kv set a|b -"]),
+    ],
+)
+def test_calls_finds_the_calls_in_a_line_of_shell(line: str, expected: list[str]) -> None:
+    assert [" ".join(words[1:]) for words in calls(line)] == expected
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["pgcoord migrate up --nosuch", "pgcoord migrate up 1", "pgcoord migrate up --to x", "pgcoord -o x migrate up"],
+)
+def test_parse_refuses_what_the_program_would_refuse(call: str) -> None:
+    with pytest.raises((ClickException, UsageError)):
+        parse(call.split())
