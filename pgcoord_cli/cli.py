@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import suppress
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError
@@ -14,7 +18,7 @@ from typer._click.exceptions import ClickException, NoArgsIsHelpError
 from pgcoord_cli.commands.framework import RootGroup
 from pgcoord_cli.errors import PgcoordError, UsageError
 from pgcoord_cli.render import render_error
-from pgcoord_cli.settings import OutputFormat
+from pgcoord_cli.settings import ColorMode, OutputFormat
 
 HELP = """Coordination kept in PostgreSQL, and the operations command for it.
 
@@ -55,15 +59,20 @@ def run(argv: Sequence[str]) -> int:
         return 0
     except typer.Exit as stop:
         return stop.exit_code
-    except NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        return UsageError.exit_code
     except BrokenPipeError:
-        return _quiet_end()
-    except (ClickException, PgcoordError, KeyboardInterrupt, typer.Abort) as error:
-        failure = _failure(error)
-        render_error(failure, as_json=wants_json(argv))
-        return failure.exit_code
+        return 0  # the reader of stdout is gone (`| head`): nothing is wrong, and nothing more can be said
+    except (ClickException, PgcoordError, KeyboardInterrupt, typer.Abort, OSError) as error:
+        with suppress(OSError):  # where nobody can be told, the exit code still says it
+            _report(error, argv)
+        return _failure(error).exit_code
+
+
+def _report(error: BaseException, argv: Sequence[str]) -> None:
+    as_json = wants_json(argv)
+    if isinstance(error, NoArgsIsHelpError) and not as_json:
+        typer.echo(error.format_message(), err=True)
+    else:
+        render_error(_failure(error), as_json=as_json, color=_wanted_color(argv))
 
 
 class Interrupted(PgcoordError):
@@ -73,40 +82,89 @@ class Interrupted(PgcoordError):
     exit_code = 128 + signal.SIGINT
 
 
+class Terminated(PgcoordError):
+    """SIGTERM."""
+
+    code = "terminated"
+    exit_code = 128 + signal.SIGTERM
+
+
+class Termination(KeyboardInterrupt):
+    """SIGTERM on its way out, through every clean-up that Ctrl-C goes through."""
+
+
 def _failure(error: BaseException) -> PgcoordError:
     if isinstance(error, PgcoordError):
         return error
+    if isinstance(error, NoArgsIsHelpError):
+        return UsageError("no command was given", hint=f"see: {error.ctx.command_path} --help")
     if isinstance(error, ClickException):
         ctx = getattr(error, "ctx", None)
         return UsageError(error.format_message(), hint=f"see: {ctx.command_path} --help" if ctx else None)
-    return Interrupted("interrupted")
+    if isinstance(error, OSError):
+        return PgcoordError(str(error) or type(error).__name__)
+    return Terminated("terminated") if isinstance(error, Termination) else Interrupted("interrupted")
 
 
-def _quiet_end() -> int:
-    """The reader of stdout is gone (`| head`): nothing is wrong, and nothing more can be said."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+_OUTPUT_WORD = re.compile(r"--output(?:=(.*))?|-[a-zA-Z]*?o(.*)", re.DOTALL)
+_COLOR_WORD = re.compile(r"--color(?:=(.*))?", re.DOTALL)
 
 
 def wants_json(argv: Sequence[str]) -> bool:
     """Whether the call asks for JSON, as far as can be told even where its words could not be parsed."""
-    chosen = os.environ.get("PGCOORD_OUTPUT", "")
-    for position, word in enumerate(argv):
+    return _last_word(argv, _OUTPUT_WORD, "PGCOORD_OUTPUT") in (OutputFormat.JSON, OutputFormat.JSONL)
+
+
+def _wanted_color(argv: Sequence[str]) -> ColorMode:
+    chosen = _last_word(argv, _COLOR_WORD, "PGCOORD_COLOR")
+    return ColorMode(chosen) if chosen in tuple(ColorMode) else ColorMode.AUTO
+
+
+def _last_word(argv: Sequence[str], option: re.Pattern[str], variable: str) -> str:
+    """What was last given for an option, in the same word or in the one after it."""
+    chosen = os.environ.get(variable, "")
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word == "--":
             break
-        following = argv[position + 1] if position + 1 < len(argv) else ""
-        if word in ("-o", "--output"):
-            chosen = following
-        elif word.startswith(("--output=", "-o")) and not word.startswith("-o="):
-            chosen = word.removeprefix("--output=").removeprefix("-o")
-    return chosen in (OutputFormat.JSON, OutputFormat.JSONL)
+        if found := option.fullmatch(word):
+            chosen = next(filter(None, found.groups()), following)
+    return chosen
 
 
 def main() -> NoReturn:
     """The `pgcoord` program."""
-    code = run(sys.argv[1:])
+    _prepare_streams()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = _quiet_end()
-    sys.exit(code)
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt as again:  # while the first one was being answered
+        code = _failure(again).exit_code
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    sys.exit(_flush(code))
+
+
+def _prepare_streams() -> None:
+    """Has somewhere to write to where the caller closed stdout or stderr, and a way to write what is not text."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+        elif isinstance(stream := getattr(sys, name), TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _terminate(_number: int, _frame: Any) -> None:
+    raise Termination
+
+
+def _flush(code: int) -> int:
+    """Writes out what is left, and returns the exit code. A reader that is gone is no failure; a full disk is."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if code == 0 and not isinstance(error, BrokenPipeError):
+                print(f"error: cannot write: {error.strerror}", file=sys.stderr)
+                code = PgcoordError.exit_code
+    return code

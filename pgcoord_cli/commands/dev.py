@@ -147,5 +147,7 @@ def _confirm(server: EmbeddedServer) -> None:
     """Goes on only if a person at the terminal agrees that the data be removed."""
     if not sys.stdin.isatty():
         raise UsageError("--destroy: removes all data, and there is no terminal to ask at", hint="add --yes")
-    if not typer.confirm(f"Remove {server.root} and all data in it?", err=True):
+    # Not typer.confirm, which writes a space to stdout even where it asks on stderr.
+    print(f"Remove {server.root} and all data in it? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise typer.Exit(1)

@@ -21,9 +21,6 @@ Timeout = Annotated[
     str, typer.Option("--timeout", metavar="DURATION", help="How long to wait for a leader, and for the commit.")
 ]
 
-WRITE_COLUMNS = ["key", "version"]
-
-
 @command(app, "get")
 def get(ctx: typer.Context, key: Key, hex_: Hex = False) -> None:
     """Print what a key holds; exit 3 when there is no such key. With `-o plain`, just the value.
@@ -117,7 +114,7 @@ def range_(
     with session.command_session(settings, "kv range", writes=False) as conn:
         version, entries = kv.read_range(conn, first, last, limit, reverse=reverse)
     records = [kv.show(entry, as_hex=hex_) for entry in entries]
-    out.rows(["key", "value"], records, empty=f"no keys there at version {version}")
+    out.rows(["key", "value", "encoding"], records, empty=f"no keys there at version {version}")
 
 
 def _commit(
@@ -142,4 +139,9 @@ def _commit(
 
     with session.command_session(settings, name, writes=True) as conn:
         leader.wait_for_leader(conn, settings.schema, seconds)
-    out.value(record | {"version": asyncio.run(commit())}, "committed")
+    try:
+        version = asyncio.run(commit())
+    except KeyboardInterrupt:
+        out.warn("the request may have been sent already: pgcoord commit list shows it and what becomes of it")
+        raise
+    out.value(record | {"version": version}, str(version))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pgcoord_cli.commands.framework import command, duration, noun, output_of
+from pgcoord_cli.commands.framework import check_text, command, duration, noun, output_of
 from pgcoord_cli.errors import ConditionFalse
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def run(
     from pgcoord_cli.core.lease import MIN_TTL
 
     settings, out = output_of(ctx)
+    check_text(node_id, "--node-id")
     seconds = duration("--ttl", minimum=MIN_TTL - 0.001)(ttl) or 0
     leader = Leader(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
     received: list[int] = []
@@ -103,9 +104,12 @@ def status(
 
 
 def _watch(out: Output, documents: Any) -> None:
-    """Each look below the one before, or in its place on a terminal."""
+    """Each look below the one before, or in its place on a terminal. Ctrl-C is its ordinary end."""
     in_place = sys.stdout.isatty() and not out.is_json
-    for document in documents:
-        if in_place:
-            sys.stdout.write("\x1b[2J\x1b[H")
-        out.next_document(document)
+    try:
+        for document in documents:
+            if in_place:
+                sys.stdout.write("\x1b[2J\x1b[H")
+            out.next_document(document)
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import typer
 
 from pgcoord_cli.commands.framework import command, duration, noun, output_of
-from pgcoord_cli.errors import ConditionFalse, UsageError
+from pgcoord_cli.errors import ConditionFalse, PgcoordError, UsageError
 
 app = noun("Bring the schema up to date, and say whether it is.")
 
@@ -64,6 +65,8 @@ def status(
 ) -> None:
     """List every migration and whether this database has had it.
 
+    Exit 1 when an applied one was edited since, 7 when an unknown one is breaking.
+
     \b
     Examples:
       pgcoord migrate status
@@ -76,9 +79,16 @@ def status(
         states = migrations.states(conn, has_ledger=server.has_ledger)
     pending = [state for state in states if state.state == "pending"]
     out.rows(COLUMNS, [state._asdict() for state in states])
+    try:
+        migrations.verify(states)
+    except PgcoordError as error:
+        error.answered = True
+        raise
     if check and pending:
         raise ConditionFalse(
-            f"{len(pending)} migration(s) are pending", hint="apply them with: pgcoord migrate up", answered=True
+            f"{len(pending)} migration(s) are pending",
+            hint=f"apply them with: {migrations.mending_command(settings.schema)}",
+            answered=True,
         )
 
 
@@ -92,7 +102,7 @@ def sql(
     \b
     Examples:
       pgcoord migrate sql | less
-      pgcoord migrate sql | psql -1 mydb
+      pgcoord migrate sql | psql mydb
     """
     from pgcoord_cli.core import migrations
 
@@ -106,7 +116,7 @@ def sql(
 
 @command(app, "verify")
 def verify(ctx: typer.Context) -> None:
-    """Check that what was applied is what this program carries: checksums, and nothing unknown.
+    """Check what was applied against what this program carries: equal checksums, nothing unknown that is breaking.
 
     \b
     Examples:
@@ -117,12 +127,18 @@ def verify(ctx: typer.Context) -> None:
 
     settings, out = output_of(ctx)
     with session.migration_session(settings, read_only=True) as (conn, server):
-        states = migrations.states(conn, has_ledger=server.has_ledger)
+        session.require_ledger(conn, server, settings)
+        states = migrations.states(conn, has_ledger=True)
     migrations.verify(states)
-    if not server.has_ledger:
-        raise session.unmigrated(settings)
-    applied = [state for state in states if state.state == "applied"]
-    out.document({"schema": settings.schema, "verified": len(applied), "pending": len(states) - len(applied)})
+    count = Counter(state.state for state in states)
+    out.document(
+        {
+            "schema": settings.schema,
+            "verified": count["applied"],
+            "pending": count["pending"],
+            "unknown": count["unknown"],
+        }
+    )
 
 
 @command(app, "grant")

@@ -150,6 +150,8 @@ class Transaction:
     ) -> list[tuple[bytes, bytes]]:
         """Keys and values from `begin` up to but without `end` (None: to the last key), with own writes seen."""
         _checked(lambda: codec.check_range(begin, end))
+        if limit is not None and limit < 0:
+            raise ValueError(f"a limit of {limit}")
         # Own writes may hide stored rows, so with any in hand the whole range is read.
         interval = RangeRead(begin, end, None if self._mutations else limit, reverse)
         rows = (await self._read(Wanted(ranges=(interval,)))).rows[interval]

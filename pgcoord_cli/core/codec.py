@@ -82,7 +82,7 @@ def _unpack(body: bytes) -> Any:
     try:
         return msgpack.unpackb(body, use_list=False)
     except Exception as error:  # noqa: BLE001 - msgpack raises a dozen unrelated kinds
-        raise Undecodable(f"the payload is not MessagePack: {error}") from None
+        raise Undecodable(f"the payload is not MessagePack: {str(error) or type(error).__name__}") from None
 
 
 def _request(fields: Any) -> Request:
@@ -120,10 +120,12 @@ def _mutation(item: Any) -> Mutation:
     if not isinstance(item, tuple) or len(item) != len(Mutation._fields):
         raise Undecodable("a mutation is not an array of three")
     op, key, operand = item
+    if type(op) is not int:  # it may be nested so deeply that even printing it fails
+        raise Undecodable("the kind of a mutation is not a number")
     try:
         known = Op(op)
     except ValueError:
-        raise Undecodable(f"mutation {op!r} is unknown") from None
+        raise Undecodable(f"mutation {op} is unknown") from None
     return Mutation(known, _key(key), None if operand is None else _key(operand))
 
 
@@ -138,7 +140,8 @@ def check(request: Request) -> None:
 
 
 def check_key(key: bytes) -> None:
-    """Undecodable when the key is longer than an index entry may be."""
+    """Undecodable when the key is longer than an index entry may be, or no bytes at all."""
+    _key(key)
     if len(key) > MAX_KEY_BYTES:
         raise Undecodable(f"a key of {len(key)} bytes is longer than {MAX_KEY_BYTES}")
 

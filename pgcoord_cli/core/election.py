@@ -128,12 +128,15 @@ class Keeper(threading.Thread):
             self._trusted_until = sent_at + self._ttl
             self.term = term
             self._wakeup.set()
+            mark_leader_session(self._conn, self._settings.schema)
 
     def _end_old_sessions(self) -> None:
-        """Ends the sessions of a leader that is frozen or cut off, so that none of its locks is in the way."""
+        """Ends the sessions of a leader that is frozen or cut off, so that none of its locks is in the way.
+
+        Not whoever holds the election lock: that may be another candidate, who was faster.
+        """
         with suppress(psycopg.errors.InsufficientPrivilege):
-            for key in (self._lock_key, session_key(self._settings.schema)):
-                self._conn.execute(sql("lease", "terminate_holders"), [key])
+            self._conn.execute(sql("lease", "terminate_holders"), [session_key(self._settings.schema)])
             self._locked = self._wait_for_lock(LOCK_OF_THE_DEAD_SECONDS)
 
     def _keep(self) -> None:
@@ -143,12 +146,15 @@ class Keeper(threading.Thread):
         while not self._stopping.wait(self._ttl / RENEWALS_PER_TTL):
             sent_at = time.monotonic()
             if not lease.renew(self._conn, self.term, self._ttl):
-                self._end(f"superseded by {lease.successor(self._conn)}")
+                self._end(self._superseded())
                 return
             self._trusted_until = sent_at + self._ttl
             self._locked = self._locked or self._try_lock()
-        lease.release(self._conn, self._settings.schema, self.term, self._release_reason)
-        self._end(self._release_reason)
+        released = lease.release(self._conn, self._settings.schema, self.term, self._release_reason)
+        self._end(self._release_reason if released else self._superseded())
+
+    def _superseded(self) -> str:
+        return f"superseded by {lease.successor(self._conn)}"
 
     def _try_lock(self) -> bool:
         """Takes the election lock where it could not be had at the election, so that standbys wait for it again."""

@@ -21,7 +21,7 @@ The server listens on a Unix socket only, in `data`, or in a private directory b
 longer than a socket address can be. `data` is made under another name and renamed once initdb is through, so that it is
 either whole or not there. Durability is on: what is promised to survive a crash does so here too.
 
-**Alive or not** is asked at the socket: only a living server of this cluster listens there. A `postmaster.pid` proves
+**Alive or not** is asked at the socket: only a living server of this cluster answers there. A `postmaster.pid` proves
 nothing, as it outlives a killed server and its process number may be somebody else's by now. It is removed only when no
 process of the cluster is left; and a server is told to stop only if the process named there is the one that listens.
 """
@@ -75,10 +75,13 @@ MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
 """Bytes in the address of a Unix socket, the final zero not counted."""
 
 SETTINGS = {"fsync": "on", "max_connections": "200", "max_prepared_transactions": "20"}
-PATIENCE = 120
+PATIENCE = 60
 """Seconds that pg_ctl waits for a start (crash recovery included) or a stop."""
 
 _SOCKET = f".s.PGSQL.{PORT}"
+_SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+"""The shortest message that PostgreSQL answers, with one byte, and says nothing about in its log."""
+
 _HALF = "data.half-"
 _HALF_COPY = ".half-"
 _PID_LINE, _STATUS_LINE = 0, 7  # of postmaster.pid; the status is starting, ready or stopping
@@ -359,6 +362,7 @@ class EmbeddedServer:
                 return False
             with self._exclusive():
                 if self._was_killed():
+                    self._bury()
                     # Only PostgreSQL itself can free what a killed server left in the system's shared memory.
                     with suppress(PgcoordError):
                         self._launch(self.programs)
@@ -471,22 +475,28 @@ class EmbeddedServer:
             try:
                 process.wait()
             except BaseException:
-                process.wait()  # whoever cleans up now must find the server up or down, not on its way
+                with _deaf_to_ctrl_c():
+                    process.wait()  # whoever cleans up now must find the server up or down, not on its way
                 raise
         if process.returncode != 0:
             raise PgcoordError(f"{program.name} failed; {self.log} ends with:\n{_tail(self.log, before)}")
 
     def _listener(self) -> int | None:
-        """Process that listens at the cluster's socket, 0 where the system does not say which; None if nobody does."""
+        """Process that answers at the cluster's socket, 0 where the system does not say which; None if nobody does."""
         with _plain_os_errors(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(5)  # makes a full queue an error at once, where it would otherwise block
+            probe.settimeout(5)
             try:
                 probe.connect(str(self.socket_directory / _SOCKET))
-            except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+                probe.sendall(_SSL_REQUEST)
+                # A server killed a moment ago may still seem to listen: until its last child has closed the socket.
+                answered = probe.recv(1)
+            except (FileNotFoundError, NotADirectoryError, ConnectionError):
                 return None
-            except BlockingIOError:
+            except BlockingIOError:  # the queue is full
                 return 0
-            return _peer_pid(probe)
+            except TimeoutError:  # stopped or overloaded, but there
+                return _peer_pid(probe)
+            return _peer_pid(probe) if answered else None
 
     def _pid_file(self, line: int) -> str | None:
         """One line of postmaster.pid, or None."""
@@ -667,7 +677,8 @@ def _check_reach(path: Path, account: Account | None) -> None:
 
 def _can_enter(directory: Path, account: Account) -> bool:
     """Asks the system, which knows of access control lists too."""
-    done = subprocess.run(["test", "-x", directory], cwd="/", check=False, **_identity(account))
+    question = ["/bin/sh", "-c", 'test -x "$1"', "sh", str(directory)]
+    done = subprocess.run(question, cwd="/", check=False, **_identity(account))
     return done.returncode == 0
 
 

@@ -11,9 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from psycopg import Connection
+from psycopg.errors import Diagnostic
+from psycopg.sql import Identifier
 
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import UsageError
+from pgcoord_cli.errors import PermissionDenied, UsageError
+
+_NOT_GRANTED = ("01006", "01007")
+"""privilege_not_revoked and privilege_not_granted: what a role hears that grants rights on what it does not own."""
 
 KINDS = ("reader", "client", "operator")
 
@@ -33,16 +38,31 @@ def grant(conn: Connection[Any], wanted: Mapping[str, Sequence[str]], *, dry_run
             _require_role(conn, kind, role)
     grants = [item for kind, roles in wanted.items() for role in roles for item in _statements(conn, kind, role)]
     if not dry_run:
-        with conn.transaction():
-            for item in grants:
-                conn.execute(item.statement.encode())
+        _run(conn, grants)
     return grants
+
+
+def _run(conn: Connection[Any], grants: Sequence[Grant]) -> None:
+    """All in one transaction. PermissionDenied where PostgreSQL would only warn that nothing was granted."""
+    warnings: list[str] = []
+
+    def hear(notice: Diagnostic) -> None:
+        if notice.sqlstate in _NOT_GRANTED:
+            warnings.append(notice.message_primary or "")
+
+    conn.add_notice_handler(hear)
+    with conn.transaction():
+        for item in grants:
+            conn.execute(item.statement.encode())
+        if warnings:
+            raise PermissionDenied(warnings[0], hint="whoever owns the schema can grant rights on it")
 
 
 def _require_role(conn: Connection[Any], kind: str, role: str) -> None:
     row = conn.execute(sql("grants", "role_exists"), [role]).fetchone()
     if not (row and row[0]):
-        raise UsageError(f"--{kind}: there is no role {role!r}", hint=f"make it first: CREATE ROLE {role} LOGIN")
+        statement = f"CREATE ROLE {Identifier(role).as_string()} LOGIN"
+        raise UsageError(f"--{kind}: there is no role {role!r}", hint=f"make it first: {statement}")
 
 
 def _statements(conn: Connection[Any], kind: str, role: str) -> list[Grant]:

@@ -1,12 +1,13 @@
 """Reading the key-value data synchronously, and keys as people write them.
 
 Commands read with these; services use `core.client`, which also writes. On the command line a key or value is UTF-8
-text, or hexadecimal under `--hex`. On the way out, bytes that are not printable text are shown as hexadecimal, and
-the record's `encoding` says so.
+text, or hexadecimal under `--hex`. On the way out, bytes that are not text are shown as hexadecimal, and the record's
+`encoding` says so.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from psycopg import Connection
@@ -14,6 +15,9 @@ from psycopg import Connection
 from pgcoord_cli.core.codec import MAX_KEY_BYTES, MAX_VALUE_BYTES
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import UsageError
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 class Entry(NamedTuple):
@@ -70,9 +74,9 @@ def _sized(data: bytes, argument: str, limit: int) -> bytes:
 
 
 def is_text(data: bytes) -> bool:
-    """Whether the bytes are UTF-8 that a terminal can show."""
+    """Whether the bytes are UTF-8 without control characters other than tabs and line ends."""
     try:
-        return data.decode("utf-8").isprintable()
+        return not _CONTROL.search(data.decode("utf-8"))
     except UnicodeDecodeError:
         return False
 

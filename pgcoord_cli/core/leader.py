@@ -151,6 +151,7 @@ class Leader:
         try:
             with closing(open_session(self._patient_settings(), "leader run", writes=True)) as conn:
                 mark_leader_session(conn, self._settings.schema)
+                conn.execute(sql("lease", "make_commits_durable"))
                 self._resolve(conn, keeper, term)
         except Fenced as error:
             self._say("fenced", term.epoch, error.message)

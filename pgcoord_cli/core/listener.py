@@ -40,21 +40,19 @@ class Listener:
         self._opener = opener
         self._on_notify = on_notify
         self._on_reconnect = on_reconnect
-        self._wanted: dict[str, asyncio.Event] = {}
+        self._wanted: dict[str, asyncio.Future[None]] = {}
         self._listening: set[str] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._failure: Exception | None = None
 
     async def listen(self, channel: str) -> None:
-        """Returns once the channel is listened to; raises what makes listening impossible for good."""
-        listened = self._wanted.setdefault(channel, asyncio.Event())
-        if self._task is None:
+        """Returns once the channel is listened to; raises what makes that impossible, a lost connection aside."""
+        if channel not in self._wanted:
+            self._wanted[channel] = asyncio.get_running_loop().create_future()
+        if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         self._wake.set()
-        await listened.wait()
-        if self._failure:
-            raise self._failure
+        await asyncio.shield(self._wanted[channel])
 
     async def close(self) -> None:
         """Ends the task and its connection."""
@@ -65,18 +63,23 @@ class Listener:
 
     async def _run(self) -> None:
         backoff = Backoff(FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS)
-        while self._failure is None:
+        while True:
             try:
                 await self._connect_and_serve(backoff)
             except (psycopg.OperationalError, ConnectionFailed, TimeoutError):
-                await backoff.pause()
+                pass
             except (psycopg.Error, PgcoordError) as error:
-                self._fail(error)
+                self._refuse_waiting(error)
+                if not self._wanted:
+                    return
+            await backoff.pause()
 
-    def _fail(self, error: Exception) -> None:
-        self._failure = error
-        for listened in self._wanted.values():
-            listened.set()
+    def _refuse_waiting(self, error: Exception) -> None:
+        """Tells those who wait for a channel; who has been listening stays, since the server may be fit again soon."""
+        for channel, listened in list(self._wanted.items()):
+            if not listened.done():
+                del self._wanted[channel]
+                listened.set_exception(error)
 
     async def _connect_and_serve(self, backoff: Backoff) -> None:
         conn = await self._opener()
@@ -105,7 +108,8 @@ class Listener:
         for channel in list(self._wanted.keys() - self._listening):
             await conn.execute(composed.SQL("LISTEN {}").format(composed.Identifier(channel)))
             self._listening.add(channel)
-            self._wanted[channel].set()
+            if not self._wanted[channel].done():
+                self._wanted[channel].set_result(None)
 
     async def _readable_or_woken(self, conn: AsyncConnection[Any]) -> bool:
         """False when neither the socket nor a new channel stirred for a heartbeat."""

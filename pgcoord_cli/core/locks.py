@@ -16,15 +16,20 @@ from pgcoord_cli.db.sqlfiles import sql
 
 
 class LockHolder(NamedTuple):
-    """The session that holds a lock. `since` is when its transaction, or else the session, began."""
+    """The session that holds a lock. `since` is when its transaction, or else the session, began.
+
+    PostgreSQL shows `client` and `since` of another role's session only to superusers and members of pg_read_all_stats.
+    """
 
     pid: int
     application: str
-    client: str
-    since: datetime
+    client: str | None
+    since: datetime | None
 
     def __str__(self) -> str:
         application = self.application or "no application name"
+        if self.client is None or self.since is None:
+            return f"pid {self.pid} ({application})"
         return f"pid {self.pid} ({application}, {self.client}) since {self.since:%Y-%m-%d %H:%M:%S %Z}"
 
 

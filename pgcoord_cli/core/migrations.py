@@ -27,6 +27,7 @@ from psycopg import AsyncConnection, Connection
 from pgcoord_cli.core.locks import LockHolder, lock_holder, lock_key
 from pgcoord_cli.db.sqlfiles import sql, sql_root
 from pgcoord_cli.errors import Busy, MigrationEdited, SchemaMissing, SchemaUnknown, UsageError
+from pgcoord_cli.settings import Settings
 
 _FILE_NAME = re.compile(r"(\d{4})_(\w+)\.sql")
 
@@ -99,8 +100,13 @@ def check_ledger(schema: str, ledger: Sequence[LedgerRow]) -> None:
     if pending := [state for state in states if state.state == "pending"]:
         raise SchemaMissing(
             f"schema {schema!r} lacks {len(pending)} migration(s), from {pending[0].version:04}_{pending[0].name} on",
-            hint="bring it up to date with: pgcoord migrate up",
+            hint=f"bring it up to date with: {mending_command(schema)}",
         )
+
+
+def mending_command(schema: str) -> str:
+    """What makes a schema or brings it up to date, as a person types it."""
+    return "pgcoord migrate up" + ("" if schema == Settings.schema else f" --schema {schema}")
 
 
 def compare(ledger: Sequence[LedgerRow]) -> list[MigrationState]:
@@ -128,12 +134,16 @@ def states(conn: Connection[Any], *, has_ledger: bool) -> list[MigrationState]:
 
 def plan(current: Sequence[MigrationState], to: int | None) -> list[Migration]:
     """The migrations to apply, in order; raises MigrationEdited, SchemaUnknown, UsageError. Pure."""
-    known = {migration.version for migration in migration_files()}
-    if to is not None and to not in known:
-        raise UsageError(f"--to: there is no migration {to}", hint=f"known: {', '.join(map(str, sorted(known)))}")
+    _require_known(to)
     verify(current)
     pending = {state.version for state in current if state.state == "pending"}
     return [m for m in migration_files() if m.version in pending and (to is None or m.version <= to)]
+
+
+def _require_known(to: int | None) -> None:
+    known = [migration.version for migration in migration_files()]
+    if to is not None and to not in known:
+        raise UsageError(f"--to: there is no migration {to}", hint=f"known: {', '.join(map(str, known))}")
 
 
 def verify(current: Sequence[MigrationState]) -> None:
@@ -169,9 +179,10 @@ def _take_lock(conn: Connection[Any], key: int, lock_timeout: float, waiting: Ca
         return
     if holder := lock_holder(conn, key):
         waiting(holder)
-    conn.execute("SELECT set_config('lock_timeout', $1, false)", [f"{max(1, round(lock_timeout * 1000))}"])
     try:
-        conn.execute(sql("migrations", "wait_for_lock"), [key])
+        with conn.transaction():  # for this wait alone; the lock itself is the session's and outlives the transaction
+            conn.execute("SELECT set_config('lock_timeout', $1, true)", [f"{max(1, round(lock_timeout * 1000))}"])
+            conn.execute(sql("migrations", "wait_for_lock"), [key])
     except psycopg.errors.LockNotAvailable:
         holder = lock_holder(conn, key) or holder
         raise Busy(
@@ -181,6 +192,7 @@ def _take_lock(conn: Connection[Any], key: int, lock_timeout: float, waiting: Ca
 
 def apply(conn: Connection[Any], schema: str, to: int | None, applied: Callable[[Migration], None]) -> list[Migration]:
     """Applies what is missing, under `migration_lock`; `applied` hears of each. Returns what it applied."""
+    _require_known(to)  # before anything is made
     ensure_ledger(conn, schema)
     todo = plan(states(conn, has_ledger=True), to)
     for migration in todo:
@@ -210,10 +222,10 @@ def _run_script(conn: Connection[Any], text: str) -> None:
 
 
 def script(schema: str, migrations: Sequence[Migration]) -> str:
-    """The same as `apply`, as a psql script for those who run DDL by hand."""
-    head = f"CREATE SCHEMA IF NOT EXISTS {schema};\nSET search_path = {schema}, pg_temp;\n"
+    """The same as `apply`, as a psql script for those who run DDL by hand. It ends at the first error."""
+    head = f'CREATE SCHEMA IF NOT EXISTS "{schema}";\nSET search_path = "{schema}", pg_temp;\n'
     ledger = sql("migrations", "create_ledger") + ";\n"
-    return head + ledger + "".join(_script_of(migration) for migration in migrations)
+    return "\\set ON_ERROR_STOP on\n" + head + ledger + "".join(_script_of(migration) for migration in migrations)
 
 
 def _script_of(migration: Migration) -> str:

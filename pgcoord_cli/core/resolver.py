@@ -11,7 +11,8 @@ were written since is a `conflict`; any other gets the next version and its writ
 that later requests of the same batch are checked against it.
 
 **When PostgreSQL refuses a batch** for a reason that lies in the data, the window is rebuilt and the same requests are
-tried one by one; the one that is refused alone is `rejected` with PostgreSQL's reason (rule I6).
+tried one by one; the one that is refused alone is `rejected` with PostgreSQL's reason (rule I6). When it undoes a
+batch because somebody else was in the way, the window is rebuilt and the batch is claimed again.
 
 **When the fate of a batch is unknown**, because the connection broke, nothing is retried: the leadership ends, and
 whoever leads next, perhaps this very process, starts from what the database holds.
@@ -20,13 +21,14 @@ whoever leads next, perhaps this very process, starts from what the database hol
 notes the last id drawn and the transactions that hold a row-exclusive lock on the queue; those are the only ones that
 can still bring an id up to there to light. When all of them are gone, and a claim made after that has been
 settled, every id up to the noted one is settled for ever, and claims start above it. So a claim costs what is
-new, not what is stored.
+new, not what is stored. A prepared transaction goes by another name than before it was prepared, so each counts.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -41,11 +43,18 @@ from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import Fenced
 
 BATCH_LIMIT = 1_000
+BATCH_BYTES = 50_000_000
+"""A batch ends with the payload that reaches this; PostgreSQL takes no statement of more than a gigabyte."""
+
 CONFLICT_WINDOW = timedelta(seconds=10)
 """How long after a commit its writes can still be checked against; older reads are too_old."""
 
+PREPARED = "-1/"
+"""How the names of prepared transactions begin in pg_locks."""
+
 FENCED = "PC001"
 ALREADY_SETTLED = "PC002"
+IN_THE_WAY = (ALREADY_SETTLED, "40001", "40P01")  # the latter two: serialization failure, deadlock
 
 
 class Claimed(NamedTuple):
@@ -81,15 +90,12 @@ def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed
     version = durable_version
     for claimed in batch:
         verdict = _judge(window, version, claimed)
-        if verdict.request:
+        if request := verdict.request:
             version += 1
             verdict = verdict._replace(version=version)
-            window.record(version, *writes_of(verdict.request or _NOTHING))
+            window.record(version, *writes_of(request))
         verdicts.append(verdict)
     return verdicts
-
-
-_NOTHING = Request((), (), (), ())
 
 
 def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Verdict:
@@ -106,6 +112,23 @@ def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Ve
     return Verdict(claimed.id, "committed", request=request)
 
 
+def rebuild(
+    floor: int, durable_version: int, commits: Sequence[tuple[int, int, bytes, datetime]]
+) -> tuple[ConflictWindow, Marks]:
+    """The window as a leader that never stopped would have it, from stored commits in version order. Pure.
+
+    A commit is its id, version, payload and time. Versions are dense, so what is missing shows: below the last gap
+    nothing can be checked.
+    """
+    whole_from = durable_version - _dense_tail([version for _, version, _, _ in commits], durable_version)
+    window, marks = ConflictWindow(max(floor, whole_from)), Marks()
+    for request_id, version, payload, resolved_at in commits:
+        if version > window.floor:
+            window.record(version, *writes_of(codec.decode(payload)))
+            marks.add(resolved_at, version, request_id)
+    return window, marks
+
+
 class Resolver:
     """Resolves requests over `conn` for as long as `term` lasts. Raises Fenced when it is over."""
 
@@ -114,47 +137,43 @@ class Resolver:
         self._term = term
         self._durable_version = term.durable_version
         self._floor = QueueFloor(term.queue_floor_id)
-        self._marks = Marks()
         self._one_by_one_up_to = 0
-        self._window = self._load_window(term.conflict_floor, term.window_start_id)
+        self._load_window(term.conflict_floor, term.window_start_id)
 
     @property
     def durable_version(self) -> int:
         """The version of the last commit under this term, or the one it continued from."""
         return self._durable_version
 
-    def _load_window(self, floor: int, start_id: int) -> ConflictWindow:
-        """The window as a leader that never stopped would have it, from the requests that are stored (rule I8)."""
-        rows = self._conn.execute(sql("commits", "window_commits"), [start_id, floor]).fetchall()
-        # Versions are dense, so what is missing shows: below the last gap nothing can be checked.
-        whole_from = self._durable_version - _dense_tail([row[1] for row in rows], self._durable_version)
-        window = ConflictWindow(max(floor, whole_from))
-        self._marks = Marks()
-        for request_id, version, payload, resolved_at in rows:
-            if version > window.floor:
-                window.record(version, *writes_of(codec.decode(payload)))
-                self._marks.add(resolved_at, version, request_id)
-        return window
+    def _load_window(self, floor: int, start_id: int) -> None:
+        """Builds the window from the requests that are stored (rule I8)."""
+        cursor = self._conn.cursor(binary=True).execute(sql("commits", "window_commits"), [start_id, floor])
+        self._window, self._marks = rebuild(floor, self._durable_version, cursor.fetchall())
 
     def resolve_batch(self, limit: int = BATCH_LIMIT) -> int:
         """Claims and settles one batch; returns how many requests it had."""
-        self._floor.observe(self._conn)
-        claimed = self._claim(limit)
-        batch = claimed[:1] if claimed and claimed[0].id <= self._one_by_one_up_to else claimed
+        if not self._floor.is_clear:
+            self._floor.observe(*self._conn.execute(sql("commits", "queue_writers")).fetchone() or (0, []))
+        if self._one_by_one_up_to:
+            limit = 1
+        batch = self._claim(limit)
+        if not batch or batch[-1].id >= self._one_by_one_up_to:
+            self._one_by_one_up_to = 0
         if batch:
             self._window.raise_floor(self._marks.forget(batch[0].claimed_at - CONFLICT_WINDOW))
             verdicts = decide(self._window, self._durable_version, batch)
             if not self._settle(verdicts, batch[0].claimed_at):
                 return len(batch)
-        if len(batch) == len(claimed) < limit:
-            self._floor.everything_settled()
-        elif batch:
             self._floor.settled_up_to(batch[-1].id)
+        if len(batch) < limit and sum(len(claimed.payload) for claimed in batch) < BATCH_BYTES:
+            self._floor.everything_settled()
         return len(batch)
 
     def _claim(self, limit: int) -> list[Claimed]:
         cursor = self._conn.cursor(binary=True)
-        return [Claimed(*row) for row in cursor.execute(sql("commits", "claim"), [self._floor.id, limit])]
+        # Of a payload that is too large, one byte more than may be shows that it is.
+        arguments = [self._floor.id, limit, BATCH_BYTES, codec.MAX_TRANSACTION_BYTES + 1]
+        return [Claimed(*row) for row in cursor.execute(sql("commits", "claim"), arguments)]
 
     def _settle(self, verdicts: Sequence[Verdict], now: datetime) -> bool:
         """Applies a batch; False when it was undone and has to be claimed again."""
@@ -162,12 +181,10 @@ class Resolver:
         try:
             self._apply(verdicts)
         except psycopg.Error as error:
-            if error.sqlstate == FENCED:
-                raise Fenced(error.diag.message_primary or "this leadership is over") from None
-            if not (error.sqlstate == ALREADY_SETTLED or _lies_in_the_data(error)):
+            if error.sqlstate not in IN_THE_WAY and not _lies_in_the_data(error):
                 raise
-            self._window = self._load_window(self._window.floor, start_id)
-            if error.sqlstate != ALREADY_SETTLED:
+            self._load_window(self._window.floor, start_id)
+            if error.sqlstate not in IN_THE_WAY:
                 self._isolate(verdicts, error)
             return False
         self._durable_version = _last_version(verdicts, self._durable_version)
@@ -182,7 +199,7 @@ class Resolver:
     def _apply(self, verdicts: Sequence[Verdict]) -> None:
         """One transaction, sent as one unit: a pipeline without BEGIN is atomic up to its end."""
         write_set = mutations.fold(m for verdict in verdicts if verdict.request for m in verdict.request.mutations)
-        with self._conn.pipeline():
+        with fence_shown(), self._conn.pipeline():
             if write_set.ranges:
                 self._conn.execute(sql("commits", "delete_ranges"), _columns(write_set.ranges, 2))
             if write_set.removed:
@@ -204,6 +221,17 @@ class Resolver:
             return
         reason = error.diag.message_primary or type(error).__name__
         self._apply([Verdict(verdicts[0].id, "rejected", reason=reason)])
+
+
+@contextmanager
+def fence_shown() -> Iterator[None]:
+    """Within the block, PostgreSQL's word that this leadership is over leaves as Fenced."""
+    try:
+        yield
+    except psycopg.Error as error:
+        if error.sqlstate == FENCED:
+            raise Fenced(error.diag.message_primary or "this leadership is over") from None
+        raise
 
 
 class Mark(NamedTuple):
@@ -244,24 +272,22 @@ class Marks:
 
 
 class QueueFloor:
-    """Below or at `id` nothing is pending, now or later. The module's docstring says why."""
+    """Below or at `id` nothing is pending, now or later. The module's docstring says why. Pure."""
 
     def __init__(self, floor_id: int) -> None:
         self.id = floor_id
         self._last_id = floor_id
         self._writers: set[str] | None = None
-        self._clear = False
+        self.is_clear = False
+        """Whether nobody is left who could write up to the last id that was noted."""
 
-    def observe(self, conn: Connection[Any]) -> None:
-        """Before a claim: notes who may still write below the last id, or sees that they are gone."""
-        if self._clear:
-            return
-        last_id, writers = conn.execute(sql("commits", "queue_writers")).fetchone() or (0, [])
+    def observe(self, last_id: int, writers: Iterable[str]) -> None:
+        """Before a claim: notes who may still write up to the last id, or sees that they are gone."""
         if self._writers is None:
             self._last_id, self._writers = last_id, set(writers)
         else:
-            self._writers &= set(writers)
-        self._clear = not self._writers
+            self._writers = {name for name in writers if name in self._writers or name.startswith(PREPARED)}
+        self.is_clear = not self._writers
 
     def everything_settled(self) -> None:
         """After a claim that held all there was, and its settlement."""
@@ -269,9 +295,9 @@ class QueueFloor:
 
     def settled_up_to(self, last_settled: int) -> None:
         """After a claim whose last request was this id, and its settlement."""
-        if self._clear and last_settled >= self._last_id:
+        if self.is_clear and last_settled >= self._last_id:
             self.id = max(self.id, self._last_id)
-            self._writers, self._clear = None, False
+            self._writers, self.is_clear = None, False
 
 
 def _lies_in_the_data(error: psycopg.Error) -> bool:

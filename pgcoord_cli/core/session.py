@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from psycopg import AsyncConnection, Connection
 
-from pgcoord_cli.core.migrations import check_ledger, read_ledger, read_ledger_async
-from pgcoord_cli.db.connection import MIGRATE_HINT, connect, connect_async, mapped_errors
+from pgcoord_cli.core.migrations import check_ledger, mending_command, read_ledger, read_ledger_async
+from pgcoord_cli.db.connection import connect, connect_async, mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import PgcoordError, SchemaMissing, UnsuitableServer, UsageError
 from pgcoord_cli.settings import Settings
@@ -63,8 +63,7 @@ def open_session(settings: Settings, command: str, *, writes: bool) -> Connectio
     try:
         with mapped_errors():
             require_primary(server, writes=writes)
-            if not server.has_ledger:
-                raise unmigrated(settings, [row[0] for row in conn.execute(*_other_schemas(settings))])
+            require_ledger(conn, server, settings)
             check_ledger(settings.schema, read_ledger(conn))
     except BaseException:
         conn.close()
@@ -110,6 +109,12 @@ def require_primary(server: Server, *, writes: bool) -> None:
         )
 
 
+def require_ledger(conn: Connection[Any], server: Server, settings: Settings) -> None:
+    """SchemaMissing unless the schema has been migrated; UsageError if its name looks like a typing mistake."""
+    if not server.has_ledger:
+        raise unmigrated(settings, [row[0] for row in conn.execute(*_other_schemas(settings))])
+
+
 def _preparation(settings: Settings) -> tuple[Any, list[str]]:
     timeouts = [f"{round(seconds * 1000)}" for seconds in (settings.statement_timeout, settings.lock_timeout)]
     return sql("session", "prepare_session"), [settings.schema, *timeouts]
@@ -130,12 +135,14 @@ def _server(row: tuple[Any, ...] | None) -> Server:
     return server
 
 
-def unmigrated(settings: Settings, others: Sequence[str] = ()) -> PgcoordError:
+def unmigrated(settings: Settings, others: Sequence[str]) -> PgcoordError:
     """What to say of a schema that is not there; `others` are the pgcoord schemas that this database does have."""
     if settings.schema_given and others:
         return UsageError(
-            f"--schema: there is no pgcoord schema {settings.schema!r} in this database",
-            hint=f"found: {', '.join(others)}; a new one is made by: pgcoord migrate up --schema {settings.schema}",
+            f"--schema or PGCOORD_SCHEMA: there is no pgcoord schema {settings.schema!r} in this database",
+            hint=f"found: {', '.join(others)}; a new one is made by: {mending_command(settings.schema)}",
         )
-    mend = MIGRATE_HINT + (f" --schema {settings.schema}" if settings.schema_given else "")
-    return SchemaMissing(f"schema {settings.schema!r} has not been migrated", hint=mend)
+    return SchemaMissing(
+        f"schema {settings.schema!r} has not been migrated",
+        hint=f"create it with: {mending_command(settings.schema)}",
+    )

@@ -4,21 +4,25 @@
 row that a crash loses was never acknowledged, and the UUID makes it harmless to submit it again.
 
 **Wait.** A reply channel wakes the client, and it looks by itself once in a poll interval. What it believes is only
-ever the status in the table, read together with the epoch in one snapshot, for all undecided requests at once (rule I3).
-Waiting holds no pooled connection.
+ever the status in the table, read together with the epoch in one snapshot, for all undecided requests at once
+(rule I3). Waiting holds no pooled connection.
 
 **Not found.** A request that is not in the table was lost in a crash, or was settled and then collected as garbage. It
-is submitted again only while it is younger, by the server's clock, than half of the shortest retention, when it
-cannot have been collected yet. Later its outcome is unknown, and that is what the caller hears.
+is submitted again. It cannot apply twice: by the time the row of a commit is collected, its read version is below
+the conflict floor. But it would then be called too old. So that answer counts only when the request was
+enqueued at the first attempt, and enqueued for the last time, by the server's clock, less than half of the shortest
+retention later, when it cannot have been collected yet. Otherwise the caller hears that the outcome is unknown.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import count
 from typing import NamedTuple
 from uuid import UUID
 
@@ -30,12 +34,12 @@ from pgcoord_cli.core.grouping import Grouping
 from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.pool import Opener, Pool
 from pgcoord_cli.core.retention import SHORTEST_RETENTION
-from pgcoord_cli.db.connection import is_connection_lost, mapped_errors
+from pgcoord_cli.db.connection import mapped_errors, translate
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown
+from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown, PgcoordError
 
 GROUP_LIMIT = 500
-LOST_FOR_GOOD = timedelta(seconds=SHORTEST_RETENTION / 2)
+SURELY_KEPT = timedelta(seconds=SHORTEST_RETENTION / 2)
 
 
 class Submission(NamedTuple):
@@ -48,12 +52,26 @@ class Submission(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the table says of a request; status None: it is not there. `asked_at` is the server's clock."""
+    """What the table says of a request; status None: it is not there."""
 
-    asked_at: datetime
     status: str | None
     version: int | None
     reason: str | None
+
+
+NOT_THERE = Outcome(None, None, None)
+
+
+@dataclass
+class Undecided:
+    """A request whose outcome is waited for. Until it is `enqueued`, it means nothing that the table lacks it."""
+
+    outcome: asyncio.Future[Outcome] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    enqueued: bool = False
+
+    def settle(self, outcome: Outcome) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
 
 
 class Submitter:
@@ -66,25 +84,30 @@ class Submitter:
         self._ask = asyncio.Event()
         self._listener = Listener(opener, lambda _channel: self._ask.set(), self._ask.set)
         self._group = Grouping(self._enqueue_group, GROUP_LIMIT)
-        self._undecided: dict[UUID, asyncio.Future[Outcome]] = {}
+        self._undecided: dict[UUID, Undecided] = {}
         self._asker: asyncio.Task[None] | None = None
+        self._trouble: str | None = None
+        self._closed = False
 
     async def close(self) -> None:
-        """Stops listening. Requests that are still waited for stay in the queue."""
-        self._undecided.clear()
+        """Stops listening. Requests that are still waited for stay in the queue; their outcome is unknown."""
+        self._closed = True
         self._ask.set()
+        for undecided in self._undecided.values():
+            undecided.settle(NOT_THERE)
         if self._asker:
             await self._asker
         await self._listener.close()
 
     async def submit(self, submission: Submission, seconds: float) -> Outcome:
         """Enqueues a request and waits until it is settled; OutcomeUnknown when that is not known in `seconds`."""
-        why = "no leader settled it in time"
+        why = "it was sent more than once, and may have been settled and forgotten in between"
         try:
             async with asyncio.timeout(seconds):
-                return await self._until_settled(submission)
+                if outcome := await self._until_settled(submission):
+                    return outcome
         except TimeoutError:
-            pass
+            why = self._trouble or "no leader settled it in time"
         except ConnectionFailed as error:
             why = error.message
         finally:
@@ -94,27 +117,35 @@ class Submitter:
             hint=f"ask again with: pgcoord commit show {submission.request_id}",
         )
 
-    async def _until_settled(self, submission: Submission) -> Outcome:
+    async def _until_settled(self, submission: Submission) -> Outcome | None:
+        """What became of the request; None when that cannot be known any more."""
         await self._listener.listen(self._reply_channel)
         first_enqueued_at: datetime | None = None
+        doubtful = False
         while True:
-            self._undecided[submission.request_id] = asyncio.get_running_loop().create_future()
-            enqueued_at = await self._enqueue(submission)
+            undecided = self._undecided[submission.request_id] = Undecided()
+            attempts, enqueued_at = await self._enqueue(submission)
+            undecided.enqueued = True
             first_enqueued_at = first_enqueued_at or enqueued_at
+            doubtful = doubtful or attempts > 1 or enqueued_at - first_enqueued_at > SURELY_KEPT
             self._start_asker()
-            outcome = await self._undecided[submission.request_id]
+            outcome = await undecided.outcome
             if outcome.status is not None:
-                return outcome
-            if outcome.asked_at - first_enqueued_at > LOST_FOR_GOOD:
-                raise TimeoutError
+                return None if doubtful and outcome.status in ("too_old", "orphaned") else outcome
 
-    async def _enqueue(self, submission: Submission) -> datetime:
-        """When the request was enqueued, by the server's clock. Tried again over a new connection: ids apply once."""
+    async def _enqueue(self, submission: Submission) -> tuple[int, datetime]:
+        """Enqueues over one connection after the other: ids apply once. How many it took, and the server's clock."""
         backoff = Backoff(0.05, 1.0)
-        while True:
-            with suppress(ConnectionFailed), mapped_errors():
-                return await self._group(submission)
+        for attempts in count(1):
+            if self._closed:
+                break
+            try:
+                with mapped_errors():
+                    return attempts, await self._group(submission)
+            except ConnectionFailed as error:
+                self._trouble = error.message
             await backoff.pause()
+        raise ConnectionFailed("this client was closed")
 
     async def _enqueue_group(self, group: Sequence[Submission]) -> Sequence[datetime]:
         columns = [list(column) for column in zip(*group, strict=True)]
@@ -131,28 +162,27 @@ class Submitter:
     async def _ask_while_undecided(self) -> None:
         """Looks up every undecided request whenever a reply may have come, and once in a poll interval."""
         backoff = Backoff(0.05, 1.0)
-        while self._undecided:
+        while self._undecided and not self._closed:
             with suppress(TimeoutError):
                 async with asyncio.timeout(channels.POLL_SECONDS):
                     await self._ask.wait()
             self._ask.clear()
             try:
-                await self._look_up(list(self._undecided))
+                await self._look_up(dict(self._undecided))
+                self._trouble = None
                 backoff.reset()
-            except (psycopg.Error, ConnectionFailed) as error:
-                if isinstance(error, psycopg.Error) and not is_connection_lost(error):
-                    raise
+            except (psycopg.Error, PgcoordError) as error:
+                self._trouble = (translate(error) if isinstance(error, psycopg.Error) else error).message
                 self._ask.set()
                 await backoff.pause()
 
-    async def _look_up(self, request_ids: list[UUID]) -> None:
+    async def _look_up(self, asked: Mapping[UUID, Undecided]) -> None:
+        enqueued = {request_id for request_id, undecided in asked.items() if undecided.enqueued}
         async with self._pool.connection() as conn:
-            cursor = await conn.execute(sql("commits", "ask"), [request_ids])
+            cursor = await conn.execute(sql("commits", "ask"), [list(asked)])
             rows = await cursor.fetchall()
-        asked_at = rows[0][1]
-        found = {row[2]: Outcome(asked_at, *row[3:]) for row in rows if row[2] is not None}
-        for request_id in request_ids:
-            outcome = found.get(request_id, Outcome(asked_at, None, None, None))
-            future = self._undecided.get(request_id)
-            if outcome.status != "pending" and future is not None and not future.done():
-                future.set_result(outcome)
+        found = {request_id: Outcome(*outcome) for _, request_id, *outcome in rows if request_id is not None}
+        for request_id in enqueued | found.keys():
+            outcome = found.get(request_id, NOT_THERE)
+            if outcome.status != "pending":
+                asked[request_id].settle(outcome)

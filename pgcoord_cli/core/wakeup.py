@@ -33,7 +33,9 @@ class Wakeup:
 
     def wait(self, seconds: float) -> None:
         """Waits until it is set or the time is up, and takes the wake-up back."""
-        select.select([self._reader], [], [], seconds)
+        poll = select.poll()
+        poll.register(self._reader, select.POLLIN)
+        poll.poll(max(0.0, seconds) * 1000)
         self.clear()
 
     def clear(self) -> None:

@@ -40,9 +40,25 @@ LIVENESS_DEFAULTS = {
 
 MIGRATE_HINT = "create it with: pgcoord migrate up"
 
+_STRAY_AT = re.compile(r"postgres(?:ql)?://(?>[^@/]*@)?+[^?]*@")
+"""A URI with an @ behind the one that ends the password: libpq would take part of it for a host or database."""
+
+_BAD_OPTION = re.compile(
+    r"(connection to server .* failed: )?(invalid|bad) [\w ]*(value|number)|could not match|definition of service"
+)
+"""What libpq and psycopg themselves say of an option's value; what a server says begins with FATAL."""
+
 
 def conninfo(settings: Settings, command: str) -> str:
     """The full connection string: the user's, then our liveness defaults, then the application name."""
+    given = _parsed(settings)
+    defaults: dict[str, Any] = {"connect_timeout": max(1, round(settings.connect_timeout)), **LIVENESS_DEFAULTS}
+    added = {name: value for name, value in defaults.items() if name not in given}
+    return make_conninfo(settings.dsn, **added, application_name=f"pgcoord/{command}")
+
+
+def _parsed(settings: Settings) -> dict[str, Any]:
+    """The options of the user's connection string; UsageError, which quotes nothing of it, where it is malformed."""
     try:
         given = conninfo_to_dict(settings.dsn)
     except psycopg.Error:
@@ -50,9 +66,21 @@ def conninfo(settings: Settings, command: str) -> str:
             f"{settings.dsn_source}: not a connection string that libpq understands",
             hint="write postgresql://user@host:5432/database or host=… port=… dbname=… user=…",
         ) from None
-    defaults: dict[str, Any] = {"connect_timeout": max(1, round(settings.connect_timeout)), **LIVENESS_DEFAULTS}
-    added = {name: value for name, value in defaults.items() if name not in given}
-    return make_conninfo(settings.dsn, **added, application_name=f"pgcoord/{command}")
+    if _STRAY_AT.match(settings.dsn):
+        raise UsageError(
+            f"{settings.dsn_source}: more than one @ in the URI, or a / before it",
+            hint="in a user or password, write %40 for @, %2F for /, %3A for :, %25 for %",
+        )
+    if not all(map(_is_port, str(given.get("port", "")).split(","))):
+        raise UsageError(
+            f"{settings.dsn_source}: the port is not a number from 1 to 65535",
+            hint="a URI is postgresql://user:password@host:port/database",
+        )
+    return given
+
+
+def _is_port(text: str) -> bool:
+    return not text or (text.isdecimal() and 1 <= int(text) <= 65_535)
 
 
 def connect(settings: Settings, command: str) -> Connection[Any]:
@@ -60,7 +88,7 @@ def connect(settings: Settings, command: str) -> Connection[Any]:
     target = conninfo(settings, command)
     try:
         return Connection.connect(target, autocommit=True, cursor_factory=RawCursor)
-    except psycopg.OperationalError as error:
+    except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
         raise connection_failed(settings, error) from None
 
 
@@ -69,22 +97,26 @@ async def connect_async(settings: Settings, command: str) -> AsyncConnection[Any
     target = conninfo(settings, command)
     try:
         return await AsyncConnection.connect(target, autocommit=True, cursor_factory=AsyncRawCursor)
-    except psycopg.OperationalError as error:
+    except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
         raise connection_failed(settings, error) from None
 
 
-def connection_failed(settings: Settings, error: psycopg.Error) -> ConnectionFailed:
+def connection_failed(settings: Settings, error: psycopg.Error) -> PgcoordError:
     """One line with the address that was tried, the server's reason, and where the address came from."""
+    reason = redact(_first_reason(error))
+    if _BAD_OPTION.match(reason):
+        return UsageError(f"{settings.dsn_source}: {reason}")
     return ConnectionFailed(
-        f"cannot connect: {redact(_first_reason(error))}",
+        f"cannot connect: {reason}",
         hint=f"the address comes from {settings.dsn_source}; is the server up? (--dsn and PGCOORD_DSN choose another)",
     )
 
 
 def _first_reason(error: psycopg.Error) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
-    # psycopg lists every address that it tried behind the reason; one line is for people.
-    return text.split(" Multiple connection attempts failed")[0].removeprefix("connection failed: ")
+    # libpq asks whether the server is running, as our hint does, and psycopg lists every address that it tried.
+    text = re.split(r" (?:Is the server running|Multiple connection attempts failed)", text)[0]
+    return text.removeprefix("connection failed: ").removeprefix("connection is bad: ")
 
 
 def redact(text: str) -> str:

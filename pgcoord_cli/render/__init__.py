@@ -84,9 +84,9 @@ class Output:
         elif self.format == OutputFormat.JSONL:
             for record in records:
                 _write(to_json(record))
-        elif records:
+        elif records or self.format == OutputFormat.CSV:
             self._listing(columns, records)
-        elif empty:
+        if not records and not self.is_json and empty:
             self.note(empty)
 
     def _listing(self, columns: Sequence[str], records: Sequence[Record]) -> None:
@@ -96,10 +96,13 @@ class Output:
         elif self.format == OutputFormat.PLAIN:
             for row in cells:
                 _write("\t".join(row))
-        elif self.format == OutputFormat.TABLE and self.colored(sys.stdout):
-            _write_rich_table(columns, cells)
+        elif self.format == OutputFormat.MARKDOWN:
+            _write_tabulated(columns, [[cell.replace("|", "\\|") for cell in row] for row in cells], "pipe")
+        elif sys.stdout.isatty():
+            _write_rich_table(columns, cells, colored=self.colored(sys.stdout))
         else:
-            _write_tabulated(columns, cells, "simple" if self.format == OutputFormat.TABLE else "pipe")
+            titles = [paint(column, "bold", self.colored(sys.stdout)) for column in columns]
+            _write_tabulated(titles, cells, "simple")
 
     def record(self, record: Record, line: str) -> None:
         """One record of a stream, flushed: as a JSON line, or as `line` for people."""
@@ -110,10 +113,10 @@ class Output:
         """A single record whose plain form is one bare value, for `$(…)` in scripts."""
         if self.format == OutputFormat.PLAIN:
             _write(bare)
-        elif self.format in (OutputFormat.JSON, OutputFormat.JSONL):
-            self.document(record)
-        else:
+        elif self.format in (OutputFormat.CSV, OutputFormat.MARKDOWN):
             self.rows(list(record), [record])
+        else:
+            self.document(record)
 
     def note(self, text: str) -> None:
         """Talk: on stderr, silent under --quiet."""
@@ -156,8 +159,8 @@ def flatten(record: Record, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def scalar(value: Any) -> str:
-    """How a person reads one value."""
-    if value is None or value == "":
+    """How a person reads one value, in one line: what a terminal would act on is shown as an escape."""
+    if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -167,7 +170,11 @@ def scalar(value: Any) -> str:
         return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(scalar, value))
-    return str(value)
+    return "".join(char if char.isprintable() else _escaped(char) for char in str(value))
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
 
 
 def plain_scalar(value: Any) -> str:
@@ -208,20 +215,22 @@ def _write_tabulated(columns: Sequence[str], rows: Sequence[Sequence[str]], layo
     _write(tabulate(rows, headers=columns, tablefmt=layout, disable_numparse=True))
 
 
-def _write_rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _write_rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, colored: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, header_style="bold" if colored else "", pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stdout, force_terminal=True, highlight=False, markup=False).print(table)
+    Console(
+        file=sys.stdout, force_terminal=colored, no_color=not colored, highlight=False, markup=False, emoji=False
+    ).print(table)
 
 
-def render_error(error: PgcoordError, *, as_json: bool) -> None:
+def render_error(error: PgcoordError, *, as_json: bool, color: ColorMode) -> None:
     """Says what went wrong: one JSON document on stdout, or a line and a hint on stderr.
 
     An answer that is already on stdout (`error.answered`) is not followed by a second document there.
@@ -229,7 +238,7 @@ def render_error(error: PgcoordError, *, as_json: bool) -> None:
     if as_json and not error.answered:
         _write(to_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
         return
-    colored = is_colored(ColorMode.AUTO, sys.stderr)
+    colored = is_colored(color, sys.stderr)
     print(f"{paint('error:', 'bad', colored)} {error.message}", file=sys.stderr)
     if error.hint:
         print(f"{paint('hint:', 'dim', colored)} {error.hint}", file=sys.stderr)

@@ -52,7 +52,8 @@ BEGIN
         RETURNING request.reply_channel
     ), wake_up AS (
         SELECT pg_notify(waiting.reply_channel, '')
-          FROM (SELECT DISTINCT reply_channel FROM settlement WHERE reply_channel IS NOT NULL) AS waiting
+          FROM (SELECT DISTINCT reply_channel FROM settlement
+                 WHERE octet_length(reply_channel) BETWEEN 1 AND 63) AS waiting -- pg_notify refuses any other
     )
     SELECT (SELECT count(*) FROM settlement) + 0 * (SELECT count(*) FROM wake_up) INTO settled;
     IF settled <> cardinality(ids) THEN

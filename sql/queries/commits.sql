@@ -10,12 +10,16 @@ WITH enqueued AS (
 SELECT pg_notify($6::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
 
 -- name: claim
--- The pending requests above the queue floor, oldest first, with the server's clock.
-SELECT id, epoch, read_version, payload, clock_timestamp() AS claimed_at
-  FROM commit_requests
- WHERE id > $1::bigint AND status = 'pending'
- ORDER BY id
- LIMIT $2::integer;
+-- The pending requests above the queue floor, oldest first, with the server's clock, up to the payload that reaches $3 bytes; of each payload $4 bytes.
+SELECT id, epoch, read_version, substring(payload FOR $4::integer) AS payload, clock_timestamp() AS claimed_at
+  FROM (SELECT id, epoch, read_version, payload, least(octet_length(payload), $4::integer) AS bytes,
+               sum(least(octet_length(payload), $4::integer)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS bytes_so_far
+          FROM commit_requests
+         WHERE id > $1::bigint AND status = 'pending'
+         ORDER BY id
+         LIMIT $2::integer) AS oldest
+ WHERE bytes_so_far - bytes < $3::bigint
+ ORDER BY id;
 
 -- name: queue_writers
 -- The last request id that was drawn, and the transactions that may still bring an earlier one to light.
@@ -23,13 +27,17 @@ SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('commit_requests',
        (SELECT coalesce(array_agg(DISTINCT virtualtransaction), '{}')
           FROM pg_locks
          WHERE locktype = 'relation' AND relation = 'commit_requests'::regclass
+           AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
            AND mode = 'RowExclusiveLock' AND pid IS DISTINCT FROM pg_backend_pid()) AS writers;
 
 -- name: delete_ranges
--- Removes the keys of half-open ranges; an end of null means to the last key.
-DELETE FROM kv
- USING unnest($1::bytea[], $2::bytea[]) AS cleared (range_begin, range_end)
- WHERE kv.key >= cleared.range_begin AND (cleared.range_end IS NULL OR kv.key < cleared.range_end);
+-- Removes the keys of half-open ranges; an end of null means to the last key. Those are one range, from the smallest begin on.
+WITH cleared AS (
+    SELECT range_begin, range_end FROM unnest($1::bytea[], $2::bytea[]) AS cleared (range_begin, range_end)
+), open_ended AS (
+    DELETE FROM kv WHERE key >= (SELECT range_begin FROM cleared WHERE range_end IS NULL ORDER BY range_begin LIMIT 1)
+)
+DELETE FROM kv USING cleared WHERE kv.key >= cleared.range_begin AND kv.key < cleared.range_end;
 
 -- name: delete_keys
 -- Removes single keys.
@@ -54,8 +62,8 @@ SELECT id, commit_version, payload, resolved_at
  ORDER BY commit_version;
 
 -- name: ask
--- What became of requests, with the epoch and the clock of the same snapshot.
-SELECT lease.epoch, clock_timestamp() AS asked_at, request.request_id, request.status, request.commit_version, request.reason
+-- What became of requests, with the epoch of the same snapshot.
+SELECT lease.epoch, request.request_id, request.status, request.commit_version, request.reason
   FROM leader_lease AS lease
   LEFT JOIN commit_requests AS request ON request.request_id = ANY ($1::uuid[])
  WHERE lease.id = 1;

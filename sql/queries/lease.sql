@@ -16,7 +16,7 @@ SELECT pg_advisory_lock($1::bigint);
 SELECT pg_try_advisory_lock($1::bigint) AS locked;
 
 -- name: terminate_holders
--- Ends the sessions that hold the election lock: those of a leader whose lease ran out while it was frozen or cut off.
+-- Ends the sessions that hold the lock that a leader's sessions share, if its lease ran out while it was frozen or cut off.
 SELECT pid, pg_terminate_backend(pid) AS terminated
   FROM pg_locks
  WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND pid <> pg_backend_pid()
@@ -28,6 +28,10 @@ SELECT pid, pg_terminate_backend(pid) AS terminated
 -- name: share_session_lock
 -- Marks this session as one of the leader's, so that whoever takes over can end it.
 SELECT pg_advisory_lock_shared($1::bigint);
+
+-- name: make_commits_durable
+-- Has this session's commits wait for the disk where its default would not; any stronger default stays.
+SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
 
 -- name: take_over
 -- Begins a new leadership: next epoch, new term, closing the one before. No row: the lease is held and unexpired, and the lock is not ours.

@@ -1,8 +1,8 @@
 -- name: lock_holder
--- Who holds the advisory lock of this 64-bit key: pid, application, client address, and since when its transaction or session began.
+-- Who holds the advisory lock of this 64-bit key: pid, application, and, where this role may see it, client address and since when its transaction or session began.
 SELECT activity.pid,
        activity.application_name AS application,
-       coalesce(activity.client_addr::text, 'local') AS client,
+       CASE WHEN activity.backend_start IS NOT NULL THEN coalesce(activity.client_addr::text, 'local') END AS client,
        coalesce(activity.xact_start, activity.backend_start) AS since
   FROM pg_locks AS held
   JOIN pg_stat_activity AS activity USING (pid)

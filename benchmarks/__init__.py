@@ -1,0 +1,1 @@
+"""Speed, measured side by side on one server in one go, as ratios. Durability is on everywhere."""

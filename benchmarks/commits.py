@@ -1,0 +1,220 @@
+"""Commits through pgcoord beside three other ways, on one server in one go: `python -m benchmarks.commits`.
+
+Workloads: read-modify-write of one of 10,000 keys; the same on 10 hot keys; scan 100 keys and write one of them. Each
+with 1, 32 and 256 transactions in flight; the rivals have at most 32 connections, as a pool would. Durability is
+on everywhere. Prints rates, percentiles and ratios, and writes them as JSON with `--json FILE`.
+
+The superseded design needs btree_gist, which the embedded PostgreSQL lacks: `--server-version 15` runs on a local
+installation that has it. `--history N` resolves N requests first; `--old-snapshot` holds one open meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg
+from tabulate import tabulate
+
+from benchmarks import rivals
+from benchmarks.measuring import Result, Stopwatch, resident_bytes
+from benchmarks.rivals import KEYS, SCAN, key_of
+from pgcoord_cli.core import leader, session
+from pgcoord_cli.core.client import Database, Transaction, connect
+from pgcoord_cli.core.embedded import find_programs, throw_away_server
+from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.settings import Settings
+
+POOL = 32
+
+
+class Workload(NamedTuple):
+    """What a transaction does, and on how many keys."""
+
+    name: str
+    keys: int
+    scan: bool = False
+
+
+WORKLOADS = {
+    "rmw-10k": Workload("rmw-10k", KEYS),
+    "rmw-hot10": Workload("rmw-hot10", 10),
+    "scan100-write1": Workload("scan100-write1", KEYS, scan=True),
+}
+IN_FLIGHT = (1, 32, 256)
+
+
+def transaction_of(workload: Workload) -> Callable[[Transaction], Awaitable[None]]:
+    """The workload as a pgcoord transaction."""
+
+    async def read_modify_write(transaction: Transaction) -> None:
+        key = key_of(random.randrange(workload.keys))
+        transaction.set(key, b"%d" % (int(await transaction.get(key) or 0) + 1))
+
+    async def scan_and_write(transaction: Transaction) -> None:
+        first = random.randrange(workload.keys - SCAN)
+        rows = await transaction.get_range(key_of(first), key_of(first + SCAN))
+        key, value = rows[random.randrange(len(rows))]
+        transaction.set(key, b"%d" % (int(value) + 1))
+
+    return scan_and_write if workload.scan else read_modify_write
+
+
+async def drive(database: Database, workload: Workload, in_flight: int, seconds: float) -> Result:
+    """`in_flight` tasks that commit one transaction after the other."""
+    watch = Stopwatch(seconds)
+    work = transaction_of(workload)
+
+    async def worker() -> None:
+        while watch.is_running():
+            began = time.perf_counter()
+            await database.run(work, retry_limit=100_000)
+            watch.note(began)
+
+    await asyncio.gather(*(worker() for _ in range(in_flight)))
+    return watch.result()
+
+
+def run_pgcoord(settings: Settings, workload: Workload, in_flight: int, seconds: float) -> Result:
+    """The workload through one client process and the leader."""
+
+    async def run() -> Result:
+        async with await connect(settings, "benchmark") as database:
+            await drive(database, workload, in_flight, min(1.0, seconds / 4))
+            return await drive(database, workload, in_flight, seconds)
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def leading(settings: Settings) -> Iterator[int]:
+    """A leader in a process of its own; yields its process id."""
+    environment = os.environ | {"PGCOORD_DSN": settings.dsn}
+    process = subprocess.Popen([sys.executable, "-m", "pgcoord_cli", "leader", "run", "-q"], env=environment)
+    try:
+        with session.command_session(settings, "benchmark", writes=False) as conn:
+            leader.wait_for_leader(conn, settings.schema, 30)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def fill(settings: Settings, requests: int) -> None:
+    """Ten thousand keys, and then so many resolved requests of history."""
+    async with await connect(settings, "benchmark") as database:
+        for start in range(0, KEYS, 1000):
+            await database.run(lambda tr, start=start: _set_all(tr, start))  # type: ignore[misc]
+        done = 0
+        while done < requests:
+            result = await drive(database, WORKLOADS["rmw-10k"], 256, 5.0)
+            done += int(result.per_second * 5)
+            print(f"  history: {done} of {requests}", file=sys.stderr)
+
+
+async def _set_all(transaction: Transaction, start: int) -> None:
+    for number in range(start, start + 1000):
+        transaction.set(key_of(number), b"0")
+
+
+def measure(
+    settings: Settings, bin_dir: Path, workload: Workload, in_flight: int, seconds: float, *, superseded: bool
+) -> dict[str, Result]:
+    """Every contestant in turn on one workload."""
+    workers = min(in_flight, POOL)
+    work = rivals.scan_and_write if workload.scan else rivals.read_modify_write
+    script = "scan" if workload.scan else "rmw"
+    found = {
+        "pgcoord": run_pgcoord(settings, workload, in_flight, seconds),
+        "serializable": rivals.run_workers(settings.dsn, work, workload.keys, workers, seconds, serializable=True),
+        "pgbench": rivals.run_pgbench(bin_dir, settings.dsn, script, workload.keys, workers, seconds),
+    }
+    if superseded and not workload.scan:
+        stop = threading.Event()
+        pruner = threading.Thread(target=rivals.prune_ranges, args=(settings.dsn, stop))
+        pruner.start()
+        found["superseded"] = rivals.run_workers(
+            settings.dsn, rivals.superseded_write, workload.keys, workers, seconds, serializable=False
+        )
+        stop.set()
+        pruner.join()
+    return found
+
+
+def rows_of(workload: Workload, in_flight: int, found: dict[str, Result]) -> list[dict[str, Any]]:
+    """One record a contestant; `ratio` is pgcoord's rate over the contestant's, `latency_ratio` likewise of p50."""
+    ours = found["pgcoord"]
+    return [
+        {"workload": workload.name, "in_flight": in_flight, "who": who}
+        | result.as_record()
+        | {
+            "ratio": round(ours.per_second / result.per_second, 2) if result.per_second else None,
+            "latency_ratio": round(ours.p50_ms / result.p50_ms, 2) if result.p50_ms else None,
+        }
+        for who, result in found.items()
+    ]
+
+
+@contextmanager
+def old_snapshot(dsn: str, wanted: bool) -> Iterator[None]:
+    """Another session that holds a snapshot open, and with it every dead row since."""
+    if not wanted:
+        yield
+        return
+    with psycopg.connect(dsn) as conn:
+        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        conn.execute("SELECT count(*) FROM pgcoord.leader_lease")
+        yield
+
+
+def main() -> None:
+    """Parses the call, runs the measurements, prints and writes them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server-version", type=int, default=18)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--workload", choices=WORKLOADS, action="append")
+    parser.add_argument("--in-flight", type=int, action="append")
+    parser.add_argument("--history", type=int, default=0)
+    parser.add_argument("--old-snapshot", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    programs = find_programs(options.server_version)
+    with throw_away_server(programs) as server:
+        rows = _run(Settings(dsn=server.dsn), programs.bin_dir, options)
+    print(tabulate(rows, headers="keys"))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2))
+
+
+def _run(settings: Settings, bin_dir: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    upgrade(settings)
+    superseded = rivals.prepare(settings.dsn)
+    if not superseded:
+        print("no btree_gist on this server: the superseded design is left out", file=sys.stderr)
+    rows: list[dict[str, Any]] = []
+    with leading(settings) as leader_pid:
+        asyncio.run(fill(settings, options.history))
+        with old_snapshot(settings.dsn, options.old_snapshot):
+            for name in options.workload or WORKLOADS:
+                for in_flight in options.in_flight or IN_FLIGHT:
+                    workload = WORKLOADS[name]
+                    found = measure(settings, bin_dir, workload, in_flight, options.seconds, superseded=superseded)
+                    rows += rows_of(workload, in_flight, found)
+                    print(tabulate(rows[-len(found) :], headers="keys"), file=sys.stderr)
+        print(f"leader: {resident_bytes(leader_pid) / 2**20:.0f} MiB resident", file=sys.stderr)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Counting and timing what runs for a while: rates, percentiles, and memory of a process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Stopwatch:
+    """Collects how long each unit of work took, in seconds, until a deadline."""
+
+    seconds: float
+    latencies: list[float] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+
+    def is_running(self) -> bool:
+        """Whether there is time left."""
+        return time.perf_counter() - self.began < self.seconds
+
+    def note(self, began: float) -> None:
+        """A unit of work that began at this `perf_counter` is done."""
+        self.latencies.append(time.perf_counter() - began)
+
+    def result(self) -> Result:
+        """Rate and percentiles of everything noted so far."""
+        elapsed = time.perf_counter() - self.began
+        ordered = sorted(self.latencies) or [0.0]
+        return Result(
+            per_second=len(self.latencies) / elapsed,
+            p50_ms=statistics.median(ordered) * 1000,
+            p99_ms=ordered[int(len(ordered) * 0.99)] * 1000,
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rate, and latencies in milliseconds."""
+
+    per_second: float
+    p50_ms: float
+    p99_ms: float
+
+    def as_record(self) -> dict[str, Any]:
+        """Rounded, for tables and JSON."""
+        return {
+            "per_second": round(self.per_second, 1), "p50_ms": round(self.p50_ms, 2), "p99_ms": round(self.p99_ms, 2)
+        }  # fmt: skip
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process (Linux)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0

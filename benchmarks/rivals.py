@@ -1,0 +1,190 @@
+"""What pgcoord's commits are measured against: three other ways to the same transactions on the same server.
+
+serializable   psycopg, one connection a worker, SERIALIZABLE, again on a serialisation failure
+superseded     the design before this one: every transaction inserts the ranges it read and wrote, and an exclusion
+               constraint over them in a GiST index refuses overlaps of reads and writes in overlapping version ranges
+pgbench        PostgreSQL's own C client at SERIALIZABLE, retrying
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import Connection
+
+from benchmarks.measuring import Result, Stopwatch
+
+KEYS = 10_000
+SCAN = 100
+
+Work = Callable[[Connection[Any], int], None]
+
+TABLE = """
+DROP TABLE IF EXISTS rival_kv;
+CREATE TABLE rival_kv (key bytea PRIMARY KEY, value bytea NOT NULL) WITH (fillfactor = 80);
+INSERT INTO rival_kv SELECT convert_to('k' || lpad(i::text, 5, '0'), 'UTF8'), '0' FROM generate_series(0, 9999) AS i;
+VACUUM ANALYZE rival_kv;
+"""
+
+SUPERSEDED = """
+DROP TABLE IF EXISTS rival_ranges;
+DROP TYPE IF EXISTS rival_bytearange;
+DROP SEQUENCE IF EXISTS rival_version;
+CREATE EXTENSION IF NOT EXISTS btree_gist;
+CREATE TYPE rival_bytearange AS RANGE (subtype = bytea);
+CREATE SEQUENCE rival_version;
+SELECT nextval('rival_version');
+CREATE TABLE rival_ranges (
+    range_data rival_bytearange NOT NULL, type text NOT NULL, versions int8range NOT NULL, start_version bigint NOT NULL,
+    EXCLUDE USING gist (range_data WITH &&, type WITH <>, versions WITH &&, start_version WITH <>)
+);
+"""
+
+
+def key_of(number: int) -> bytes:
+    """The key with that number, of ten thousand."""
+    return b"k%05d" % number
+
+
+def prepare(dsn: str) -> bool:
+    """Makes the rivals' tables; says whether the server has what the superseded design needs."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        for statement in TABLE.strip().split(";\n"):
+            conn.execute(statement.rstrip(";").encode())
+        try:
+            conn.execute(SUPERSEDED.encode())
+        except (psycopg.errors.FeatureNotSupported, psycopg.errors.UndefinedFile):
+            return False
+    return True
+
+
+def read_modify_write(conn: Connection[Any], keys: int) -> None:
+    """Adds one to one of `keys` keys."""
+    key = key_of(random.randrange(keys))
+    with conn.transaction():
+        (value,) = conn.execute("SELECT value FROM rival_kv WHERE key = %s", [key]).fetchone() or (b"0",)
+        conn.execute("UPDATE rival_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
+
+
+def scan_and_write(conn: Connection[Any], keys: int) -> None:
+    """Reads a hundred keys in a row and writes one of them."""
+    first = random.randrange(keys - SCAN)
+    with conn.transaction():
+        rows = conn.execute(
+            "SELECT key, value FROM rival_kv WHERE key >= %s AND key < %s", [key_of(first), key_of(first + SCAN)]
+        ).fetchall()
+        key, value = rows[random.randrange(len(rows))]
+        conn.execute("UPDATE rival_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
+
+
+def superseded_write(conn: Connection[Any], keys: int) -> None:
+    """Adds one to one of `keys` keys, under the exclusion constraint."""
+    key = key_of(random.randrange(keys))
+    after = key + b"\0"
+    with conn.transaction():
+        value, start = conn.execute(
+            "SELECT value, (SELECT last_value FROM rival_version) FROM rival_kv WHERE key = %s", [key]
+        ).fetchone() or (b"0", 1)
+        conn.execute(
+            "WITH commit AS (SELECT nextval('rival_version') AS version) "
+            "INSERT INTO rival_ranges SELECT rival_bytearange(%s, %s), t.type, "
+            "int8range(%s, commit.version, '[]'), %s FROM commit, (VALUES ('read'), ('write')) AS t (type)",
+            [key, after, start, start],
+        )
+        conn.execute("UPDATE rival_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
+
+
+def prune_ranges(dsn: str, stop: threading.Event) -> None:
+    """Deletes the ranges that no running transaction can overlap any more, as that design's garbage collector did."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        while not stop.wait(0.5):
+            (version,) = conn.execute("SELECT last_value FROM rival_version").fetchone() or (0,)
+            conn.execute("DELETE FROM rival_ranges WHERE upper(versions) < %s", [version - 5_000])
+
+
+def run_workers(dsn: str, work: Work, keys: int, workers: int, seconds: float, *, serializable: bool) -> Result:
+    """`workers` threads, each with its own connection, doing `work` again and again."""
+    watch = Stopwatch(seconds)
+
+    def worker() -> None:
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            if serializable:
+                conn.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+            while watch.is_running():
+                began = time.perf_counter()
+                _until_it_succeeds(conn, work, keys, watch)
+                watch.note(began)
+
+    threads = [threading.Thread(target=worker) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return watch.result()
+
+
+def _until_it_succeeds(conn: Connection[Any], work: Work, keys: int, watch: Stopwatch) -> None:
+    while watch.is_running():
+        try:
+            work(conn, keys)
+            return
+        except (
+            psycopg.errors.SerializationFailure,
+            psycopg.errors.DeadlockDetected,
+            psycopg.errors.ExclusionViolation,
+        ):
+            continue
+
+
+PGBENCH = {
+    "rmw": """
+\\set n random(0, {last})
+BEGIN ISOLATION LEVEL SERIALIZABLE;
+SELECT convert_from(value, 'UTF8')::int AS v FROM rival_kv
+ WHERE key = convert_to('k' || lpad(:n::text, 5, '0'), 'UTF8') \\gset
+UPDATE rival_kv SET value = convert_to((:v + 1)::text, 'UTF8')
+ WHERE key = convert_to('k' || lpad(:n::text, 5, '0'), 'UTF8');
+COMMIT;
+""",
+    "scan": """
+\\set n random(0, {last} - 100)
+\\set m :n + random(0, 99)
+BEGIN ISOLATION LEVEL SERIALIZABLE;
+SELECT count(value) AS c FROM rival_kv WHERE key >= convert_to('k' || lpad(:n::text, 5, '0'), 'UTF8')
+   AND key < convert_to('k' || lpad((:n + 100)::text, 5, '0'), 'UTF8') \\gset
+UPDATE rival_kv SET value = convert_to(:c::text, 'UTF8')
+ WHERE key = convert_to('k' || lpad(:m::text, 5, '0'), 'UTF8');
+COMMIT;
+""",
+}
+
+
+def run_pgbench(bin_dir: Path, dsn: str, script: str, keys: int, workers: int, seconds: float) -> Result:
+    """PostgreSQL's own load generator with as many connections as workers."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
+        file.write(PGBENCH[script].format(last=keys - 1))
+        file.flush()
+        with tempfile.TemporaryDirectory() as logs:
+            done = subprocess.run(
+                [
+                    bin_dir / "pgbench", "-n", "-f", file.name, "-c", str(workers), "-j", str(min(workers, 2)),
+                    "-T", str(max(1, round(seconds))), "-M", "prepared", "--max-tries=0", "-l",
+                    f"--log-prefix={logs}/log", dsn,
+                ],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            latencies = sorted(
+                int(line.split()[2]) / 1000 for path in Path(logs).iterdir() for line in path.read_text().splitlines()
+            )
+    match = re.search(r"tps = ([\d.]+)", done.stdout)
+    assert match, done.stdout
+    return Result(float(match[1]), latencies[len(latencies) // 2], latencies[int(len(latencies) * 0.99)])

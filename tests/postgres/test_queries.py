@@ -1,0 +1,245 @@
+"""The SQL files: every statement is understood by the server, has the types that Python relies on, and is used.
+
+`EXPECTED` says of every statement which parameters it takes and which columns it returns. A new statement has to be
+added there; one whose types change by accident shows as a difference.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg.pq import ExecStatus
+
+import pgcoord_cli
+from pgcoord_cli.db.sqlfiles import Statement, sql_root, statements
+
+PACKAGE = Path(pgcoord_cli.__file__).parent
+FILES = sorted((sql_root() / "queries").iterdir())
+
+UTILITY = {"migrations.create_ledger"}
+"""Statements that PREPARE does not take, as it takes none of DDL."""
+
+
+class Shape(NamedTuple):
+    """Types of the parameters, and names and types of the columns."""
+
+    parameters: str
+    columns: str
+
+
+REQUEST = (
+    "id bigint, request_id uuid, status text, commit_version bigint, read_version bigint, epoch bigint, reason text, "
+    "created_at timestamptz, resolved_at timestamptz"
+)
+
+EXPECTED = {
+    "commits.enqueue": Shape(
+        "uuid[], bigint[], bigint[], bytea[], text, text", "announced boolean, enqueued_at timestamptz"
+    ),
+    "commits.claim": Shape(
+        "bigint, integer", "id bigint, epoch bigint, read_version bigint, payload bytea, claimed_at timestamptz"
+    ),
+    "commits.queue_writers": Shape("", "last_id bigint, writers text[]"),
+    "commits.delete_ranges": Shape("bytea[], bytea[]", ""),
+    "commits.delete_keys": Shape("bytea[]", ""),
+    "commits.upsert_keys": Shape("bytea[], bytea[]", ""),
+    "commits.settle": Shape(
+        "bigint, uuid, bigint, bigint, bigint, bigint, bigint, bigint[], text[], bigint[], text[]",
+        "settle_commits void",
+    ),
+    "commits.window_commits": Shape(
+        "bigint, bigint", "id bigint, commit_version bigint, payload bytea, resolved_at timestamptz"
+    ),
+    "commits.ask": Shape(
+        "uuid[]",
+        "epoch bigint, asked_at timestamptz, request_id uuid, status text, commit_version bigint, reason text",
+    ),
+    "commits.queue_state": Shape("", "pending bigint, oldest_pending_seconds double precision"),
+    "commits.list": Shape("text, integer", REQUEST),
+    "commits.show": Shape("uuid", REQUEST),
+    "gc.orphan_requests": Shape("double precision", ""),
+    "gc.delete_requests": Shape("bigint, double precision, integer", "deleted bigint, last_id bigint"),
+    "gc.count_requests": Shape("double precision", "deletable bigint"),
+    "gc.oldest_request": Shape("", "created_at timestamptz"),
+    "grants.role_exists": Shape("text", "found boolean"),
+    "grants.reader_grants": Shape("text", "statement text"),
+    "grants.client_grants": Shape("text", "statement text"),
+    "grants.operator_grants": Shape("text", "statement text"),
+    "kv.read_keys": Shape("bytea[]", "epoch bigint, durable_version bigint, key bytea, value bytea"),
+    "kv.read_version": Shape("", "epoch bigint, durable_version bigint"),
+    "kv.read_range": Shape("bytea, bytea, bigint", "key bytea, value bytea"),
+    "kv.read_range_reverse": Shape("bytea, bytea, bigint", "key bytea, value bytea"),
+    "lease.read_lease": Shape(
+        "",
+        "epoch bigint, term_id uuid, leader_addr text, durable_version bigint, conflict_floor bigint, "
+        "window_start_id bigint, queue_floor_id bigint, acquired_at timestamptz, renewed_at timestamptz, "
+        "expires_at timestamptz, held boolean, expires_in_seconds double precision",
+    ),
+    "lease.wait_for_election_lock": Shape("bigint", "pg_advisory_lock void"),
+    "lease.try_election_lock": Shape("bigint", "locked boolean"),
+    "lease.terminate_holders": Shape("bigint", "pid integer, terminated boolean"),
+    "lease.share_session_lock": Shape("bigint", "pg_advisory_lock_shared void"),
+    "lease.take_over": Shape(
+        "text, double precision, boolean, text",
+        "epoch bigint, term_id uuid, durable_version bigint, conflict_floor bigint, window_start_id bigint, "
+        "queue_floor_id bigint, announced boolean",
+    ),
+    "lease.renew": Shape("bigint, uuid, double precision", "expires_at timestamptz"),
+    "lease.release": Shape("bigint, uuid, text, text", "durable_version bigint, announced boolean"),
+    "lease.successor": Shape("", "epoch bigint, leader_addr text"),
+    "locks.lock_holder": Shape("bigint", "pid integer, application text, client text, since timestamptz"),
+    "migrations.create_ledger": Shape("", ""),
+    "migrations.schema_to_create": Shape("text", "statement text"),
+    "migrations.read_ledger": Shape(
+        "",
+        "version integer, name text, checksum text, applied_at timestamptz, applied_by text, execution_ms integer, "
+        "breaking boolean",
+    ),
+    "migrations.record_migration": Shape("integer, text, text, boolean", ""),
+    "migrations.record_duration": Shape("integer", ""),
+    "migrations.try_lock": Shape("bigint", "locked boolean"),
+    "migrations.wait_for_lock": Shape("bigint", "pg_advisory_lock void"),
+    "migrations.unlock": Shape("bigint", "unlocked boolean"),
+    "session.prepare_session": Shape(
+        "text, text, text",
+        "search_path text, statement_timeout text, lock_timeout text, version_number integer, in_recovery boolean, "
+        "has_ledger boolean",
+    ),
+    "session.other_schemas": Shape("text", "schema text"),
+}
+
+SQL_IN_PYTHON = re.compile(
+    r"\s*(SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE|CREATE|ALTER|DROP|TRUNCATE|GRANT|REVOKE|COMMENT|LOCK|COPY|"
+    r"BEGIN|COMMIT|ROLLBACK|SAVEPOINT|PREPARE|EXECUTE|DECLARE|FETCH|CALL|DO|NOTIFY|ANALYZE|VACUUM)\b"
+)
+"""How a statement that should be in a file begins. The session's SET and LISTEN are not among them."""
+
+SESSION_COMMAND = re.compile(r"SELECT set_config\(.*|SELECT 1")
+
+ALLOWED = {
+    ("core/migrations.py", "CREATE SCHEMA"),  # of the script that `migrate sql` prints without asking a server
+    ("core/migrations.py", "BEGIN;"),
+    ("core/migrations.py", "COMMIT;"),
+    ("commands/kv.py", "BEGIN"),  # the name of an argument
+    ("core/grants.py", "CREATE ROLE"),  # of a hint
+}
+
+
+def every_statement() -> Iterator[tuple[str, Statement]]:
+    for path in FILES:
+        for name, statement in statements(path.stem).items():
+            yield f"{path.stem}.{name}", statement
+
+
+def test_every_statement_has_the_expected_types(sql: psycopg.Connection[Any]) -> None:
+    found = {name: shape(sql, name, statement.text) for name, statement in every_statement()}
+    assert found == EXPECTED
+
+
+def shape(conn: psycopg.Connection[Any], name: str, text: str) -> Shape:
+    """What the server makes of a statement: prepared in SQL where that can be, otherwise in the protocol."""
+    if name in UTILITY:
+        assert conn.pgconn.prepare(name.encode(), text.encode()).status == ExecStatus.COMMAND_OK
+    else:
+        conn.execute(f'PREPARE "{name}" AS {text}')
+    row = conn.execute("SELECT parameter_types::text[] FROM pg_prepared_statements WHERE name = %s", [name]).fetchone()
+    assert row is not None
+    described = conn.pgconn.describe_prepared(name.encode())
+    columns = [
+        f"{(described.fname(i) or b'').decode()} {type_name(conn, described.ftype(i))}"
+        for i in range(described.nfields)
+    ]
+    return Shape(short(", ".join(row[0])), short(", ".join(columns)))
+
+
+def type_name(conn: psycopg.Connection[Any], oid: int) -> str:
+    row = conn.execute("SELECT format_type(%s, NULL)", [oid]).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def short(types: str) -> str:
+    return types.replace("timestamp with time zone", "timestamptz")
+
+
+def test_i12_no_statement_takes_a_time_from_a_client() -> None:
+    timed = [name for name, expected in EXPECTED.items() if re.search("time|date|interval", expected.parameters)]
+    assert timed == []
+
+
+def test_every_file_is_statements_headed_by_a_name_and_a_line_of_purpose() -> None:
+    for path in FILES:
+        assert path.suffix == ".sql"
+        stored = statements(path.stem).values()
+        assert path.read_text() == "\n".join(f"-- name: {s.name}\n-- {s.purpose}\n{s.text};\n" for s in stored), path
+
+
+def test_no_statement_is_more_than_one() -> None:
+    assert [name for name, statement in every_statement() if ";" in statement.text] == []
+
+
+def test_every_purpose_is_a_sentence() -> None:
+    sentence = re.compile(r"[A-Z].*\.")
+    assert [name for name, statement in every_statement() if not sentence.fullmatch(statement.purpose)] == []
+
+
+def test_every_statement_is_used_and_there() -> None:
+    assert used_names() == {name for name, _ in every_statement()}
+
+
+def used_names() -> set[str]:
+    """`noun.name` of every call `sql("noun", "name")`; of f-strings, whatever they can stand for."""
+    used: set[str] = set()
+    for _, tree in trees():
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(func=ast.Name("sql"), args=[ast.Constant(str(noun)), name]):
+                    used |= {f"{noun}.{each}" for each in possible_names(noun, name)}
+    return used
+
+
+def possible_names(noun: str, name: ast.expr) -> set[str]:
+    match name:
+        case ast.Constant(str(only)):
+            return {only}
+        case ast.IfExp(body=one, orelse=other):
+            return possible_names(noun, one) | possible_names(noun, other)
+        case ast.JoinedStr(values=parts):
+            pattern = "".join(
+                re.escape(str(part.value)) if isinstance(part, ast.Constant) else r"\w+" for part in parts
+            )
+            return {each for each in statements(noun) if re.fullmatch(pattern, each)}
+    raise AssertionError(f"line {name.lineno}: which statement of {noun}.sql this names cannot be told")
+
+
+def test_no_sql_lives_in_python() -> None:
+    found = set(sql_like_strings())
+    excused = {each for each in ALLOWED if any(is_excused(text, each) for text in found)}
+    assert {text for text in found if not any(is_excused(text, each) for each in ALLOWED)} == set()
+    assert excused == ALLOWED
+
+
+def sql_like_strings() -> Iterator[tuple[str, str]]:
+    """Path within the package and text of every string that begins like SQL, session commands aside."""
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            match node:
+                case ast.Constant(str(text)) if SQL_IN_PYTHON.match(text) and not SESSION_COMMAND.fullmatch(text):
+                    yield path, text.lstrip()
+
+
+def is_excused(found: tuple[str, str], excuse: tuple[str, str]) -> bool:
+    return found[0] == excuse[0] and found[1].startswith(excuse[1])
+
+
+@cache
+def trees() -> list[tuple[str, ast.Module]]:
+    """Path within the package and syntax tree of every Python file of it."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [(path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())) for path in paths]

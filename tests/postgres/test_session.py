@@ -1,0 +1,430 @@
+"""Opening a session: where the address comes from, what the session is set to, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from pgcoord_cli import cli as program
+from pgcoord_cli.core import session
+from pgcoord_cli.core.embedded import EmbeddedServer, Programs, server_account, throw_away_server
+from pgcoord_cli.core.locks import lock_key
+from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.db import connection
+from pgcoord_cli.errors import Busy, ConnectionFailed, TimedOut, UnsuitableServer, UsageError
+from pgcoord_cli.settings import Settings
+
+PATIENCE = 30.0
+"""Seconds after which a test gives up waiting."""
+
+SECRET = "hunter2"
+
+REQUEST_ID = "7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f"
+
+
+class Answer(NamedTuple):
+    """What a call came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """Runs `pgcoord …` in this process, with the environment variables that are given and no others of PostgreSQL's."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*words: str, **environment: str) -> Answer:
+        with monkeypatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith("PG")]:
+                patch.delenv(name)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            capsys.readouterr()
+            code = program.run(words)
+            return Answer(code, *capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def primary(programs: Programs) -> Iterator[EmbeddedServer]:
+    """A migrated server of the test's own, with one key."""
+    with throw_away_server(programs) as running:
+        upgrade(Settings(dsn=running.dsn))
+        with psycopg.connect(running.dsn, autocommit=True) as conn:
+            conn.execute("INSERT INTO pgcoord.kv VALUES ('key', 'value')")
+        yield running
+
+
+@contextmanager
+def standby_of(primary: EmbeddedServer, programs: Programs) -> Iterator[EmbeddedServer]:
+    """A streaming standby of the server."""
+    with tempfile.TemporaryDirectory(prefix="pgcoord-standby-", dir="/tmp") as name:
+        root = Path(name)
+        root.chmod(0o711)
+        standby = EmbeddedServer(root, programs)
+        standby.data.mkdir(mode=0o700)
+        identity: dict[str, Any] = {}
+        if account := server_account():
+            os.chown(standby.data, account.uid, account.gid)
+            identity = {"user": account.uid, "group": account.gid, "extra_groups": []}
+        subprocess.run(
+            [programs.bin_dir / "pg_basebackup", "--pgdata", standby.data, "--dbname", primary.dsn,
+             "--write-recovery-conf", "--checkpoint=fast", "--no-sync"],
+            cwd="/", check=True, **identity,
+        )  # fmt: skip
+        standby.start()
+        try:
+            yield standby
+        finally:
+            standby.stop("immediate")
+
+
+def everything(dsn: str) -> list[Any]:
+    """Every row of the schema."""
+    with psycopg.connect(dsn, options="-c search_path=pgcoord") as conn:
+        tables = ("leader_lease", "leader_history", "commit_requests", "kv", "schema_migrations")
+        return [conn.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables]
+
+
+# Unsuitable servers
+
+
+def test_i14_on_a_standby_commands_look_and_change_nothing(
+    call: Call, primary: EmbeddedServer, programs: Programs
+) -> None:
+    looking = {
+        "leader status": 3, "kv get key": 0, "kv range": 0, "commit list": 0, f"commit show {REQUEST_ID}": 3,
+        "migrate status --check": 0, "migrate verify": 0, "migrate up --dry-run": 0,
+        "migrate grant --reader postgres --dry-run": 0, "gc commit-requests --dry-run": 0,
+    }  # fmt: skip
+    changing = (
+        "leader run", "kv set key other", "kv clear key", "migrate up", "migrate grant --reader postgres",
+        "gc commit-requests",
+    )  # fmt: skip
+    before = everything(primary.dsn)
+    with standby_of(primary, programs) as standby:
+        codes = {words: call(*words.split(), "--dsn", standby.dsn).code for words in [*looking, *changing]}
+        assert codes == looking | dict.fromkeys(changing, 9)
+        answer = call("kv", "set", "key", "other", "-o", "json", "--dsn", standby.dsn)
+        error = json.loads(answer.out)["error"]
+        assert error["code"] == "unsuitable_server"
+        assert "standby" in error["message"]
+        assert "target_session_attrs=read-write" in error["hint"]
+        assert everything(standby.dsn) == before
+
+        # What the hint says helps, and in whatever order the servers are listed.
+        assert call("gc", "commit-requests", "--dsn", any_of(standby, primary)).code == 0
+    assert everything(primary.dsn) == before
+
+
+def any_of(*servers: EmbeddedServer) -> str:
+    hosts = [str(server.socket_directory) for server in servers]
+    return f"host={','.join(hosts)} user=postgres dbname=postgres target_session_attrs=read-write"
+
+
+def test_i14_a_server_that_is_too_old_is_refused() -> None:
+    with pytest.raises(UnsuitableServer, match="PostgreSQL 14 is not supported") as refused:
+        session._server(("pgcoord, pg_temp", "30s", "10s", 140_000, False, True))
+    assert refused.value.hint == "pgcoord needs PostgreSQL 15 or newer"
+    assert session._server(("pgcoord, pg_temp", "30s", "10s", 150_000, False, True)).has_ledger
+
+
+def test_i14_asyncio_sessions_ask_the_same_questions(settings: Settings, empty_settings: Settings) -> None:
+    async def open_and_close(wanted: Settings) -> None:
+        await (await session.open_session_async(wanted, "test", writes=True)).close()
+
+    asyncio.run(open_and_close(settings))
+    for wanted in (empty_settings, replace(settings, schema="other", schema_given=True)):
+        with pytest.raises(Exception) as refused:
+            session.open_session(wanted, "test", writes=True)
+        with pytest.raises(type(refused.value)) as refused_too:
+            asyncio.run(open_and_close(wanted))
+        assert str(refused_too.value) == str(refused.value)
+
+
+# Malformed addresses
+
+MALFORMED = [
+    "mydatabase",
+    f"host=localhost password={SECRET} and more",
+    f"host=localhost password='{SECRET}",
+    f"host=localhost password={SECRET} no_such_option=1",
+    f"postgresql://me:{SECRET}@[::1/db",
+    f"postgresql://me:{SECRET}%zz@localhost/db",
+    f"postgresql://me:{SECRET}@localhost/db?no_such_option=1",
+    f"postgresql://me:a@{SECRET}@localhost/db",
+    f"postgresql://me:{SECRET}/a@localhost/db",
+    f"postgres://me:a/{SECRET}@localhost/db",
+    f"postgresql://me:{SECRET}",
+    f"postgresql://me:{SECRET}@localhost:port/db",
+    f"host=localhost port=70000 password={SECRET}",
+    f"host=one,two,three port=1,2 password={SECRET}",
+    f"host=localhost sslmode=perhaps password={SECRET}",
+    f"host=localhost connect_timeout=soon password={SECRET}",
+    f"host=localhost keepalives_idle=soon password={SECRET}",
+    f"host=localhost target_session_attrs=any-at-all password={SECRET}",
+    f"service=no_such_service password={SECRET}",
+]
+
+
+@pytest.mark.parametrize("dsn", MALFORMED)
+def test_a_malformed_address_is_a_usage_error_that_shows_no_password(dsn: str, call: Call) -> None:
+    for words in (("migrate", "status"), ("leader", "status", "-v"), ("kv", "set", "k", "v", "-o", "json")):
+        for source, answer in {
+            "--dsn": call(*words, "--dsn", dsn), "PGCOORD_DSN": call(*words, PGCOORD_DSN=dsn),
+        }.items():  # fmt: skip
+            assert answer.code == 2, answer
+            assert f"{source}: " in answer.out + answer.err
+            assert SECRET not in answer.out + answer.err
+            assert len((answer.out + answer.err).splitlines()) <= 7
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://me@localhost/db", "postgresql:///db?host=/tmp/a@b", "postgresql://me:p%40ss%2F@h1:1,h2:2/db",
+        "postgresql://", "postgresql://?user=me@there", "host=/tmp port=5432,5433", "host=a@b user=c@d", "",
+        "postgresql://me:what?is#this@localhost/db",
+    ],
+)  # fmt: skip
+def test_an_unusual_address_is_not_taken_for_a_malformed_one(dsn: str) -> None:
+    given = conninfo_to_dict(connection.conninfo(Settings(dsn=dsn), "test"))
+    assert given.items() >= conninfo_to_dict(dsn).items()
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [({"PGPORT": "many"}, '"port"'), ({"PGSSLMODE": "perhaps"}, "sslmode"), ({"PGSERVICE": "none"}, "service")],
+)
+def test_a_malformed_variable_of_libpq_is_a_usage_error(variables: dict[str, str], named: str, call: Call) -> None:
+    answer = call("migrate", "status", **variables)
+    assert answer.code == 2
+    assert answer.err.startswith("error: libpq's environment: ")
+    assert named in answer.err
+
+
+def test_a_secret_in_the_text_of_an_error_is_struck_out() -> None:
+    texts = [f"x postgresql://me:{SECRET}@host/db y", f"password={SECRET} z", f"PASSWORD = '{SECRET} {SECRET}' z"]
+    assert [connection.redact(text) for text in texts] == [
+        "x postgresql://me:***@host/db y", "password=*** z", "PASSWORD = *** z",
+    ]  # fmt: skip
+    assert SECRET not in repr(Settings(dsn=f"password={SECRET}"))
+
+
+# Servers that do not answer, or refuse
+
+
+@pytest.mark.parametrize(
+    ("dsn", "reason"),
+    [
+        ("host=127.0.0.1 port=1", 'connection to server at "127.0.0.1", port 1 failed: Connection refused'),
+        ("host=/nowhere", 'connection to server on socket "/nowhere/.s.PGSQL.5432" failed: No such file or directory'),
+        ("host=/nowhere,127.0.0.1 port=1", 'connection to server at "127.0.0.1", port 1 failed: Connection refused'),
+        ("host=no-such-host.invalid", "failed to resolve host 'no-such-host.invalid'"),
+    ],
+)
+def test_a_server_that_is_not_there_is_one_line_and_a_hint(dsn: str, reason: str, call: Call) -> None:
+    answer = call("leader", "status", PGCOORD_DSN=f"{dsn} password={SECRET}")
+    assert (answer.code, answer.out) == (4, "")
+    error, hint = answer.err.splitlines()
+    assert error.startswith(f"error: cannot connect: {reason}")
+    assert hint.startswith("hint: the address comes from PGCOORD_DSN; is the server up?")
+    assert SECRET not in answer.err
+
+    answer = call("kv", "set", "k", "v", "-o", "json", "--dsn", f"{dsn} password={SECRET}")
+    assert (answer.code, answer.err) == (4, "")
+    assert json.loads(answer.out)["error"]["code"] == "cannot_connect"
+    assert SECRET not in answer.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dbname": "no_such_database"}, 'database "no_such_database" does not exist'),
+        ({"user": "no_such_role"}, 'role "no_such_role" does not exist'),
+    ],
+)
+def test_a_database_or_role_that_is_not_there_is_named(
+    changes: dict[str, str], reason: str, call: Call, server: EmbeddedServer
+) -> None:
+    answer = call("leader", "status", "--dsn", make_conninfo(server.dsn, password=SECRET, **changes))
+    assert answer.code == 4
+    assert reason in answer.err.splitlines()[0]
+    assert len(answer.err.splitlines()) == 2
+    assert SECRET not in answer.err
+
+
+def test_a_wrong_password_is_refused_and_not_shown(call: Call, own_server: EmbeddedServer) -> None:
+    with psycopg.connect(own_server.dsn, autocommit=True) as conn:
+        conn.execute(f"CREATE ROLE guarded LOGIN PASSWORD '{SECRET}'")
+    rules = own_server.data / "pg_hba.conf"
+    rules.write_text(f"local all guarded scram-sha-256\n{rules.read_text()}")
+    own_server.stop()
+    own_server.start()
+    guarded = make_conninfo(own_server.dsn, user="guarded")
+    right = make_conninfo(guarded, password=SECRET)
+    assert call("migrate", "status", "--dsn", right).code == 0
+    assert call("migrate", "status", "--dsn", guarded, PGPASSWORD=SECRET).code == 0
+    wrong = call("migrate", "status", "-v", "--dsn", make_conninfo(right, password=f"wrong{SECRET}"))
+    assert wrong.code == 4
+    assert 'password authentication failed for user "guarded"' in wrong.err
+    none = call("migrate", "status", "--dsn", guarded)
+    assert none.code == 4
+    assert "no password supplied" in none.err
+    assert all(len(answer.err.splitlines()) == 2 and SECRET not in answer.err for answer in (wrong, none))
+
+
+def test_a_connection_that_is_lost_while_waiting_is_one_line_and_a_hint(empty_settings: Settings) -> None:
+    with psycopg.connect(empty_settings.dsn, autocommit=True) as admin:
+        admin.execute("SELECT pg_advisory_lock(%s)", [lock_key("pgcoord", "migrate")])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pgcoord_cli", "migrate", "up", "-q", "--dsn", empty_settings.dsn],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        waiting = (
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/migrate' AND wait_event = 'advisory'"
+        )
+        deadline = time.monotonic() + PATIENCE
+        while not (found := admin.execute(waiting).fetchone()):
+            assert time.monotonic() < deadline
+        admin.execute("SELECT pg_terminate_backend(%s)", found)
+        out, err = process.communicate(timeout=PATIENCE)
+        assert admin.execute("SELECT to_regnamespace('pgcoord')").fetchone() == (None,)
+    assert (process.returncode, out) == (4, "")
+    assert err.splitlines() == [
+        "error: connection lost: terminating connection due to administrator command",
+        "hint: is the server still up?",
+    ]
+
+
+# Where the address comes from
+
+
+def test_a_flag_goes_before_the_variable_and_the_variable_before_libpq(call: Call, settings: Settings) -> None:
+    nowhere = "host=/nowhere"
+    assert call("migrate", "verify", "--dsn", settings.dsn, PGCOORD_DSN=nowhere, PGHOST="/nowhere").code == 0
+    assert call("migrate", "verify", PGCOORD_DSN=settings.dsn, PGHOST="/nowhere").code == 0
+    assert call("migrate", "verify", PGCOORD_DSN=nowhere, PGHOST=libpq(settings)["PGHOST"]).code == 4
+
+
+def libpq(settings: Settings) -> dict[str, str]:
+    """The address in libpq's own variables."""
+    given = conninfo_to_dict(settings.dsn)
+    return {"PGHOST": str(given["host"]), "PGUSER": str(given["user"]), "PGDATABASE": str(given["dbname"])}
+
+
+def test_without_an_address_libpq_uses_its_environment_and_service_file(
+    call: Call, settings: Settings, tmp_path: Path
+) -> None:
+    assert call("migrate", "verify", **libpq(settings)).code == 0
+    given = conninfo_to_dict(settings.dsn)
+    file = tmp_path / "pg_service.conf"
+    file.write_text("[coordination]\n" + "".join(f"{name}={value}\n" for name, value in given.items()))
+    assert call("migrate", "verify", PGSERVICEFILE=str(file), PGSERVICE="coordination").code == 0
+    assert call("migrate", "verify", "--dsn", "service=coordination", PGSERVICEFILE=str(file)).code == 0
+    answer = call("migrate", "verify", PGHOST="/nowhere")
+    assert answer.code == 4
+    assert "the address comes from libpq's environment" in answer.err
+
+
+def test_of_several_hosts_a_dead_one_is_passed_over(call: Call, settings: Settings) -> None:
+    given = conninfo_to_dict(settings.dsn)
+    several = make_conninfo(settings.dsn, host=f"/nowhere,{given['host']}", target_session_attrs="read-write")
+    assert call("gc", "commit-requests", "--dsn", several).code == 0
+    uri = f"postgresql://postgres@127.0.0.1:1/{given['dbname']}?target_session_attrs=read-write"
+    assert call("gc", "commit-requests", "--dsn", uri).code == 4
+
+
+# What a session is set to
+
+
+def setting(conn: psycopg.Connection[Any], name: str) -> Any:
+    row = conn.execute(f"SHOW {name}").fetchone()
+    assert row is not None
+    return row[0]
+
+
+def test_a_session_says_whose_it_is_and_how_long_it_waits(settings: Settings) -> None:
+    given = replace(settings, statement_timeout=2.5, lock_timeout=0.25)
+    with session.command_session(given, "kv get", writes=False) as conn, psycopg.connect(settings.dsn) as onlooker:
+        seen = onlooker.execute(
+            "SELECT application_name FROM pg_stat_activity WHERE pid = %s", [conn.info.backend_pid]
+        ).fetchone()
+        assert seen == ("pgcoord/kv get",)
+        shown = [setting(conn, name) for name in ("statement_timeout", "lock_timeout", "search_path")]
+        assert shown == ["2500ms", "250ms", "pgcoord, pg_temp"]
+    with session.migration_session(given, read_only=False) as (conn, _):
+        assert setting(conn, "application_name") == "pgcoord/migrate"
+        # A migration takes as long as it takes.
+        assert (setting(conn, "statement_timeout"), setting(conn, "lock_timeout")) == ("0", "250ms")
+
+
+def test_dead_peers_are_noticed_unless_the_address_says_otherwise(settings: Settings) -> None:
+    with closing(session.open_session(settings, "test", writes=False)) as conn:
+        parameters = conn.info.get_parameters()
+        expected = {name: str(value) for name, value in connection.LIVENESS_DEFAULTS.items()}
+        assert parameters.items() >= (expected | {"connect_timeout": "10"}).items()
+    own = make_conninfo(settings.dsn, tcp_user_timeout=1, keepalives_idle=2, connect_timeout=3, application_name="mine")
+    chosen = conninfo_to_dict(connection.conninfo(replace(settings, dsn=own), "test"))
+    assert (chosen["tcp_user_timeout"], chosen["keepalives_idle"], chosen["connect_timeout"]) == ("1", "2", "3")
+    assert chosen["application_name"] == "pgcoord/test"
+
+
+def test_timeouts_come_from_the_environment(call: Call, settings: Settings) -> None:
+    with psycopg.connect(settings.dsn) as other:
+        other.execute("LOCK TABLE pgcoord.kv")
+        dsn = {"PGCOORD_DSN": settings.dsn}
+        statement = call("kv", "get", "key", PGCOORD_STATEMENT_TIMEOUT="50ms", **dsn)
+        lock = call("kv", "get", "key", PGCOORD_LOCK_TIMEOUT="50ms", **dsn)
+    assert (statement.code, statement.err.splitlines()[1]) == (124, "hint: PGCOORD_STATEMENT_TIMEOUT raises the limit")
+    assert lock.code == 5
+    wrong = call("kv", "get", "key", PGCOORD_LOCK_TIMEOUT="soon", **dsn)
+    assert (wrong.code, "PGCOORD_LOCK_TIMEOUT" in wrong.err) == (2, True)
+
+
+def test_an_error_within_a_session_says_what_to_do(settings: Settings) -> None:
+    blocked = replace(settings, statement_timeout=0.05, lock_timeout=0)
+    with psycopg.connect(settings.dsn) as other:
+        other.execute("LOCK TABLE pgcoord.kv")
+        with pytest.raises(TimedOut), session.command_session(blocked, "test", writes=False) as conn:
+            conn.execute("TABLE kv")
+        with (
+            pytest.raises(Busy),
+            session.command_session(replace(settings, lock_timeout=0.05), "test", writes=False) as conn,
+        ):
+            conn.execute("TABLE kv")
+    with pytest.raises(ConnectionFailed), session.command_session(settings, "test", writes=False) as conn:
+        conn.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+def test_a_session_that_is_refused_is_closed(settings: Settings, empty_settings: Settings) -> None:
+    with pytest.raises(UsageError):
+        session.open_session(replace(settings, schema="other", schema_given=True), "test", writes=True)
+    with psycopg.connect(settings.dsn, autocommit=True) as conn:
+        deadline = time.monotonic() + PATIENCE
+        others = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        while conn.execute(others).fetchone():
+            assert time.monotonic() < deadline

@@ -1,0 +1,187 @@
+"""The bytes of a commit request: what is packed comes back, and no bytes whatever do harm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pgcoord_cli.core import codec
+from pgcoord_cli.core.codec import Mutation, Op, Request, Undecodable
+
+LONGEST_REASON = 300
+"""Characters of a reason that still fit on a screen."""
+
+keys = st.binary(max_size=6)
+long_keys = st.just(b"k" * codec.MAX_KEY_BYTES)
+values = st.binary(max_size=8) | st.just(b"v" * codec.MAX_VALUE_BYTES)
+
+
+def ordered(bounds: tuple[bytes, bytes | None]) -> tuple[bytes, bytes | None]:
+    """The same bounds, the smaller one first."""
+    begin, end = bounds
+    return bounds if end is None else (min(begin, end), max(begin, end))
+
+
+ranges = st.tuples(keys | long_keys, st.none() | keys | long_keys).map(ordered)
+mutations = st.one_of(
+    st.builds(Mutation, st.just(Op.SET), keys | long_keys, values),
+    st.builds(Mutation, st.just(Op.CLEAR), keys | long_keys, st.none()),
+    ranges.map(lambda bounds: Mutation(Op.CLEAR_RANGE, *bounds)),
+)
+
+
+def several(items: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.lists(items, max_size=5).map(tuple)
+
+
+requests = st.builds(Request, several(keys | long_keys), several(ranges), several(ranges), several(mutations))
+
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(max_size=5)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+shaped_like_a_request = st.tuples(*[st.lists(anything, max_size=3)] * 3, st.lists(st.lists(anything, max_size=4)))
+
+
+def packed(fields: Any) -> bytes:
+    """A payload of format version 1 with any content."""
+    return bytes([codec.FORMAT_VERSION]) + bytes(msgpack.packb(fields))
+
+
+def decodes_or_says_why(payload: bytes) -> None:
+    try:
+        request = codec.decode(payload)
+    except Undecodable as error:
+        assert 0 < len(str(error)) <= LONGEST_REASON
+        assert "\0" not in str(error), "PostgreSQL stores no text with a zero byte"
+        str(error).encode("utf-8")
+    else:
+        assert codec.decode(codec.encode(request)) == request
+
+
+@given(requests)
+def test_what_was_encoded_is_decoded_again(request: Request) -> None:
+    codec.check(request)
+    again = codec.decode(codec.encode(request))
+    assert again == request
+    assert all(isinstance(mutation.op, Op) for mutation in again.mutations)
+
+
+@given(st.binary())
+@example(b"")
+@example(b"\x00")
+@example(b"\x02")
+@example(b"\x01")
+@example(b"\x01\xc1")
+def test_i6_arbitrary_bytes_are_decoded_or_refused_with_a_reason(payload: bytes) -> None:
+    decodes_or_says_why(payload)
+
+
+@given(st.binary())
+def test_i6_arbitrary_bytes_of_the_right_version_are_decoded_or_refused(body: bytes) -> None:
+    decodes_or_says_why(bytes([codec.FORMAT_VERSION]) + body)
+
+
+@given(anything)
+def test_i6_any_messagepack_is_decoded_or_refused(content: Any) -> None:
+    decodes_or_says_why(packed(content))
+
+
+@given(shaped_like_a_request)
+def test_i6_anything_in_the_shape_of_a_request_is_decoded_or_refused(content: Any) -> None:
+    decodes_or_says_why(packed(content))
+
+
+@given(st.data(), requests)
+def test_i6_a_request_with_flipped_bytes_is_decoded_or_refused(data: st.DataObject, request: Request) -> None:
+    payload = bytearray(codec.encode(request))
+    for _ in range(data.draw(st.integers(1, 4))):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+    decodes_or_says_why(bytes(payload))
+
+
+@given(requests, st.data())
+def test_i6_a_request_cut_short_is_refused(request: Request, data: st.DataObject) -> None:
+    payload = codec.encode(request)
+    with pytest.raises(Undecodable):
+        codec.decode(payload[: data.draw(st.integers(0, len(payload) - 1))])
+
+
+@pytest.mark.parametrize("depth", [10, 500, 900, 990, 1000, 1010, 1020, 1030, 100_000])
+@pytest.mark.parametrize("place", ["payload", "key", "range", "mutation", "op", "operand"])
+def test_i6_deep_nesting_is_refused(depth: int, place: str) -> None:
+    nest = b"\x91" * depth + b"\xc0"
+    bodies = {
+        "payload": nest,
+        "key": b"\x94\x91" + nest + b"\x90\x90\x90",
+        "range": b"\x94\x90\x91" + nest + b"\x90\x90",
+        "mutation": b"\x94\x90\x90\x90\x91" + nest,
+        "op": b"\x94\x90\x90\x90\x91\x93" + nest + b"\xc4\x01k\xc0",
+        "operand": b"\x94\x90\x90\x90\x91\x93\x00\xc4\x01k" + nest,
+    }
+    with pytest.raises(Undecodable) as refused:
+        codec.decode(b"\x01" + bodies[place])
+    assert len(str(refused.value)) <= LONGEST_REASON
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xdd\xff\xff\xff\xff",  # an array of 4,294,967,295
+        b"\xdf\xff\xff\xff\xff",  # a map of as many
+        b"\xc6\xff\xff\xff\xff",  # as many bytes
+        b"\xdb\xff\xff\xff\xff",  # as much text
+        b"\xc9\xff\xff\xff\xff\x01",  # an extension of that size
+        b"\x94\xdd\xff\xff\xff\xff\x90\x90\x90",
+        b"\x94\x90\x90\x90\x91\x93\x00\xc6\xff\xff\xff\xff",
+        b"\x94\xdd\x00\xff\xff\xff" + b"\x90" * 100,
+    ],
+)
+def test_i6_a_length_that_is_not_there_is_refused(body: bytes) -> None:
+    with pytest.raises(Undecodable):
+        codec.decode(b"\x01" + body)
+
+
+@pytest.mark.parametrize(
+    "op", [max(Op) + 1, 255, -1, 2**63, 2**64 - 1, None, True, False, 0.0, 1.0, float("nan"), "SET", b"\0", {}, []]
+)
+def test_i6_an_unknown_mutation_is_refused(op: Any) -> None:
+    with pytest.raises(Undecodable, match="mutation"):
+        codec.decode(packed([[], [], [], [[op, b"k", b"v"]]]))
+
+
+def test_i6_the_reason_stays_short_whatever_was_sent() -> None:
+    with pytest.raises(Undecodable) as refused:
+        codec.decode(packed([[], [], [], [[b"x" * 1_000_000, b"k", b"v"]]]))
+    assert len(str(refused.value)) <= LONGEST_REASON
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (Request((b"k" * 2_601,), (), (), ()), "longer than"),
+        (Request((), ((b"k" * 2_601, None),), (), ()), "longer than"),
+        (Request((), ((b"", b"k" * 2_601),), (), ()), "longer than"),
+        (Request((), ((b"b", b"a"),), (), ()), "begins after"),
+        (Request((), (), ((b"b", b"a"),), ()), "begins after"),
+        (Request((), (), (), (Mutation(Op.CLEAR_RANGE, b"b", b"a"),)), "begins after"),
+        (Request((), (), (), (Mutation(Op.SET, b"k", None),)), "no value"),
+        (Request((), (), (), (Mutation(Op.SET, b"k" * 2_601, b""),)), "longer than"),
+        (Request((), (), (), (Mutation(Op.CLEAR, b"k" * 2_601, None),)), "longer than"),
+        (Request((), (), (), (Mutation(Op.SET, b"k", b"v" * 100_001),)), "longer than"),
+    ],
+)
+def test_i6_what_cannot_be_applied_is_refused(request_: Request, reason: str) -> None:
+    with pytest.raises(Undecodable, match=reason):
+        codec.check(request_)
+    with pytest.raises(Undecodable, match=reason):
+        codec.decode(codec.encode(request_))
+
+
+def test_i6_a_transaction_that_is_too_large_is_refused_before_it_is_unpacked() -> None:
+    with pytest.raises(Undecodable, match="more than"):
+        codec.decode(b"\x01" + b"\xc1" * codec.MAX_TRANSACTION_BYTES)
