@@ -16,7 +16,7 @@ import typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError
 
 from pgcoord_cli.commands.framework import RootGroup
-from pgcoord_cli.errors import PgcoordError, UsageError
+from pgcoord_cli.errors import PgcoordError, Termination, UsageError, interruption
 from pgcoord_cli.render import render_error
 from pgcoord_cli.settings import ColorMode, OutputFormat
 
@@ -75,24 +75,6 @@ def _report(error: BaseException, argv: Sequence[str]) -> None:
         render_error(_failure(error), as_json=as_json, color=_wanted_color(argv))
 
 
-class Interrupted(PgcoordError):
-    """Ctrl-C, or a question left unanswered."""
-
-    code = "interrupted"
-    exit_code = 128 + signal.SIGINT
-
-
-class Terminated(PgcoordError):
-    """SIGTERM."""
-
-    code = "terminated"
-    exit_code = 128 + signal.SIGTERM
-
-
-class Termination(KeyboardInterrupt):
-    """SIGTERM on its way out, through every clean-up that Ctrl-C goes through."""
-
-
 def _failure(error: BaseException) -> PgcoordError:
     if isinstance(error, PgcoordError):
         return error
@@ -103,7 +85,7 @@ def _failure(error: BaseException) -> PgcoordError:
         return UsageError(error.format_message(), hint=f"see: {ctx.command_path} --help" if ctx else None)
     if isinstance(error, OSError):
         return PgcoordError(str(error) or type(error).__name__)
-    return Terminated("terminated") if isinstance(error, Termination) else Interrupted("interrupted")
+    return interruption(error)
 
 
 _OUTPUT_WORD = re.compile(r"--output(?:=(.*))?|-[a-zA-Z]*?o(.*)", re.DOTALL)
@@ -148,7 +130,7 @@ def _prepare_streams() -> None:
     """Has somewhere to write to where the caller closed stdout or stderr, and a way to write what is not text."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - open to the end
         elif isinstance(stream := getattr(sys, name), TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

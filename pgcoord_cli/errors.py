@@ -19,7 +19,9 @@
     ├── CursorExpired           8   older than what garbage collection kept
     ├── UnsuitableServer        9   a standby, a transaction pooler, an unsupported version
     ├── OutcomeUnknown         10   the commit may or may not have happened; ask again
-    └── TimedOut              124   a deadline passed
+    ├── TimedOut              124   a deadline passed
+    ├── Interrupted           130   Ctrl-C, or a question left unanswered
+    └── Terminated            143   SIGTERM
 
 `code` is the stable word for scripts (`-o json` prints it); `hint` is the next thing to try.
 Codes and exit codes are a contract: new ones may come, old ones keep their meaning.
@@ -167,3 +169,26 @@ class TimedOut(PgcoordError):
 
     code = "timed_out"
     exit_code = 124
+
+
+class Interrupted(PgcoordError):
+    """Ctrl-C, or a question left unanswered."""
+
+    code = "interrupted"
+    exit_code = 130
+
+
+class Terminated(PgcoordError):
+    """SIGTERM."""
+
+    code = "terminated"
+    exit_code = 143
+
+
+class Termination(KeyboardInterrupt):
+    """SIGTERM on its way out, through every clean-up that Ctrl-C goes through."""
+
+
+def interruption(stop: BaseException) -> PgcoordError:
+    """What to say of the signal that ended the command."""
+    return Terminated("terminated") if isinstance(stop, Termination) else Interrupted("interrupted")

@@ -18,7 +18,13 @@ MAX_SCHEMA_BYTES = 40
 """Leaves room, within PostgreSQL's 63-byte names, for the channel suffixes that follow the schema."""
 
 _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]*")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+LONGEST_WAIT = 24 * 86_400.0
+"""Seconds. PostgreSQL's timeouts and poll(2) count milliseconds in 31 bits."""
+
+LONGEST_DURATION = 36_500 * 86_400.0
+"""Seconds. A century, in any direction, is a time that PostgreSQL knows."""
+
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)?")
 _SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -41,14 +47,25 @@ class ColorMode(StrEnum):
     NEVER = "never"
 
 
-def parse_duration(text: str, option: str) -> float:
-    """Seconds in `10`, `10s`, `250ms`, `5m`, `1h` or `7d`; UsageError naming `option` otherwise."""
+def parse_duration(text: str, option: str, longest: float = LONGEST_DURATION) -> float:
+    """Seconds in `10`, `10s`, `250ms`, `5m`, `1h` or `7d`, up to `longest`; UsageError naming `option` otherwise."""
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         raise UsageError(
             f"{option}: {text!r} is not a duration", hint="write a number and a unit: 250ms, 10s, 5m, 1h, 7d"
         )
-    return float(match[1]) * _SECONDS_PER_UNIT[match[2] or "s"]
+    seconds = float(match[1]) * _SECONDS_PER_UNIT[match[2] or "s"]
+    if seconds > longest:
+        raise UsageError(f"{option}: {text!r} is too long; the most is {longest / 86_400:g}d")
+    return seconds
+
+
+def check_text(text: str | None, option: str) -> None:
+    """UsageError naming `option` unless the text is UTF-8, as PostgreSQL takes no other."""
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{option}: not UTF-8 text") from None
 
 
 def parse_schema(name: str, option: str) -> str:
@@ -78,11 +95,14 @@ class Settings:
     lock_timeout: float = 10.0
 
 
+_DERIVED = ("dsn_source", "schema_given")
+
+
 def resolve_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
     """The one frozen Settings of this process. A flag that is None or False was not given."""
     given: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for name in (f.name for f in fields(Settings)):
+    for name in (f.name for f in fields(Settings) if f.name not in _DERIVED):
         variable = f"PGCOORD_{name.upper()}"
         if flags.get(name) not in (None, False):
             given[name], sources[name] = flags[name], f"--{name}"
@@ -106,9 +126,10 @@ def _parse(name: str, value: Any, source: str) -> Any:
     if name == "color":
         return _parse_choice(ColorMode, value, source)
     if name.endswith("_timeout"):
-        return parse_duration(str(value), source)
+        return parse_duration(str(value), source, LONGEST_WAIT)
     if name in ("quiet", "verbose"):
         return str(value).lower() not in ("0", "false", "no")
+    check_text(value, source)
     return value
 
 

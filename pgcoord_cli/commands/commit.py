@@ -7,7 +7,7 @@ from uuid import UUID
 
 import typer
 
-from pgcoord_cli.commands.framework import command, noun, output_of
+from pgcoord_cli.commands.framework import Limit, command, noun, output_of
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
 app = noun("Look at commit requests and what became of them.")
@@ -20,7 +20,7 @@ STATUSES = "pending, committed, conflict, too_old, rejected, orphaned"
 def list_(
     ctx: typer.Context,
     status: Annotated[str | None, typer.Option("--status", metavar="STATUS", help=f"Only one of: {STATUSES}.")] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")] = 20,
+    limit: Limit = 20,
 ) -> None:
     """List commit requests, newest first.
 

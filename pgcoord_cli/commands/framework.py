@@ -14,7 +14,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from typer._click.core import Command as ClickCommand
@@ -26,9 +26,9 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from pgcoord_cli import __version__
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.render import Output
-from pgcoord_cli.settings import OutputFormat, Settings, parse_duration, resolve_settings
+from pgcoord_cli.settings import LONGEST_WAIT, OutputFormat, Settings, parse_duration, resolve_settings
 
-T = TypeVar("T")
+MAX_ROWS = 2**31 - 1
 
 _FLAGS = "pgcoord.flags"
 
@@ -194,13 +194,29 @@ def output_of(ctx: typer.Context) -> tuple[Settings, Output]:
     return settings, Output(settings)
 
 
-def duration(option: str, minimum: float = 0.0) -> Callable[[str | None], float | None]:
-    """A Typer callback that turns `10s` into seconds and refuses less than or equal to `minimum`."""
+def row_count(option: str) -> Callable[[int], int]:
+    """A Typer callback that refuses more rows than PostgreSQL counts in an integer."""
+
+    def check(rows: int) -> int:
+        if rows > MAX_ROWS:
+            raise UsageError(f"{option}: {rows} is too many; the most is {MAX_ROWS}")
+        return rows
+
+    return check
+
+
+Limit = Annotated[
+    int, typer.Option("--limit", metavar="N", min=1, callback=row_count("--limit"), help="At most so many.")
+]
+
+
+def duration(option: str, minimum: float = 0.0, longest: float = LONGEST_WAIT) -> Callable[[str | None], float | None]:
+    """A Typer callback that turns `10s` into seconds and refuses less than or equal to `minimum`, or over `longest`."""
 
     def parse(text: str | None) -> float | None:
         if text is None:
             return None
-        seconds = parse_duration(text, option)
+        seconds = parse_duration(text, option, longest)
         if seconds <= minimum:
             raise UsageError(f"{option}: {text!r} is too short; it has to be more than {minimum:g}s")
         return seconds

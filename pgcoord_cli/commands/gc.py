@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pgcoord_cli.commands.framework import command, duration, noun, output_of
+from pgcoord_cli.commands.framework import command, duration, noun, output_of, row_count
+from pgcoord_cli.settings import LONGEST_DURATION
 
 app = noun("Collect garbage: settled requests that nobody can ask for any more.")
 
@@ -18,7 +19,12 @@ def commit_requests(
     older_than: Annotated[
         str, typer.Option("--older-than", metavar="DURATION", help="Keep what was settled since; at least 60s.")
     ] = "10m",
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Rows a transaction.")] = 1000,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            "--batch-size", metavar="N", min=1, callback=row_count("--batch-size"), help="Rows a transaction."
+        ),
+    ] = 1000,
     max_runtime: Annotated[
         str, typer.Option("--max-runtime", metavar="DURATION", help="Begin no batch after that long.")
     ] = "30s",
@@ -35,7 +41,7 @@ def commit_requests(
     from pgcoord_cli.core import gc, session
 
     settings, out = output_of(ctx)
-    retention = gc.check_retention(duration("--older-than")(older_than) or 0)
+    retention = gc.check_retention(duration("--older-than", longest=LONGEST_DURATION)(older_than) or 0)
     ends_at = time.monotonic() + (duration("--max-runtime")(max_runtime) or 0)
 
     def go_on(deleted: int) -> bool:
@@ -47,5 +53,5 @@ def commit_requests(
             collected = gc.count_commit_requests(conn, retention)
         else:
             collected = gc.collect_commit_requests(conn, retention, batch_size, go_on)
-    if collected.deleted or out.is_json or not settings.quiet:
+    if collected.deleted or collected.orphaned or out.is_json or not settings.quiet:
         out.document({"commit_requests": collected._asdict()})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pgcoord_cli.commands.framework import command, duration, noun, output_of
+from pgcoord_cli.commands.framework import Limit, command, duration, noun, output_of
 from pgcoord_cli.errors import ConditionFalse
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ Hex = Annotated[bool, typer.Option("--hex", help="Keys and values are hexadecima
 Timeout = Annotated[
     str, typer.Option("--timeout", metavar="DURATION", help="How long to wait for a leader, and for the commit.")
 ]
+
 
 @command(app, "get")
 def get(ctx: typer.Context, key: Key, hex_: Hex = False) -> None:
@@ -94,7 +95,7 @@ def range_(
     ctx: typer.Context,
     begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key; empty for the very first.")] = "",
     end: Annotated[str | None, typer.Argument(metavar="END", help="Key to stop before; none: to the last.")] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")] = 1000,
+    limit: Limit = 1000,
     reverse: Annotated[bool, typer.Option("--reverse", help="From the end backwards.")] = False,
     hex_: Hex = False,
 ) -> None:

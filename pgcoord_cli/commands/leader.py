@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pgcoord_cli.commands.framework import check_text, command, duration, noun, output_of
-from pgcoord_cli.errors import ConditionFalse
+from pgcoord_cli.commands.framework import command, duration, noun, output_of
+from pgcoord_cli.errors import ConditionFalse, interruption
+from pgcoord_cli.settings import check_text
 
 if TYPE_CHECKING:
     from pgcoord_cli.core.leader import LeaderEvent
@@ -111,5 +112,5 @@ def _watch(out: Output, documents: Any) -> None:
             if in_place:
                 sys.stdout.write("\x1b[2J\x1b[H")
             out.next_document(document)
-    except KeyboardInterrupt:
-        raise typer.Exit(128 + signal.SIGINT) from None
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(interruption(stop).exit_code) from None

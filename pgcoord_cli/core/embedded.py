@@ -462,23 +462,17 @@ class EmbeddedServer:
     def _run(self, program: Path, words: Sequence[str], data: Path) -> None:
         """Runs a program to its end as the account; PgcoordError with what it wrote to the log if it fails.
 
+        A Ctrl-C comes through when it has ended: whoever cleans up then finds the server up or down, not on its way.
         The data directory goes by PGDATA: pg_ctl hands its option to a shell, which would read a `$` in the path.
         """
-        with _open_private(self.log) as log:
+        with _open_private(self.log) as log, _undisturbed():
             before = log.seek(0, os.SEEK_END)
-            process = subprocess.Popen(
-                [program, *words], cwd="/", env=_environment() | {"PGDATA": str(data)},
+            done = subprocess.run(
+                [program, *words], cwd="/", env=_environment() | {"PGDATA": str(data)}, check=False,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, umask=0o077,
-                # Its own session, so that Ctrl-C interrupts pgcoord alone.
                 start_new_session=True, **_identity(self._account()),
             )  # fmt: skip
-            try:
-                process.wait()
-            except BaseException:
-                with _deaf_to_ctrl_c():
-                    process.wait()  # whoever cleans up now must find the server up or down, not on its way
-                raise
-        if process.returncode != 0:
+        if done.returncode != 0:
             raise PgcoordError(f"{program.name} failed; {self.log} ends with:\n{_tail(self.log, before)}")
 
     def _listener(self) -> int | None:
@@ -581,10 +575,10 @@ def throw_away_server(
             server.start()
             yield server
         finally:
-            with _deaf_to_ctrl_c():
+            with _undisturbed():
                 server.destroy()
     finally:
-        with _deaf_to_ctrl_c():
+        with _undisturbed():
             shutil.rmtree(root, ignore_errors=True)
 
 
@@ -734,9 +728,9 @@ def _plain_os_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Keeps a second Ctrl-C waiting until cleaning up is done."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _undisturbed() -> Iterator[None]:
+    """Keeps Ctrl-C and SIGTERM waiting until the block is through. Programs started in it do not hear them either."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

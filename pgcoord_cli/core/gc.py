@@ -24,12 +24,12 @@ DEFAULT_BATCH_SIZE = 1_000
 
 
 class Collected(NamedTuple):
-    """What a run did to one table; under `dry_run`, `deleted` is what it would have deleted."""
+    """What a run did to one table; under `dry_run`, `deleted` is what it would delete, `orphaned` is not counted."""
 
     table: str
     deleted: int
     batches: int
-    orphaned: int
+    orphaned: int | None
     oldest_kept: datetime | None
     dry_run: bool
 
@@ -65,7 +65,7 @@ def collect_commit_requests(
 def count_commit_requests(conn: Connection[Any], older_than: float) -> Collected:
     """What `collect_commit_requests` would delete at this moment."""
     row = conn.execute(sql("gc", "count_requests"), [older_than]).fetchone() or (0,)
-    return Collected("commit_requests", row[0], 0, 0, _oldest_request(conn), True)
+    return Collected("commit_requests", row[0], 0, None, _oldest_request(conn), True)
 
 
 def _oldest_request(conn: Connection[Any]) -> datetime | None:

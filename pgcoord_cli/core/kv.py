@@ -16,7 +16,6 @@ from pgcoord_cli.core.codec import MAX_KEY_BYTES, MAX_VALUE_BYTES
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import UsageError
 
-
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 

@@ -187,8 +187,9 @@ def plain_scalar(value: Any) -> str:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON with times in ISO 8601 UTC and anything unknown as its text."""
-    return json.dumps(value, indent=indent, ensure_ascii=False, default=_for_json)
+    """JSON with times in ISO 8601 UTC and anything unknown as its text; in ASCII where stdout is not in Unicode."""
+    speaks_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps(value, indent=indent, ensure_ascii=not speaks_unicode, default=_for_json)
 
 
 def _for_json(value: Any) -> str:

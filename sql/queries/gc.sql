@@ -1,12 +1,18 @@
 -- name: orphan_requests
 -- Marks pending requests of superseded epochs, older than a number of seconds, as orphaned: nobody will resolve them.
+WITH abandoned AS (
+    SELECT request.id
+      FROM commit_requests AS request
+      JOIN leader_lease AS lease ON request.id > lease.queue_floor_id AND request.epoch < lease.epoch
+     WHERE lease.id = 1 AND NOT (lease.term_id IS NOT NULL AND lease.expires_at > clock_timestamp())
+       AND request.status = 'pending'
+       AND request.created_at < clock_timestamp() - make_interval(secs => $1::double precision)
+       FOR UPDATE OF request SKIP LOCKED
+)
 UPDATE commit_requests AS request
    SET status = 'orphaned', resolved_at = clock_timestamp(), reason = 'no leader resolved it in time'
-  FROM leader_lease AS lease
- WHERE lease.id = 1 AND request.id > lease.queue_floor_id AND request.epoch < lease.epoch
-   AND request.status = 'pending'
-   AND request.created_at < clock_timestamp() - make_interval(secs => $1::double precision)
-   AND NOT (lease.term_id IS NOT NULL AND lease.expires_at > clock_timestamp());
+  FROM abandoned
+ WHERE request.id = abandoned.id;
 
 -- name: delete_requests
 -- Deletes one batch of settled requests older than a number of seconds, oldest first; says how many and the last id.

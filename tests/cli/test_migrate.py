@@ -28,6 +28,9 @@ from pgcoord_cli.settings import Settings
 if TYPE_CHECKING:
     from tests.conftest import Cli, StartLeader
 
+PATIENCE = 30.0
+"""Seconds after which a command that goes on is broken off."""
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = migration_files()
 STATES_COLUMNS = ["version", "name", "state", "applied_at", "applied_by", "execution_ms"]
@@ -59,10 +62,14 @@ class Answer(NamedTuple):
 Call = Callable[..., Answer]
 
 
+def give_up(*_: Any) -> None:
+    raise AssertionError(f"the command goes on for more than {PATIENCE} s")
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """Runs `pgcoord …` on the database of `settings`, in this process: hundreds of starts would take minutes."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
 
     def run(settings: Settings, *words: str, **environment: str) -> Answer:
         with monkeypatch.context() as patch:
@@ -70,10 +77,14 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             for name, value in {"PGCOORD_DSN": settings.dsn, **environment}.items():
                 patch.setenv(name, value)
             capsys.readouterr()
+            signal.alarm(int(PATIENCE))
             code = program.run(words)
+            signal.alarm(0)
             return Answer(code, *capsys.readouterr())
 
+    signal.signal(signal.SIGALRM, give_up)
     yield run
+    signal.alarm(0)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

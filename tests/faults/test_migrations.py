@@ -149,7 +149,7 @@ def test_ctrl_c_while_waiting_for_the_lock_ends_at_once_with_nothing_written(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)]
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_a_signal_in_the_middle_leaves_neither_row_nor_objects(
     number: signal.Signals, code: int, empty_settings: Settings, admin: psycopg.Connection[Any], start: Start

@@ -43,7 +43,8 @@ EXPECTED = {
         "uuid[], bigint[], bigint[], bytea[], text, text", "announced boolean, enqueued_at timestamptz"
     ),
     "commits.claim": Shape(
-        "bigint, integer", "id bigint, epoch bigint, read_version bigint, payload bytea, claimed_at timestamptz"
+        "bigint, integer, bigint, integer",
+        "id bigint, epoch bigint, read_version bigint, payload bytea, claimed_at timestamptz",
     ),
     "commits.queue_writers": Shape("", "last_id bigint, writers text[]"),
     "commits.delete_ranges": Shape("bytea[], bytea[]", ""),
@@ -56,10 +57,7 @@ EXPECTED = {
     "commits.window_commits": Shape(
         "bigint, bigint", "id bigint, commit_version bigint, payload bytea, resolved_at timestamptz"
     ),
-    "commits.ask": Shape(
-        "uuid[]",
-        "epoch bigint, asked_at timestamptz, request_id uuid, status text, commit_version bigint, reason text",
-    ),
+    "commits.ask": Shape("uuid[]", "epoch bigint, request_id uuid, status text, commit_version bigint, reason text"),
     "commits.queue_state": Shape("", "pending bigint, oldest_pending_seconds double precision"),
     "commits.list": Shape("text, integer", REQUEST),
     "commits.show": Shape("uuid", REQUEST),
@@ -83,6 +81,7 @@ EXPECTED = {
     ),
     "lease.wait_for_election_lock": Shape("bigint", "pg_advisory_lock void"),
     "lease.try_election_lock": Shape("bigint", "locked boolean"),
+    "lease.make_commits_durable": Shape("", "set_config text"),
     "lease.terminate_holders": Shape("bigint", "pid integer, terminated boolean"),
     "lease.share_session_lock": Shape("bigint", "pg_advisory_lock_shared void"),
     "lease.take_over": Shape(

@@ -48,10 +48,14 @@ class Answer(NamedTuple):
 Call = Callable[..., Answer]
 
 
+def give_up(*_: Any) -> None:
+    raise AssertionError(f"the command goes on for more than {PATIENCE} s")
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """Runs `pgcoord …` in this process, with the environment variables that are given and no others of PostgreSQL's."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
 
     def run(*words: str, **environment: str) -> Answer:
         with monkeypatch.context() as patch:
@@ -60,10 +64,14 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             for name, value in environment.items():
                 patch.setenv(name, value)
             capsys.readouterr()
+            signal.alarm(int(PATIENCE))
             code = program.run(words)
+            signal.alarm(0)
             return Answer(code, *capsys.readouterr())
 
+    signal.signal(signal.SIGALRM, give_up)
     yield run
+    signal.alarm(0)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -6,21 +6,23 @@ Two-sided: a conflict that is missed breaks rule I1; one that is not there costs
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pgcoord_cli.core.codec import Range
 from pgcoord_cli.core.conflicts import ConflictWindow
 
-keys = st.sampled_from([b"", b"\0", b"a", b"a\0", b"aa", b"b", b"b\0", b"c", b"\xff", b"\xff\0"])
-intervals = st.tuples(keys, st.none() | keys)
-"""Open ends, empty ones and those that run backwards included."""
+BOUNDS = [b"", b"\0", b"a", b"a\0", b"b", b"b\0", b"\xff"]
+INTERVALS: list[Range] = [(begin, end) for begin in BOUNDS for end in [*BOUNDS, None]]
+"""All of them: open ends, empty ones and those that run backwards included."""
 
+keys = st.sampled_from(BOUNDS)
+intervals = st.sampled_from(INTERVALS)
 some_keys = st.lists(keys, max_size=3)
-some_intervals = st.lists(intervals, max_size=2)
+some_intervals = st.lists(intervals, max_size=1)
 
 
 def overlap(one: Range, other: Range) -> bool:
@@ -43,66 +45,83 @@ class Oracle:
     def record(self, version: int, written_keys: Iterable[bytes], ranges: Iterable[Range]) -> None:
         self.writes += [(version, interval) for interval in [*map(point, written_keys), *ranges]]
 
-    def conflicts(self, read_version: int, read_keys: Iterable[bytes], ranges: Iterable[Range]) -> bool:
-        return any(
-            version > read_version and overlap(read, written)
-            for read in [*map(point, read_keys), *ranges]
-            for version, written in self.writes
-        )
+    def last_write(self, read: Range) -> int:
+        """The newest version that wrote a key of the range."""
+        return max((version for version, written in self.writes if overlap(read, written)), default=0)
 
 
-class WindowMachine(RuleBasedStateMachine):
-    """A window and an oracle are told the same and have to agree at every moment."""
-
-    @initialize(floor=st.integers(0, 3))
-    def begin(self, floor: int) -> None:
-        self.window = ConflictWindow(floor)
-        self.oracle = Oracle()
-        self.version = floor
-
-    @rule(gap=st.integers(1, 3), written=some_keys, ranges=some_intervals)
-    def commit(self, gap: int, written: list[bytes], ranges: list[Range]) -> None:
-        self.version += gap
-        self.window.record(self.version, written, ranges)
-        self.oracle.record(self.version, written, ranges)
-
-    @rule(back=st.integers(0, 8))
-    def raise_floor(self, back: int) -> None:
-        before = self.window.floor
-        self.window.raise_floor(self.version - back)
-        assert self.window.floor == max(before, self.version - back)
-
-    @rule(above=st.integers(0, 10), read=some_keys, ranges=some_intervals)
-    def ask(self, above: int, read: list[bytes], ranges: list[Range]) -> None:
-        read_version = self.window.floor + above
-        assert self.window.conflicts(read_version, read, ranges) == self.oracle.conflicts(read_version, read, ranges)
-
-    @rule(above=st.integers(0, 4), read=intervals)
-    def ask_about_one_range(self, above: int, read: Range) -> None:
-        self.ask(above, [], [read])
-
-    @rule(above=st.integers(0, 4), read=keys)
-    def ask_about_one_key(self, above: int, read: bytes) -> None:
-        self.ask(above, [read], [])
-
-    @invariant()
-    def a_reader_of_the_newest_version_never_conflicts(self) -> None:
-        if hasattr(self, "window"):
-            assert not self.window.conflicts(max(self.version, self.window.floor), [b"a"], [(b"", None)])
+def check_everything(window: ConflictWindow, oracle: Oracle, version: int) -> None:
+    """Asks about every key and every range at every version from the floor on."""
+    written = {key: oracle.last_write(point(key)) for key in BOUNDS}
+    for read_version in range(window.floor, version + 1):
+        for key in BOUNDS:
+            assert window.conflicts(read_version, [key], []) == (written[key] > read_version), key
+    for interval in INTERVALS:
+        last = oracle.last_write(interval)
+        for read_version in {window.floor, max(window.floor, last - 1), max(window.floor, last)}:
+            assert window.conflicts(read_version, [], [interval]) == (last > read_version), interval
 
 
-TestWindow = WindowMachine.TestCase
-TestWindow.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+class Commit(NamedTuple):
+    """A commit that follows the one before by `gap` versions."""
+
+    gap: int
+    keys: list[bytes]
+    ranges: list[Range]
+
+
+class Raise(NamedTuple):
+    """The floor rises, unless it is there already, to `back` versions before the newest."""
+
+    back: int
+
+
+commits = st.builds(Commit, st.integers(1, 2), some_keys, some_intervals)
+raises = st.builds(Raise, st.integers(0, 6))
+
+
+@given(st.integers(0, 3), st.lists(commits | commits | commits | raises, max_size=14))
+@settings(max_examples=500, deadline=None)
+def test_i1_the_window_knows_every_conflict_above_its_floor_and_no_other(
+    floor: int, steps: list[Commit | Raise]
+) -> None:
+    window, oracle, version = ConflictWindow(floor), Oracle(), floor
+    for step in steps:
+        if isinstance(step, Commit):
+            version += step.gap
+            window.record(version, step.keys, step.ranges)
+            oracle.record(version, step.keys, step.ranges)
+        else:
+            floor = max(floor, version - step.back)
+            window.raise_floor(version - step.back)
+            assert window.floor == floor
+            check_everything(window, oracle, version)
+    check_everything(window, oracle, version)
+
+
+@given(
+    st.lists(commits, min_size=1, max_size=6), st.integers(0, 12), st.lists(keys, max_size=3), some_intervals,
+)  # fmt: skip
+def test_i1_several_reads_conflict_when_any_of_them_does(
+    writes: list[Commit], read_version: int, read_keys: list[bytes], ranges: list[Range]
+) -> None:
+    window, version = ConflictWindow(0), 0
+    for commit in writes:
+        version += commit.gap
+        window.record(version, commit.keys, commit.ranges)
+    one_by_one = [window.conflicts(read_version, [key], []) for key in read_keys]
+    one_by_one += [window.conflicts(read_version, [], [interval]) for interval in ranges]
+    assert window.conflicts(read_version, read_keys, ranges) == any(one_by_one)
 
 
 @given(st.lists(st.tuples(some_keys, some_intervals), max_size=30))
-def test_a_window_whose_floor_has_caught_up_holds_nothing(commits: list[tuple[list[bytes], list[Range]]]) -> None:
+def test_a_window_whose_floor_has_caught_up_holds_nothing(writes: list[tuple[list[bytes], list[Range]]]) -> None:
     window = ConflictWindow(0)
-    for version, (written, ranges) in enumerate(commits, start=1):
+    for version, (written, ranges) in enumerate(writes, start=1):
         window.record(version, written, ranges)
-    window.raise_floor(len(commits))
+    window.raise_floor(len(writes))
     assert len(window) == 1, "one step over the whole key space, and no key"
-    assert not window.conflicts(len(commits), [b"a"], [(b"", None)])
+    assert not window.conflicts(len(writes), [b"a"], [(b"", None)])
 
 
 @pytest.mark.parametrize(

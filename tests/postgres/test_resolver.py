@@ -1,0 +1,827 @@
+"""The resolver on a real database: what a batch leaves behind, whatever goes wrong in the middle of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
+
+import msgpack
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+from pytest_postgresql.executors import NoopExecutor
+
+from pgcoord_cli.core import codec, lease, resolver
+from pgcoord_cli.core.codec import Mutation, Op, Range, Request
+from pgcoord_cli.core.embedded import Programs, throw_away_server
+from pgcoord_cli.core.lease import Term
+from pgcoord_cli.core.migrations import apply, migration_lock
+from pgcoord_cli.core.resolver import Resolver
+from pgcoord_cli.core.session import migration_session, open_session
+from pgcoord_cli.db.sqlfiles import sql as statement
+from pgcoord_cli.errors import Fenced
+from pgcoord_cli.settings import Settings
+
+PATIENCE = 30.0
+Sql = psycopg.Connection[Any]
+
+INSERT = """
+    INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
+    VALUES (%s, 1, %s, %s, %s) RETURNING id
+"""
+
+
+def writes(*keys: bytes, value: bytes = b"1", reads: Sequence[bytes] = (), ranges: Sequence[Range] = ()) -> bytes:
+    """The payload of a transaction that sets keys, having read others."""
+    return codec.encode(Request(tuple(reads), tuple(ranges), (), tuple(Mutation(Op.SET, key, value) for key in keys)))
+
+
+def packed(fields: Any) -> bytes:
+    """A payload with whatever content, as a client with a bug, or with ill will, would send it."""
+    return b"\x01" + bytes(msgpack.packb(fields))
+
+
+def submit(
+    sql: Sql, payload: bytes, read_version: int = 0, request_id: UUID | None = None, reply: str | None = None
+) -> int:
+    """Puts a request into the queue; its id."""
+    row = sql.execute(INSERT, [request_id or uuid4(), read_version, payload, reply]).fetchone()
+    assert row
+    return int(row[0])
+
+
+class Row(NamedTuple):
+    """What the table says of a request."""
+
+    status: str
+    version: int | None
+    reason: str | None
+
+
+def outcome(sql: Sql, number: int) -> Row:
+    row = sql.execute("SELECT status, commit_version, reason FROM commit_requests WHERE id = %s", [number]).fetchone()
+    assert row
+    return Row(*row)
+
+
+def outcomes(sql: Sql) -> list[tuple[str, int | None]]:
+    """Status and version of every request, in queue order."""
+    return sql.execute("SELECT status, commit_version FROM commit_requests ORDER BY id").fetchall()
+
+
+def data(sql: Sql) -> dict[bytes, bytes]:
+    return dict(sql.execute("SELECT key, value FROM kv").fetchall())
+
+
+def everything(sql: Sql) -> list[Any]:
+    """All that a leader could change, the lease row apart."""
+    return [
+        sql.execute("SELECT * FROM kv ORDER BY key").fetchall(),
+        sql.execute("SELECT * FROM commit_requests ORDER BY id").fetchall(),
+        sql.execute("SELECT durable_version, conflict_floor, queue_floor_id FROM leader_lease").fetchall(),
+    ]
+
+
+def drain(leader: Resolver) -> int:
+    """Resolves until the queue is empty; how many batches that took."""
+    batches = 0
+    while leader.resolve_batch():
+        batches += 1
+    return batches
+
+
+def begin_term(conn: psycopg.Connection[Any], ttl: float = 600) -> Term:
+    term = lease.take_over(conn, "pgcoord", "test", ttl, lock_held=True)
+    assert term
+    return term
+
+
+@pytest.fixture
+def leader_conn(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
+    """A session like that of a leader."""
+    patient = replace(settings, lock_timeout=0, statement_timeout=0)
+    with open_session(patient, "leader run", writes=True) as conn:
+        yield conn
+
+
+@pytest.fixture
+def leader(leader_conn: psycopg.Connection[Any]) -> Resolver:
+    """The first leader of the database."""
+    return Resolver(leader_conn, begin_term(leader_conn))
+
+
+@pytest.fixture
+def other(settings: Settings) -> Iterator[Sql]:
+    """Somebody else's session, which opens transactions of its own."""
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as conn:
+        yield conn
+
+
+def blockers(sql: Sql, waiting: psycopg.Connection[Any]) -> list[int]:
+    row = sql.execute("SELECT pg_blocking_pids(%s)", [waiting.info.backend_pid]).fetchone()
+    assert row
+    return list(row[0])
+
+
+@contextmanager
+def stuck_batch(
+    sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], number: int
+) -> Iterator[Future[int]]:
+    """Within the block, a batch has written its keys and waits for the row of a request, which `other` has locked."""
+    other.execute("SELECT FROM commit_requests WHERE id = %s FOR UPDATE", [number])
+    with ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(leader.resolve_batch)
+        while not batch.done() and other.info.backend_pid not in blockers(sql, leader_conn):
+            pass
+        assert not batch.done(), "the batch was to wait"
+        try:
+            yield batch
+        finally:
+            other.rollback()
+
+
+# -- rule I5
+
+
+def test_i5_the_first_write_of_a_fresh_database_commits_at_the_first_try_as_version_1(
+    sql: Sql, leader: Resolver
+) -> None:
+    number = submit(sql, writes(b"k"))
+    assert leader.resolve_batch() == 1
+    assert outcome(sql, number) == ("committed", 1, None)
+    assert data(sql) == {b"k": b"1"}
+    assert leader.durable_version == 1
+
+
+def test_i5_versions_are_dense_over_batches_and_leaderships(
+    sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    for _ in range(3):
+        submit(sql, writes(b"a", reads=[b"z"]))
+        submit(sql, b"garbage")
+        submit(sql, writes(b"b"))
+    assert leader.resolve_batch(limit=4) == 4
+    second = Resolver(leader_conn, begin_term(leader_conn))
+    assert drain(second) == 1
+    assert [version for _, version in outcomes(sql)] == [1, None, 2, 3, None, 4, 5, None, 6]
+    assert second.durable_version == lease.read_lease(leader_conn).durable_version == 6
+
+
+def test_i5_keys_statuses_and_version_become_visible_together(
+    sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    submit(sql, writes(b"old"))
+    leader.resolve_batch()
+    submit(sql, writes(b"new"), 1)
+    last = submit(sql, codec.encode(Request((), (), (), (Mutation(Op.CLEAR_RANGE, b"o", None),))), 1)
+    before = everything(sql)
+    with stuck_batch(sql, other, leader, leader_conn, last) as batch:
+        assert everything(sql) == before
+    assert batch.result(PATIENCE) == 2
+    assert outcomes(sql) == [("committed", 1), ("committed", 2), ("committed", 3)]
+    assert data(sql) == {b"new": b"1"}
+    assert lease.read_lease(leader_conn).durable_version == 3
+
+
+def test_i5_a_batch_applies_its_mutations_in_commit_order(sql: Sql, leader: Resolver) -> None:
+    sql.execute("INSERT INTO kv VALUES ('a', '0'), ('b', '0'), ('c', '0'), ('\\xff', '0')")
+    changes = [
+        [Mutation(Op.SET, b"a", b"1"), Mutation(Op.CLEAR, b"c", None)],
+        [Mutation(Op.CLEAR_RANGE, b"a", b"b"), Mutation(Op.SET, b"aa", b"2")],
+        [Mutation(Op.CLEAR_RANGE, b"\xff", None), Mutation(Op.CLEAR_RANGE, b"z", None), Mutation(Op.SET, b"z", b"3")],
+        [Mutation(Op.CLEAR_RANGE, b"b", b"b"), Mutation(Op.SET, b"", b"4")],
+    ]
+    for mutations in changes:
+        submit(sql, codec.encode(Request((), (), (), tuple(mutations))))
+    assert drain(leader) == 1
+    assert data(sql) == {b"aa": b"2", b"b": b"0", b"z": b"3", b"": b"4"}
+
+
+def test_clearing_a_small_range_does_not_read_the_rest_of_the_table(sql: Sql, leader_conn: Sql) -> None:
+    sql.execute("INSERT INTO kv SELECT int4send(i), '' FROM generate_series(1, 20000) AS i")
+    sql.execute("ANALYZE kv")
+    ranges = [[b"\0\0\0\x01", b"\0\0\1\1"], [b"\0\0\0\x03", b"\0\0\1\2"]]
+    text = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement('commits', 'delete_ranges')}"
+    plan = leader_conn.execute(text, ranges).fetchone()
+    assert plan
+    assert rows_thrown_away(plan[0]) < 100
+    assert sql.execute("SELECT count(*) FROM kv").fetchone() == (20_000 - 3,)
+
+
+def rows_thrown_away(plan: Any) -> int:
+    """How many rows the nodes of a plan read in vain."""
+    if isinstance(plan, list):
+        return sum(map(rows_thrown_away, plan))
+    if not isinstance(plan, dict):
+        return 0
+    here = sum(count for name, count in plan.items() if name.startswith("Rows Removed by"))
+    return int(here) + sum(map(rows_thrown_away, plan.values()))
+
+
+# -- rule I6
+
+HOSTILE: dict[str, bytes] = {
+    "garbage": b"\x01\xc1\xff\x00",
+    "nothing": b"",
+    "another format": b"\x02\x94\x90\x90\x90\x90",
+    "a random key of 3 kB": packed([[], [], [], [[0, os.urandom(3_000), b"v"]]]),
+    "a range that runs backwards": packed([[], [], [], [[2, b"b", b"a"]]]),
+    "a read range that runs backwards": packed([[], [[b"b", b"a"]], [], []]),
+    "an unknown mutation": packed([[], [], [], [[99, b"k", b"v"]]]),
+    "a mutation nested too deeply to be printed": b"\x01\x94\x90\x90\x90\x91\x93" + b"\x91" * 1_000 + b"\xc0\xc4\0\xc0",
+    "text for a key": packed([[], [], [], [[0, "text\0", b"v"]]]),
+    "a value that is too long": packed([[], [], [], [[0, b"k", b"v" * 100_001]]]),
+    "too many bytes": b"\x01" + b"\xc1" * codec.MAX_TRANSACTION_BYTES,
+}
+
+
+def test_i6_of_a_batch_with_hostile_requests_only_those_are_rejected(sql: Sql, leader: Resolver) -> None:
+    good, bad = [submit(sql, writes(b"first"))], []
+    for name, payload in HOSTILE.items():
+        bad.append(submit(sql, payload))
+        good.append(submit(sql, writes(name.encode())))
+    epoch = sql.execute("SELECT epoch, term_id FROM leader_lease").fetchall()
+    assert drain(leader) == 1
+    assert [outcome(sql, number) for number in good] == [("committed", n + 1, None) for n in range(len(good))]
+    for number in bad:
+        assert outcome(sql, number).status == "rejected"
+        assert outcome(sql, number).reason
+    assert data(sql).keys() == {b"first", *(name.encode() for name in HOSTILE)}
+    assert sql.execute("SELECT epoch, term_id FROM leader_lease").fetchall() == epoch
+
+
+def test_i6_a_key_that_postgresql_refuses_is_found_and_rejected_alone(
+    sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "MAX_KEY_BYTES", 10_000)
+    # More rounds than it takes psycopg to prepare a statement: a refused pipeline must not confuse it.
+    for _ in range(8):
+        before = leader.durable_version
+        good = [submit(sql, writes(b"a"), before)]
+        bad = [submit(sql, writes(os.urandom(3_000)), before)]
+        good.append(submit(sql, writes(b"b", reads=[b"c"]), before))
+        conflicting = submit(sql, writes(b"d", reads=[b"a"]), before)
+        bad.append(submit(sql, writes(b"e", os.urandom(4_000), b"f"), before))
+        good.append(submit(sql, writes(b"g"), before))
+        drain(leader)
+        assert [outcome(sql, number) for number in good] == [("committed", before + n, None) for n in (1, 2, 3)]
+        assert [outcome(sql, number).status for number in bad] == ["rejected", "rejected"]
+        assert "index row size" in (outcome(sql, bad[0]).reason or "")
+        assert outcome(sql, conflicting).status == "conflict"
+        assert data(sql).keys() == {b"a", b"b", b"g"}
+    assert sql.execute("SELECT epoch FROM leader_lease").fetchone() == (1,)
+
+
+def test_i6_once_the_bad_request_is_found_batches_are_whole_again(
+    sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "MAX_KEY_BYTES", 10_000)
+    for payload in (writes(b"a"), writes(os.urandom(3_000)), writes(b"b")):
+        submit(sql, payload)
+    drain(leader)
+    for _ in range(5):
+        submit(sql, writes(b"c"), 2)
+    assert leader.resolve_batch() == 5
+
+
+def test_i6_a_request_that_postgresql_refused_leaves_nothing_in_the_conflict_window(
+    sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "MAX_KEY_BYTES", 10_000)
+    refused = submit(sql, writes(b"a", os.urandom(3_000)))
+    reader = submit(sql, writes(b"b", reads=[b"a"]))
+    drain(leader)
+    assert outcome(sql, refused).status == "rejected"
+    assert outcome(sql, reader) == ("committed", 1, None)
+
+
+@pytest.mark.parametrize("channel", ["", "c" * 64, "ä" * 32, "c" * 100_000, 'a"b;\n'])
+def test_i6_a_reply_channel_that_postgresql_refuses_harms_nobody(sql: Sql, leader: Resolver, channel: str) -> None:
+    numbers = [submit(sql, writes(b"a")), submit(sql, writes(b"b"), reply=channel), submit(sql, writes(b"c"))]
+    drain(leader)
+    assert [outcome(sql, number).version for number in numbers] == [1, 2, 3]
+
+
+def test_i6_a_batch_ends_before_it_is_too_large_and_passes_over_nothing(
+    sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = writes(b"k", value=b"v" * 100)
+    monkeypatch.setattr(resolver, "BATCH_BYTES", len(payload) * 2 + 1)
+    for _ in range(7):
+        submit(sql, payload)
+    taken = []
+    while count := leader.resolve_batch():
+        taken.append(count)
+    assert taken == [3, 3, 1], "the payload that reaches the limit is still in"
+    assert [version for _, version in outcomes(sql)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+# -- rule I2
+
+
+def supersede_with_next_epoch(sql: Sql, settings: Settings) -> None:
+    with open_session(settings, "test", writes=True) as conn:
+        begin_term(conn)
+
+
+def reissue_the_epoch_with_another_term(sql: Sql, settings: Settings) -> None:
+    """What a database restored from a backup does when a new leader takes over."""
+    sql.execute("UPDATE leader_lease SET term_id = gen_random_uuid()")
+
+
+def let_the_lease_run_out(sql: Sql, settings: Settings) -> None:
+    sql.execute("UPDATE leader_lease SET expires_at = clock_timestamp()")
+
+
+def release_it(sql: Sql, settings: Settings) -> None:
+    sql.execute("UPDATE leader_lease SET term_id = NULL, expires_at = clock_timestamp()")
+
+
+def move_the_durable_version(sql: Sql, settings: Settings) -> None:
+    """What a restored database does that kept epoch and term, but lost or gained commits."""
+    sql.execute("UPDATE leader_lease SET durable_version = durable_version + 1")
+
+
+ENDINGS: list[Callable[[Sql, Settings], None]] = [
+    supersede_with_next_epoch,
+    reissue_the_epoch_with_another_term,
+    let_the_lease_run_out,
+    release_it,
+    move_the_durable_version,
+]
+
+
+@pytest.mark.parametrize("end_the_term", ENDINGS)
+@pytest.mark.parametrize("payload", [writes(b"k"), b"garbage"])
+def test_i2_a_leader_whose_term_is_over_writes_nothing(
+    sql: Sql, leader: Resolver, settings: Settings, end_the_term: Callable[[Sql, Settings], None], payload: bytes
+) -> None:
+    submit(sql, writes(b"before"))
+    leader.resolve_batch()
+    submit(sql, payload, 1)
+    end_the_term(sql, settings)
+    before = everything(sql)
+    for _ in range(2):
+        with pytest.raises(Fenced):
+            leader.resolve_batch()
+    assert everything(sql) == before
+
+
+@pytest.mark.parametrize("end_the_term", ENDINGS)
+def test_i2_a_leader_superseded_in_the_middle_of_a_batch_writes_nothing_of_it(
+    sql: Sql,
+    other: Sql,
+    leader: Resolver,
+    leader_conn: psycopg.Connection[Any],
+    settings: Settings,
+    end_the_term: Callable[[Sql, Settings], None],
+) -> None:
+    submit(sql, writes(b"a"))
+    last = submit(sql, writes(b"b"))
+    with stuck_batch(sql, other, leader, leader_conn, last) as batch:
+        end_the_term(sql, settings)
+        before = everything(sql)
+    with pytest.raises(Fenced):
+        batch.result(PATIENCE)
+    assert everything(sql) == before
+
+
+def test_i2_a_refused_batch_of_a_superseded_leader_is_not_rejected_under_its_name(
+    sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second transaction, which says `rejected`, is under the fence like the first."""
+    monkeypatch.setattr(codec, "MAX_KEY_BYTES", 10_000)
+    number = submit(sql, writes(os.urandom(3_000)))
+    reload = leader._load_window
+
+    def superseded_meanwhile(floor: int, start_id: int) -> None:
+        sql.execute("UPDATE leader_lease SET epoch = epoch + 1")
+        reload(floor, start_id)
+
+    monkeypatch.setattr(leader, "_load_window", superseded_meanwhile)
+    with pytest.raises(Fenced):
+        leader.resolve_batch()
+    assert outcome(sql, number).status == "pending"
+
+
+def test_i2_a_commit_that_was_under_way_is_part_of_what_the_next_leader_continues_from(
+    sql: Sql, settings: Settings, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    """Taking over waits for a settlement that has passed the fence but not ended, and sees what it left."""
+    submit(sql, writes(b"k"))
+    with open_session(settings, "test", writes=True) as candidate, ThreadPoolExecutor(1) as pool:
+        with leader_conn.transaction():
+            leader.resolve_batch()
+            election = pool.submit(begin_term, candidate)
+            while not election.done() and leader_conn.info.backend_pid not in blockers(sql, candidate):
+                pass
+            assert not election.done()
+        term = election.result(PATIENCE)
+        assert (term.epoch, term.durable_version) == (2, 1)
+        successor = Resolver(candidate, term)
+        number = submit(sql, writes(b"j", reads=[b"k"]), 0)
+        drain(successor)
+        assert outcome(sql, number).status == "conflict"
+
+
+def test_i2_a_batch_cut_off_in_the_middle_leaves_nothing(
+    sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    submit(sql, writes(b"a"))
+    last = submit(sql, writes(b"b"))
+    before = everything(sql)
+    with stuck_batch(sql, other, leader, leader_conn, last) as batch:
+        sql.execute("SELECT pg_terminate_backend(%s)", [leader_conn.info.backend_pid])
+        with pytest.raises(psycopg.OperationalError):
+            batch.result(PATIENCE)
+    assert everything(sql) == before
+
+
+# -- rule I3
+
+
+def enqueue(conn: psycopg.Connection[Any], request_id: UUID, payload: bytes, read_version: int = 0) -> None:
+    """As the client does it."""
+    arguments = [[request_id], [1], [read_version], [payload], "pgcoord.reply.test", "pgcoord.commits"]
+    conn.execute(statement("commits", "enqueue"), arguments)
+
+
+def test_i3_a_request_id_applies_once_however_often_it_is_submitted(
+    sql: Sql, settings: Settings, leader: Resolver
+) -> None:
+    request_id = uuid4()
+    with open_session(settings, "client", writes=True) as client:
+        for _ in range(2):
+            enqueue(client, request_id, writes(b"k", value=b"once"))
+        drain(leader)
+        submit(sql, writes(b"k", value=b"later"), 1)
+        drain(leader)
+        enqueue(client, request_id, writes(b"k", value=b"once"), 2)
+        drain(leader)
+    assert outcomes(sql) == [("committed", 1), ("committed", 2)]
+    assert data(sql) == {b"k": b"later"}
+
+
+@pytest.mark.parametrize("status", ["orphaned", "rejected"])
+def test_i3_a_request_that_somebody_else_settled_meanwhile_stays_as_it_is(
+    sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], status: str
+) -> None:
+    submit(sql, writes(b"before"))
+    taken = submit(sql, writes(b"a"))
+    submit(sql, writes(b"b", reads=[b"a"]))
+    with stuck_batch(sql, other, leader, leader_conn, taken) as batch:
+        other.execute(
+            "UPDATE commit_requests SET status = %s, resolved_at = clock_timestamp() WHERE id = %s", [status, taken]
+        )
+        other.commit()
+    assert batch.result(PATIENCE) == 3, "undone as a whole, to be claimed again"
+    assert data(sql) == {}
+    drain(leader)
+    assert outcomes(sql) == [("committed", 1), (status, None), ("committed", 2)]
+    assert data(sql) == {b"before": b"1", b"b": b"1"}
+
+
+def test_i3_a_request_that_was_deleted_meanwhile_is_not_applied(
+    sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    taken = submit(sql, writes(b"a"))
+    submit(sql, writes(b"b"))
+    with stuck_batch(sql, other, leader, leader_conn, taken) as batch:
+        other.execute("DELETE FROM commit_requests WHERE id = %s", [taken])
+        other.commit()
+    batch.result(PATIENCE)
+    drain(leader)
+    assert outcomes(sql) == [("committed", 1)]
+    assert data(sql) == {b"b": b"1"}
+
+
+def test_a_deadlock_with_somebody_else_only_undoes_the_batch(
+    sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    first, last = submit(sql, writes(b"a")), submit(sql, writes(b"b"))
+    other.execute("SET deadlock_timeout = '1h'")  # so that it is the leader that is chosen
+    with stuck_batch(sql, other, leader, leader_conn, last) as batch:
+        other.execute("SELECT FROM commit_requests WHERE id = %s FOR UPDATE", [first])
+    assert batch.result(PATIENCE) == 2
+    drain(leader)
+    assert outcomes(sql) == [("committed", 1), ("committed", 2)]
+
+
+# -- the queue floor
+
+
+def floor_of(leader: Resolver) -> int:
+    return leader._floor.id
+
+
+def settle_down(leader: Resolver) -> None:
+    """A few looks at an empty queue."""
+    for _ in range(4):
+        assert leader.resolve_batch() == 0
+
+
+def test_i3_a_request_whose_id_becomes_visible_late_is_resolved_too(sql: Sql, other: Sql, leader: Resolver) -> None:
+    early = submit(other, writes(b"early"))
+    later = submit(sql, writes(b"later"))
+    drain(leader)
+    settle_down(leader)
+    assert outcome(sql, later).status == "committed"
+    assert floor_of(leader) < early
+    other.commit()
+    drain(leader)
+    assert outcome(sql, early) == ("committed", 2, None)
+    settle_down(leader)
+    assert floor_of(leader) == later
+
+
+def test_the_queue_floor_passes_ids_that_were_rolled_back(sql: Sql, other: Sql, leader: Resolver) -> None:
+    submit(sql, writes(b"k"))
+    drawn = submit(other, writes(b"never"))
+    drain(leader)
+    settle_down(leader)
+    assert floor_of(leader) < drawn
+    other.rollback()
+    settle_down(leader)
+    assert floor_of(leader) == drawn
+
+
+def test_the_queue_floor_rises_under_writers_that_never_pause(sql: Sql, settings: Settings, leader: Resolver) -> None:
+    """There is always an open transaction that has drawn an id, but never one for long."""
+    with (
+        psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as one,
+        psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as two,
+    ):
+        submit(one, writes(b"k"))
+        floors = []
+        for ends, begins in [(one, two), (two, one)] * 5:
+            submit(begins, writes(b"k"))
+            ends.commit()
+            leader.resolve_batch()
+            floors.append(floor_of(leader))
+    assert floors[-1] >= 5
+    assert floors == sorted(floors)
+
+
+def test_a_reader_or_a_lock_that_cannot_bring_ids_to_light_does_not_hold_the_queue_floor_up(
+    sql: Sql, other: Sql, leader: Resolver
+) -> None:
+    other.execute("SELECT FROM commit_requests FOR UPDATE")
+    number = submit(sql, writes(b"k"))
+    drain(leader)
+    settle_down(leader)
+    assert floor_of(leader) == number
+
+
+def test_a_writer_in_another_database_does_not_hold_the_queue_floor_up(
+    sql: Sql, migrated_template: NoopExecutor, settings: Settings, leader: Resolver
+) -> None:
+    """Two copies of one template give their tables the same oids."""
+    twin = f"twin_{uuid4().hex[:12]}"
+    sql.execute(f"CREATE DATABASE {twin} TEMPLATE {migrated_template.template_dbname}")
+    try:
+        with psycopg.connect(make_conninfo(settings.dsn, dbname=twin), options="-c search_path=pgcoord") as stranger:
+            submit(stranger, writes(b"k"))
+            number = submit(sql, writes(b"k"))
+            drain(leader)
+            settle_down(leader)
+            assert floor_of(leader) == number
+    finally:
+        sql.execute(f"DROP DATABASE {twin} WITH (FORCE)")
+
+
+def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Programs) -> None:
+    """Preparing a transaction changes the name under which pg_locks knows it."""
+    with throw_away_server(programs, {"max_prepared_transactions": "2"}) as server:
+        settings = Settings(dsn=server.dsn)
+        with (
+            migration_session(settings, read_only=False) as (conn, _),
+            migration_lock(conn, settings.schema, PATIENCE, lambda _: None),
+        ):
+            apply(conn, settings.schema, None, lambda _: None)
+        with (
+            psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as writer,
+            psycopg.connect(settings.dsn, autocommit=True, options="-c search_path=pgcoord") as sql,
+            open_session(settings, "leader run", writes=True) as leader_conn,
+        ):
+            leader = Resolver(leader_conn, begin_term(leader_conn))
+            number = submit(writer, writes(b"k"))
+            assert leader.resolve_batch() == 0
+            writer.execute("PREPARE TRANSACTION 'two phases'")
+            settle_down(leader)
+            sql.execute("COMMIT PREPARED 'two phases'")
+            drain(leader)
+            assert outcome(sql, number).status == "committed"
+            settle_down(leader)
+            assert floor_of(leader) == number
+
+
+def test_a_claim_above_the_floor_reads_no_settled_history(
+    sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    for _ in range(300):
+        submit(sql, writes(b"k"))
+    drain(leader)
+    settle_down(leader)
+    submit(sql, writes(b"k"))
+    drain(leader)
+    sql.execute("ANALYZE commit_requests")
+    stored = lease.read_lease(leader_conn).queue_floor_id
+    assert stored == 300, "it is stored with the next settlement"
+
+    def read_in_vain(floor: int) -> int:
+        text = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement('commits', 'claim')}"
+        plan = leader_conn.execute(text, [floor, 1_000, 1_000_000, 1_000]).fetchone()
+        assert plan
+        assert "Seq Scan" not in json.dumps(plan[0]) or floor == 0
+        return rows_thrown_away(plan[0])
+
+    assert read_in_vain(0) >= 300
+    assert read_in_vain(stored) == 1, "the one request that was settled since"
+
+
+def test_i8_the_next_leader_continues_from_the_stored_queue_floor(
+    sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    for _ in range(3):
+        submit(sql, writes(b"k"))
+        drain(leader)
+        settle_down(leader)
+    successor = Resolver(leader_conn, begin_term(leader_conn))
+    assert floor_of(successor) == 2
+
+
+# -- rules I4 and I8
+
+
+def forget_what_is_older_than_now(monkeypatch: pytest.MonkeyPatch, sql: Sql, leader: Resolver) -> int:
+    """Makes one more commit, before which the conflict floor rises to the last one; returns that floor."""
+    floor = leader.durable_version
+    with monkeypatch.context() as patch:
+        patch.setattr(resolver, "CONFLICT_WINDOW", timedelta(0))
+        submit(sql, writes(b"unrelated"), floor)
+        drain(leader)
+    return floor
+
+
+def test_i4_a_read_below_the_floor_is_too_old_for_ever_also_after_a_takeover(
+    sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        submit(sql, writes(b"k"), leader.durable_version)
+        drain(leader)
+    floor = forget_what_is_older_than_now(monkeypatch, sql, leader)
+    assert floor == 3
+    for _ in range(3):
+        old = submit(sql, writes(b"j", reads=[b"never written"]), floor - 1)
+        recent = submit(sql, writes(b"j", reads=[b"never written"]), floor)
+        drain(leader)
+        assert outcome(sql, old).status == "too_old"
+        assert outcome(sql, recent).status == "committed"
+        leader = Resolver(leader_conn, begin_term(leader_conn))
+
+
+def test_i4_a_batch_that_only_says_too_old_stores_the_floor_that_it_judged_by(
+    sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(sql, writes(b"k"))
+    drain(leader)
+    with monkeypatch.context() as patch:
+        patch.setattr(resolver, "CONFLICT_WINDOW", timedelta(0))
+        old = submit(sql, writes(b"j"), 0)
+        drain(leader)
+    successor = Resolver(leader_conn, begin_term(leader_conn))
+    again = submit(sql, writes(b"j"), 0)
+    drain(successor)
+    assert [outcome(sql, number).status for number in (old, again)] == ["too_old", "too_old"]
+
+
+def test_i8_a_new_leader_decides_like_the_one_before(
+    sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared = codec.encode(Request((), (), (), (Mutation(Op.CLEAR_RANGE, b"m", b"p"),)))
+    pretended = codec.encode(Request((), (), ((b"x", None),), ()))
+    for payload in (writes(b"a"), writes(b"b")):
+        submit(sql, payload, leader.durable_version)
+        drain(leader)
+    floor = forget_what_is_older_than_now(monkeypatch, sql, leader)
+    for payload in (writes(b"b"), cleared, writes(b"a"), pretended):
+        submit(sql, payload, leader.durable_version)
+        drain(leader)
+    durable = leader.durable_version
+    assert (floor, durable) == (2, 7)
+    reads: list[tuple[list[bytes], list[Range]]] = [
+        ([b"a"], []), ([b"b"], []), ([b"c"], []), ([b"n"], []), ([b"y"], []), ([], [(b"", b"a")]), ([], [(b"", b"b")]),
+        ([], [(b"o", b"q")]), ([], [(b"p", b"q")]), ([], [(b"q", None)]), ([b"unrelated"], []),
+    ]  # fmt: skip
+    asked = [(version, *read) for version in range(floor - 1, durable + 2) for read in reads]
+
+    def answers(judge: Resolver) -> list[Row]:
+        """Each question by itself; nothing is written, so that no answer changes the next."""
+        window, version = judge._window, judge.durable_version
+        verdicts = []
+        for read_version, keys, ranges in asked:
+            request = codec.encode(Request(tuple(keys), tuple(ranges), (), ()))
+            claimed = resolver.Claimed(1, 1, read_version, request, leader_started)
+            verdicts += resolver.decide(window, version, [claimed])
+        return [Row(verdict.status, verdict.version, verdict.reason) for verdict in verdicts]
+
+    started = sql.execute("SELECT clock_timestamp()").fetchone()
+    assert started
+    leader_started = started[0]
+    warm = answers(leader)
+    assert {row.status for row in warm} == {"committed", "conflict", "too_old", "rejected"}
+    assert answers(Resolver(leader_conn, begin_term(leader_conn))) == warm
+
+
+def test_i8_the_window_reaches_back_to_a_commit_whose_id_became_visible_late(
+    sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    """Its id is below the queue floor of the settlements after it, its version is above theirs."""
+    late = submit(other, writes(b"late"))
+    submit(sql, writes(b"k"))
+    drain(leader)
+    other.commit()
+    drain(leader)
+    settle_down(leader)
+    submit(sql, writes(b"k"), 2)
+    drain(leader)
+    stored = lease.read_lease(leader_conn)
+    assert stored.window_start_id < late < stored.queue_floor_id
+    successor = Resolver(leader_conn, begin_term(leader_conn))
+    conflicting = submit(sql, writes(b"j", reads=[b"late"]), 1)
+    fine = submit(sql, writes(b"j", reads=[b"j"]), 1)
+    drain(successor)
+    assert outcome(sql, conflicting).status == "conflict"
+    assert outcome(sql, fine).status == "committed"
+
+
+def test_i8_the_window_start_follows_the_floor(
+    sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new leader reads what it needs, not the whole history."""
+    for _ in range(20):
+        submit(sql, writes(b"k"), leader.durable_version)
+        drain(leader)
+        settle_down(leader)
+    forget_what_is_older_than_now(monkeypatch, sql, leader)
+    stored = lease.read_lease(leader_conn)
+    assert (stored.conflict_floor, stored.window_start_id) == (20, 20)
+
+
+def test_i8_a_request_decided_by_two_leaders_in_turn_is_decided_the_same(
+    sql: Sql, settings: Settings, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    """Many requests, a new leader for every batch: as if one had decided them all."""
+    payloads = [writes(b"%d" % (n % 5), reads=[b"%d" % (n % 7)]) for n in range(40)]
+    read_versions = [max(0, n // 2 - n % 3) for n in range(40)]
+    for payload, read_version in zip(payloads, read_versions, strict=True):
+        submit(sql, payload, min(read_version, leader.durable_version))
+        leader = Resolver(leader_conn, begin_term(leader_conn))
+        assert leader.resolve_batch() == 1
+    changing = outcomes(sql)
+    stored = sql.execute("SELECT read_version, payload FROM commit_requests ORDER BY id").fetchall()
+    sql.execute("TRUNCATE commit_requests, kv, leader_lease RESTART IDENTITY")
+    sql.execute("INSERT INTO leader_lease DEFAULT VALUES")
+    single = Resolver(leader_conn, begin_term(leader_conn))
+    for read_version, payload in stored:
+        submit(sql, payload, read_version)
+        single.resolve_batch()
+    assert outcomes(sql) == changing
+    assert len({status for status, _ in changing}) > 1
+
+
+def test_i8_commits_that_garbage_collection_took_raise_the_floor_of_a_new_leader(
+    sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
+) -> None:
+    for key in (b"a", b"b", b"c"):
+        submit(sql, writes(key), leader.durable_version)
+        drain(leader)
+    sql.execute("DELETE FROM commit_requests WHERE commit_version = 2")
+    successor = Resolver(leader_conn, begin_term(leader_conn))
+    numbers = [submit(sql, writes(b"j", reads=[key]), version) for version, key in [(1, b"z"), (2, b"b"), (2, b"c")]]
+    drain(successor)
+    assert [outcome(sql, number).status for number in numbers] == ["too_old", "committed", "conflict"]
+
+
+def test_i8_after_a_batch_was_undone_the_same_leader_decides_as_before(
+    sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in (b"a", b"b"):
+        submit(sql, writes(key), leader.durable_version)
+        drain(leader)
+    monkeypatch.setattr(codec, "MAX_KEY_BYTES", 10_000)
+    submit(sql, writes(os.urandom(3_000)), 2)
+    drain(leader)
+    reads = [(0, b"a"), (1, b"a"), (1, b"b"), (2, b"b"), (0, b"c")]
+    numbers = [submit(sql, writes(b"j", reads=[key]), version) for version, key in reads]
+    drain(leader)
+    assert [outcome(sql, number).status for number in numbers] == [
+        "conflict", "committed", "conflict", "committed", "committed",
+    ]  # fmt: skip
