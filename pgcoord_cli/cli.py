@@ -39,6 +39,7 @@ CATALOGUE = {
     "commit": "Look at commit requests and what became of them.",
     "gc": "Collect garbage: settled requests that nobody can ask for any more.",
     "dev": "Keep a PostgreSQL of your own to try things on.",
+    "bench": "Measure how many commits a second this database does.",
     "demo": "Show the whole thing at work on a throw-away PostgreSQL.",
 }
 

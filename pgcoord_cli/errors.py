@@ -4,7 +4,11 @@
     ├── CommitRefused           1   the resolver said no; nothing was written
     │   ├── Conflict                a key that was read has been written since
     │   ├── TooOld                  the read version is below the leader's conflict floor
+    │   │   └── TimeLimit           the transaction is older than five seconds
     │   └── Rejected                the request itself is wrong; the reason says how
+    │       ├── KeyTooLarge         longer than an index entry of PostgreSQL takes
+    │       ├── ValueTooLarge       longer than 100,000 bytes
+    │       └── TransactionTooLarge more than 10,000,000 bytes in all
     ├── MigrationEdited         1   an applied migration differs from its file
     ├── PermissionDenied        1   the role may not; `migrate grant` gives it the right
     ├── ServerUnavailable       1   no PostgreSQL programs to start an embedded server with
@@ -68,6 +72,30 @@ class Rejected(CommitRefused):
     """The request itself cannot be applied, now or later; the message says why."""
 
     code = "rejected"
+
+
+class TimeLimit(TooOld):
+    """The transaction has been open for longer than five seconds; run it again."""
+
+    code = "time_limit"
+
+
+class KeyTooLarge(Rejected):
+    """A key, or the bound of a range, is longer than an index entry of PostgreSQL takes."""
+
+    code = "key_too_large"
+
+
+class ValueTooLarge(Rejected):
+    """A value or operand is longer than 100,000 bytes."""
+
+    code = "value_too_large"
+
+
+class TransactionTooLarge(Rejected):
+    """Everything that the transaction read and wrote is more than 10,000,000 bytes."""
+
+    code = "transaction_too_large"
 
 
 class MigrationEdited(PgcoordError):

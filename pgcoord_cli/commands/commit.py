@@ -13,6 +13,7 @@ from pgcoord_cli.errors import ConditionFalse, UsageError
 app = noun("Look at commit requests and what became of them.")
 
 COLUMNS = ["id", "request_id", "status", "commit_version", "read_version", "epoch", "created_at", "reason"]
+RequestId = Annotated[str, typer.Argument(metavar="REQUEST_ID", help="The UUID that the client made.")]
 STATUSES = "pending, committed, conflict, too_old, rejected, orphaned"
 
 
@@ -46,7 +47,7 @@ def list_(
 @command(app, "show")
 def show(
     ctx: typer.Context,
-    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="The UUID that the client made.")],
+    request_id: RequestId,
 ) -> None:
     """Say what became of one request; exit 3 when it is not there.
 
@@ -58,15 +59,44 @@ def show(
     from pgcoord_cli.core import commits, session
 
     settings, out = output_of(ctx)
-    try:
-        wanted = UUID(request_id)
-    except ValueError:
-        raise UsageError(f"REQUEST_ID: {request_id!r} is not a UUID", hint="pgcoord commit list shows them") from None
+    wanted = _request_id(request_id)
     with session.command_session(settings, "commit show", writes=False) as conn:
         request = commits.find_request(conn, wanted)
     if request is None:
-        raise ConditionFalse(
-            f"there is no request {wanted}",
-            hint="it was never enqueued, or was settled and then collected after the retention",
-        )
+        raise _absent(wanted)
     out.document(request._asdict())
+
+
+@command(app, "explain")
+def explain(ctx: typer.Context, request_id: RequestId) -> None:
+    """Say what a request read and wrote, when what happened to it, and which commit it lost to.
+
+    \b
+    Examples:
+      pgcoord commit explain 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f
+      pgcoord commit explain 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f -o json
+    """
+    from pgcoord_cli.core import explain as explaining
+    from pgcoord_cli.core import session
+
+    settings, out = output_of(ctx)
+    wanted = _request_id(request_id)
+    with session.command_session(settings, "commit explain", writes=False) as conn:
+        explanation = explaining.explain(conn, wanted)
+    if explanation is None:
+        raise _absent(wanted)
+    out.document(explanation)
+
+
+def _request_id(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise UsageError(f"REQUEST_ID: {text!r} is not a UUID", hint="pgcoord commit list shows them") from None
+
+
+def _absent(request_id: UUID) -> ConditionFalse:
+    return ConditionFalse(
+        f"there is no request {request_id}",
+        hint="it was never enqueued, or was settled and then collected after the retention",
+    )

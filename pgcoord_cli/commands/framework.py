@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -222,3 +224,18 @@ def duration(option: str, minimum: float = 0.0, longest: float = LONGEST_WAIT) -
         return seconds
 
     return parse
+
+
+@contextmanager
+def progress_bar(out: Output, title: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    """Within the block, the yielded function advances a bar on stderr; it shows on terminals only, and not under -q."""
+    if out.quiet or not sys.stderr.isatty():
+        yield lambda _amount: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda amount: progress.advance(task, amount)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pgcoord_cli.commands.framework import Limit, command, duration, noun, output_of
-from pgcoord_cli.errors import ConditionFalse
+from pgcoord_cli.commands.framework import Limit, command, duration, noun, output_of, progress_bar
+from pgcoord_cli.errors import ConditionFalse, UsageError
 
 if TYPE_CHECKING:
     from pgcoord_cli.core.client import Transaction
@@ -23,7 +23,12 @@ Timeout = Annotated[
 
 
 @command(app, "get")
-def get(ctx: typer.Context, key: Key, hex_: Hex = False) -> None:
+def get(
+    ctx: typer.Context,
+    key: Key,
+    hex_: Hex = False,
+    integer: Annotated[bool, typer.Option("--integer", help="Show the value as a little-endian number.")] = False,
+) -> None:
     """Print what a key holds; exit 3 when there is no such key. With `-o plain`, just the value.
 
     \b
@@ -39,11 +44,13 @@ def get(ctx: typer.Context, key: Key, hex_: Hex = False) -> None:
     with session.command_session(settings, "kv get", writes=False) as conn:
         entry = kv.read_key(conn, wanted)
     record = kv.show(entry, as_hex=hex_)
+    if integer and entry.value is not None:
+        record |= {"value": int.from_bytes(entry.value, "little"), "encoding": "integer"}
     if entry.value is None:
         if out.is_json:
             out.document(record)
         raise ConditionFalse(f"there is no key {key!r}", answered=True)
-    out.value(record, record["value"])
+    out.value(record, str(record["value"]))
 
 
 @command(app, "set")
@@ -88,6 +95,117 @@ def clear(ctx: typer.Context, key: Key, hex_: Hex = False, timeout: Timeout = "1
         transaction.clear(wanted)
 
     _commit(ctx, "kv clear", write, {"key": key}, timeout)
+
+
+@command(app, "clear-range")
+def clear_range(
+    ctx: typer.Context,
+    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key to remove.")],
+    end: Annotated[str, typer.Argument(metavar="END", help="Key to stop before.")],
+    hex_: Hex = False,
+    timeout: Timeout = "10s",
+) -> None:
+    """Remove every key from BEGIN up to but without END, through the leader.
+
+    \b
+    Examples:
+      pgcoord kv clear-range account/ account0
+    """
+    from pgcoord_cli.core import kv
+
+    first = kv.parse_key(begin, "BEGIN", as_hex=hex_)
+    last = kv.parse_key(end, "END", as_hex=hex_)
+    if first > last:
+        raise UsageError(f"END: {end!r} comes before BEGIN {begin!r}")
+
+    async def write(transaction: Transaction) -> None:
+        transaction.clear_range(first, last)
+
+    _commit(ctx, "kv clear-range", write, {"begin": begin, "end": end}, timeout)
+
+
+@command(app, "add")
+def add(
+    ctx: typer.Context,
+    key: Key,
+    amount: Annotated[int, typer.Argument(metavar="AMOUNT", help="What to add; after -- it may be negative.")],
+    hex_: Hex = False,
+    timeout: Timeout = "10s",
+) -> None:
+    """Add to a counter, a little-endian number of eight bytes, without reading it: additions never conflict.
+
+    Read it back with `kv get --integer`.
+
+    \b
+    Examples:
+      pgcoord kv add visits 1
+      pgcoord kv add visits -- -5
+      pgcoord kv get visits --integer -o plain
+    """
+    from pgcoord_cli.core import kv
+
+    wanted = kv.parse_key(key, "KEY", as_hex=hex_)
+    operand = kv.counter(amount, "AMOUNT")
+
+    async def write(transaction: Transaction) -> None:
+        transaction.add(wanted, operand)
+
+    _commit(ctx, "kv add", write, {"key": key, "added": amount}, timeout)
+
+
+@command(app, "load")
+def load(
+    ctx: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON lines as `kv export` writes them; - for stdin.")],
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Keys a transaction.")] = 500,
+    timeout: Timeout = "10s",
+) -> None:
+    """Write many keys from a file of JSON lines: {"key": …, "value": …, "encoding": "utf-8" or "hex"}.
+
+    How far it got is committed with each batch, so that the same call, after a crash or Ctrl-C, goes on from there.
+    A load from stdin begins anew.
+
+    \b
+    Examples:
+      pgcoord kv load accounts.jsonl
+      pgcoord kv export | pgcoord kv load - --schema other
+    """
+    import asyncio
+
+    from pgcoord_cli.core import bulk, leader, session
+
+    settings, out = output_of(ctx)
+    seconds = duration("--timeout")(timeout) or 0
+    source = bulk.open_source(file)
+    with session.command_session(settings, "kv load", writes=True) as conn:
+        leader.wait_for_leader(conn, settings.schema, seconds)
+    with progress_bar(out, "loading", source.size) as advance:
+        loaded = asyncio.run(bulk.load(settings, source, batch_size, seconds, advance))
+    out.document(loaded._asdict())
+
+
+@command(app, "export")
+def export(
+    ctx: typer.Context,
+    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key; empty for the very first.")] = "",
+    end: Annotated[str | None, typer.Argument(metavar="END", help="Key to stop before; none: to the last.")] = None,
+    hex_: Hex = False,
+) -> None:
+    """Write keys and values as JSON lines, all of one snapshot, whatever their number.
+
+    \b
+    Examples:
+      pgcoord kv export > backup.jsonl
+      pgcoord kv export account/ account0 | jq -r .key
+    """
+    from pgcoord_cli.core import bulk, kv, session
+
+    settings, out = output_of(ctx)
+    first = kv.parse_key(begin, "BEGIN", as_hex=hex_)
+    last = None if end is None else kv.parse_key(end, "END", as_hex=hex_)
+    with session.command_session(settings, "kv export", writes=False) as conn:
+        for entry in bulk.export(conn, first, last):
+            out.json_line(kv.show(entry, as_hex=hex_))
 
 
 @command(app, "range")

@@ -13,7 +13,7 @@ from pgcoord_cli.errors import ConditionFalse, interruption
 from pgcoord_cli.settings import check_text
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.leader import LeaderEvent
+    from pgcoord_cli.core.candidate import CandidateEvent
     from pgcoord_cli.render import Output
 
 app = noun("Run, inspect and watch the elected leader.")
@@ -40,28 +40,28 @@ def run(
       pgcoord leader run --node-id west-1 --ttl 5s
       pgcoord leader run -o jsonl >> leader.log
     """
-    from pgcoord_cli.core.leader import Leader, default_node_id
+    from pgcoord_cli.core.candidate import Candidate, default_node_id
     from pgcoord_cli.core.lease import MIN_TTL
 
     settings, out = output_of(ctx)
     check_text(node_id, "--node-id")
     seconds = duration("--ttl", minimum=MIN_TTL - 0.001)(ttl) or 0
-    leader = Leader(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
+    candidate = Candidate(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
     received: list[int] = []
 
     def on_signal(number: int, _frame: Any) -> None:
         received.append(number)
-        leader.stop()
+        candidate.stop()
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    leader.run()
+    candidate.run()
     raise typer.Exit(128 + received[0] if received else 0)
 
 
-def _report(out: Output, event: LeaderEvent) -> None:
+def _report(out: Output, event: CandidateEvent) -> None:
     epoch = "" if event.epoch is None else f" epoch {event.epoch}"
     line = f"{event.node_id}: {event.event}{epoch}: {event.detail}"
     if out.is_json:
@@ -80,7 +80,8 @@ def status(
         str, typer.Option("--interval", metavar="DURATION", help="With --watch: longest time between two looks.")
     ] = "2s",
 ) -> None:
-    """Say who leads, how far the data has got and how long the queue is; exit 3 when nobody leads.
+    """Say who leads, how far the data has got and how long the queue is; exit 3 when nobody leads
+    or the queue does not advance.
 
     With --watch it looks again at every change of leadership and once in an interval; with -o json that is one
     document a line.
@@ -100,8 +101,9 @@ def status(
             _watch(out, leader.watch_status(conn, settings.schema, seconds))
         document = leader.status_document(conn)
     out.document(document)
-    if not document["leader"]["held"]:
-        raise ConditionFalse("nobody leads", hint="start a leader with: pgcoord leader run", answered=True)
+    if not document["health"]["healthy"]:
+        hint = None if document["leader"]["held"] else leader.RUN_HINT
+        raise ConditionFalse(document["health"]["reason"], hint=hint, answered=True)
 
 
 def _watch(out: Output, documents: Any) -> None:
@@ -114,3 +116,93 @@ def _watch(out: Output, documents: Any) -> None:
             out.next_document(document)
     except KeyboardInterrupt as stop:
         raise typer.Exit(interruption(stop).exit_code) from None
+
+
+Epoch = Annotated[int, typer.Option("--epoch", metavar="N", help="The epoch that has to lead.")]
+WaitLimit = Annotated[
+    str, typer.Option("--timeout", metavar="DURATION", help="Give up after that long, with exit 124.")
+]
+
+
+@command(app, "wait")
+def wait(ctx: typer.Context, timeout: WaitLimit = "30s") -> None:
+    """Wait until somebody leads, and say who; returns at once when somebody does.
+
+    \b
+    Examples:
+      pgcoord leader wait
+      pgcoord leader wait --timeout 5s -q && pgcoord kv set ready yes
+    """
+    from pgcoord_cli.core import leader, session
+
+    settings, out = output_of(ctx)
+    seconds = duration("--timeout")(timeout) or 0
+    with session.command_session(settings, "leader wait", writes=False) as conn:
+        lease = leader.await_leader(conn, settings.schema, seconds)
+    out.document({"epoch": lease.epoch, "leader_addr": lease.leader_addr})
+
+
+@command(app, "step-down")
+def step_down(
+    ctx: typer.Context,
+    wait_: Annotated[bool, typer.Option("--wait", help="Wait until the next leader is elected.")] = False,
+    timeout: WaitLimit = "30s",
+) -> None:
+    """Ask the leader to finish its batch and let another lead. Without a standby, it leads again itself.
+
+    \b
+    Examples:
+      pgcoord leader step-down
+      pgcoord leader step-down --wait --timeout 10s
+    """
+    from pgcoord_cli.core import leader, session
+
+    settings, out = output_of(ctx)
+    seconds = duration("--timeout")(timeout) or 0
+    with session.command_session(settings, "leader step-down", writes=True) as conn:
+        epoch, leader_addr = leader.step_down(conn, settings.schema)
+        record = {"asked_epoch": epoch, "asked_leader": leader_addr}
+        if wait_:
+            lease = leader.await_leader(conn, settings.schema, seconds, after_epoch=epoch)
+            record |= {"epoch": lease.epoch, "leader_addr": lease.leader_addr or ""}
+    out.document(record)
+
+
+@command(app, "history")
+def history(
+    ctx: typer.Context,
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="DURATION", help="Only what was not over that long ago.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")] = 50,
+) -> None:
+    """List who led when, how it ended, and which versions were committed, newest first.
+
+    \b
+    Examples:
+      pgcoord leader history
+      pgcoord leader history --since 1h -o json
+    """
+    from pgcoord_cli.core import lease, session
+
+    settings, out = output_of(ctx)
+    seconds = duration("--since")(since)
+    with session.command_session(settings, "leader history", writes=False) as conn:
+        leaderships = lease.history(conn, seconds, limit)
+    out.rows(list(lease.Leadership._fields), [each._asdict() for each in leaderships], empty="nobody ever led")
+
+
+@command(app, "assert")
+def assert_(ctx: typer.Context, epoch: Epoch) -> None:
+    """Exit 0 if this epoch leads, and 6 if it does not: a fence for scripts.
+
+    \b
+    Examples:
+      pgcoord leader assert --epoch 7 && ./nightly-job
+    """
+    from pgcoord_cli.core import leader, session
+
+    settings, out = output_of(ctx)
+    with session.command_session(settings, "leader assert", writes=False) as conn:
+        leader.assert_epoch(conn, epoch)
+    out.document({"epoch": epoch, "leads": True})

@@ -20,6 +20,11 @@ def leadership(schema: str) -> str:
     return f"{schema}.leader"
 
 
+def data(schema: str) -> str:
+    """Wakes whoever watches keys: a batch has been committed."""
+    return f"{schema}.data"
+
+
 def reply(schema: str, client: str) -> str:
     """Wakes one client process: some of its requests have been settled. `client` is 12 hex digits."""
     return f"{schema}.reply.{client}"

@@ -9,6 +9,8 @@ One byte of format version, then a MessagePack array of four:
     write_ranges  [[begin, end], …]         ranges that count as written without being so
     mutations     [[op, key, operand], …]   in the order in which they apply
 
+Version 2 knows all operations; version 1, which this program still reads, only set, clear and clear_range.
+
 Keys, bounds and operands are binary. `docs/wire-format.md` says the same for other languages. Whatever cannot be
 decoded raises Undecodable with a reason; the leader answers that one request with `rejected` (rule I6).
 """
@@ -20,10 +22,16 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+VERSIONSTAMP_BYTES = 10
+STAMP_OFFSET_BYTES = 4
+_HEADER = bytes([FORMAT_VERSION])
 
 MAX_KEY_BYTES = 2_600
 """What a B-tree entry of PostgreSQL takes, whatever the key's bytes, with some room to spare."""
+
+PAST_THE_LAST_KEY = b"\xff" * (MAX_KEY_BYTES + 1)
+"""Greater than every key: the end of a range that has none, where a statement needs one."""
 
 MAX_VALUE_BYTES = 100_000
 MAX_TRANSACTION_BYTES = 10_000_000
@@ -37,6 +45,22 @@ class Op(IntEnum):
     SET = 0
     CLEAR = 1
     CLEAR_RANGE = 2
+    ADD = 3
+    BIT_AND = 4
+    BIT_OR = 5
+    BIT_XOR = 6
+    APPEND_IF_FITS = 7
+    MAX = 8
+    MIN = 9
+    BYTE_MAX = 10
+    BYTE_MIN = 11
+    COMPARE_AND_CLEAR = 12
+    SET_VERSIONSTAMPED_KEY = 13
+    SET_VERSIONSTAMPED_VALUE = 14
+
+
+LAST_OPERATION = {1: Op.CLEAR_RANGE, 2: Op.SET_VERSIONSTAMPED_VALUE}
+"""The last operation that each format version knows."""
 
 
 class Mutation(NamedTuple):
@@ -60,21 +84,39 @@ class Undecodable(ValueError):
     """The payload is not a request that this program understands; the text says why."""
 
 
+class KeyTooLong(Undecodable):
+    """A key or bound is longer than MAX_KEY_BYTES."""
+
+
+class ValueTooLong(Undecodable):
+    """A value or operand is longer than MAX_VALUE_BYTES."""
+
+
+class TooManyBytes(Undecodable):
+    """The whole payload is longer than MAX_TRANSACTION_BYTES."""
+
+
 def encode(request: Request) -> bytes:
-    """The payload of a request. The caller has checked sizes with `check`."""
-    return bytes([FORMAT_VERSION]) + bytes(msgpack.packb(request))
+    """The payload of a request whose parts were checked one by one; raises TooManyBytes."""
+    payload = _HEADER + bytes(msgpack.packb(request))
+    if len(payload) > MAX_TRANSACTION_BYTES:
+        raise TooManyBytes(f"the transaction has more than {MAX_TRANSACTION_BYTES} bytes")
+    return payload
 
 
 def decode(payload: bytes) -> Request:
     """The request in a payload, its shape and sizes checked; raises Undecodable."""
     if not payload:
         raise Undecodable("the payload is empty")
-    if payload[0] != FORMAT_VERSION:
+    last_operation = LAST_OPERATION.get(payload[0])
+    if last_operation is None:
         raise Undecodable(f"format version {payload[0]} is unknown")
     if len(payload) > MAX_TRANSACTION_BYTES:
-        raise Undecodable(f"the transaction has more than {MAX_TRANSACTION_BYTES} bytes")
+        raise TooManyBytes(f"the transaction has more than {MAX_TRANSACTION_BYTES} bytes")
     request = _request(_unpack(payload[1:]))
     check(request)
+    if any(mutation.op > last_operation for mutation in request.mutations):
+        raise Undecodable(f"format version {payload[0]} has only the operations up to {last_operation}")
     return request
 
 
@@ -143,7 +185,7 @@ def check_key(key: bytes) -> None:
     """Undecodable when the key is longer than an index entry may be, or no bytes at all."""
     _key(key)
     if len(key) > MAX_KEY_BYTES:
-        raise Undecodable(f"a key of {len(key)} bytes is longer than {MAX_KEY_BYTES}")
+        raise KeyTooLong(f"a key of {len(key)} bytes is longer than {MAX_KEY_BYTES}")
 
 
 def check_range(begin: bytes, end: bytes | None) -> None:
@@ -157,11 +199,26 @@ def check_range(begin: bytes, end: bytes | None) -> None:
 
 def check_mutation(mutation: Mutation) -> None:
     """Undecodable when the mutation's key, range or value cannot be applied."""
-    if mutation.op == Op.CLEAR_RANGE:
-        check_range(mutation.key, mutation.operand)
+    op, key, operand = mutation
+    if op == Op.CLEAR_RANGE:
+        check_range(key, operand)
         return
-    check_key(mutation.key)
-    if mutation.op == Op.SET and mutation.operand is None:
-        raise Undecodable("a set has no value")
-    if mutation.operand is not None and len(mutation.operand) > MAX_VALUE_BYTES:
-        raise Undecodable(f"a value of {len(mutation.operand)} bytes is longer than {MAX_VALUE_BYTES}")
+    if op == Op.SET_VERSIONSTAMPED_KEY:
+        _check_stamp_place(key, "key")
+        check_key(key[:-STAMP_OFFSET_BYTES])
+    else:
+        check_key(key)
+    if op == Op.SET_VERSIONSTAMPED_VALUE:
+        _check_stamp_place(operand or b"", "value")
+    if op != Op.CLEAR and operand is None:
+        raise Undecodable(f"{op.name.lower()} has no operand")
+    if operand is not None and len(operand) > MAX_VALUE_BYTES:
+        raise ValueTooLong(f"a value of {len(operand)} bytes is longer than {MAX_VALUE_BYTES}")
+
+
+def _check_stamp_place(template: bytes, what: str) -> None:
+    """The last four bytes say, little-endian, where in what is before them the ten bytes of the stamp go."""
+    room = len(template) - STAMP_OFFSET_BYTES
+    offset = int.from_bytes(template[-STAMP_OFFSET_BYTES:], "little")
+    if offset + VERSIONSTAMP_BYTES > room:
+        raise Undecodable(f"there is no room for a versionstamp at offset {offset} of a {what} of {max(room, 0)} bytes")

@@ -4,10 +4,10 @@ The resolver asks one question of a transaction: has anything that it read been 
 window answers from the writes of the commits above its *floor*. Below the floor it knows nothing, so a transaction
 that read there is too old, always.
 
-**Shape.** Single keys are in a dictionary, from key to the version that wrote it last, and in key order beside
-it, for the reads of ranges. Written ranges form a step function over the key space: `_steps[boundary]` is the
-version that last wrote the keys from that boundary to the next. Versions only grow, so writing a range is an
-assignment, never a maximum.
+**Shape.** Single keys are in a dictionary, from key to the version that wrote it last. Their order is kept beside it
+from the first read of a range on; where only keys are read, nobody pays for it. Written ranges form a step
+function over the key space: `_steps[boundary]` is the version that last wrote the keys from that boundary to the
+next. Versions only grow, so writing a range is an assignment, never a maximum.
 
 **Invariant.** For every key k, `max(_keys.get(k, 0), step at k)` is the greatest version above the floor that wrote
 k, if there is one; otherwise it is at or below the floor.
@@ -22,8 +22,6 @@ from sortedcontainers import SortedDict, SortedSet
 
 from pgcoord_cli.core.codec import Range
 
-Writes = tuple[tuple[bytes, ...], tuple[Range, ...]]
-
 
 class ConflictWindow:
     """Writes of the commits above `floor`. Versions are those of commits; they grow with every `record`."""
@@ -31,31 +29,32 @@ class ConflictWindow:
     def __init__(self, floor: int) -> None:
         self.floor = floor
         self._keys: dict[bytes, int] = {}
-        self._ordered = SortedSet()
+        self._ordered: SortedSet | None = None
         self._steps = SortedDict({b"": 0})
-        self._history: deque[tuple[int, tuple[bytes, ...]]] = deque()
+        self._history: deque[tuple[int, list[bytes]]] = deque()
 
     def __len__(self) -> int:
         return len(self._keys) + len(self._steps)
 
     def conflicts(self, read_version: int, keys: Iterable[bytes], ranges: Iterable[Range]) -> bool:
         """Whether any of the keys or ranges was written after `read_version`, which is not below the floor."""
-        return any(self._written(key) > read_version for key in keys) or any(
-            self._written_within(interval) > read_version for interval in ranges
-        )
-
-    def _written(self, key: bytes) -> int:
-        point = self._keys.get(key, 0)
-        return max(point, self._step_at(key))
+        written = self._keys.get
+        for key in keys:
+            if written(key, 0) > read_version:
+                return True
+        if len(self._steps) > 1 and any(self._step_at(key) > read_version for key in keys):
+            return True
+        return any(self._written_within(interval) > read_version for interval in ranges)
 
     def _step_at(self, key: bytes) -> int:
-        last = 0 if len(self._steps) == 1 else self._steps.bisect_right(key) - 1  # mostly no range was ever written
-        return int(self._steps.peekitem(last)[1])
+        return int(self._steps.peekitem(self._steps.bisect_right(key) - 1)[1])
 
     def _written_within(self, interval: Range) -> int:
         begin, end = interval
         if end is not None and begin >= end:
             return 0
+        if self._ordered is None:
+            self._ordered = SortedSet(self._keys)
         points = max((self._keys[key] for key in self._ordered.irange(begin, end, (True, False))), default=0)
         first = self._steps.peekitem(self._steps.bisect_right(begin) - 1)[0]
         steps = max(self._steps[boundary] for boundary in self._steps.irange(first, end, (True, False)))
@@ -63,11 +62,10 @@ class ConflictWindow:
 
     def record(self, version: int, keys: Iterable[bytes], ranges: Iterable[Range]) -> None:
         """Takes in the writes of the commit that got `version`, greater than all before."""
-        written = tuple(keys)
-        for key in written:
-            if key not in self._keys:
-                self._ordered.add(key)
-            self._keys[key] = version
+        written = list(keys)
+        self._keys.update(dict.fromkeys(written, version))
+        if self._ordered is not None:
+            self._ordered.update(written)
         for interval in ranges:
             self._assign(version, interval)
         self._history.append((version, written))
@@ -91,9 +89,13 @@ class ConflictWindow:
             version, keys = self._history.popleft()
             for key in keys:
                 if self._keys.get(key) == version:
-                    del self._keys[key]
-                    self._ordered.discard(key)
+                    self._forget(key)
         self._merge_old_steps(floor)
+
+    def _forget(self, key: bytes) -> None:
+        del self._keys[key]
+        if self._ordered is not None:
+            self._ordered.discard(key)
 
     def _merge_old_steps(self, floor: int) -> None:
         """Joins neighbouring steps that are both at or below the floor: nobody can ask about either."""

@@ -11,6 +11,9 @@ a time to live, so that no batch, however long, and no other connection can star
 after the moment **before** the last successful renewal was sent: whatever the network did with the answer, the server
 had not let the lease run out by then. A leader without trust starts nothing more.
 
+It listens for the wake-ups of the leadership channel, so that a request to step down is heard at once: the resolver
+finishes its batch, the lease is released, and whoever waits for the lock leads next.
+
 **End.** `stop` releases the lease and with it wakes the standbys. When the connection is lost, or a renewal finds
 the lease run out or taken, the keeper says so through `over` and wakes the resolver.
 """
@@ -25,11 +28,11 @@ from typing import Any
 import psycopg
 from psycopg import Connection
 
-from pgcoord_cli.core import lease
-from pgcoord_cli.core.lease import Term
+from pgcoord_cli.core import channels, lease
+from pgcoord_cli.core.lease import Renewal, Term
 from pgcoord_cli.core.locks import lock_key
 from pgcoord_cli.core.session import open_session
-from pgcoord_cli.core.wakeup import Wakeup
+from pgcoord_cli.core.wakeup import Wakeup, listen
 from pgcoord_cli.db.connection import translate
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.settings import Settings
@@ -55,6 +58,8 @@ class Keeper(threading.Thread):
         self._ttl = ttl
         self._wakeup = wakeup
         self._stopping = threading.Event()
+        self._stop_signal = Wakeup()
+        self._resolver_done = threading.Event()
         self._campaigning = threading.Event()
         self._trusted_until = 0.0
         self._locked = False
@@ -71,6 +76,8 @@ class Keeper(threading.Thread):
         """Gives up candidacy or lease, and waits until that is done. `reason` goes into the history."""
         self._release_reason = reason
         self._stopping.set()
+        self._resolver_done.set()
+        self._stop_signal.set()
         while self._campaigning.is_set() and self.is_alive():
             # A cancellation can arrive before the statement it is meant for, so it is sent until it is heeded.
             with suppress(psycopg.Error):
@@ -95,7 +102,8 @@ class Keeper(threading.Thread):
             self._end(str(error))
 
     def _end(self, why: str) -> None:
-        self.over = why
+        if self.over in (None, Renewal.STEP_DOWN):
+            self.over = why
         self._wakeup.set()
 
     def _campaign(self) -> None:
@@ -143,15 +151,31 @@ class Keeper(threading.Thread):
         if self.term is None:
             return
         set_lock_timeout(self._conn, self._ttl)
-        while not self._stopping.wait(self._ttl / RENEWALS_PER_TTL):
-            sent_at = time.monotonic()
-            if not lease.renew(self._conn, self.term, self._ttl):
-                self._end(self._superseded())
+        notifications = listen(self._conn, channels.leadership(self._settings.schema), self._stop_signal)
+        while not self._stopping.is_set():
+            if not self._renew(self.term):
                 return
+            notifications.wait(self._ttl / RENEWALS_PER_TTL)
+        self._release(self.term, self._release_reason)
+
+    def _renew(self, term: Term) -> bool:
+        """Renews; False when the leadership is over, be it that another took it or that it was asked to step down."""
+        sent_at = time.monotonic()
+        found = lease.renew(self._conn, term, self._ttl)
+        if found == Renewal.OVER:
+            self._end(self._superseded())
+        elif found == Renewal.STEP_DOWN:
+            self._end(found)
+            self._resolver_done.wait(self._ttl)
+            self._release(term, found)
+        else:
             self._trusted_until = sent_at + self._ttl
             self._locked = self._locked or self._try_lock()
-        released = lease.release(self._conn, self._settings.schema, self.term, self._release_reason)
-        self._end(self._release_reason if released else self._superseded())
+        return found == Renewal.RENEWED
+
+    def _release(self, term: Term, reason: str) -> None:
+        released = lease.release(self._conn, self._settings.schema, term, reason)
+        self._end(reason if released else self._superseded())
 
     def _superseded(self) -> str:
         return f"superseded by {lease.successor(self._conn)}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
-from pgcoord_cli.core.codec import MAX_KEY_BYTES, MAX_VALUE_BYTES
+from pgcoord_cli.core.codec import MAX_KEY_BYTES, MAX_VALUE_BYTES, PAST_THE_LAST_KEY
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import UsageError
 
@@ -42,8 +42,14 @@ def read_range(
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         _, version = conn.execute(sql("kv", "read_version")).fetchone() or (0, 0)
         statement = sql("kv", "read_range_reverse" if reverse else "read_range")
-        rows = conn.execute(statement, [begin, end, limit]).fetchall()
+        rows = conn.execute(statement, [begin, PAST_THE_LAST_KEY if end is None else end, limit]).fetchall()
     return version, [Entry(key, value, version) for key, value in rows]
+
+
+def read_page(conn: Connection[Any], begin: bytes, end: bytes | None, limit: int) -> list[Entry]:
+    """The first keys of a range, within the caller's transaction; versions are left at zero."""
+    rows = conn.execute(sql("kv", "read_range"), [begin, PAST_THE_LAST_KEY if end is None else end, limit]).fetchall()
+    return [Entry(key, value, 0) for key, value in rows]
 
 
 def parse_key(text: str, argument: str, *, as_hex: bool) -> bytes:
@@ -64,6 +70,13 @@ def parse_bytes(text: str, argument: str, *, as_hex: bool) -> bytes:
         raise UsageError(f"{argument}: not UTF-8 text", hint="give it in hexadecimal, with --hex") from None
     except ValueError:
         raise UsageError(f"{argument}: {text!r} is not hexadecimal", hint="two digits a byte, like 00ff") from None
+
+
+def counter(amount: int, argument: str) -> bytes:
+    """The operand that adds `amount`, eight bytes little-endian, a negative one as two's complement."""
+    if not -(1 << 63) <= amount < 1 << 63:
+        raise UsageError(f"{argument}: {amount} does not fit into eight bytes")
+    return (amount % (1 << 64)).to_bytes(8, "little")
 
 
 def _sized(data: bytes, argument: str, limit: int) -> bytes:

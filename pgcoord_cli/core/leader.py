@@ -1,58 +1,38 @@
-"""Leading: election, resolving, and what a leader says of itself.
+"""What there is to know about the leader: who leads, whether the work advances, and waiting for one.
 
-`lead` is the life of one `pgcoord leader run`: stand for election, resolve while the lease is trusted, and when that is
-over, because the lease ran out, another took it or a connection broke, say so and stand again with nothing kept
-from before. It ends when it is told to stop, finishing the batch in hand and releasing the lease.
+**Held is not healthy.** A leader that renews its lease may still not drain the queue, because a lock on the data is in
+its way, or its own process is stuck. So the status also looks at the oldest pending request: when that has waited
+longer than anybody should, the leader is unhealthy, and the reason says since when.
+
+**Waiting** is driven by the notification that every election sends; the lease row is the truth.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import psycopg
 from psycopg import Connection
 
 from pgcoord_cli.core import channels
-from pgcoord_cli.core.election import RENEWALS_PER_TTL, Keeper, mark_leader_session
-from pgcoord_cli.core.lease import Lease, Term, read_lease
-from pgcoord_cli.core.resolver import Resolver
-from pgcoord_cli.core.session import open_session
+from pgcoord_cli.core.lease import Lease, ask_to_step_down, read_lease
 from pgcoord_cli.core.wakeup import Wakeup, listen
-from pgcoord_cli.db.connection import translate
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import ConnectionFailed, Fenced, NoLeader, PgcoordError
-from pgcoord_cli.settings import Settings
+from pgcoord_cli.errors import Fenced, NoLeader, TimedOut
 
-RECONNECT_SECONDS = 1.0
+STALLED_SECONDS = 5.0
+"""A request that waited longer than this shows that the leader's work does not advance."""
 
-
-class LeaderEvent(NamedTuple):
-    """Something that happened to this candidate: standing, elected, fenced, lost, released, unreachable."""
-
-    event: str
-    node_id: str
-    epoch: int | None
-    detail: str
-
-
-Report = Callable[[LeaderEvent], None]
-
-
-def default_node_id() -> str:
-    """Host and process id: unique among the candidates of a network, and of use to whoever reads it."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+RUN_HINT = "start a leader with: pgcoord leader run"
 
 
 def status_document(conn: Connection[Any]) -> dict[str, dict[str, Any]]:
     """Who leads and how long the queue is, under the keys that scripts count on. Times are the server's."""
     lease = read_lease(conn)
     pending, oldest = conn.execute(sql("commits", "queue_state")).fetchone() or (0, None)
+    reason = _ailment(lease, oldest)
     return {
         "leader": {
             "held": lease.held,
@@ -65,7 +45,16 @@ def status_document(conn: Connection[Any]) -> dict[str, dict[str, Any]]:
             "expires_in_seconds": lease.expires_in_seconds,
         },
         "queue": {"pending": pending, "oldest_pending_seconds": oldest},
+        "health": {"healthy": reason is None, "reason": reason},
     }
+
+
+def _ailment(lease: Lease, oldest_pending_seconds: float | None) -> str | None:
+    if not lease.held:
+        return "nobody leads"
+    if oldest_pending_seconds is not None and oldest_pending_seconds > STALLED_SECONDS:
+        return f"the lease is renewed, but a request has been pending for {oldest_pending_seconds:.0f}s"
+    return None
 
 
 def watch_status(conn: Connection[Any], schema: str, seconds: float) -> Iterator[dict[str, dict[str, Any]]]:
@@ -85,94 +74,31 @@ def wait_for_leader(conn: Connection[Any], schema: str, seconds: float, *, after
             if time.monotonic() >= deadline:
                 raise NoLeader(
                     f"nobody leads, and nobody was elected within {seconds:g}s",
-                    hint="start a leader with: pgcoord leader run",
+                    hint=RUN_HINT,
                 )
             notifications.wait(min(channels.POLL_SECONDS, deadline - time.monotonic()))
     return lease
 
 
-class Leader:
-    """One candidate. `run` blocks; `stop` may be called from a signal handler or another thread."""
+def assert_epoch(conn: Connection[Any], epoch: int) -> None:
+    """Fenced unless the lease is held in just this epoch."""
+    lease = read_lease(conn)
+    if not (lease.held and lease.epoch == epoch):
+        now = f"epoch {lease.epoch} is held by {lease.leader_addr}" if lease.held else "nobody leads"
+        raise Fenced(f"epoch {epoch} does not lead: {now}")
 
-    def __init__(self, settings: Settings, node_id: str, ttl: float, report: Report) -> None:
-        self._settings = settings
-        self._node_id = node_id
-        self._ttl = ttl
-        self._report = report
-        self._wakeup = Wakeup()
-        self._stopping = False
 
-    def stop(self) -> None:
-        """Asks `run` to finish the batch in hand, release the lease and return."""
-        self._stopping = True
-        self._wakeup.set()
+def step_down(conn: Connection[Any], schema: str) -> tuple[int, str]:
+    """Asks the leader to step down; its epoch and node id. NoLeader when there is none."""
+    asked = ask_to_step_down(conn, schema)
+    if asked is None:
+        raise NoLeader("nobody leads, so nobody can step down", hint=RUN_HINT)
+    return asked
 
-    def run(self) -> None:
-        """Stands for election and leads until stopped. Raises PgcoordError where standing makes no sense."""
-        open_session(self._settings, "leader run", writes=True).close()  # says at once what is wrong with the server
-        while not self._stopping:
-            self._say("standing", None, "waiting to be elected")
-            try:
-                self._serve_one_term()
-            except ConnectionFailed as error:
-                self._say("unreachable", None, error.message)
-            if not self._stopping:
-                self._pause()
 
-    def _pause(self) -> None:
-        """A moment between terms, so that a server that refuses us is not asked a thousand times a second."""
-        self._wakeup.wait(RECONNECT_SECONDS)
-
-    def _serve_one_term(self) -> None:
-        keeper = Keeper(self._settings, self._node_id, self._ttl, self._wakeup)
-        keeper.start()
-        try:
-            term = self._await_election(keeper)
-            if term:
-                self._say("elected", term.epoch, f"leading from version {term.durable_version} on")
-                self._lead(keeper, term)
-        finally:
-            keeper.stop()
-        if term:
-            self._say("released" if keeper.over == "released" else "lost", term.epoch, keeper.over or "")
-
-    def _await_election(self, keeper: Keeper) -> Term | None:
-        """The term that was won, or None when stopped; raises what kept the keeper from standing."""
-        while not self._stopping and keeper.term is None and keeper.over is None:
-            self._wakeup.wait(channels.POLL_SECONDS)
-        if isinstance(keeper.failure, PgcoordError):
-            raise keeper.failure
-        if keeper.over and keeper.term is None:
-            raise ConnectionFailed(keeper.over)
-        return keeper.term
-
-    def _lead(self, keeper: Keeper, term: Term) -> None:
-        """Resolves until stopped or until this leadership is over."""
-        try:
-            with closing(open_session(self._patient_settings(), "leader run", writes=True)) as conn:
-                mark_leader_session(conn, self._settings.schema)
-                conn.execute(sql("lease", "make_commits_durable"))
-                self._resolve(conn, keeper, term)
-        except Fenced as error:
-            self._say("fenced", term.epoch, error.message)
-        except psycopg.Error as error:
-            self._say("lost", term.epoch, translate(error).message)
-
-    def _patient_settings(self) -> Settings:
-        """A batch may take as long as it takes: renewals go over another connection, and the fence guards its end."""
-        return replace(self._settings, statement_timeout=0, lock_timeout=0)
-
-    def _resolve(self, conn: Connection[Any], keeper: Keeper, term: Term) -> None:
-        notifications = listen(conn, channels.commits(self._settings.schema), self._wakeup)
-        resolver = Resolver(conn, term)
-        while not self._stopping and keeper.over is None:
-            if not keeper.is_trusted():
-                # Frozen, or the renewals stall: whether the lease still stands is for the keeper to find out.
-                self._wakeup.wait(self._ttl / RENEWALS_PER_TTL)
-            elif resolver.resolve_batch() == 0:
-                notifications.wait(channels.POLL_SECONDS)
-        if keeper.over and not self._stopping:
-            raise Fenced(keeper.over)
-
-    def _say(self, event: str, epoch: int | None, detail: str) -> None:
-        self._report(LeaderEvent(event, self._node_id, epoch, detail))
+def await_leader(conn: Connection[Any], schema: str, seconds: float, *, after_epoch: int = 0) -> Lease:
+    """`wait_for_leader`, for commands whose whole purpose is the wait: TimedOut instead of NoLeader."""
+    try:
+        return wait_for_leader(conn, schema, seconds, after_epoch=after_epoch)
+    except NoLeader as error:
+        raise TimedOut(error.message, hint=error.hint) from None

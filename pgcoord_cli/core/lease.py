@@ -15,6 +15,7 @@ nobody took it: the leader stands for election again.
 from __future__ import annotations
 
 from datetime import datetime
+from enum import StrEnum
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -69,9 +70,43 @@ def take_over(conn: Connection[Any], schema: str, node_id: str, ttl: float, *, l
     return Term(*row[:-1]) if row else None
 
 
-def renew(conn: Connection[Any], term: Term, ttl: float) -> bool:
-    """Extends the lease by `ttl` seconds; False when this leadership is over."""
-    return conn.execute(sql("lease", "renew"), [term.epoch, term.term_id, ttl]).fetchone() is not None
+class Renewal(StrEnum):
+    """What a renewal found."""
+
+    RENEWED = "renewed"
+    STEP_DOWN = "stepped down"
+    OVER = "over"
+
+
+def renew(conn: Connection[Any], term: Term, ttl: float) -> Renewal:
+    """Extends the lease by `ttl` seconds, unless this leadership is over; says if it has been asked to step down."""
+    row = conn.execute(sql("lease", "renew"), [term.epoch, term.term_id, ttl]).fetchone()
+    if row is None:
+        return Renewal.OVER
+    return Renewal.STEP_DOWN if row[0] else Renewal.RENEWED
+
+
+def ask_to_step_down(conn: Connection[Any], schema: str) -> tuple[int, str] | None:
+    """Asks the present leader to step down; its epoch and node id, or None when nobody leads."""
+    row = conn.execute(sql("lease", "ask_to_step_down"), [channels.leadership(schema)]).fetchone()
+    return (row[0], row[1]) if row else None
+
+
+class Leadership(NamedTuple):
+    """One row of the history. `end_reason`: released, stepped down, expired, lost; None while it lasts."""
+
+    epoch: int
+    leader_addr: str
+    acquired_at: datetime
+    ended_at: datetime | None
+    end_reason: str | None
+    first_version: int
+    last_version: int | None
+
+
+def history(conn: Connection[Any], since_seconds: float | None, limit: int) -> list[Leadership]:
+    """Leaderships that were not over before `since_seconds` ago, newest first."""
+    return [Leadership(*row) for row in conn.execute(sql("lease", "history"), [since_seconds, limit])]
 
 
 def release(conn: Connection[Any], schema: str, term: Term, reason: str) -> bool:

@@ -1,59 +1,207 @@
 """What mutations mean, alone and folded together. Pure.
 
-`fold` turns the mutations of a whole batch, in commit order, into one write set whose application leaves the same
-data as applying them one by one. A write set is applied in three steps: ranges are removed, keys are removed, keys
-are written. So a key that is set after its range was cleared is simply among the written ones.
+**Alone.** `apply` gives the value that one mutation leaves where another was. Meanings are FoundationDB's: arithmetic
+is on unsigned little-endian numbers of the operand's length, to which the stored value is cut or zero-extended; on an
+absent key the bitwise operations, `min` and the byte comparisons leave the operand, `compare_and_clear` leaves
+nothing.
+
+**Folded.** A WriteSet takes mutations in commit order and holds their net effect, so that a whole batch becomes one
+write. For each key it keeps the value, if the mutations decide it, or else those that wait for the stored value:
+setting a key decides it, adding to it afterwards is worked out at once, adding to a key that nobody set waits. The
+leader reads the stored values of `undecided` keys and settles them with `decide`; a client that reads its own writes
+does the same for the key it asks about.
+
+**Applied** in three steps: ranges are removed, keys are removed, keys are written. So a key that was set after its
+range was cleared is simply among the written ones.
+
+**Versionstamps** are ten bytes that only the commit knows: the version, eight bytes big-endian, and two bytes for the
+order within it, which is always zero since a version belongs to one transaction. The operand or key says by its last
+four bytes, little-endian, where they go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Callable, Iterable, Mapping
 
-from pgcoord_cli.core.codec import Mutation, Op, Range
+from pgcoord_cli.core.codec import MAX_VALUE_BYTES, VERSIONSTAMP_BYTES, Mutation, Op, Range
+
+Bytes = bytes | None
+"""A value, or None where there is none."""
+
+
+def apply(op: Op, stored: Bytes, operand: bytes) -> Bytes:
+    """The value after one mutation of a key that held `stored`. Not for ranges and versionstamps."""
+    if op == Op.SET:
+        return operand
+    return _MEANINGS[op](stored, operand)
+
+
+def _add(stored: Bytes, operand: bytes) -> Bytes:
+    length = len(operand)
+    total = _number(stored or b"", length) + int.from_bytes(operand, "little")
+    return (total % (1 << 8 * length)).to_bytes(length, "little")
+
+
+def _bitwise(operate: Callable[[int, int], int]) -> Callable[[Bytes, bytes], Bytes]:
+    def mutate(stored: Bytes, operand: bytes) -> Bytes:
+        if stored is None:
+            return operand
+        length = len(operand)
+        return operate(_number(stored, length), int.from_bytes(operand, "little")).to_bytes(length, "little")
+
+    return mutate
+
+
+def _append_if_fits(stored: Bytes, operand: bytes) -> Bytes:
+    joined = (stored or b"") + operand
+    return joined if len(joined) <= MAX_VALUE_BYTES else stored
+
+
+def _max(stored: Bytes, operand: bytes) -> Bytes:
+    # The whole stored number is cut to the operand's length before the two are compared.
+    length = len(operand)
+    return max(_number(stored or b"", length), int.from_bytes(operand, "little")).to_bytes(length, "little")
+
+
+def _min(stored: Bytes, operand: bytes) -> Bytes:
+    if stored is None:
+        return operand
+    length = len(operand)
+    return min(_number(stored, length), int.from_bytes(operand, "little")).to_bytes(length, "little")
+
+
+def _byte_max(stored: Bytes, operand: bytes) -> Bytes:
+    return operand if stored is None else max(stored, operand)
+
+
+def _byte_min(stored: Bytes, operand: bytes) -> Bytes:
+    return operand if stored is None else min(stored, operand)
+
+
+def _compare_and_clear(stored: Bytes, operand: bytes) -> Bytes:
+    return None if stored == operand else stored
+
+
+def _clear(_stored: Bytes, _operand: bytes) -> Bytes:
+    return None
+
+
+def _number(stored: bytes, length: int) -> int:
+    """The little-endian number in the first `length` bytes; what is missing counts as zero."""
+    return int.from_bytes(stored[:length], "little")
+
+
+_MEANINGS: dict[Op, Callable[[Bytes, bytes], Bytes]] = {
+    Op.CLEAR: _clear,
+    Op.ADD: _add,
+    Op.BIT_AND: _bitwise(lambda a, b: a & b),
+    Op.BIT_OR: _bitwise(lambda a, b: a | b),
+    Op.BIT_XOR: _bitwise(lambda a, b: a ^ b),
+    Op.APPEND_IF_FITS: _append_if_fits,
+    Op.MAX: _max,
+    Op.MIN: _min,
+    Op.BYTE_MAX: _byte_max,
+    Op.BYTE_MIN: _byte_min,
+    Op.COMPARE_AND_CLEAR: _compare_and_clear,
+}
+
+
+def versionstamp(version: int) -> bytes:
+    """The ten bytes that name the commit with this version."""
+    return version.to_bytes(8, "big") + b"\0\0"
+
+
+def stamped(mutation: Mutation, version: int) -> Mutation:
+    """The plain mutation that a versionstamped one is once its commit has a version; any other as it is."""
+    if mutation.op == Op.SET_VERSIONSTAMPED_KEY:
+        return Mutation(Op.SET, _with_stamp(mutation.key, version), mutation.operand)
+    if mutation.op == Op.SET_VERSIONSTAMPED_VALUE:
+        return Mutation(Op.SET, mutation.key, _with_stamp(mutation.operand or b"", version))
+    return mutation
+
+
+def _with_stamp(template: bytes, version: int) -> bytes:
+    (offset,) = struct.unpack("<I", template[-4:])
+    body = template[:-4]
+    return body[:offset] + versionstamp(version) + body[offset + VERSIONSTAMP_BYTES :]
 
 
 class WriteSet:
-    """The net effect of mutations: `ranges` to remove, then keys to remove, then keys to write."""
+    """The net effect of mutations, taken in commit order."""
 
     def __init__(self) -> None:
         self.ranges: list[Range] = []
-        self._final: dict[bytes, bytes | None] = {}
+        self._decided: dict[bytes, Bytes] = {}
+        self._undecided: dict[bytes, list[Mutation]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.ranges or self._decided or self._undecided)
+
+    @property
+    def undecided(self) -> list[bytes]:
+        """Keys whose value depends on what is stored."""
+        return list(self._undecided)
 
     @property
     def removed(self) -> list[bytes]:
         """Keys to remove after the ranges."""
-        return [key for key, value in self._final.items() if value is None]
+        return [key for key, value in self._decided.items() if value is None]
 
     @property
     def written(self) -> dict[bytes, bytes]:
         """Keys to write last, with their values."""
-        return {key: value for key, value in self._final.items() if value is not None}
+        return {key: value for key, value in self._decided.items() if value is not None}
 
     def add(self, mutation: Mutation) -> None:
-        """Takes in one more mutation, later than all before it."""
-        if mutation.op == Op.SET:
-            self._final[mutation.key] = mutation.operand
-        elif mutation.op == Op.CLEAR:
-            self._final[mutation.key] = None
+        """Takes in one more mutation, later than all before it. Versionstamped ones have to be `stamped` before."""
+        op, key, operand = mutation
+        if op == Op.CLEAR_RANGE:
+            self._clear_range((key, operand))
+        elif op in (Op.SET, Op.CLEAR):
+            self._undecided.pop(key, None)
+            self._decided[key] = operand if op == Op.SET else None
+        elif key in self._decided:
+            self._decided[key] = apply(op, self._decided[key], operand or b"")
+        elif any(covers(cleared, key) for cleared in self.ranges) and key not in self._undecided:
+            self._decided[key] = apply(op, None, operand or b"")
         else:
-            self._clear_range((mutation.key, mutation.operand))
+            self._undecided.setdefault(key, []).append(mutation)
 
     def _clear_range(self, cleared: Range) -> None:
         self.ranges.append(cleared)
-        for key in [key for key in self._final if covers(cleared, key)]:
-            del self._final[key]
+        for keys in (self._decided, self._undecided):
+            for key in [key for key in keys if covers(cleared, key)]:
+                del keys[key]
 
-    def lookup(self, key: bytes) -> tuple[bool, bytes | None]:
-        """Whether the write set says what `key` holds, and if so its value (None: nothing)."""
-        if key in self._final:
-            return True, self._final[key]
-        return any(covers(cleared, key) for cleared in self.ranges), None
+    def decide(self, stored: Mapping[bytes, Bytes]) -> None:
+        """Works out every undecided key from what is stored under it."""
+        for key, waiting in self._undecided.items():
+            self._decided[key] = _apply_all(waiting, stored.get(key))
+        self._undecided.clear()
+
+    def lookup(self, key: bytes) -> tuple[bool, Bytes]:
+        """Whether the write set alone says what `key` holds, and if so its value (None: nothing)."""
+        if key in self._decided:
+            return True, self._decided[key]
+        return key not in self._undecided and any(covers(cleared, key) for cleared in self.ranges), None
+
+    def value(self, key: bytes, stored: Bytes) -> Bytes:
+        """What `key` holds once the write set is applied to what is stored."""
+        decided, value = self.lookup(key)
+        return value if decided else _apply_all(self._undecided.get(key, ()), stored)
 
     def over(self, rows: Mapping[bytes, bytes], begin: bytes, end: bytes | None) -> dict[bytes, bytes]:
         """What `rows`, all that is stored in the range, look like once this write set is applied. Unordered."""
-        kept = {key: value for key, value in rows.items() if not self.lookup(key)[0]}
-        inside = {key: value for key, value in self.written.items() if covers((begin, end), key)}
-        return kept | inside
+        touched = (key for key in (*self._decided, *self._undecided) if covers((begin, end), key))
+        values = {key: self.value(key, rows.get(key)) for key in (*rows, *touched)}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def _apply_all(mutations: Iterable[Mutation], stored: Bytes) -> Bytes:
+    for op, _, operand in mutations:
+        stored = apply(op, stored, operand or b"")
+    return stored
 
 
 def fold(mutations: Iterable[Mutation]) -> WriteSet:

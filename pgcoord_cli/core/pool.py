@@ -7,10 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import psycopg
 from psycopg import AsyncConnection
 
-from pgcoord_cli.db.connection import is_connection_lost
+from pgcoord_cli.db.lane import Lane
 
 Opener = Callable[[], Awaitable[AsyncConnection[Any]]]
 
@@ -20,41 +19,34 @@ class Pool:
 
     def __init__(self, opener: Opener, size: int) -> None:
         self._opener = opener
-        self._free: asyncio.LifoQueue[AsyncConnection[Any] | None] = asyncio.LifoQueue()
+        self._free: asyncio.LifoQueue[Lane | None] = asyncio.LifoQueue()
         for _ in range(size):
             self._free.put_nowait(None)
         self._closed = False
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[AsyncConnection[Any]]:
-        """A connection for one statement or transaction; a broken one is dropped, and the error goes on."""
-        conn = await self._free.get()
+    async def lane(self) -> AsyncIterator[Lane]:
+        """A connection for one statement; if it breaks, or is left half way, it is not given to anybody again."""
+        lane = await self._free.get()
         try:
-            if conn is None or conn.closed:
-                conn = None
-                conn = await self._opener()
-            yield conn
-        except psycopg.Error as error:
-            if conn is not None and is_connection_lost(error):
-                await conn.close()
-            raise
-        except asyncio.CancelledError:
-            # A statement was abandoned half way: what the connection would answer next belongs to nobody.
-            if conn is not None:
-                await conn.close()
-            raise
+            if lane is None or not lane.is_usable:
+                lane = None
+                lane = Lane(await self._opener())
+            yield lane
         finally:
-            await self._give_back(conn)
+            await self._give_back(lane)
 
-    async def _give_back(self, conn: AsyncConnection[Any] | None) -> None:
-        if self._closed and conn is not None:
-            await conn.close()
-        self._free.put_nowait(None if conn is None or conn.closed else conn)
+    async def _give_back(self, lane: Lane | None) -> None:
+        if lane is not None and (self._closed or not lane.is_usable):
+            await lane.close()
+            lane = None
+        self._free.put_nowait(lane)
 
     async def close(self) -> None:
         """Closes what is free now and the rest as it is given back."""
         self._closed = True
         idle = [self._free.get_nowait() for _ in range(self._free.qsize())]
-        for conn in idle:
-            if conn is not None:
-                await conn.close()
+        for lane in idle:
+            if lane is not None:
+                await lane.close()
+            self._free.put_nowait(None)

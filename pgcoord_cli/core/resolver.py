@@ -39,6 +39,7 @@ from pgcoord_cli.core import codec, mutations
 from pgcoord_cli.core.codec import Op, Range, Request, Undecodable
 from pgcoord_cli.core.conflicts import ConflictWindow
 from pgcoord_cli.core.lease import Term
+from pgcoord_cli.core.mutations import WriteSet
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import Fenced
 
@@ -78,10 +79,17 @@ class Verdict(NamedTuple):
 
 
 def writes_of(request: Request) -> tuple[list[bytes], list[Range]]:
-    """The keys and the ranges that later reads are checked against. Pure."""
+    """The keys and the ranges that later reads are checked against; of a request whose versionstamps are in. Pure."""
     keys = [mutation.key for mutation in request.mutations if mutation.op != Op.CLEAR_RANGE]
     ranges = [(mutation.key, mutation.operand) for mutation in request.mutations if mutation.op == Op.CLEAR_RANGE]
     return keys, [*ranges, *request.write_ranges]
+
+
+def with_stamps(request: Request, version: int) -> Request:
+    """The request as its commit version makes it: versionstamped mutations have become plain ones. Pure."""
+    if all(mutation.op < Op.SET_VERSIONSTAMPED_KEY for mutation in request.mutations):
+        return request
+    return request._replace(mutations=tuple(mutations.stamped(m, version) for m in request.mutations))
 
 
 def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed]) -> list[Verdict]:
@@ -90,10 +98,11 @@ def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed
     version = durable_version
     for claimed in batch:
         verdict = _judge(window, version, claimed)
-        if request := verdict.request:
+        if verdict.request:
             version += 1
-            verdict = verdict._replace(version=version)
+            request = with_stamps(verdict.request, version)
             window.record(version, *writes_of(request))
+            verdict = Verdict(claimed.id, "committed", version, None, request)
         verdicts.append(verdict)
     return verdicts
 
@@ -124,7 +133,7 @@ def rebuild(
     window, marks = ConflictWindow(max(floor, whole_from)), Marks()
     for request_id, version, payload, resolved_at in commits:
         if version > window.floor:
-            window.record(version, *writes_of(codec.decode(payload)))
+            window.record(version, *writes_of(with_stamps(codec.decode(payload), version)))
             marks.add(resolved_at, version, request_id)
     return window, marks
 
@@ -138,6 +147,8 @@ class Resolver:
         self._durable_version = term.durable_version
         self._floor = QueueFloor(term.queue_floor_id)
         self._one_by_one_up_to = 0
+        self.has_more = True
+        """Whether the last claim left something behind: otherwise a notification will come for what is new."""
         self._load_window(term.conflict_floor, term.window_start_id)
 
     @property
@@ -152,22 +163,28 @@ class Resolver:
 
     def resolve_batch(self, limit: int = BATCH_LIMIT) -> int:
         """Claims and settles one batch; returns how many requests it had."""
-        if not self._floor.is_clear:
-            self._floor.observe(*self._conn.execute(sql("commits", "queue_writers")).fetchone() or (0, []))
         if self._one_by_one_up_to:
             limit = 1
         batch = self._claim(limit)
+        self.has_more = len(batch) == limit or sum(len(claimed.payload) for claimed in batch) >= BATCH_BYTES
         if not batch or batch[-1].id >= self._one_by_one_up_to:
             self._one_by_one_up_to = 0
         if batch:
             self._window.raise_floor(self._marks.forget(batch[0].claimed_at - CONFLICT_WINDOW))
             verdicts = decide(self._window, self._durable_version, batch)
             if not self._settle(verdicts, batch[0].claimed_at):
+                self.has_more = True
                 return len(batch)
             self._floor.settled_up_to(batch[-1].id)
-        if len(batch) < limit and sum(len(claimed.payload) for claimed in batch) < BATCH_BYTES:
+        if not self.has_more:
             self._floor.everything_settled()
+        self._observe_writers()
         return len(batch)
+
+    def _observe_writers(self) -> None:
+        """For the next claim, and after the clients have been told: nobody waits for this."""
+        if not self._floor.is_clear:
+            self._floor.observe(*self._conn.execute(sql("commits", "queue_writers")).fetchone() or (0, []))
 
     def _claim(self, limit: int) -> list[Claimed]:
         cursor = self._conn.cursor(binary=True)
@@ -198,7 +215,7 @@ class Resolver:
 
     def _apply(self, verdicts: Sequence[Verdict]) -> None:
         """One transaction, sent as one unit: a pipeline without BEGIN is atomic up to its end."""
-        write_set = mutations.fold(m for verdict in verdicts if verdict.request for m in verdict.request.mutations)
+        write_set = self._folded(verdicts)
         with fence_shown(), self._conn.pipeline():
             if write_set.ranges:
                 self._conn.execute(sql("commits", "delete_ranges"), _columns(write_set.ranges, 2))
@@ -207,6 +224,14 @@ class Resolver:
             if write_set.written:
                 self._conn.execute(sql("commits", "upsert_keys"), _columns(write_set.written.items(), 2))
             self._conn.execute(sql("commits", "settle"), self._settlement(verdicts))
+
+    def _folded(self, verdicts: Sequence[Verdict]) -> WriteSet:
+        """The net effect of the batch. Nobody else writes under this leadership, so what is read here still holds."""
+        write_set = mutations.fold(m for verdict in verdicts if verdict.request for m in verdict.request.mutations)
+        if undecided := write_set.undecided:
+            cursor = self._conn.cursor(binary=True)
+            write_set.decide(dict(cursor.execute(sql("commits", "stored_values"), [undecided]).fetchall()))
+        return write_set
 
     def _settlement(self, verdicts: Sequence[Verdict]) -> list[Any]:
         version_after = _last_version(verdicts, self._durable_version)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psycopg
-from psycopg import AsyncConnection
 
-from pgcoord_cli.core.codec import Range
+from pgcoord_cli.core.codec import PAST_THE_LAST_KEY, Range
 from pgcoord_cli.core.grouping import Grouping
 from pgcoord_cli.core.pool import Pool
+from pgcoord_cli.db.binary import bool_array, bytea_array, int8_array, integer
 from pgcoord_cli.db.connection import mapped_errors
+from pgcoord_cli.db.lane import Lane
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed
 
@@ -51,17 +52,6 @@ class Snapshot(NamedTuple):
     values: dict[bytes, bytes | None]
     rows: dict[RangeRead, Rows]
 
-    def only(self, wanted: Wanted) -> Snapshot:
-        """The part that one reader asked for."""
-        values = {key: self.values[key] for key in wanted.keys}
-        return self._replace(values=values, rows={interval: self.rows[interval] for interval in wanted.ranges})
-
-    def agrees_with(self, earlier: Snapshot) -> bool:
-        """Whether everything that the earlier snapshot holds is the same here."""
-        return all(self.values[key] == value for key, value in earlier.values.items()) and all(
-            self.rows[interval] == rows for interval, rows in earlier.rows.items()
-        )
-
 
 class SnapshotReader:
     """Reads for many transactions at once: what is wanted while a statement is in flight shares the next one."""
@@ -71,42 +61,50 @@ class SnapshotReader:
         self._group = Grouping(self._read_group, GROUP_LIMIT)
 
     async def read(self, wanted: Wanted) -> Snapshot:
-        """What one snapshot holds. A broken connection is replaced once; raises ConnectionFailed after that."""
-        with mapped_errors():
-            try:
-                return await self._group(wanted)
-            except (psycopg.OperationalError, ConnectionFailed):
+        """A snapshot that holds at least what is wanted; whoever asked at the same time shares it.
+
+        A broken connection is replaced once; raises ConnectionFailed after that.
+        """
+        try:
+            return await self._group(wanted)
+        except (psycopg.OperationalError, ConnectionFailed):
+            with mapped_errors():
                 return await self._group(wanted)
 
     async def _read_group(self, group: Sequence[Wanted]) -> Sequence[Snapshot]:
         keys = list({key for wanted in group for key in wanted.keys})
         ranges = list({interval for wanted in group for interval in wanted.ranges})
-        async with self._pool.connection() as conn:
-            snapshot = await (_read_all(conn, keys, ranges) if ranges else _read_keys(conn, keys))
-        return [snapshot.only(wanted) for wanted in group]
+        async with self._pool.lane() as lane:
+            snapshot = await (_read_all(lane, keys, ranges) if ranges else _read_keys(lane, keys))
+        return [snapshot] * len(group)
 
 
-async def _read_keys(conn: AsyncConnection[Any], keys: list[bytes]) -> Snapshot:
-    """One statement, hence one snapshot."""
-    cursor = conn.cursor(binary=True)
-    await cursor.execute(sql("kv", "read_keys"), [keys])
-    return _snapshot(keys, await cursor.fetchall(), {})
-
-
-async def _read_all(conn: AsyncConnection[Any], keys: list[bytes], ranges: list[RangeRead]) -> Snapshot:
-    """Several statements in one snapshot, sent together."""
-    await conn.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
-    cursors = [conn.cursor(binary=True) for _ in ranges]
-    key_cursor = conn.cursor(binary=True)
-    async with conn.pipeline(), conn.transaction():
-        await key_cursor.execute(sql("kv", "read_keys"), [keys])
-        for cursor, (begin, end, limit, reverse) in zip(cursors, ranges, strict=True):
-            await cursor.execute(sql("kv", "read_range_reverse" if reverse else "read_range"), [begin, end, limit])
-    rows = {interval: tuple(await cursor.fetchall()) for interval, cursor in zip(ranges, cursors, strict=True)}
-    return _snapshot(keys, await key_cursor.fetchall(), rows)
-
-
-def _snapshot(keys: list[bytes], found: Sequence[Any], rows: dict[RangeRead, Rows]) -> Snapshot:
+async def _read_keys(lane: Lane, keys: list[bytes]) -> Snapshot:
+    found = await lane.fetch(sql("kv", "read_keys"), [bytea_array(keys)])
     values: dict[bytes, bytes | None] = dict.fromkeys(keys)
     values.update((key, value) for _, _, key, value in found if key is not None)
-    return Snapshot(found[0][0], found[0][1], values, rows)
+    return Snapshot(integer(found[0][0]), integer(found[0][1]), values, {})
+
+
+async def _read_all(lane: Lane, keys: list[bytes], ranges: list[RangeRead]) -> Snapshot:
+    """Keys and ranges in one statement, hence in one snapshot."""
+    bounds = [
+        bytea_array([interval.begin for interval in ranges]),
+        bytea_array([PAST_THE_LAST_KEY if interval.end is None else interval.end for interval in ranges]),
+        int8_array([interval.limit for interval in ranges]),
+        bool_array([interval.reverse for interval in ranges]),
+    ]
+    found = await lane.fetch(sql("kv", "read_snapshot"), [bytea_array(keys), *bounds])
+    values: dict[bytes, bytes | None] = dict.fromkeys(keys)
+    rows: dict[int, list[tuple[bytes, bytes]]] = {}
+    for _, _, part, key, value in found:
+        if key is not None and value is not None:
+            if place := integer(part):
+                rows.setdefault(place, []).append((key, value))
+            else:
+                values[key] = value
+    in_order = {
+        interval: tuple(sorted(rows.get(place, ()), reverse=interval.reverse))
+        for place, interval in enumerate(ranges, start=1)
+    }
+    return Snapshot(integer(found[0][0]), integer(found[0][1]), values, in_order)

@@ -34,7 +34,9 @@ from pgcoord_cli.core.grouping import Grouping
 from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.pool import Opener, Pool
 from pgcoord_cli.core.retention import SHORTEST_RETENTION
+from pgcoord_cli.db.binary import bytea_array, int8_array, integer, text, timestamp, uuid_array
 from pgcoord_cli.db.connection import mapped_errors, translate
+from pgcoord_cli.db.lane import Row
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown, PgcoordError
 
@@ -78,8 +80,8 @@ class Submitter:
     """Submits for many transactions at once, and tells each what became of its request."""
 
     def __init__(self, schema: str, pool: Pool, opener: Opener) -> None:
-        self._queue_channel = channels.commits(schema)
-        self._reply_channel = channels.reply(schema, secrets.token_hex(6))
+        self._queue_channel = channels.commits(schema).encode()
+        self._reply_channel = channels.reply(schema, secrets.token_hex(6)).encode()
         self._pool = pool
         self._ask = asyncio.Event()
         self._listener = Listener(opener, lambda _channel: self._ask.set(), self._ask.set)
@@ -119,7 +121,7 @@ class Submitter:
 
     async def _until_settled(self, submission: Submission) -> Outcome | None:
         """What became of the request; None when that cannot be known any more."""
-        await self._listener.listen(self._reply_channel)
+        await self._listener.listen(self._reply_channel.decode())
         first_enqueued_at: datetime | None = None
         doubtful = False
         while True:
@@ -148,12 +150,11 @@ class Submitter:
         raise ConnectionFailed("this client was closed")
 
     async def _enqueue_group(self, group: Sequence[Submission]) -> Sequence[datetime]:
-        columns = [list(column) for column in zip(*group, strict=True)]
-        async with self._pool.connection() as conn:
-            cursor = await conn.execute(sql("commits", "enqueue"), [*columns, self._reply_channel, self._queue_channel])
-            row = await cursor.fetchone()
-        assert row is not None
-        return [row[1]] * len(group)
+        request_ids, epochs, read_versions, payloads = zip(*group, strict=True)
+        columns = [uuid_array(request_ids), int8_array(epochs), int8_array(read_versions), bytea_array(payloads)]
+        async with self._pool.lane() as lane:
+            rows = await lane.fetch(sql("commits", "enqueue"), [*columns, self._reply_channel, self._queue_channel])
+        return [timestamp(rows[0][1])] * len(group)
 
     def _start_asker(self) -> None:
         if self._asker is None or self._asker.done():
@@ -178,11 +179,15 @@ class Submitter:
 
     async def _look_up(self, asked: Mapping[UUID, Undecided]) -> None:
         enqueued = {request_id for request_id, undecided in asked.items() if undecided.enqueued}
-        async with self._pool.connection() as conn:
-            cursor = await conn.execute(sql("commits", "ask"), [list(asked)])
-            rows = await cursor.fetchall()
-        found = {request_id: Outcome(*outcome) for _, request_id, *outcome in rows if request_id is not None}
+        async with self._pool.lane() as lane:
+            rows = await lane.fetch(sql("commits", "ask"), [uuid_array(list(asked))])
+        found = {UUID(bytes=row[1]): _outcome(row) for row in rows if row[1] is not None}
         for request_id in enqueued | found.keys():
             outcome = found.get(request_id, NOT_THERE)
             if outcome.status != "pending":
                 asked[request_id].settle(outcome)
+
+
+def _outcome(row: Row) -> Outcome:
+    _, _, status, version, reason = row
+    return Outcome(text(status), None if version is None else integer(version), text(reason))

@@ -109,6 +109,10 @@ class Output:
         _write(to_json(record) if self.is_json else line)
         sys.stdout.flush()
 
+    def json_line(self, record: Record) -> None:
+        """One record of an export: a JSON line, whatever the format; not flushed."""
+        _write(to_json(record))
+
     def value(self, record: Record, bare: str) -> None:
         """A single record whose plain form is one bare value, for `$(…)` in scripts."""
         if self.format == OutputFormat.PLAIN:

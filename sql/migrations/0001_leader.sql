@@ -13,6 +13,7 @@ CREATE TABLE leader_lease (
     acquired_at     timestamptz,
     renewed_at      timestamptz,
     expires_at      timestamptz,
+    step_down_epoch bigint,
     CHECK (conflict_floor <= durable_version)
 ) WITH (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
 
@@ -22,6 +23,7 @@ COMMENT ON COLUMN leader_lease.durable_version IS 'Version of the last committed
 COMMENT ON COLUMN leader_lease.conflict_floor IS 'A request that read below this version is too_old, for ever.';
 COMMENT ON COLUMN leader_lease.window_start_id IS 'Every commit above conflict_floor has a request id above this.';
 COMMENT ON COLUMN leader_lease.queue_floor_id IS 'No request at or below this id is pending, now or later.';
+COMMENT ON COLUMN leader_lease.step_down_epoch IS 'The epoch whose leader has been asked to step down.';
 
 INSERT INTO leader_lease DEFAULT VALUES;
 

@@ -69,5 +69,8 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'the leadership of epoch % is over', leader_epoch USING ERRCODE = 'PC001';
     END IF;
+    IF version_after > version_before THEN
+        PERFORM pg_notify(current_schema() || '.data', '');
+    END IF;
 END
 $$;

@@ -30,6 +30,10 @@ SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('commit_requests',
            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
            AND mode = 'RowExclusiveLock' AND pid IS DISTINCT FROM pg_backend_pid()) AS writers;
 
+-- name: stored_values
+-- What is stored under keys whose new value depends on it.
+SELECT key, value FROM kv WHERE key = ANY ($1::bytea[]);
+
 -- name: delete_ranges
 -- Removes the keys of half-open ranges; an end of null means to the last key. Those are one range, from the smallest begin on.
 WITH cleared AS (
@@ -88,3 +92,21 @@ SELECT id, request_id, status, commit_version, read_version, epoch, reason, crea
 SELECT id, request_id, status, commit_version, read_version, epoch, reason, created_at, resolved_at
   FROM commit_requests
  WHERE request_id = $1::uuid;
+
+-- name: payload
+-- What one request read and asked to have written.
+SELECT payload FROM commit_requests WHERE request_id = $1::uuid;
+
+-- name: commits_between
+-- The commits that are still stored with versions above the first and up to the second, in version order.
+SELECT request_id, commit_version, payload
+  FROM commit_requests
+ WHERE status = 'committed' AND commit_version > $1::bigint AND commit_version <= $2::bigint
+ ORDER BY commit_version;
+
+-- name: version_before
+-- The last version that was committed before a request of the same leader's batches was settled.
+SELECT coalesce(max(earlier.commit_version), 0) AS version
+  FROM commit_requests AS earlier, commit_requests AS request
+ WHERE request.request_id = $1::uuid AND earlier.status = 'committed'
+   AND earlier.resolved_at <= request.resolved_at;

@@ -9,18 +9,49 @@ SELECT lease.epoch, lease.durable_version, kv.key, kv.value
 -- The epoch and the durable version of this snapshot.
 SELECT epoch, durable_version FROM leader_lease WHERE id = 1;
 
+-- name: read_snapshot
+-- Single keys ($1) and half-open ranges, each at most so many keys from its beginning or its end, of one snapshot; part 0 is the keys, part n the n-th range.
+SELECT lease.epoch, lease.durable_version, found.part, found.key, found.value
+  FROM leader_lease AS lease
+  LEFT JOIN LATERAL (
+        SELECT 0::bigint AS part, kv.key, kv.value
+          FROM kv
+         WHERE kv.key = ANY ($1::bytea[])
+        UNION ALL
+        SELECT wanted.part, forward.key, forward.value
+          FROM unnest($2::bytea[], $3::bytea[], $4::bigint[], $5::boolean[]) WITH ORDINALITY
+               AS wanted (range_begin, range_end, row_limit, backwards, part),
+               LATERAL (SELECT kv.key, kv.value
+                          FROM kv
+                         WHERE kv.key >= wanted.range_begin AND kv.key < wanted.range_end
+                         ORDER BY kv.key
+                         LIMIT wanted.row_limit) AS forward
+         WHERE NOT wanted.backwards
+        UNION ALL
+        SELECT wanted.part, backward.key, backward.value
+          FROM unnest($2::bytea[], $3::bytea[], $4::bigint[], $5::boolean[]) WITH ORDINALITY
+               AS wanted (range_begin, range_end, row_limit, backwards, part),
+               LATERAL (SELECT kv.key, kv.value
+                          FROM kv
+                         WHERE kv.key >= wanted.range_begin AND kv.key < wanted.range_end
+                         ORDER BY kv.key DESC
+                         LIMIT wanted.row_limit) AS backward
+         WHERE wanted.backwards
+       ) AS found ON true
+ WHERE lease.id = 1;
+
 -- name: read_range
--- The first keys of a half-open range, in key order; an end of null means to the last key.
+-- The first keys of a half-open range, in key order.
 SELECT key, value
   FROM kv
- WHERE key >= $1::bytea AND ($2::bytea IS NULL OR key < $2::bytea)
+ WHERE key >= $1::bytea AND key < $2::bytea
  ORDER BY key
  LIMIT $3::bigint;
 
 -- name: read_range_reverse
--- The last keys of a half-open range, in reverse key order; an end of null means from the last key.
+-- The last keys of a half-open range, in reverse key order.
 SELECT key, value
   FROM kv
- WHERE key >= $1::bytea AND ($2::bytea IS NULL OR key < $2::bytea)
+ WHERE key >= $1::bytea AND key < $2::bytea
  ORDER BY key DESC
  LIMIT $3::bigint;

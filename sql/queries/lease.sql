@@ -67,7 +67,26 @@ UPDATE leader_lease
    SET renewed_at = clock_timestamp(),
        expires_at = clock_timestamp() + make_interval(secs => $3::double precision)
  WHERE id = 1 AND epoch = $1::bigint AND term_id = $2::uuid AND expires_at > clock_timestamp()
-RETURNING expires_at;
+RETURNING step_down_epoch IS NOT DISTINCT FROM epoch AS asked_to_step_down;
+
+-- name: ask_to_step_down
+-- Asks the leader of the present epoch to finish its batch, release the lease and stand behind the others.
+UPDATE leader_lease
+   SET step_down_epoch = epoch
+ WHERE id = 1 AND term_id IS NOT NULL AND expires_at > clock_timestamp()
+RETURNING epoch, leader_addr, pg_notify($1::text, '') IS NOT NULL AS announced;
+
+-- name: history
+-- Leaderships that were not over before so many seconds ago (null: all), newest first.
+SELECT epoch, leader_addr, acquired_at, ended_at, end_reason, first_version,
+       coalesce(history.last_version, CASE WHEN lease.term_id = history.term_id THEN lease.durable_version END)
+           AS last_version
+  FROM leader_history AS history
+ CROSS JOIN (SELECT term_id, durable_version FROM leader_lease WHERE id = 1) AS lease
+ WHERE $1::double precision IS NULL OR ended_at IS NULL
+    OR ended_at >= clock_timestamp() - make_interval(secs => $1::double precision)
+ ORDER BY acquired_at DESC
+ LIMIT $2::integer;
 
 -- name: release
 -- Ends this leadership cleanly, so that nobody has to wait for it to run out.

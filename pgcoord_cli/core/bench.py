@@ -1,0 +1,100 @@
+"""How many commits a second this database and its leader do, and how long each takes.
+
+Tasks of one client add one to a random key of a range of keys of the bench's own, one transaction after the other, for
+some seconds. The keys are removed at the end. What it measures is the whole way: read, submit, resolve, durable
+commit, reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pgcoord_cli.core.client import Database, Transaction, connect
+from pgcoord_cli.settings import Settings
+
+TICK_SECONDS = 0.1
+
+
+class BenchResult(NamedTuple):
+    """Rates a second, latencies in milliseconds, and the rate of each tenth of the run."""
+
+    commits: int
+    seconds: float
+    per_second: float
+    conflicts: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    max_ms: float
+    rates: list[int]
+
+
+class Bench:
+    """One run: `in_flight` tasks over `keys` keys for `seconds`; `tick` hears of the seconds gone by."""
+
+    def __init__(self, seconds: float, in_flight: int, keys: int, tick: Callable[[float], None]) -> None:
+        self._seconds = seconds
+        self._in_flight = in_flight
+        self._keys = keys
+        self._tick = tick
+        self._prefix = b"pgcoord-bench/" + secrets.token_hex(4).encode() + b"/"
+        self._done: list[tuple[float, float]] = []  # when it was done, and how long it took, in seconds
+        self._tries = 0
+        self._began = self._told = 0.0
+
+    async def run(self, settings: Settings) -> BenchResult:
+        """Runs and cleans up after itself; raises what commits raise."""
+        async with await connect(settings, "bench") as database:
+            try:
+                self._began = self._told = time.perf_counter()
+                async with asyncio.TaskGroup() as tasks:
+                    for _ in range(self._in_flight):
+                        tasks.create_task(self._commit_again_and_again(database))
+                elapsed = time.perf_counter() - self._began
+            finally:
+                await database.run(self._remove_keys)
+        return self._result(elapsed)
+
+    def _is_running(self) -> bool:
+        return time.perf_counter() - self._began < self._seconds
+
+    async def _commit_again_and_again(self, database: Database) -> None:
+        while self._is_running():
+            began = time.perf_counter()
+            await database.run(self._add_one)
+            self._note(began, time.perf_counter())
+
+    def _note(self, began: float, now: float) -> None:
+        self._done.append((now - self._began, now - began))
+        if now - self._told >= TICK_SECONDS:
+            self._tick(now - self._told)
+            self._told = now
+
+    async def _add_one(self, transaction: Transaction) -> None:
+        self._tries += 1
+        key = self._prefix + b"%d" % random.randrange(self._keys)
+        transaction.set(key, b"%d" % (int(await transaction.get(key) or 0) + 1))
+
+    async def _remove_keys(self, transaction: Transaction) -> None:
+        transaction.clear_range(self._prefix, self._prefix[:-1] + b"0")
+
+    def _result(self, elapsed: float) -> BenchResult:
+        latencies = sorted(latency * 1000 for _, latency in self._done) or [0.0]
+
+        def percentile(share: float) -> float:
+            return round(latencies[min(len(latencies) - 1, int(len(latencies) * share))], 2)
+
+        tenth = elapsed / 10
+        rates = [0] * 10
+        for at, _ in self._done:
+            rates[min(9, int(at / tenth))] += 1
+        return BenchResult(
+            commits=len(self._done), seconds=round(elapsed, 2), per_second=round(len(self._done) / elapsed, 1),
+            conflicts=self._tries - len(self._done), p50_ms=percentile(0.5), p90_ms=percentile(0.9),
+            p99_ms=percentile(0.99), max_ms=round(latencies[-1], 2), rates=[round(n / tenth) for n in rates],
+        )  # fmt: skip

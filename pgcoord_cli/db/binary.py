@@ -1,0 +1,67 @@
+"""PostgreSQL's binary formats of the few types that lanes carry. Pure.
+
+An array of one dimension is a header (dimensions, whether there are nulls, element type, length, lower bound) and then
+each element with its length before it; -1 for null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from struct import Struct
+from uuid import UUID
+
+_ARRAY = Struct("!iiIii")
+_LENGTH = Struct("!i")
+_INT8 = Struct("!q")
+_INT8_ELEMENT = Struct("!iq")
+
+BYTEA_OID, INT8_OID, UUID_OID, BOOL_OID = 17, 20, 2950, 16
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_NULL = _LENGTH.pack(-1)
+
+
+def _array(oid: int, count: int, elements: Iterable[bytes]) -> bytes:
+    if count == 0:
+        return _ARRAY.pack(0, 0, oid, 0, 0)[:12]
+    return _ARRAY.pack(1, 1, oid, count, 1) + b"".join(elements)
+
+
+def bytea_array(values: Sequence[bytes | None]) -> bytes:
+    """`bytea[]`."""
+    pack = _LENGTH.pack
+    return _array(BYTEA_OID, len(values), (_NULL if v is None else pack(len(v)) + v for v in values))
+
+
+def int8_array(values: Sequence[int | None]) -> bytes:
+    """`bigint[]`."""
+    pack = _INT8_ELEMENT.pack
+    return _array(INT8_OID, len(values), (_NULL if v is None else pack(8, v) for v in values))
+
+
+def uuid_array(values: Sequence[UUID]) -> bytes:
+    """`uuid[]`."""
+    length = _LENGTH.pack(16)
+    return _array(UUID_OID, len(values), (length + value.bytes for value in values))
+
+
+def bool_array(values: Sequence[bool]) -> bytes:
+    """`boolean[]`."""
+    length = _LENGTH.pack(1)
+    return _array(BOOL_OID, len(values), (length + bytes([value]) for value in values))
+
+
+def integer(data: bytes | None) -> int:
+    """A `bigint` or `integer` that is not null."""
+    assert data is not None
+    return int.from_bytes(data, "big", signed=True)
+
+
+def timestamp(data: bytes | None) -> datetime:
+    """A `timestamptz` that is not null: microseconds since the year 2000."""
+    return _EPOCH + timedelta(microseconds=integer(data))
+
+
+def text(data: bytes | None) -> str | None:
+    """A `text`."""
+    return None if data is None else data.decode()
