@@ -7,7 +7,7 @@ _pgcoord_command() {
     valued='--dsn --schema -o --output --color'
     case $1 in
         'pgcoord')
-            commands='migrate leader kv commit gc dev demo'
+            commands='migrate leader kv commit gc dev bench demo'
             ;;
         'pgcoord migrate')
             commands='up status sql verify grant'
@@ -28,7 +28,7 @@ _pgcoord_command() {
             valued="--reader --client --operator $valued"
             ;;
         'pgcoord leader')
-            commands='run status'
+            commands='run status wait step-down history assert'
             ;;
         'pgcoord leader run')
             options="--node-id --ttl $options"
@@ -38,11 +38,27 @@ _pgcoord_command() {
             options="-w --watch --interval $options"
             valued="--interval $valued"
             ;;
+        'pgcoord leader wait')
+            options="--timeout $options"
+            valued="--timeout $valued"
+            ;;
+        'pgcoord leader step-down')
+            options="--wait --timeout $options"
+            valued="--timeout $valued"
+            ;;
+        'pgcoord leader history')
+            options="--since --limit $options"
+            valued="--since --limit $valued"
+            ;;
+        'pgcoord leader assert')
+            options="--epoch $options"
+            valued="--epoch $valued"
+            ;;
         'pgcoord kv')
-            commands='get set clear range'
+            commands='get set clear clear-range add load export range'
             ;;
         'pgcoord kv get')
-            options="--hex $options"
+            options="--hex --integer $options"
             ;;
         'pgcoord kv set')
             options="--hex --timeout $options"
@@ -52,12 +68,27 @@ _pgcoord_command() {
             options="--hex --timeout $options"
             valued="--timeout $valued"
             ;;
+        'pgcoord kv clear-range')
+            options="--hex --timeout $options"
+            valued="--timeout $valued"
+            ;;
+        'pgcoord kv add')
+            options="--hex --timeout $options"
+            valued="--timeout $valued"
+            ;;
+        'pgcoord kv load')
+            options="--batch-size --timeout $options"
+            valued="--batch-size --timeout $valued"
+            ;;
+        'pgcoord kv export')
+            options="--hex $options"
+            ;;
         'pgcoord kv range')
             options="--limit --reverse --hex $options"
             valued="--limit $valued"
             ;;
         'pgcoord commit')
-            commands='list show'
+            commands='list show explain'
             ;;
         'pgcoord commit list')
             options="--status --limit $options"
@@ -80,6 +111,13 @@ _pgcoord_command() {
         'pgcoord dev down')
             options="--destroy --yes $options"
             ;;
+        'pgcoord bench')
+            options="--duration --in-flight --keys $options"
+            valued="--duration --in-flight --keys $valued"
+            ;;
+        'pgcoord demo')
+            options="--keep $options"
+            ;;
     esac
 }
 
@@ -89,6 +127,7 @@ _pgcoord_value() {
         *' -o') how=(-W 'table plain json jsonl csv markdown') ;;
         *' --output') how=(-W 'table plain json jsonl csv markdown') ;;
         *' --color') how=(-W 'auto always never') ;;
+        'pgcoord kv load 1') how=(-f) ;;
     esac
 }
 

@@ -12,14 +12,23 @@ function __pgcoord_is_command
         'pgcoord leader' \
         'pgcoord leader run' \
         'pgcoord leader status' \
+        'pgcoord leader wait' \
+        'pgcoord leader step-down' \
+        'pgcoord leader history' \
+        'pgcoord leader assert' \
         'pgcoord kv' \
         'pgcoord kv get' \
         'pgcoord kv set' \
         'pgcoord kv clear' \
+        'pgcoord kv clear-range' \
+        'pgcoord kv add' \
+        'pgcoord kv load' \
+        'pgcoord kv export' \
         'pgcoord kv range' \
         'pgcoord commit' \
         'pgcoord commit list' \
         'pgcoord commit show' \
+        'pgcoord commit explain' \
         'pgcoord gc' \
         'pgcoord gc commit-requests' \
         'pgcoord dev' \
@@ -27,6 +36,7 @@ function __pgcoord_is_command
         'pgcoord dev down' \
         'pgcoord dev dsn' \
         'pgcoord dev status' \
+        'pgcoord bench' \
         'pgcoord demo'
 end
 
@@ -46,15 +56,27 @@ function __pgcoord_takes_value
         'pgcoord leader run --node-id' \
         'pgcoord leader run --ttl' \
         'pgcoord leader status --interval' \
+        'pgcoord leader wait --timeout' \
+        'pgcoord leader step-down --timeout' \
+        'pgcoord leader history --since' \
+        'pgcoord leader history --limit' \
+        'pgcoord leader assert --epoch' \
         'pgcoord kv set --timeout' \
         'pgcoord kv clear --timeout' \
+        'pgcoord kv clear-range --timeout' \
+        'pgcoord kv add --timeout' \
+        'pgcoord kv load --batch-size' \
+        'pgcoord kv load --timeout' \
         'pgcoord kv range --limit' \
         'pgcoord commit list --status' \
         'pgcoord commit list --limit' \
         'pgcoord gc commit-requests --older-than' \
         'pgcoord gc commit-requests --batch-size' \
         'pgcoord gc commit-requests --max-runtime' \
-        'pgcoord dev up --server-version'
+        'pgcoord dev up --server-version' \
+        'pgcoord bench --duration' \
+        'pgcoord bench --in-flight' \
+        'pgcoord bench --keys'
 end
 
 # Whether the words before the cursor name the command $argv[1], with the cursor at its argument number $argv[2].
@@ -103,11 +125,12 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'kv' -d 'Read and write the t
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'commit' -d 'Look at commit requests and what became of them.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'gc' -d 'Collect garbage: settled requests that nobody can ask for any more.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'dev' -d 'Keep a PostgreSQL of your own to try things on.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'bench' -d 'Measure how many commits a second this database does.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'demo' -d 'Show the whole thing at work on a throw-away PostgreSQL.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'up' -d 'Apply the migrations that this database lacks, each in a transaction of its own.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'status' -d 'List every migration and whether this database has had it.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'sql' -d 'Print the migrations as a psql script, for those who run DDL by hand.'
-complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'verify' -d 'Check that what was applied is what this program carries: checksums, and nothing unknown.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'verify' -d 'Check what was applied against what this program carries: equal checksums, nothing unknown that is breaking.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate'" -a 'grant' -d 'Give existing roles just the rights that their work needs.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate up'" -l to -r -f -d 'Stop after migration N.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate up'" -l dry-run -d 'Say what would be applied; change nothing.'
@@ -119,25 +142,49 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate grant'" -l client -r -f -d
 complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate grant'" -l operator -r -f -d 'May lead, repair and collect garbage.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord migrate grant'" -l dry-run -d 'Print the statements; change nothing.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'run' -d 'Stand for election, and while elected resolve commit requests.'
-complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'status' -d 'Say who leads, how far the data has got and how long the queue is; exit 3 when nobody leads.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'status' -d 'Say who leads, how far the data has got and how long the queue is; exit 3 when nobody leads or the queue does not advance.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'wait' -d 'Wait until somebody leads, and say who; returns at once when somebody does.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'step-down' -d 'Ask the leader to finish its batch and let another lead.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'history' -d 'List who led when, how it ended, and which versions were committed, newest first.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'assert' -d 'Exit 0 if this epoch leads, and 6 if it does not: a fence for scripts.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader run'" -l node-id -r -f -d 'Name of this candidate. [default: host and pid]'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader run'" -l ttl -r -f -d 'How long the lease lasts unrenewed; at least 1s.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader status'" -s w -l watch -d 'Show it again and again until Ctrl-C.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader status'" -l interval -r -f -d 'With --watch: longest time between two looks.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader wait'" -l timeout -r -f -d 'Give up after that long, with exit 124.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader step-down'" -l wait -d 'Wait until the next leader is elected.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader step-down'" -l timeout -r -f -d 'Give up after that long, with exit 124.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader history'" -l since -r -f -d 'Only what was not over that long ago.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader history'" -l limit -r -f -d 'At most so many.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader assert'" -l epoch -r -f -d 'The epoch that has to lead.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'get' -d 'Print what a key holds; exit 3 when there is no such key.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'set' -d 'Write a key through the leader, and print the version at which that took effect.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'clear' -d 'Remove a key through the leader, and print the version at which that took effect.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'clear-range' -d 'Remove every key from BEGIN up to but without END, through the leader.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'add' -d 'Add to a counter, a little-endian number of eight bytes, without reading it: additions never conflict.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'load' -d 'Write many keys from a file of JSON lines: {"key": …, "value": …, "encoding": "utf-8" or "hex"}.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'export' -d 'Write keys and values as JSON lines, all of one snapshot, whatever their number.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'range' -d 'List keys and values from BEGIN up to but without END, all of one snapshot.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l hex -d 'Keys and values are hexadecimal, in and out.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l integer -d 'Show the value as a little-endian number.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l hex -d 'Keys and values are hexadecimal, in and out.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear'" -l hex -d 'Keys and values are hexadecimal, in and out.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear-range'" -l hex -d 'Keys and values are hexadecimal, in and out.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear-range'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv add'" -l hex -d 'Keys and values are hexadecimal, in and out.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv add'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv load' 1" -F
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv load'" -l batch-size -r -f -d 'Keys a transaction.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv load'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv export'" -l hex -d 'Keys and values are hexadecimal, in and out.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l limit -r -f -d 'At most so many.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l reverse -d 'From the end backwards.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l hex -d 'Keys and values are hexadecimal, in and out.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'list' -d 'List commit requests, newest first.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'show' -d 'Say what became of one request; exit 3 when it is not there.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'explain' -d 'Say what a request read and wrote, when what happened to it, and which commit it lost to.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l status -r -f -d 'Only one of: pending, committed, conflict, too_old, rejected, orphaned.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l limit -r -f -d 'At most so many.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord gc'" -a 'commit-requests' -d 'Delete settled commit requests that are older than the retention.'
@@ -153,3 +200,7 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord dev up'" -l server-version -r -f -
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev up'" -l no-migrate -d 'Leave the schema as it is.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev down'" -l destroy -d 'Remove the data too.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev down'" -l yes -d 'Remove without asking.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord bench'" -l duration -r -f -d 'How long to measure.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord bench'" -l in-flight -r -f -d 'Transactions at the same time.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord bench'" -l keys -r -f -d 'Keys they choose from.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord demo'" -l keep -d 'Leave the server running, and say what to try on it.'

@@ -36,6 +36,9 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'the leadership of epoch % is over', leader_epoch USING ERRCODE = 'PC001';
     END IF;
+    IF version_after > version_before THEN
+        PERFORM pg_notify(current_schema() || '.data', '');
+    END IF;
 END
 $$;
 
@@ -111,6 +114,7 @@ CREATE TABLE pgcoord.leader_lease (
     acquired_at timestamp with time zone,
     renewed_at timestamp with time zone,
     expires_at timestamp with time zone,
+    step_down_epoch bigint,
     CONSTRAINT leader_lease_check CHECK ((conflict_floor <= durable_version)),
     CONSTRAINT leader_lease_id_check CHECK ((id = 1))
 )
@@ -127,6 +131,8 @@ COMMENT ON COLUMN pgcoord.leader_lease.conflict_floor IS 'A request that read be
 COMMENT ON COLUMN pgcoord.leader_lease.window_start_id IS 'Every commit above conflict_floor has a request id above this.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.queue_floor_id IS 'No request at or below this id is pending, now or later.';
+
+COMMENT ON COLUMN pgcoord.leader_lease.step_down_epoch IS 'The epoch whose leader has been asked to step down.';
 
 CREATE TABLE pgcoord.schema_migrations (
     version integer NOT NULL,

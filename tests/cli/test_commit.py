@@ -1,0 +1,143 @@
+"""`pgcoord commit`: what is in the queue, and what became of the rest."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+
+from pgcoord_cli import cli as program
+from pgcoord_cli.core.commits import Status
+from pgcoord_cli.settings import Settings
+
+KEYS = {
+    "id", "request_id", "status", "commit_version", "read_version", "epoch", "reason", "created_at", "resolved_at",
+}  # fmt: skip
+COLUMNS = ["id", "request_id", "status", "commit_version", "read_version", "epoch", "created_at", "reason"]
+
+
+class Answer(NamedTuple):
+    """What a call came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `pgcoord commit …` on the test's database, in this process."""
+    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
+
+    def run(*words: str) -> Answer:
+        capsys.readouterr()
+        return Answer(program.run(["commit", *words]), *capsys.readouterr())
+
+    return run
+
+
+def store(sql: psycopg.Connection[Any], status: str, reason: str | None = None) -> uuid.UUID:
+    """Puts a request there; returns the id that its client made."""
+    request_id = uuid.uuid4()
+    sql.execute(
+        """
+        INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, reason, commit_version, resolved_at)
+        SELECT %s, 1, 0, '', status, %s,
+               CASE WHEN status = 'committed' THEN 7 END, CASE WHEN status <> 'pending' THEN clock_timestamp() END
+          FROM (SELECT %s AS status) AS given
+        """,
+        [request_id, reason, status],
+    )
+    return request_id
+
+
+def test_the_newest_come_first_and_no_more_than_asked_for(call: Call, sql: psycopg.Connection[Any]) -> None:
+    ids = [str(store(sql, "pending")) for _ in range(25)]
+    listed = call("list", "-o", "json").document
+    assert [request["request_id"] for request in listed] == ids[:-21:-1]
+    assert all(request.keys() == KEYS for request in listed)
+    assert [request["request_id"] for request in call("list", "--limit", "2", "-o", "json").document] == ids[:-3:-1]
+    assert len(call("list", "--limit", "2147483647", "-o", "jsonl").out.splitlines()) == 25
+
+
+def test_a_status_picks_its_requests(call: Call, sql: psycopg.Connection[Any]) -> None:
+    stored = {status: str(store(sql, status)) for status in Status}
+    for status, request_id in stored.items():
+        (found,) = call("list", "--status", status, "-o", "json").document
+        assert (found["request_id"], found["status"]) == (request_id, status)
+    assert len(call("list", "-o", "json").document) == len(Status)
+
+
+def test_no_requests_is_no_failure(call: Call) -> None:
+    assert call("list") == (0, "", "no commit requests\n")
+    assert call("list", "-q", "-o", "plain") == (0, "", "")
+    assert call("list", "--status", "orphaned", "-o", "json") == (0, "[]\n", "")
+    assert call("list", "-o", "csv").out == ",".join(COLUMNS) + "\n"
+
+
+def test_a_request_is_shown_whole_by_any_way_to_write_its_id(call: Call, sql: psycopg.Connection[Any]) -> None:
+    request_id = store(sql, "committed")
+    shown = call("show", str(request_id), "-o", "json").document
+    assert shown.keys() == KEYS
+    assert (shown["request_id"], shown["status"], shown["commit_version"]) == (str(request_id), "committed", 7)
+    for spelling in (str(request_id).upper(), request_id.hex, request_id.urn):
+        assert call("show", spelling, "-o", "json").document == shown
+    assert f"  request_id      {request_id}\n" in call("show", str(request_id)).out
+
+
+def test_a_pending_request_is_no_failure(call: Call, sql: psycopg.Connection[Any]) -> None:
+    shown = call("show", str(store(sql, "pending")), "-o", "json")
+    assert (shown.code, shown.document["commit_version"], shown.document["resolved_at"]) == (0, None, None)
+
+
+def test_a_reason_is_whole_and_in_one_line(call: Call, sql: psycopg.Connection[Any]) -> None:
+    reason = "not a payload:\n\x1b[31m" + "x" * 300
+    request_id = str(store(sql, "rejected", reason))
+    assert call("show", request_id, "-o", "json").document["reason"] == reason
+    escaped = r"not a payload:\n\x1b[31m" + "x" * 300
+    for words in (("list",), ("list", "-o", "plain"), ("list", "-o", "markdown"), ("show", request_id)):
+        (line,) = [line for line in call(*words).out.splitlines() if "payload" in line]
+        assert escaped in line
+    assert list(csv.DictReader(io.StringIO(call("list", "-o", "csv").out, newline="")))[0]["reason"] == reason
+
+
+def test_an_unknown_request_is_a_false_condition(call: Call) -> None:
+    unknown = uuid.uuid4()
+    shown = call("show", str(unknown), "-o", "json")
+    assert (shown.code, shown.document["error"]["code"]) == (3, "condition_false")
+    assert shown.document["error"]["message"] == f"there is no request {unknown}"
+    assert call("show", str(unknown)).out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("show", "1234"), "REQUEST_ID: '1234' is not a UUID"),
+        (("show", ""), "REQUEST_ID: '' is not a UUID"),
+        (("show", "\udcff"), r"REQUEST_ID: '\udcff' is not a UUID"),
+        (("show",), "REQUEST_ID"),
+        (("list", "--status", "done"), "--status: 'done' is not one of pending, committed"),
+        (("list", "--status", ""), "--status: '' is not one of"),
+        (("list", "--limit", "0"), "--limit"),
+        (("list", "--limit", "2147483648"), "--limit: 2147483648 is too many"),
+    ],
+)
+def test_a_wrong_word_is_named_before_anything_is_asked_of_the_server(
+    words: tuple[str, ...], named: str, call: Call
+) -> None:
+    refused = call(*words, "-o", "json", "--dsn", "host=/nowhere")
+    assert (refused.code, refused.document["error"]["code"]) == (2, "usage")
+    assert named in refused.document["error"]["message"]
