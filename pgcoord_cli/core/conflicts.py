@@ -31,6 +31,7 @@ class ConflictWindow:
         self._keys: dict[bytes, int] = {}
         self._ordered: SortedSet | None = None
         self._steps = SortedDict({b"": 0})
+        self._no_ranges = True  # the common case, and much the cheaper one
         self._history: deque[tuple[int, list[bytes]]] = deque()
 
     def __len__(self) -> int:
@@ -38,13 +39,13 @@ class ConflictWindow:
 
     def conflicts(self, read_version: int, keys: Iterable[bytes], ranges: Iterable[Range]) -> bool:
         """Whether any of the keys or ranges was written after `read_version`, which is not below the floor."""
-        written = self._keys.get
-        for key in keys:
-            if written(key, 0) > read_version:
-                return True
-        if len(self._steps) > 1 and any(self._step_at(key) > read_version for key in keys):
-            return True
-        return any(self._written_within(interval) > read_version for interval in ranges)
+        return any(self._written(key) > read_version for key in keys) or any(
+            self._written_within(interval) > read_version for interval in ranges
+        )
+
+    def _written(self, key: bytes) -> int:
+        point = self._keys.get(key, 0)
+        return point if self._no_ranges else max(point, self._step_at(key))
 
     def _step_at(self, key: bytes) -> int:
         return int(self._steps.peekitem(self._steps.bisect_right(key) - 1)[1])
@@ -74,6 +75,7 @@ class ConflictWindow:
         begin, end = interval
         if end is not None and begin >= end:
             return
+        self._no_ranges = False
         if end is not None and end not in self._steps:
             self._steps[end] = self._step_at(end)
         for boundary in list(self._steps.irange(begin, end, (True, False))):

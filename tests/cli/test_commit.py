@@ -38,9 +38,8 @@ Call = Callable[..., Answer]
 
 
 @pytest.fixture
-def call(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs `pgcoord commit …` on the test's database, in this process."""
-    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
+def offline(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `pgcoord commit …` in this process."""
 
     def run(*words: str) -> Answer:
         capsys.readouterr()
@@ -49,12 +48,20 @@ def call(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     return run
 
 
+@pytest.fixture
+def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The same, on the test's database."""
+    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
+    return offline
+
+
 def store(sql: psycopg.Connection[Any], status: str, reason: str | None = None) -> uuid.UUID:
     """Puts a request there; returns the id that its client made."""
     request_id = uuid.uuid4()
     sql.execute(
         """
-        INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, reason, commit_version, resolved_at)
+        INSERT INTO commit_requests
+               (request_id, epoch, read_version, payload, status, reason, commit_version, resolved_at)
         SELECT %s, 1, 0, '', status, %s,
                CASE WHEN status = 'committed' THEN 7 END, CASE WHEN status <> 'pending' THEN clock_timestamp() END
           FROM (SELECT %s AS status) AS given
@@ -111,7 +118,8 @@ def test_a_reason_is_whole_and_in_one_line(call: Call, sql: psycopg.Connection[A
     for words in (("list",), ("list", "-o", "plain"), ("list", "-o", "markdown"), ("show", request_id)):
         (line,) = [line for line in call(*words).out.splitlines() if "payload" in line]
         assert escaped in line
-    assert list(csv.DictReader(io.StringIO(call("list", "-o", "csv").out, newline="")))[0]["reason"] == reason
+    (record,) = csv.DictReader(io.StringIO(call("list", "-o", "csv").out, newline=""))
+    assert record["reason"] == reason
 
 
 def test_an_unknown_request_is_a_false_condition(call: Call) -> None:
@@ -136,8 +144,8 @@ def test_an_unknown_request_is_a_false_condition(call: Call) -> None:
     ],
 )
 def test_a_wrong_word_is_named_before_anything_is_asked_of_the_server(
-    words: tuple[str, ...], named: str, call: Call
+    words: tuple[str, ...], named: str, offline: Call
 ) -> None:
-    refused = call(*words, "-o", "json", "--dsn", "host=/nowhere")
+    refused = offline(*words, "-o", "json", "--dsn", "host=/nowhere")
     assert (refused.code, refused.document["error"]["code"]) == (2, "usage")
     assert named in refused.document["error"]["message"]

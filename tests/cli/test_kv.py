@@ -45,15 +45,21 @@ Call = Callable[..., Answer]
 
 
 @pytest.fixture
-def call(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs `pgcoord kv …` on the test's database, in this process."""
-    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
+def offline(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `pgcoord kv …` in this process."""
 
     def run(*words: str) -> Answer:
         capsys.readouterr()
         return Answer(program.run(["kv", *words]), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The same, on the test's database."""
+    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
+    return offline
 
 
 @pytest.fixture
@@ -226,9 +232,9 @@ def test_an_empty_range_says_so_and_keeps_stdout_for_data(call: Call) -> None:
     ],
 )
 def test_a_wrong_word_is_named_before_anything_is_asked_of_the_server(
-    words: tuple[str, ...], named: str, call: Call
+    words: tuple[str, ...], named: str, offline: Call
 ) -> None:
-    refused = call(*words, "-o", "json", "--dsn", "host=/nowhere")
+    refused = offline(*words, "-o", "json", "--dsn", "host=/nowhere")
     assert (refused.code, refused.error["code"]) == (2, "usage")
     assert named in refused.error["message"]
 

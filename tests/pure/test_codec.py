@@ -169,7 +169,7 @@ def test_i6_the_reason_stays_short_whatever_was_sent() -> None:
         (Request((), ((b"b", b"a"),), (), ()), "begins after"),
         (Request((), (), ((b"b", b"a"),), ()), "begins after"),
         (Request((), (), (), (Mutation(Op.CLEAR_RANGE, b"b", b"a"),)), "begins after"),
-        (Request((), (), (), (Mutation(Op.SET, b"k", None),)), "no value"),
+        (Request((), (), (), (Mutation(Op.SET, b"k", None),)), "set has no operand"),
         (Request((), (), (), (Mutation(Op.SET, b"k" * 2_601, b""),)), "longer than"),
         (Request((), (), (), (Mutation(Op.CLEAR, b"k" * 2_601, None),)), "longer than"),
         (Request((), (), (), (Mutation(Op.SET, b"k", b"v" * 100_001),)), "longer than"),
