@@ -44,7 +44,8 @@ CREATE TYPE rival_bytearange AS RANGE (subtype = bytea);
 CREATE SEQUENCE rival_version;
 SELECT nextval('rival_version');
 CREATE TABLE rival_ranges (
-    range_data rival_bytearange NOT NULL, type text NOT NULL, versions int8range NOT NULL, start_version bigint NOT NULL,
+    range_data rival_bytearange NOT NULL, type text NOT NULL, versions int8range NOT NULL,
+    start_version bigint NOT NULL,
     EXCLUDE USING gist (range_data WITH &&, type WITH <>, versions WITH &&, start_version WITH <>)
 );
 """

@@ -105,11 +105,20 @@ _pgcoord_command() {
             commands='up down dsn status'
             ;;
         'pgcoord dev up')
-            options="--server-version --no-migrate $options"
-            valued="--server-version $valued"
+            options="--name --server-version --no-migrate $options"
+            valued="--name --server-version $valued"
             ;;
         'pgcoord dev down')
-            options="--destroy --yes $options"
+            options="--name --destroy --yes $options"
+            valued="--name $valued"
+            ;;
+        'pgcoord dev dsn')
+            options="--name $options"
+            valued="--name $valued"
+            ;;
+        'pgcoord dev status')
+            options="--name $options"
+            valued="--name $valued"
             ;;
         'pgcoord bench')
             options="--duration --in-flight --keys $options"

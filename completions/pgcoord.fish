@@ -73,7 +73,11 @@ function __pgcoord_takes_value
         'pgcoord gc commit-requests --older-than' \
         'pgcoord gc commit-requests --batch-size' \
         'pgcoord gc commit-requests --max-runtime' \
+        'pgcoord dev up --name' \
         'pgcoord dev up --server-version' \
+        'pgcoord dev down --name' \
+        'pgcoord dev dsn --name' \
+        'pgcoord dev status --name' \
         'pgcoord bench --duration' \
         'pgcoord bench --in-flight' \
         'pgcoord bench --keys'
@@ -196,10 +200,14 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'up' -d 'Start the develo
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'down' -d 'Stop the development server.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'dsn' -d 'Print the connection string of the development server; exit 3 if it is not running.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'status' -d 'Say whether the development server runs, and where; exit 3 if it does not.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev up'" -l name -r -f -d 'Which of your servers; demo --keep makes \'demo\'.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev up'" -l server-version -r -f -d 'PostgreSQL 15, 16, 18. [the data\'s, then newest]'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev up'" -l no-migrate -d 'Leave the schema as it is.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev down'" -l name -r -f -d 'Which of your servers; demo --keep makes \'demo\'.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev down'" -l destroy -d 'Remove the data too.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev down'" -l yes -d 'Remove without asking.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev dsn'" -l name -r -f -d 'Which of your servers; demo --keep makes \'demo\'.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord dev status'" -l name -r -f -d 'Which of your servers; demo --keep makes \'demo\'.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord bench'" -l duration -r -f -d 'How long to measure.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord bench'" -l in-flight -r -f -d 'Transactions at the same time.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord bench'" -l keys -r -f -d 'Keys they choose from.'

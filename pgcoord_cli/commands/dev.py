@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 app = noun("Keep a PostgreSQL of your own to try things on.")
 
+Name = Annotated[str, typer.Option("--name", metavar="NAME", help="Which of your servers; demo --keep makes 'demo'.")]
+
 START_HINT = "start it with: pgcoord dev up"
 
 
 @command(app, "up")
 def up(
     ctx: typer.Context,
+    name: Name = "default",
     server_version: Annotated[
         int | None,
         typer.Option("--server-version", metavar="N", help="PostgreSQL 15, 16, 18. [the data's, then newest]"),
@@ -44,7 +47,7 @@ def up(
     import shlex
 
     settings, out = output_of(ctx)
-    server = _server(server_version)
+    server = _server(name, server_version)
     started = server.start()
     applied = 0 if no_migrate else bring_up_to_date(replace(settings, dsn=server.dsn, dsn_source="pgcoord dev"), out)
     out.document(server.describe()._asdict() | {"started": started, "migrations_applied": applied})
@@ -54,6 +57,7 @@ def up(
 @command(app, "down")
 def down(
     ctx: typer.Context,
+    name: Name = "default",
     destroy: Annotated[bool, typer.Option("--destroy", help="Remove the data too.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
 ) -> None:
@@ -66,7 +70,7 @@ def down(
       pgcoord dev down --destroy --yes
     """
     _, out = output_of(ctx)
-    server = _server()
+    server = _server(name)
     if destroy and not yes:
         _confirm(server)
     stopped = server.stop()
@@ -75,16 +79,17 @@ def down(
 
 
 @command(app, "dsn")
-def dsn(ctx: typer.Context) -> None:
+def dsn(ctx: typer.Context, name: Name = "default") -> None:
     """Print the connection string of the development server; exit 3 if it is not running.
 
     \b
     Examples:
+      pgcoord dev dsn
       export PGCOORD_DSN=$(pgcoord dev dsn)
       psql "$(pgcoord dev dsn)"
     """
     _, out = output_of(ctx)
-    server = _server()
+    server = _server(name)
     if not server.is_running():
         raise ConditionFalse("the development server is not running", hint=START_HINT)
     if out.is_json:
@@ -94,7 +99,7 @@ def dsn(ctx: typer.Context) -> None:
 
 
 @command(app, "status")
-def status(ctx: typer.Context) -> None:
+def status(ctx: typer.Context, name: Name = "default") -> None:
     """Say whether the development server runs, and where; exit 3 if it does not.
 
     \b
@@ -103,7 +108,7 @@ def status(ctx: typer.Context) -> None:
       pgcoord dev status -o json | jq -r .data_directory
     """
     _, out = output_of(ctx)
-    description = _server().describe()
+    description = _server(name).describe()
     out.document(description._asdict())
     if not description.running:
         out.note(START_HINT)
@@ -112,26 +117,24 @@ def status(ctx: typer.Context) -> None:
 
 def bring_up_to_date(settings: Settings, out: Output) -> int:
     """Applies the migrations that the database of `settings` lacks, saying so on stderr; returns how many."""
-    from pgcoord_cli.core import migrations, session
+    from pgcoord_cli.core.upgrade import upgrade
 
-    def waiting(ahead: object) -> None:
-        out.note(f"waiting for the migration lock held by {ahead}")
-
-    with (
-        session.migration_session(settings, read_only=False) as (conn, _),
-        migrations.migration_lock(conn, settings.schema, 30.0, waiting),
-    ):
-        applied = migrations.apply(
-            conn, settings.schema, None, lambda done: out.note(f"applied {done.version:04}_{done.name}")
+    return len(
+        upgrade(
+            settings,
+            waiting=lambda ahead: out.note(f"waiting for the migration lock held by {ahead}"),
+            applied=lambda done: out.note(f"applied {done.version:04}_{done.name}"),
         )
-    return len(applied)
+    )
 
 
-def _server(version: int | None = None) -> EmbeddedServer:
+def _server(name: str, version: int | None = None) -> EmbeddedServer:
     """The development server, on PostgreSQL of that version; UsageError if its data is of another."""
     from pgcoord_cli.core.embedded import EmbeddedServer, dev_root, find_programs
 
-    server = EmbeddedServer(dev_root())
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise UsageError(f"--name: {name!r} is not made of letters, digits, - and _")
+    server = EmbeddedServer(dev_root(name))
     made_by = server.version()
     if version in (None, made_by):
         return server

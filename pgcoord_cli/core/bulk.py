@@ -1,7 +1,7 @@
 """Many keys at once: loading them from JSON lines, and exporting them.
 
-**Load.** Lines are written in batches, a transaction each. Under a reserved key that names the file's contents, the same
-transaction writes how many bytes of it are done, so that the mark and the data can never disagree. A load of the same
+**Load.** Lines are written in batches, a transaction each. Under a reserved key that names the file's contents, the
+same transaction writes how many bytes of it are done, so that the mark and the data can never disagree. A load of the same
 contents goes on behind the mark; when everything is loaded, the mark is removed. Keys that begin with 0xff are
 reserved for such marks, and an export leaves them out.
 

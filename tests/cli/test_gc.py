@@ -1,0 +1,172 @@
+"""`pgcoord gc`: what it says, when it is silent, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+
+from pgcoord_cli import cli as program
+from pgcoord_cli.settings import Settings
+
+COLLECTED = {"table", "deleted", "batches", "orphaned", "oldest_kept", "dry_run"}
+
+
+class Answer(NamedTuple):
+    """What a call came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def collected(self) -> Any:
+        return json.loads(self.out)["commit_requests"]
+
+    @property
+    def error(self) -> Any:
+        return json.loads(self.out)["error"]
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def offline(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `pgcoord gc commit-requests …` in this process."""
+
+    def run(*words: str) -> Answer:
+        capsys.readouterr()
+        return Answer(program.run(["gc", "commit-requests", *words]), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The same, on the test's database."""
+    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
+    return offline
+
+
+def store(sql: psycopg.Connection[Any], status: str, age: str, number: int = 1) -> None:
+    """Puts requests there that were made, and settled unless they are pending, so long ago."""
+    sql.execute(
+        """
+        INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, created_at, resolved_at)
+        SELECT gen_random_uuid(), 0, 0, '', %(status)s, clock_timestamp() - %(age)s::interval,
+               CASE WHEN %(status)s <> 'pending' THEN clock_timestamp() - %(age)s::interval END
+          FROM generate_series(1, %(number)s)
+        """,
+        {"status": status, "age": age, "number": number},
+    )
+
+
+def stored(sql: psycopg.Connection[Any]) -> list[Any]:
+    return sql.execute("SELECT * FROM commit_requests ORDER BY id").fetchall()
+
+
+def test_the_document_says_what_was_deleted_and_what_is_left(call: Call, sql: psycopg.Connection[Any]) -> None:
+    store(sql, "conflict", "11 minutes", 5)
+    store(sql, "conflict", "9 minutes")
+    collected = call("--batch-size", "2", "-o", "json").collected
+    assert collected.keys() == COLLECTED
+    assert (collected["deleted"], collected["batches"], collected["dry_run"]) == (5, 3, False)
+    oldest = sql.execute("SELECT created_at FROM commit_requests").fetchall()[0][0]
+    assert time_of(sql, collected["oldest_kept"]) == oldest
+    again = call("-o", "json").collected
+    assert (again["deleted"], again["batches"]) == (0, 0)
+
+
+def time_of(sql: psycopg.Connection[Any], text: str) -> Any:
+    """A time that was printed, as the server reads it."""
+    return sql.execute("SELECT %s::timestamptz", [text]).fetchall()[0][0]
+
+
+def test_quiet_is_silent_when_nothing_was_done_and_speaks_when_something_was(
+    call: Call, sql: psycopg.Connection[Any]
+) -> None:
+    store(sql, "pending", "1 day")
+    assert call("-q") == (0, "", "")
+    store(sql, "too_old", "1 day")
+    deleted = call("-q")
+    assert (deleted.code, deleted.err) == (0, "")
+    assert "deleted      1\n" in deleted.out
+    assert call("-q") == (0, "", "")
+    sql.execute("UPDATE leader_lease SET epoch = 1")
+    assert "orphaned     1\n" in call("-q").out
+    assert call("-q") == (0, "", "")
+    assert call("-q", "-o", "json").collected["deleted"] == 0
+
+
+def test_i11_a_dry_run_changes_nothing_and_counts_what_a_run_deletes(call: Call, sql: psycopg.Connection[Any]) -> None:
+    sql.execute("UPDATE leader_lease SET epoch = 1")
+    store(sql, "pending", "1 day", 3)
+    store(sql, "rejected", "1 day", 4)
+    store(sql, "rejected", "1 minute")
+    before = stored(sql)
+    counted = call("--dry-run", "-o", "json").collected
+    assert stored(sql) == before
+    assert (counted["deleted"], counted["dry_run"]) == (4, True)
+    assert call("-o", "json").collected["deleted"] == 4
+
+
+def test_a_dry_run_needs_no_right_to_change_anything(call: Call, sql: psycopg.Connection[Any]) -> None:
+    store(sql, "rejected", "1 day")
+    database = sql.info.dbname
+    sql.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    assert call("--dry-run", "-o", "json").collected["deleted"] == 1
+    refused = call("-o", "json")
+    assert (refused.code, refused.error["code"]) == (9, "unsuitable_server")
+
+
+def test_i11_the_retention_can_be_chosen_down_to_what_others_rely_on(call: Call, sql: psycopg.Connection[Any]) -> None:
+    for age in ("50 seconds", "70 seconds", "2 hours", "40 days"):
+        store(sql, "conflict", age)
+    deleted = {
+        wanted: call("--older-than", wanted, "--dry-run", "-o", "json").collected["deleted"]
+        for wanted in ("60s", "1m", "1h", "30d", "36500d")
+    }
+    assert deleted == {"60s": 3, "1m": 3, "1h": 2, "30d": 1, "36500d": 0}
+
+
+def test_no_batch_begins_after_the_longest_runtime(call: Call, sql: psycopg.Connection[Any]) -> None:
+    store(sql, "conflict", "1 day", 3)
+    collected = call("--max-runtime", "0.000001ms", "-o", "json").collected
+    assert (collected["deleted"], collected["batches"]) == (0, 0)
+    assert len(stored(sql)) == 3
+
+
+def test_verbose_tells_of_every_batch_on_stderr(call: Call, sql: psycopg.Connection[Any]) -> None:
+    store(sql, "conflict", "1 day", 4)
+    told = call("-v", "--batch-size", "2", "-o", "json")
+    assert told.err.splitlines() == [f"commit_requests: {deleted} deleted" for deleted in (0, 2, 4)]
+    assert told.collected["deleted"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--older-than", "59s"), "--older-than: 59s is shorter than 60s"),
+        (("--older-than", "59999ms"), "--older-than"),
+        (("--older-than", "0"), "--older-than"),
+        (("--older-than", "-1h"), "--older-than"),
+        (("--older-than", "yesterday"), "--older-than: 'yesterday' is not a duration"),
+        (("--older-than", "36501d"), "--older-than: '36501d' is too long"),
+        (("--batch-size", "0"), "--batch-size"),
+        (("--batch-size", "-5"), "--batch-size"),
+        (("--batch-size", "1.5"), "--batch-size"),
+        (("--batch-size", "2147483648"), "--batch-size: 2147483648 is too many"),
+        (("--max-runtime", "0"), "--max-runtime"),
+        (("--max-runtime", "25d"), "--max-runtime: '25d' is too long"),
+    ],
+)
+def test_a_wrong_word_is_named_before_anything_is_asked_of_the_server(
+    words: tuple[str, ...], named: str, offline: Call
+) -> None:
+    refused = offline(*words, "-o", "json", "--dsn", "host=/nowhere")
+    assert (refused.code, refused.error["code"]) == (2, "usage")
+    assert named in refused.error["message"]
