@@ -106,7 +106,7 @@ def _wanted_color(argv: Sequence[str]) -> ColorMode:
 def _last_word(argv: Sequence[str], option: re.Pattern[str], variable: str) -> str:
     """What was last given for an option, in the same word or in the one after it."""
     chosen = os.environ.get(variable, "")
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--":
             break
         if found := option.fullmatch(word):

@@ -152,5 +152,8 @@ def _confirm(server: EmbeddedServer) -> None:
         raise UsageError("--destroy: removes all data, and there is no terminal to ask at", hint="add --yes")
     # Not typer.confirm, which writes a space to stdout even where it asks on stderr.
     print(f"Remove {server.root} and all data in it? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    answer = sys.stdin.readline()
+    if not answer:  # Ctrl-D
+        raise typer.Abort
+    if answer.strip().lower() not in ("y", "yes"):
         raise typer.Exit(1)

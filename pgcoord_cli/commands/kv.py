@@ -177,10 +177,11 @@ def load(
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
     source = bulk.open_source(file)
-    with session.command_session(settings, "kv load", writes=True) as conn:
-        leader.wait_for_leader(conn, settings.schema, seconds)
-    with progress_bar(out, "loading", source.size) as advance:
-        loaded = asyncio.run(bulk.load(settings, source, batch_size, seconds, advance))
+    with source.stream:
+        with session.command_session(settings, "kv load", writes=True) as conn:
+            leader.wait_for_leader(conn, settings.schema, seconds)
+        with progress_bar(out, "loading", source.size) as advance:
+            loaded = asyncio.run(bulk.load(settings, source, batch_size, seconds, advance))
     out.document(loaded._asdict())
 
 

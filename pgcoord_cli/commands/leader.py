@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pgcoord_cli.commands.framework import command, duration, noun, output_of
+from pgcoord_cli.commands.framework import Limit, command, duration, noun, output_of
 from pgcoord_cli.errors import ConditionFalse, interruption
 from pgcoord_cli.settings import check_text
 
@@ -174,7 +174,7 @@ def history(
     since: Annotated[
         str | None, typer.Option("--since", metavar="DURATION", help="Only what was not over that long ago.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="At most so many.")] = 50,
+    limit: Limit = 50,
 ) -> None:
     """List who led when, how it ended, and which versions were committed, newest first.
 

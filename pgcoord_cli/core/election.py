@@ -84,6 +84,7 @@ class Keeper(threading.Thread):
                 self._conn.cancel_safe(timeout=CANCEL_AGAIN_SECONDS)
             self.join(CANCEL_AGAIN_SECONDS)
         self.join()
+        self._stop_signal.close()
 
     # -- the thread
 

@@ -42,9 +42,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -729,9 +730,22 @@ def _plain_os_errors() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keeps Ctrl-C and SIGTERM waiting until the block is through. Programs started in it do not hear them either."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
+    """Keeps Ctrl-C and SIGTERM waiting until the block is through.
+
+    By handlers and not by a mask: with other threads about, a mask of this one only moves the signal to them, and
+    Python then interrupts the main thread all the same. Other threads are never interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    heard: list[int] = []
+    try:
+        with ExitStack() as restored:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    handler = signal.signal(number, lambda number, _: heard.append(number))
+                    restored.callback(signal.signal, number, handler)
+            yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if heard:
+            signal.raise_signal(heard[0])

@@ -9,7 +9,8 @@ nothing.
 write. For each key it keeps the value, if the mutations decide it, or else those that wait for the stored value:
 setting a key decides it, adding to it afterwards is worked out at once, adding to a key that nobody set waits. The
 leader reads the stored values of `undecided` keys and settles them with `decide`; a client that reads its own writes
-does the same for the key it asks about.
+does the same for the key it asks about. Cleared ranges are joined where they meet, and from the first on the
+keys are in order beside, so that neither many ranges nor many keys make a batch slow.
 
 **Applied** in three steps: ranges are removed, keys are removed, keys are written. So a key that was set after its
 range was cleared is simply among the written ones.
@@ -23,6 +24,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Mapping
+
+from sortedcontainers import SortedDict, SortedSet
 
 from pgcoord_cli.core.codec import MAX_VALUE_BYTES, VERSIONSTAMP_BYTES, Mutation, Op, Range
 
@@ -131,12 +134,18 @@ class WriteSet:
     """The net effect of mutations, taken in commit order."""
 
     def __init__(self) -> None:
-        self.ranges: list[Range] = []
+        self._cleared = SortedDict()
         self._decided: dict[bytes, Bytes] = {}
         self._undecided: dict[bytes, list[Mutation]] = {}
+        self._ordered: SortedSet | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.ranges or self._decided or self._undecided)
+        return bool(self._cleared or self._decided or self._undecided)
+
+    @property
+    def ranges(self) -> list[Range]:
+        """Ranges to remove first; they neither overlap nor touch."""
+        return list(self._cleared.items())
 
     @property
     def undecided(self) -> list[bytes]:
@@ -157,22 +166,45 @@ class WriteSet:
         """Takes in one more mutation, later than all before it. Versionstamped ones have to be `stamped` before."""
         op, key, operand = mutation
         if op == Op.CLEAR_RANGE:
-            self._clear_range((key, operand))
-        elif op in (Op.SET, Op.CLEAR):
+            self._clear_range(key, operand)
+            return
+        if op in (Op.SET, Op.CLEAR):
             self._undecided.pop(key, None)
             self._decided[key] = operand if op == Op.SET else None
         elif key in self._decided:
             self._decided[key] = apply(op, self._decided[key], operand or b"")
-        elif any(covers(cleared, key) for cleared in self.ranges) and key not in self._undecided:
+        elif key not in self._undecided and self._is_cleared(key):
             self._decided[key] = apply(op, None, operand or b"")
         else:
             self._undecided.setdefault(key, []).append(mutation)
+        if self._ordered is not None:
+            self._ordered.add(key)
 
-    def _clear_range(self, cleared: Range) -> None:
-        self.ranges.append(cleared)
-        for keys in (self._decided, self._undecided):
-            for key in [key for key in keys if covers(cleared, key)]:
-                del keys[key]
+    def _clear_range(self, begin: bytes, end: Bytes) -> None:
+        if end is not None and begin >= end:
+            return
+        if self._ordered is None:
+            self._ordered = SortedSet((*self._decided, *self._undecided))
+        for key in list(self._ordered.irange(begin, end, (True, False))):
+            self._ordered.discard(key)
+            self._decided.pop(key, None)
+            self._undecided.pop(key, None)
+        self._join(begin, end)
+
+    def _join(self, begin: bytes, end: Bytes) -> None:
+        """Adds a range to the cleared ones, made one with those that it meets."""
+        place = self._cleared.bisect_right(begin) - 1
+        if place >= 0:
+            before, its_end = self._cleared.peekitem(place)
+            begin = before if its_end is None or begin <= its_end else begin
+        for met in list(self._cleared.irange(begin, end)):
+            its_end = self._cleared.pop(met)
+            end = None if end is None or its_end is None else max(end, its_end)
+        self._cleared[begin] = end
+
+    def _is_cleared(self, key: bytes) -> bool:
+        place = self._cleared.bisect_right(key) - 1
+        return place >= 0 and covers(self._cleared.peekitem(place), key)
 
     def decide(self, stored: Mapping[bytes, Bytes]) -> None:
         """Works out every undecided key from what is stored under it."""
@@ -184,7 +216,7 @@ class WriteSet:
         """Whether the write set alone says what `key` holds, and if so its value (None: nothing)."""
         if key in self._decided:
             return True, self._decided[key]
-        return key not in self._undecided and any(covers(cleared, key) for cleared in self.ranges), None
+        return key not in self._undecided and self._is_cleared(key), None
 
     def value(self, key: bytes, stored: Bytes) -> Bytes:
         """What `key` holds once the write set is applied to what is stored."""

@@ -200,6 +200,7 @@ class Resolver:
         except psycopg.Error as error:
             if error.sqlstate not in IN_THE_WAY and not _lies_in_the_data(error):
                 raise
+            self._forget_prepared_statements()
             self._load_window(self._window.floor, start_id)
             if error.sqlstate not in IN_THE_WAY:
                 self._isolate(verdicts, error)
@@ -208,6 +209,11 @@ class Resolver:
         if committed := [verdict.id for verdict in verdicts if verdict.version is not None]:
             self._marks.add(now, self._durable_version, min(committed))
         return True
+
+    def _forget_prepared_statements(self) -> None:
+        """psycopg takes those for prepared that the server skipped when it refused the pipeline; a rollback helps."""
+        with self._conn.transaction(force_rollback=True):
+            pass
 
     def _window_start_id(self) -> int:
         """No commit of the window, nor any to come, has an id at or below this."""

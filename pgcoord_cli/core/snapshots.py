@@ -63,11 +63,11 @@ class SnapshotReader:
     async def read(self, wanted: Wanted) -> Snapshot:
         """A snapshot that holds at least what is wanted; whoever asked at the same time shares it.
 
-        A broken connection is replaced once; raises ConnectionFailed after that.
+        What fails is tried once more, over a new connection where the old one broke; raises PgcoordError after that.
         """
         try:
             return await self._group(wanted)
-        except (psycopg.OperationalError, ConnectionFailed):
+        except (psycopg.Error, ConnectionFailed):
             with mapped_errors():
                 return await self._group(wanted)
 

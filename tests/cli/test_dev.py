@@ -211,7 +211,7 @@ def test_destroy_without_yes_refuses_where_nobody_can_answer(run: Run, place: Pa
     assert document(run("down", "--destroy", "--yes", "-o", "json"))["destroyed"] is False
 
 
-@pytest.mark.parametrize(("answer", "code", "remains"), [(b"n\n", 1, True), (b"y\n", 0, False)])
+@pytest.mark.parametrize(("answer", "code", "remains"), [(b"n\n", 1, True), (b"\x04", 130, True), (b"y\n", 0, False)])
 def test_destroy_asks_at_the_terminal(place: Path, run: Run, answer: bytes, code: int, remains: bool) -> None:
     run("up", "--no-migrate")
     keyboard, terminal = pty.openpty()
@@ -229,7 +229,7 @@ def test_destroy_asks_at_the_terminal(place: Path, run: Run, answer: bytes, code
         os.close(terminal)
     assert call.returncode == code
     assert (place / "default" / "data").exists() == remains
-    assert out == b"" if remains else json.loads(out)["destroyed"]
+    assert (b"destroyed" in out) != remains
 
 
 @as_root

@@ -9,6 +9,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from threading import Timer
+from threading import Event, Thread, Timer
 from typing import Any
 
 import psycopg
@@ -301,6 +302,25 @@ class TestCluster:
             wake.join()
         assert query(cluster, "SELECT 1") == 1
 
+    def test_a_socket_where_nobody_answers(self, cluster: EmbeddedServer) -> None:
+        """The moment after a kill: a child that is still starting holds the listening socket."""
+        cluster.data.mkdir(parents=True)
+        (cluster.data / "postmaster.pid").write_text("1\n" + "\n" * 6 + "ready\n")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(cluster.data / ".s.PGSQL.5432"))
+            listener.listen()
+
+            def close_without_answer() -> None:
+                connection, _ = listener.accept()
+                connection.recv(8)
+                connection.close()
+
+            child = Thread(target=close_without_answer)
+            child.start()
+            assert cluster.is_running() is False
+            child.join()
+        shutil.rmtree(cluster.data)
+
     @on_linux
     def test_a_process_number_that_is_somebody_elses_by_now(self, cluster: EmbeddedServer) -> None:
         cluster.start()
@@ -534,6 +554,24 @@ class TestThrowAway:
         assert "KeyboardInterrupt" in said
         assert servers_below(temporary) == []
         assert list(temporary.glob("pgcoord-*")) == []
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_signals_wait_until_cleaning_up_is_done(self, number: signal.Signals) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        before, reached = signal.signal(number, interrupt), False
+        other = Thread(target=Event().wait, args=(0.2,))  # the system may hand the signal to it
+        try:
+            with pytest.raises(KeyboardInterrupt), embedded._undisturbed():
+                other.start()
+                os.kill(os.getpid(), number)
+                other.join()
+                reached = True
+            assert signal.getsignal(number) is interrupt
+        finally:
+            signal.signal(number, before)
+        assert reached
 
     @as_root
     def test_a_directory_out_of_reach_is_named(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ def rights(conn: psycopg.Connection[Any]) -> Any:
 
 def test_a_reader_can_look_but_sees_no_data(cli: Cli, reader: Settings) -> None:
     assert cli("leader", "status", settings=reader).returncode == 3  # nobody leads
+    assert cli("leader", "history", settings=reader).returncode == 0
     assert cli("commit", "list", settings=reader).returncode == 0
     assert cli("migrate", "status", "--check", settings=reader).returncode == 0
     denied = cli("kv", "get", "key", "-o", "json", settings=reader)

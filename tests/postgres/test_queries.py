@@ -54,6 +54,10 @@ EXPECTED = {
         "bigint, uuid, bigint, bigint, bigint, bigint, bigint, bigint[], text[], bigint[], text[]",
         "settle_commits void",
     ),
+    "commits.stored_values": Shape("bytea[]", "key bytea, value bytea"),
+    "commits.payload": Shape("uuid", "payload bytea"),
+    "commits.commits_between": Shape("bigint, bigint", "request_id uuid, commit_version bigint, payload bytea"),
+    "commits.version_before": Shape("uuid", "version bigint"),
     "commits.window_commits": Shape(
         "bigint, bigint", "id bigint, commit_version bigint, payload bytea, resolved_at timestamptz"
     ),
@@ -70,6 +74,10 @@ EXPECTED = {
     "grants.client_grants": Shape("text", "statement text"),
     "grants.operator_grants": Shape("text", "statement text"),
     "kv.read_keys": Shape("bytea[]", "epoch bigint, durable_version bigint, key bytea, value bytea"),
+    "kv.read_snapshot": Shape(
+        "bytea[], bytea[], bytea[], bigint[], boolean[]",
+        "epoch bigint, durable_version bigint, part bigint, key bytea, value bytea",
+    ),
     "kv.read_version": Shape("", "epoch bigint, durable_version bigint"),
     "kv.read_range": Shape("bytea, bytea, bigint", "key bytea, value bytea"),
     "kv.read_range_reverse": Shape("bytea, bytea, bigint", "key bytea, value bytea"),
@@ -89,7 +97,13 @@ EXPECTED = {
         "epoch bigint, term_id uuid, durable_version bigint, conflict_floor bigint, window_start_id bigint, "
         "queue_floor_id bigint, announced boolean",
     ),
-    "lease.renew": Shape("bigint, uuid, double precision", "expires_at timestamptz"),
+    "lease.renew": Shape("bigint, uuid, double precision", "asked_to_step_down boolean"),
+    "lease.ask_to_step_down": Shape("text", "epoch bigint, leader_addr text, announced boolean"),
+    "lease.history": Shape(
+        "double precision, integer",
+        "epoch bigint, leader_addr text, acquired_at timestamptz, ended_at timestamptz, end_reason text, "
+        "first_version bigint, last_version bigint",
+    ),
     "lease.release": Shape("bigint, uuid, text, text", "durable_version bigint, announced boolean"),
     "lease.successor": Shape("", "epoch bigint, leader_addr text"),
     "locks.lock_holder": Shape("bigint", "pid integer, application text, client text, since timestamptz"),

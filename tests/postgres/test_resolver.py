@@ -230,7 +230,7 @@ def rows_thrown_away(plan: Any) -> int:
 HOSTILE: dict[str, bytes] = {
     "garbage": b"\x01\xc1\xff\x00",
     "nothing": b"",
-    "another format": b"\x02\x94\x90\x90\x90\x90",
+    "another format": b"\x63\x94\x90\x90\x90\x90",
     "a random key of 3 kB": packed([[], [], [], [[0, os.urandom(3_000), b"v"]]]),
     "a range that runs backwards": packed([[], [], [], [[2, b"b", b"a"]]]),
     "a read range that runs backwards": packed([[], [[b"b", b"a"]], [], []]),

@@ -26,7 +26,7 @@ from pgcoord_cli.core.embedded import EmbeddedServer, Programs, server_account, 
 from pgcoord_cli.core.locks import lock_key
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.db import connection
-from pgcoord_cli.errors import Busy, ConnectionFailed, TimedOut, UnsuitableServer, UsageError
+from pgcoord_cli.errors import Busy, ConnectionFailed, PgcoordError, TimedOut, UnsuitableServer, UsageError
 from pgcoord_cli.settings import Settings
 
 PATIENCE = 30.0
@@ -124,13 +124,15 @@ def test_i14_on_a_standby_commands_look_and_change_nothing(
     call: Call, primary: EmbeddedServer, programs: Programs
 ) -> None:
     looking = {
-        "leader status": 3, "kv get key": 0, "kv range": 0, "commit list": 0, f"commit show {REQUEST_ID}": 3,
+        "leader status": 3, "leader history": 0, "leader assert --epoch 1": 6, "leader wait --timeout 10ms": 124,
+        "kv get key": 0, "kv range": 0, "kv export": 0,
+        "commit list": 0, f"commit show {REQUEST_ID}": 3, f"commit explain {REQUEST_ID}": 3,
         "migrate status --check": 0, "migrate verify": 0, "migrate up --dry-run": 0,
         "migrate grant --reader postgres --dry-run": 0, "gc commit-requests --dry-run": 0,
     }  # fmt: skip
     changing = (
-        "leader run", "kv set key other", "kv clear key", "migrate up", "migrate grant --reader postgres",
-        "gc commit-requests",
+        "leader run", "leader step-down", "kv set key other", "kv clear key", "kv clear-range a z", "kv add key 1",
+        "kv load /dev/null", "migrate up", "migrate grant --reader postgres", "gc commit-requests", "bench",
     )  # fmt: skip
     before = everything(primary.dsn)
     with standby_of(primary, programs) as standby:
@@ -164,13 +166,22 @@ def test_i14_asyncio_sessions_ask_the_same_questions(settings: Settings, empty_s
     async def open_and_close(wanted: Settings) -> None:
         await (await session.open_session_async(wanted, "test", writes=True)).close()
 
-    asyncio.run(open_and_close(settings))
-    for wanted in (empty_settings, replace(settings, schema="other", schema_given=True)):
-        with pytest.raises(Exception) as refused:
+    def refused_alike(wanted: Settings, code: str) -> None:
+        with pytest.raises(PgcoordError) as refused:
             session.open_session(wanted, "test", writes=True)
-        with pytest.raises(type(refused.value)) as refused_too:
+        with pytest.raises(PgcoordError) as refused_too:
             asyncio.run(open_and_close(wanted))
-        assert str(refused_too.value) == str(refused.value)
+        assert refused.value.code == code
+        assert (refused_too.value.code, str(refused_too.value)) == (code, str(refused.value))
+
+    asyncio.run(open_and_close(settings))
+    refused_alike(empty_settings, "schema_missing")
+    refused_alike(replace(settings, schema="other", schema_given=True), "usage")
+    with psycopg.connect(settings.dsn, autocommit=True) as conn:
+        conn.execute("INSERT INTO pgcoord.schema_migrations VALUES (9001, 'new', 'x', now(), 'x', 1, true)")
+        refused_alike(settings, "schema_unknown")
+        conn.execute("DELETE FROM pgcoord.schema_migrations WHERE version > 1")
+        refused_alike(settings, "schema_missing")
 
 
 # Malformed addresses
@@ -433,6 +444,6 @@ def test_a_session_that_is_refused_is_closed(settings: Settings, empty_settings:
         session.open_session(replace(settings, schema="other", schema_given=True), "test", writes=True)
     with psycopg.connect(settings.dsn, autocommit=True) as conn:
         deadline = time.monotonic() + PATIENCE
-        others = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        others = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         while conn.execute(others).fetchone():
             assert time.monotonic() < deadline

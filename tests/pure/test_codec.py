@@ -27,8 +27,20 @@ def ordered(bounds: tuple[bytes, bytes | None]) -> tuple[bytes, bytes | None]:
 
 
 ranges = st.tuples(keys | long_keys, st.none() | keys | long_keys).map(ordered)
+PLAIN = [op for op in Op if op not in (Op.CLEAR, Op.CLEAR_RANGE) and op < Op.SET_VERSIONSTAMPED_KEY]
+
+
+@st.composite
+def templates(draw: st.DrawFn) -> bytes:
+    """Bytes with room for a versionstamp, and where it is."""
+    before, after = draw(keys), draw(keys)
+    return before + b"?" * codec.VERSIONSTAMP_BYTES + after + len(before).to_bytes(4, "little")
+
+
 mutations = st.one_of(
-    st.builds(Mutation, st.just(Op.SET), keys | long_keys, values),
+    st.builds(Mutation, st.sampled_from(PLAIN), keys | long_keys, values),
+    st.builds(Mutation, st.just(Op.SET_VERSIONSTAMPED_KEY), templates(), values),
+    st.builds(Mutation, st.just(Op.SET_VERSIONSTAMPED_VALUE), keys | long_keys, templates()),
     st.builds(Mutation, st.just(Op.CLEAR), keys | long_keys, st.none()),
     ranges.map(lambda bounds: Mutation(Op.CLEAR_RANGE, *bounds)),
 )
@@ -160,6 +172,32 @@ def test_i6_the_reason_stays_short_whatever_was_sent() -> None:
     assert len(str(refused.value)) <= LONGEST_REASON
 
 
+@pytest.mark.parametrize("op", list(Op))
+def test_i6_a_format_version_has_only_its_own_operations(op: Op) -> None:
+    """What an older leader would not understand must not look like something that it does."""
+    template = b"?" * 10 + b"\0" * 4
+    operand = None if op in (Op.CLEAR, Op.CLEAR_RANGE) else template
+    fields = bytes(msgpack.packb([[], [], [], [[op, template, operand]]]))
+    assert codec.decode(b"\x02" + fields).mutations == ((op, template, operand),)
+    if op <= Op.CLEAR_RANGE:
+        assert codec.decode(b"\x01" + fields).mutations == ((op, template, operand),)
+    else:
+        with pytest.raises(Undecodable, match="version 1"):
+            codec.decode(b"\x01" + fields)
+
+
+@pytest.mark.parametrize(
+    "template", [b"", b"\0" * 3, b"\0" * 13, b"?" * 10 + b"\1\0\0\0", b"?" * 10 + b"\xff" * 4, b"?" * 9 + b"\0" * 4]
+)
+def test_i6_a_versionstamp_without_room_is_refused(template: bytes) -> None:
+    for mutation in (
+        Mutation(Op.SET_VERSIONSTAMPED_KEY, template, b"v"),
+        Mutation(Op.SET_VERSIONSTAMPED_VALUE, b"k", template),
+    ):
+        with pytest.raises(Undecodable, match="versionstamp"):
+            codec.decode(packed([[], [], [], [list(mutation)]]))
+
+
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
@@ -169,7 +207,8 @@ def test_i6_the_reason_stays_short_whatever_was_sent() -> None:
         (Request((), ((b"b", b"a"),), (), ()), "begins after"),
         (Request((), (), ((b"b", b"a"),), ()), "begins after"),
         (Request((), (), (), (Mutation(Op.CLEAR_RANGE, b"b", b"a"),)), "begins after"),
-        (Request((), (), (), (Mutation(Op.SET, b"k", None),)), "set has no operand"),
+        *[(Request((), (), (), (Mutation(op, b"k", None),)), "no operand") for op in PLAIN],
+        (Request((), (), (), (Mutation(Op.SET_VERSIONSTAMPED_KEY, b"k" * 2_611 + b"\0" * 4, b""),)), "longer than"),
         (Request((), (), (), (Mutation(Op.SET, b"k" * 2_601, b""),)), "longer than"),
         (Request((), (), (), (Mutation(Op.CLEAR, b"k" * 2_601, None),)), "longer than"),
         (Request((), (), (), (Mutation(Op.SET, b"k", b"v" * 100_001),)), "longer than"),

@@ -18,23 +18,29 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pgcoord_cli.core import codec
 from pgcoord_cli.core.codec import Mutation, Op, Range, Request
 from pgcoord_cli.core.conflicts import ConflictWindow
+from pgcoord_cli.core.mutations import versionstamp
 from pgcoord_cli.core.resolver import Claimed, Marks, QueueFloor, Verdict, decide, rebuild, writes_of
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
-UNIVERSE = sorted({first + second for first in (b"a", b"b", b"c") for second in (b"", b"\0", b"x")} | {b"", b"\xff"})
-"""Every bound of a range is one of these keys, so two ranges that share a key share one of these."""
+BOUNDS = [first + second for first in (b"a", b"b", b"c") for second in (b"", b"\0", b"x")] + [b"", b"\xff"]
+STAMPED = [b"b" + versionstamp(version) for version in range(1, 60)]
+UNIVERSE = sorted({*BOUNDS, *STAMPED})
+"""Every begin of a range is one of these keys, so two ranges that share a key share one of these."""
 
-keys = st.sampled_from(UNIVERSE)
+keys = st.sampled_from(BOUNDS)
+keys_to_read = keys | keys | st.sampled_from(STAMPED[:8])
 ordered_ranges = st.tuples(keys, st.none() | keys).filter(lambda bounds: bounds[1] is None or bounds[0] <= bounds[1])
 mutations = st.one_of(
-    st.builds(Mutation, st.just(Op.SET), keys, st.binary(max_size=1)),
+    st.builds(Mutation, st.sampled_from([Op.SET, Op.ADD, Op.BYTE_MIN, Op.COMPARE_AND_CLEAR]), keys, st.just(b"1")),
     st.builds(Mutation, st.just(Op.CLEAR), keys, st.none()),
+    st.just(Mutation(Op.SET_VERSIONSTAMPED_KEY, b"b" + b"?" * 10 + b"\1\0\0\0", b"")),
+    keys.map(lambda key: Mutation(Op.SET_VERSIONSTAMPED_VALUE, key, b"?" * 10 + b"\0\0\0\0")),
     ordered_ranges.map(lambda bounds: Mutation(Op.CLEAR_RANGE, *bounds)),
 )
 requests = st.builds(
     Request,
-    st.lists(keys, max_size=2).map(tuple),
+    st.lists(keys_to_read, max_size=2).map(tuple),
     st.lists(ordered_ranges, max_size=1).map(tuple),
     st.lists(ordered_ranges, max_size=1).map(tuple),
     st.lists(mutations, max_size=2).map(tuple),
@@ -66,11 +72,14 @@ def keys_read(request: Request) -> set[bytes]:
     return set(request.read_keys).union(*map(covered, request.read_ranges))
 
 
-def keys_written(request: Request) -> set[bytes]:
+def keys_written(request: Request, version: int) -> set[bytes]:
     """Said again here, so that an omission in the resolver's own list of writes shows."""
     written = set().union(*map(covered, request.write_ranges))
     for op, key, operand in request.mutations:
-        written |= covered((key, operand)) if op == Op.CLEAR_RANGE else {key}
+        if op == Op.SET_VERSIONSTAMPED_KEY:
+            written.add(b"b" + versionstamp(version))
+        else:
+            written |= covered((key, operand)) if op == Op.CLEAR_RANGE else {key}
     return written
 
 
@@ -91,7 +100,7 @@ class Model:
             return "rejected"
         if any(keys_read(request) & written for written in self.written[read_version:]):
             return "conflict"
-        self.written.append(keys_written(request))
+        self.written.append(keys_written(request, self.version + 1))
         return "committed"
 
 
@@ -230,7 +239,7 @@ def test_i8_commits_that_are_no_longer_stored_raise_the_floor_and_hide_no_confli
     missing = {version for _, version, _, _ in commits} - {version for _, version, _, _ in kept}
     assert rebuilt.floor == max(missing, default=0)
     for _, version, payload, _ in commits:
-        for key in keys_written(codec.decode(payload)):
+        for key in keys_written(codec.decode(payload), version):
             if version > rebuilt.floor:
                 assert rebuilt.conflicts(version - 1, [key], [])
     assert [mark.version for mark in marks][-1:] == ([durable] if durable > rebuilt.floor else [])

@@ -1,0 +1,230 @@
+"""Every call ends in an exit code that says what happened, and under `-o json` in one JSON document, failure or not."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psycopg
+import pytest
+from typer._click.core import Command, Context
+from typer.core import TyperGroup
+
+from pgcoord_cli import cli as program
+from pgcoord_cli import errors
+from pgcoord_cli.commands.framework import EXIT_CODES
+from pgcoord_cli.errors import PgcoordError
+from pgcoord_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import Cli, StartLeader
+
+REQUEST_ID = str(uuid.uuid4())
+
+ARGUMENTS = {
+    "kv get": ("key",), "kv set": ("key", "value"), "kv clear": ("key",), "kv clear-range": ("x", "y"),
+    "kv add": ("counter", "1"), "kv load": ("/dev/null",), "leader assert": ("--epoch", "1"),
+    "commit show": (REQUEST_ID,), "commit explain": (REQUEST_ID,),
+    "migrate grant": ("--reader", "postgres", "--dry-run"), "dev up": ("--server-version", "9"),
+}  # fmt: skip
+"""What a command cannot do without. A new command needs a line here only if it takes arguments."""
+
+STREAMS = {"demo", "leader run", "kv export"}
+"""Commands that print a line for each thing that happens."""
+
+OF_CONSEQUENCE = {"leader step-down"}
+"""Commands that the calls after them would not find a leader any more after."""
+
+NEED_NO_SERVER = {"migrate sql", "dev up", "dev down", "dev dsn", "dev status"}
+
+CODES = {"dev up": 1, "dev dsn": 3, "dev status": 3}
+"""What the calls end in on a database with a leader; all others end in 0."""
+
+LEADER_KEYS = {"held", "leader_addr", "epoch", "durable_version", "expires_at", "expires_in_seconds"}
+QUEUE_KEYS = {"pending", "oldest_pending_seconds"}
+
+
+class Answer(NamedTuple):
+    """What a call came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """What is on stdout, which has to be one JSON document."""
+        return json.loads(self.out)
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Runs `pgcoord …` in this process."""
+    monkeypatch.setenv("PGCOORD_DEV_DIR", str(tmp_path))
+
+    def run(*words: str) -> Answer:
+        capsys.readouterr()
+        return Answer(program.run(words), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The same, on the test's database."""
+    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
+    return offline
+
+
+def commands(command: Command, words: tuple[str, ...] = (), parent: Context | None = None) -> Iterator[str]:
+    """The names of all commands below."""
+    ctx = Context(command, parent=parent, info_name=" ".join(words))
+    if isinstance(command, TyperGroup):
+        for name in command.list_commands(ctx):
+            child = command.get_command(ctx, name)
+            assert child is not None
+            yield from commands(child, (*words, name), ctx)
+    else:
+        yield " ".join(words)
+
+
+CALLS = {
+    name: (*name.split(), *ARGUMENTS.get(name, ()))
+    for name in commands(program.root())
+    if name not in STREAMS
+}  # fmt: skip
+
+
+# Success
+
+
+def test_every_command_prints_one_document(call: Call, sql: psycopg.Connection[Any], start_leader: StartLeader) -> None:
+    start_leader("n1").wait_for("leading from")
+    assert call("kv", "set", "key", "value").code == 0
+    sql.execute("UPDATE commit_requests SET request_id = %s", [REQUEST_ID])
+    for name in [name for name in CALLS if name not in OF_CONSEQUENCE]:
+        answer = call(*CALLS[name], "-o", "json")
+        assert (name, answer.code) == (name, CODES.get(name, 0)), answer.out
+        assert isinstance(answer.document, list | dict), name
+        assert "Traceback" not in answer.err
+
+
+# Failure
+
+
+def assert_refused(answer: Answer, name: str, exit_code: int, code: str) -> None:
+    error = answer.document["error"]
+    assert error.keys() == {"code", "message", "hint"}, name
+    assert (name, answer.code, error["code"]) == (name, exit_code, code)
+    assert error["message"], name
+    assert answer.err == "", name
+
+
+def test_every_command_refuses_a_wrong_call_in_one_document(offline: Call) -> None:
+    for name, words in CALLS.items():
+        for wrong in (("--no-such-option",), ("--color", "purple"), ("--schema", 'a"b'), ("too", "many", "of", "them")):
+            assert_refused(offline(*words, *wrong, "-o", "json"), name, 2, "usage")
+    for words in ((), ("kv",), ("no-such-command",), ("kv", "no-such-command"), ("--no-such-option",)):
+        assert_refused(offline(*words, "-o", "json"), " ".join(words), 2, "usage")
+
+
+def test_every_command_says_in_one_document_that_there_is_no_server(offline: Call) -> None:
+    for name, words in CALLS.items():
+        if name not in NEED_NO_SERVER:
+            refused = offline(*words, "-o", "json", "--dsn", "host=/nowhere")
+            assert_refused(refused, name, 4, "cannot_connect")
+
+
+def test_every_way_to_ask_for_json_is_heard_where_the_call_cannot_be_parsed(
+    offline: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (
+        ("-o", "json"), ("-ojson",), ("--output", "json"), ("--output=json",), ("-qo", "json"), ("-qvojson",),
+        ("-o", "jsonl"), ("-o", "csv", "-o", "json"),
+    ):  # fmt: skip
+        for line in ((*words, "kv", "--wrong"), ("kv", *words, "get", "--wrong"), ("kv", "get", "--wrong", *words)):
+            assert_refused(offline(*line), " ".join(line), 2, "usage")
+    for line in (("kv", "--wrong", "-o", "json", "-o", "csv"), ("kv", "--wrong", "--", "-o", "json")):
+        assert offline(*line).out == ""
+    monkeypatch.setenv("PGCOORD_OUTPUT", "json")
+    for line in ((), ("kv",), ("kv", "get", "--wrong")):
+        assert_refused(offline(*line), " ".join(line), 2, "usage")
+
+
+def test_a_call_without_a_command_is_helped_on_stderr(offline: Call) -> None:
+    for words in ((), ("kv",), ("leader",)):
+        helped = offline(*words)
+        assert (helped.code, helped.out) == (2, "")
+        assert helped.err.startswith("Usage: pgcoord")
+
+
+# The status of the leader, as a runbook asks for it
+
+
+def test_the_status_is_one_document_in_every_state(
+    cli: Cli, settings: Settings, empty_settings: Settings, start_leader: StartLeader
+) -> None:
+    def status(*words: str, on: Settings = settings) -> tuple[int, Any]:
+        done = cli("leader", "status", "-o", "json", *words, settings=on)
+        return done.returncode, json.loads(done.stdout)
+
+    code, document = status()
+    assert code == 3
+    assert_status(document, held=False)
+    code, document = status(on=empty_settings)
+    assert (code, document["error"]["code"]) == (7, "schema_missing")
+    code, document = status("--dsn", "host=/nowhere")
+    assert (code, document["error"]["code"]) == (4, "cannot_connect")
+    start_leader("n1").wait_for("leading from")
+    code, document = status()
+    assert code == 0
+    assert_status(document, held=True)
+    assert (document["leader"]["leader_addr"], document["leader"]["epoch"]) == ("n1", 1)
+    assert 0 < document["leader"]["expires_in_seconds"] <= 10
+
+
+def assert_status(document: Any, *, held: bool) -> None:
+    assert document.keys() >= {"leader", "queue"}
+    assert document["leader"].keys() >= LEADER_KEYS
+    assert document["queue"].keys() >= QUEUE_KEYS
+    assert document["leader"]["held"] is held
+    assert document["queue"] == {"pending": 0, "oldest_pending_seconds": None}
+
+
+# The table of codes
+
+
+def subclasses(kind: type[PgcoordError]) -> Iterator[type[PgcoordError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        if child.__module__ == errors.__name__:
+            yield from subclasses(child)
+
+
+def test_the_drawn_hierarchy_is_the_real_one() -> None:
+    drawn = dict(re.findall(r"^ *[│├└─ ]*(\w+) +(\d*)", (errors.__doc__ or "").split("`code`")[0], re.MULTILINE))
+    for kind in subclasses(PgcoordError):
+        assert kind.__name__ in drawn
+        if number := drawn[kind.__name__]:
+            assert (kind.__name__, int(number)) == (kind.__name__, kind.exit_code)
+        else:
+            assert kind.__base__ is not None
+            assert kind.exit_code == getattr(kind.__base__, "exit_code", None)
+
+
+def test_every_exit_code_is_in_the_manual() -> None:
+    told = {*EXIT_CODES, 143}
+    assert {kind.exit_code for kind in subclasses(PgcoordError)} | {0} == told
+
+
+def test_every_kind_of_error_has_a_word_of_its_own() -> None:
+    words = [kind.__dict__["code"] for kind in subclasses(PgcoordError) if "code" in kind.__dict__]
+    assert len(words) == len(set(words))
+    assert all(re.fullmatch(r"[a-z_]+", word) for word in words)
