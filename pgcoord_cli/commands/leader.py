@@ -48,14 +48,15 @@ def run(
     seconds = duration("--ttl", minimum=MIN_TTL - 0.001)(ttl) or 0
     candidate = Candidate(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
     received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(number: int, _frame: Any) -> None:
         received.append(number)
         candidate.stop()
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.default_int_handler)
+        for again, handler in handlers.items():
+            signal.signal(again, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in handlers:
         signal.signal(number, on_signal)
     candidate.run()
     raise typer.Exit(128 + received[0] if received else 0)

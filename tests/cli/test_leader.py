@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
@@ -116,8 +117,12 @@ def hold(sql: psycopg.Connection[Any], expires_in: str) -> None:
 
 def test_a_lease_counts_until_it_runs_out(cli: Cli, sql: psycopg.Connection[Any]) -> None:
     hold(sql, "1 hour")
-    sql.execute("INSERT INTO commit_requests (request_id, epoch, read_version, payload, created_at)"
-                " SELECT gen_random_uuid(), 7, 3, '', clock_timestamp() - interval '5 seconds' FROM generate_series(1, 2)")  # fmt: skip
+    sql.execute(
+        """
+        INSERT INTO commit_requests (request_id, epoch, read_version, payload, created_at)
+        SELECT gen_random_uuid(), 7, 3, '', clock_timestamp() - interval '5 seconds' FROM generate_series(1, 2)
+        """
+    )
     document = json.loads(cli("leader", "status", "-o", "json").stdout)
     assert document["leader"]["held"] is True
     assert (document["leader"]["leader_addr"], document["leader"]["durable_version"]) == ("west-1", 3)
@@ -221,6 +226,9 @@ def test_a_watch_on_a_terminal_stays_in_its_place(settings: Settings) -> None:
     while shown.count(b"\x1b[2J\x1b[H") < 3:
         shown += os.read(ours, 65_536)
     process.send_signal(signal.SIGINT)
+    with suppress(OSError):  # how Linux says that the other end is closed
+        while os.read(ours, 65_536):
+            pass
     assert process.wait(PATIENCE) == 130
     os.close(ours)
 

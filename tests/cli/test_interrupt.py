@@ -1,0 +1,226 @@
+"""Ctrl-C and SIGTERM at the worst moments: 130 and 143, no traceback, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+
+from pgcoord_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import LeaderProcess, StartLeader
+
+PATIENCE = 30.0
+"""Seconds after which a test gives up waiting."""
+
+ENDINGS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+
+both = pytest.mark.parametrize(("number", "code", "word"), ENDINGS, ids=["SIGINT", "SIGTERM"])
+
+Session = psycopg.Connection[Any]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(settings: Settings) -> Iterator[Start]:
+    """Starts `pgcoord …` in a process of its own; kills those that are left."""
+    started: list[subprocess.Popen[str]] = []
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+
+    def run(*words: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pgcoord_cli", *words], env=clean | {"PGCOORD_DSN": settings.dsn},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def leader(start_leader: StartLeader) -> LeaderProcess:
+    """A leader that has been elected, and whose lease outlasts the test."""
+    started = start_leader("n1", "--ttl", "60s")
+    started.wait_for("leading from")
+    return started
+
+
+def until(sql: Session, condition: str) -> None:
+    """Returns as soon as the condition is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not sql.execute(f"SELECT {condition}").fetchall()[0][0]:
+        assert time.monotonic() < deadline, f"never true: {condition}"
+
+
+def session(name: str, condition: str = "true") -> str:
+    """That there is a session of that command in the test's database which fulfils a condition."""
+    return (
+        "EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()"
+        f" AND application_name = 'pgcoord/{name}' AND {condition})"
+    )
+
+
+def freeze(leader: LeaderProcess) -> None:
+    """Stops the process; returns when it stands still."""
+    leader.signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, leader.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def ending(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr, which have to be free of tracebacks."""
+    out, err = process.communicate(timeout=PATIENCE)
+    assert "Traceback" not in out + err
+    assert "Exception ignored" not in err
+    return process.returncode, out, err
+
+
+def history(sql: Session) -> list[Any]:
+    return sql.execute("SELECT epoch, leader_addr, end_reason FROM leader_history ORDER BY epoch").fetchall()
+
+
+# leader run
+
+
+@both
+def test_a_leader_releases_its_lease(
+    number: signal.Signals, code: int, word: str, leader: LeaderProcess, sql: Session
+) -> None:
+    leader.signal(number)
+    assert leader.process.wait(PATIENCE) == code
+    assert "released" in leader.wait_for("released"), word
+    assert sql.execute("SELECT term_id, leader_addr FROM leader_lease").fetchall() == [(None, None)]
+    assert history(sql) == [(1, "n1", "released")]
+    assert not any("Traceback" in line for line in leader.said)
+
+
+@both
+def test_a_candidate_that_waits_gives_up(
+    number: signal.Signals, code: int, word: str, leader: LeaderProcess, start: Start, sql: Session
+) -> None:
+    candidate = start("leader", "run", "--node-id", "n2", "-o", "json")
+    until(sql, session("leader keeper", "wait_event_type = 'Lock'"))
+    candidate.send_signal(number)
+    ended, out, err = ending(candidate)
+    assert (ended, err) == (code, ""), word
+    assert [json.loads(line)["event"] for line in out.splitlines()] == ["standing"]
+    assert history(sql) == [(1, "n1", None)]
+    assert leader.process.poll() is None
+
+
+@both
+def test_a_second_signal_breaks_off_at_once(
+    number: signal.Signals, code: int, word: str, start: Start, sql: Session, settings: Settings
+) -> None:
+    candidate = start("leader", "run", "--ttl", "60s", "-o", "json")
+    assert candidate.stdout
+    while "elected" != json.loads(candidate.stdout.readline())["event"]:
+        pass
+    with psycopg.connect(settings.dsn) as other:
+        other.execute("SELECT FROM pgcoord.leader_lease FOR UPDATE")
+        candidate.send_signal(signal.SIGTERM)
+        until(sql, session("leader keeper", "wait_event_type = 'Lock' AND query LIKE '%released%'"))
+        candidate.send_signal(number)
+        ended, out, _ = ending(candidate)
+    assert (ended, json.loads(out)["error"]["code"]) == (code, word)
+
+
+# kv set
+
+
+@both
+def test_i3_nothing_is_enqueued_by_a_write_that_still_waits_for_a_leader(
+    number: signal.Signals, code: int, word: str, start: Start, sql: Session
+) -> None:
+    write = start("kv", "set", "a", "b", "--timeout", "1h", "-o", "json")
+    until(sql, session("kv set", "state = 'idle' AND query LIKE '%AS held%'"))
+    write.send_signal(number)
+    ended, out, err = ending(write)
+    assert (ended, json.loads(out)["error"]["code"], err) == (code, word, "")
+    assert sql.execute("SELECT count(*) FROM commit_requests").fetchall() == [(0,)]
+
+
+@both
+def test_i3_a_write_that_waits_for_its_outcome_never_says_that_it_did_not_happen(
+    number: signal.Signals, code: int, word: str, start: Start, sql: Session, leader: LeaderProcess
+) -> None:
+    freeze(leader)
+    write = start("kv", "set", "a", "b", "--timeout", "1h", "-o", "json")
+    until(sql, "EXISTS (SELECT FROM commit_requests)")
+    write.send_signal(number)
+    ended, out, err = ending(write)
+    assert (ended, json.loads(out)["error"]["code"]) == (code, word)
+    assert "may have been sent already: pgcoord commit list" in err
+    leader.signal(signal.SIGCONT)
+    until(sql, "EXISTS (SELECT FROM kv WHERE key = 'a' AND value = 'b')")
+
+
+def test_ctrl_c_again_and_again_leaves_no_traceback(start: Start, sql: Session, leader: LeaderProcess) -> None:
+    freeze(leader)
+    write = start("kv", "set", "a", "b", "--timeout", "1h")
+    until(sql, "EXISTS (SELECT FROM commit_requests)")
+    while write.poll() is None:
+        write.send_signal(signal.SIGINT)
+    ended, out, _ = ending(write)
+    assert ended in (130, -signal.SIGINT)
+    assert out == ""
+
+
+# gc
+
+
+@pytest.fixture
+def held_up(sql: Session) -> Iterator[None]:
+    """Ten old requests. Whoever deletes the sixth waits for this test, until it lets go."""
+    sql.execute(
+        """
+        INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, resolved_at)
+        SELECT gen_random_uuid(), 0, 0, '', 'conflict', clock_timestamp() - interval '1 day' FROM generate_series(1, 10)
+        """
+    )
+    sql.execute(
+        """
+        CREATE FUNCTION wait_for_the_test() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_advisory_xact_lock(42);
+            RETURN old;
+        END $$
+        """
+    )
+    sql.execute(
+        "CREATE TRIGGER held_up BEFORE DELETE ON commit_requests FOR EACH ROW WHEN (old.id = 6)"
+        " EXECUTE FUNCTION wait_for_the_test()"
+    )
+    sql.execute("SELECT pg_advisory_lock(42)")
+    yield
+    sql.execute("SELECT pg_advisory_unlock_all()")
+
+
+@both
+@pytest.mark.usefixtures("held_up")
+def test_i11_the_batches_that_are_done_stay_and_the_rest_is_untouched(
+    number: signal.Signals, code: int, word: str, start: Start, sql: Session
+) -> None:
+    collecting = start("gc", "commit-requests", "--batch-size", "2", "-o", "json")
+    until(sql, session("gc", "wait_event = 'advisory'"))
+    collecting.send_signal(number)
+    ended, out, err = ending(collecting)
+    assert (ended, json.loads(out)["error"]["code"], err) == (code, word, "")
+    # The statement ended with the program: nothing goes on in its name, and nobody has to wait for it.
+    until(sql, f"NOT {session('gc')}")
+    assert [row[0] for row in sql.execute("SELECT id FROM commit_requests ORDER BY id")] == [5, 6, 7, 8, 9, 10]
+    sql.execute("SELECT pg_advisory_unlock_all()")
+    _, out, _ = ending(start("gc", "commit-requests", "-o", "json"))
+    assert json.loads(out)["commit_requests"]["deleted"] == 6

@@ -1,0 +1,486 @@
+"""The lease row and its history: who may take it, keep it and give it up, by the server's clock alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgcoord_cli.core import channels, lease
+from pgcoord_cli.core.election import Keeper, mark_leader_session, session_key
+from pgcoord_cli.core.lease import Renewal, Term
+from pgcoord_cli.core.locks import lock_key
+from pgcoord_cli.core.session import open_session
+from pgcoord_cli.core.wakeup import Wakeup, listen
+from pgcoord_cli.db.sqlfiles import sql_root
+from pgcoord_cli.settings import Settings
+
+PATIENCE = 30.0
+Conn = psycopg.Connection[Any]
+
+
+@pytest.fixture
+def conn(settings: Settings) -> Iterator[Conn]:
+    with open_session(settings, "test", writes=True) as conn:
+        yield conn
+
+
+@pytest.fixture
+def rival(settings: Settings) -> Iterator[Conn]:
+    with open_session(settings, "rival", writes=True) as conn:
+        yield conn
+
+
+@pytest.fixture(params=[0.0, 4e9], ids=["1970", "2096"])
+def wrong_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose idea of the time is wrong by decades, in either direction."""
+    monkeypatch.setattr(time, "time", lambda: request.param)
+    monkeypatch.setattr(time, "time_ns", lambda: int(request.param * 1e9))
+
+
+def take(conn: Conn, node_id: str = "a", ttl: float = 600, *, lock_held: bool = False) -> Term | None:
+    return lease.take_over(conn, "pgcoord", node_id, ttl, lock_held=lock_held)
+
+
+def taken(conn: Conn, node_id: str = "a", ttl: float = 600, *, lock_held: bool = False) -> Term:
+    term = take(conn, node_id, ttl, lock_held=lock_held)
+    assert term
+    return term
+
+
+def expire(sql: Conn) -> None:
+    """Lets the lease run out, as the server's clock would in time."""
+    sql.execute("UPDATE leader_lease SET expires_at = clock_timestamp()")
+
+
+def ends(conn: Conn) -> list[tuple[int, str, str | None]]:
+    """Epoch, who, and how it ended, oldest first."""
+    return [(row.epoch, row.leader_addr, row.end_reason) for row in reversed(lease.history(conn, None, 100))]
+
+
+def waits_for(sql: Conn, waiting: int, holder: int) -> bool:
+    """Whether one session waits for a lock of another; both are named by their pids."""
+    row = sql.execute("SELECT %s = ANY (pg_blocking_pids(%s))", [holder, waiting]).fetchone()
+    return row is not None and bool(row[0])
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+
+
+# -- taking over
+
+
+def test_a_fresh_database_has_a_lease_that_nobody_holds(conn: Conn) -> None:
+    fresh = lease.read_lease(conn)
+    assert (fresh.epoch, fresh.term_id, fresh.durable_version, fresh.held) == (0, None, 0, False)
+    assert fresh.expires_in_seconds == 0
+    assert lease.history(conn, None, 10) == []
+    assert lease.successor(conn) == "epoch 0 (nobody)"
+
+
+def test_i2_every_leadership_has_the_next_epoch_and_a_term_of_its_own(conn: Conn) -> None:
+    terms = [taken(conn, lock_held=True) for _ in range(3)]
+    assert [term.epoch for term in terms] == [1, 2, 3]
+    assert len({term.term_id for term in terms}) == 3
+    assert lease.read_lease(conn).term_id == terms[-1].term_id
+
+
+def test_a_lease_that_is_held_is_only_taken_by_whoever_has_the_lock(conn: Conn, rival: Conn) -> None:
+    first = taken(conn, "a")
+    assert take(rival, "b") is None
+    assert lease.read_lease(conn).term_id == first.term_id
+    assert ends(conn) == [(1, "a", None)], "nor is anything written into the history"
+    assert taken(rival, "b", lock_held=True).epoch == 2
+    assert lease.read_lease(conn).leader_addr == "b"
+
+
+def test_a_lease_that_ran_out_or_was_released_is_taken_without_the_lock(conn: Conn, rival: Conn, sql: Conn) -> None:
+    taken(conn, "a")
+    expire(sql)
+    second = taken(rival, "b")
+    assert lease.release(rival, "pgcoord", second, "released")
+    assert taken(conn, "c").epoch == 3
+
+
+def test_a_term_continues_from_what_the_last_one_stored(conn: Conn, sql: Conn) -> None:
+    sql.execute(
+        "UPDATE leader_lease SET durable_version = 40, conflict_floor = 30, window_start_id = 20, queue_floor_id = 25"
+    )
+    term = taken(conn)
+    assert term == (1, term.term_id, 40, 30, 20, 25)
+
+
+@pytest.mark.parametrize("lock_held", [True, False])
+def test_i2_of_two_who_take_over_at_once_the_second_judges_by_what_the_first_left(
+    conn: Conn, rival: Conn, sql: Conn, lock_held: bool
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with conn.transaction():
+            taken(conn, "a", lock_held=lock_held)
+            second = pool.submit(take, rival, "b", lock_held=lock_held)
+            until(lambda: second.done() or waits_for(sql, rival.info.backend_pid, conn.info.backend_pid))
+            assert not second.done()
+        term = second.result(PATIENCE)
+    if lock_held:
+        assert term
+        assert ends(conn) == [(1, "a", "lost"), (2, "b", None)]
+    else:
+        assert term is None
+        assert ends(conn) == [(1, "a", None)]
+
+
+def test_i7_taking_over_and_releasing_wake_whoever_waits_for_a_leader(conn: Conn, rival: Conn) -> None:
+    with closing(Wakeup()) as wakeup:
+        notifications = listen(rival, channels.leadership("pgcoord"), wakeup)
+        term = taken(conn)
+        assert notifications.wait(PATIENCE)
+        lease.renew(conn, term, 600)
+        assert not notifications.wait(0), "a renewal is no news"
+        lease.release(conn, "pgcoord", term, "released")
+        assert notifications.wait(PATIENCE)
+
+
+# -- keeping
+
+
+def test_a_renewal_extends_the_lease_from_now_on(conn: Conn) -> None:
+    term = taken(conn, ttl=600)
+    before = lease.read_lease(conn)
+    assert lease.renew(conn, term, 1_200) == Renewal.RENEWED
+    after = lease.read_lease(conn)
+    assert before.renewed_at and after.renewed_at and before.expires_at and after.expires_at
+    assert after.renewed_at > before.renewed_at
+    assert after.expires_at > before.expires_at
+    assert 600 < after.expires_in_seconds <= 1_200
+    assert after._replace(renewed_at=None, expires_at=None, expires_in_seconds=0) == before._replace(
+        renewed_at=None, expires_at=None, expires_in_seconds=0
+    )
+
+
+def test_i2_a_lease_that_ran_out_is_over_even_when_nobody_took_it(conn: Conn, sql: Conn) -> None:
+    term = taken(conn)
+    expire(sql)
+    assert lease.renew(conn, term, 600) == Renewal.OVER
+    assert not lease.read_lease(conn).held
+
+
+@pytest.mark.parametrize("column", ["epoch = epoch + 1", "term_id = gen_random_uuid()", "term_id = NULL"])
+def test_i2_a_renewal_checks_epoch_and_term(conn: Conn, sql: Conn, column: str) -> None:
+    term = taken(conn)
+    sql.execute(f"UPDATE leader_lease SET {column}")
+    before = lease.read_lease(conn)
+    assert lease.renew(conn, term, 600) == Renewal.OVER
+    assert lease.read_lease(conn).expires_at == before.expires_at
+
+
+def test_i12_a_renewal_that_had_to_wait_judges_by_the_time_at_which_it_goes_on(
+    conn: Conn, rival: Conn, sql: Conn
+) -> None:
+    """The lease ran out while the renewal waited for the row."""
+    term = taken(conn)
+    with ThreadPoolExecutor(1) as pool:
+        with rival.transaction():
+            rival.execute("UPDATE leader_lease SET expires_at = clock_timestamp()")
+            renewal = pool.submit(lease.renew, conn, term, 600)
+            until(lambda: renewal.done() or waits_for(sql, conn.info.backend_pid, rival.info.backend_pid))
+            assert not renewal.done()
+        assert renewal.result(PATIENCE) == Renewal.OVER
+
+
+def test_a_leader_hears_with_its_next_renewal_that_it_shall_step_down(conn: Conn, rival: Conn) -> None:
+    assert lease.ask_to_step_down(rival, "pgcoord") is None
+    term = taken(conn, "a")
+    assert lease.ask_to_step_down(rival, "pgcoord") == (1, "a")
+    assert lease.renew(conn, term, 600) == Renewal.STEP_DOWN
+    lease.release(conn, "pgcoord", term, Renewal.STEP_DOWN)
+    successor = taken(rival, "b")
+    assert lease.renew(rival, successor, 600) == Renewal.RENEWED, "only the leader of that epoch was asked"
+    assert ends(conn) == [(1, "a", "stepped down"), (2, "b", None)]
+
+
+# -- giving up
+
+
+def test_a_released_lease_is_free_at_once(conn: Conn) -> None:
+    term = taken(conn, "a")
+    assert lease.release(conn, "pgcoord", term, "released")
+    free = lease.read_lease(conn)
+    assert (free.epoch, free.term_id, free.leader_addr, free.held, free.expires_in_seconds) == (1, None, None, False, 0)
+    assert lease.renew(conn, term, 600) == Renewal.OVER
+    assert lease.successor(conn) == "epoch 1 (nobody)"
+
+
+def test_i2_a_superseded_leader_cannot_release_its_successors_lease(conn: Conn, rival: Conn) -> None:
+    old = taken(conn, "a")
+    taken(rival, "b", lock_held=True)
+    assert not lease.release(conn, "pgcoord", old, "released")
+    assert lease.read_lease(conn).leader_addr == "b"
+    assert ends(conn) == [(1, "a", "lost"), (2, "b", None)]
+
+
+def test_a_lease_is_released_once(conn: Conn) -> None:
+    term = taken(conn)
+    assert lease.release(conn, "pgcoord", term, "released")
+    assert not lease.release(conn, "pgcoord", term, "again")
+    assert ends(conn) == [(1, "a", "released")]
+
+
+# -- history
+
+
+def test_the_history_tells_how_every_leadership_ended_and_what_it_committed(conn: Conn, sql: Conn) -> None:
+    def commit(number: int) -> None:
+        sql.execute("UPDATE leader_lease SET durable_version = durable_version + %s", [number])
+
+    first = taken(conn, "a")
+    commit(5)
+    lease.release(conn, "pgcoord", first, "released")
+    taken(conn, "b")
+    commit(2)
+    expire(sql)
+    taken(conn, "c")
+    taken(conn, "d", lock_held=True)
+    commit(1)
+    rows = list(reversed(lease.history(conn, None, 100)))
+    assert [(row.epoch, row.leader_addr, row.end_reason) for row in rows] == [
+        (1, "a", "released"),
+        (2, "b", "expired"),
+        (3, "c", "lost"),
+        (4, "d", None),
+    ]
+    assert [(row.first_version, row.last_version) for row in rows] == [(1, 5), (6, 7), (8, 7), (8, 8)]
+    for row, following in zip(rows, rows[1:], strict=False):
+        assert row.ended_at is not None
+        assert row.acquired_at <= row.ended_at <= following.acquired_at
+    assert rows[-1].ended_at is None
+
+
+def test_a_leadership_that_was_released_is_not_called_expired_later(conn: Conn) -> None:
+    lease.release(conn, "pgcoord", taken(conn, "a"), "released")
+    taken(conn, "b")
+    assert ends(conn) == [(1, "a", "released"), (2, "b", None)]
+
+
+def test_the_history_can_be_cut_by_number_and_by_age(conn: Conn, sql: Conn) -> None:
+    for name in "abc":
+        taken(conn, name, lock_held=True)
+    assert [row.leader_addr for row in lease.history(conn, None, 2)] == ["c", "b"]
+    sql.execute("UPDATE leader_history SET ended_at = ended_at - interval '1 hour' WHERE leader_addr = 'a'")
+    assert [row.leader_addr for row in lease.history(conn, 1_800, 10)] == ["c", "b"]
+
+
+# -- rule I12
+
+
+@pytest.mark.usefixtures("wrong_clock")
+def test_i12_no_decision_about_the_lease_depends_on_the_clients_clock(conn: Conn, rival: Conn, sql: Conn) -> None:
+    term = taken(conn, "a", 600)
+    assert lease.read_lease(conn).held
+    assert 0 < lease.read_lease(conn).expires_in_seconds <= 600
+    assert take(rival, "b") is None
+    assert lease.renew(conn, term, 600) == Renewal.RENEWED
+    found = sql.execute(
+        "SELECT acquired_at <= renewed_at, renewed_at <= clock_timestamp(), expires_at > clock_timestamp(),"
+        " expires_at <= clock_timestamp() + interval '600 seconds' FROM leader_lease"
+    ).fetchone()
+    assert found == (True, True, True, True)
+    expire(sql)
+    assert lease.renew(conn, term, 600) == Renewal.OVER
+    assert taken(rival, "b").epoch == 2
+
+
+@pytest.mark.usefixtures("wrong_clock")
+def test_i12_a_keeper_with_a_wrong_clock_is_elected_and_keeps_its_lease(settings: Settings, sql: Conn) -> None:
+    with keeper_of(settings, ttl=1.0) as keeper:
+        for _ in range(3):
+            renewed_at = one(sql, "SELECT renewed_at FROM leader_lease")
+            until(lambda seen=renewed_at: one(sql, "SELECT renewed_at > %s FROM leader_lease", seen))
+        assert keeper.over is None
+        assert one(sql, "SELECT epoch FROM leader_lease") == 1
+
+
+def test_i12_nothing_reads_the_clients_calendar_or_the_start_of_a_transaction_for_the_time() -> None:
+    """`now()` is the time at which a transaction began, which may be long before what it decides."""
+    program = Path(lease.__file__).parent
+    for file in sorted(program.glob("*.py")):
+        assert not re.search(r"\btime\.time\(|\bdatetime\.(now|utcnow|today)\(", file.read_text()), file
+    for file in sorted(sql_root().rglob("*/*.sql")):
+        assert not re.search(r"(?i)\bnow\(\)|\bcurrent_timestamp\b|\btransaction_timestamp\b", file.read_text()), file
+
+
+# -- the keeper: election lock, lease, and the sessions of whoever led before
+
+
+def one(sql: Conn, text: str, *parameters: object) -> Any:
+    """The one value that a query gives."""
+    row = sql.execute(text, parameters).fetchone()
+    assert row
+    return row[0]
+
+
+@contextmanager
+def keeper_of(settings: Settings, ttl: float = 600, *, elected: bool = True) -> Iterator[Keeper]:
+    """A keeper that stands for election, and by default has won; it is stopped in the end."""
+    with closing(Wakeup()) as wakeup:
+        keeper = Keeper(settings, "keeper", ttl, wakeup)
+        keeper.start()
+        try:
+            if elected:
+                until(lambda: wakeup.wait(0.1) or keeper.term or keeper.over)
+                assert keeper.term, keeper.over
+            yield keeper
+        finally:
+            keeper.stop()
+
+
+def election_lock(conn: Conn) -> None:
+    conn.execute("SELECT pg_advisory_lock($1)", [lock_key("pgcoord", "election")])
+
+
+def keeper_pid(sql: Conn) -> int | None:
+    row = sql.execute("SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/leader keeper'").fetchone()
+    return row[0] if row else None
+
+
+def is_alive(sql: Conn, pid: int) -> bool:
+    return bool(one(sql, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)", pid))
+
+
+def test_a_keeper_whose_lock_is_free_leads_at_once_however_long_the_old_lease_has_to_run(
+    settings: Settings, conn: Conn, sql: Conn
+) -> None:
+    """The session of the leader before is gone, so it is dead."""
+    taken(conn, "dead", 600)
+    with keeper_of(settings):
+        assert ends(conn) == [(1, "dead", "lost"), (2, "keeper", None)]
+    assert ends(conn)[-1] == (2, "keeper", "released")
+    assert one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+
+
+def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(settings: Settings, conn: Conn, sql: Conn) -> None:
+    election_lock(conn)
+    mark_leader_session(conn, "pgcoord")
+    taken(conn, "leader", 600)
+    mine = conn.info.backend_pid
+    with keeper_of(settings, elected=False) as keeper:
+        until(lambda: (pid := keeper_pid(sql)) and waits_for(sql, pid, mine))
+        assert keeper.term is None
+        assert is_alive(sql, mine)
+        conn.close()
+        until(lambda: keeper.term)
+    assert ends(sql_as_program(settings)) == [(1, "leader", "lost"), (2, "keeper", "released")]
+
+
+def sql_as_program(settings: Settings) -> Conn:
+    return open_session(settings, "test", writes=True)
+
+
+def test_i2_a_keeper_ends_the_sessions_of_a_leader_whose_lease_ran_out(
+    settings: Settings, conn: Conn, rival: Conn, sql: Conn
+) -> None:
+    """They are frozen or cut off, and hold who knows what: here, a row that the next leader needs."""
+    election_lock(conn)
+    for session in (conn, rival):
+        mark_leader_session(session, "pgcoord")
+    taken(conn, "frozen", 600)
+    rival.execute("BEGIN")
+    rival.execute("LOCK TABLE kv")
+    expire(sql)
+    with keeper_of(settings):
+        assert not any(is_alive(sql, session.info.backend_pid) for session in (conn, rival))
+        sql.execute("SELECT FROM kv")
+
+
+def test_a_keeper_leaves_a_faster_candidate_alone(settings: Settings, conn: Conn, sql: Conn) -> None:
+    """One that has just got the election lock, and not yet taken the lease, which ran out."""
+    taken(conn, "dead", 600)
+    expire(sql)
+    election_lock(conn)
+    with keeper_of(settings):
+        assert is_alive(sql, conn.info.backend_pid)
+        assert one(sql, "SELECT leader_addr FROM leader_lease") == "keeper"
+
+
+def test_a_keeper_elected_without_the_lock_takes_it_when_it_becomes_free(
+    settings: Settings, conn: Conn, sql: Conn
+) -> None:
+    election_lock(conn)
+    with keeper_of(settings, ttl=1.0):
+        pid = keeper_pid(sql)
+        conn.close()
+        until(
+            lambda: one(
+                sql,
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid = %s"
+                " AND mode = 'ExclusiveLock'",
+                pid,
+            )
+        )
+
+
+def test_a_keeper_stops_while_it_stands_for_election(settings: Settings, conn: Conn, sql: Conn) -> None:
+    election_lock(conn)
+    taken(conn, "leader", 600)
+    with keeper_of(settings, elected=False) as keeper:
+        until(lambda: (pid := keeper_pid(sql)) and waits_for(sql, pid, conn.info.backend_pid))
+    assert not keeper.is_alive()
+    assert keeper.term is None
+    assert lease.read_lease(conn).leader_addr == "leader"
+
+
+def test_i2_a_keeper_that_was_superseded_says_so_and_is_not_trusted(settings: Settings, conn: Conn) -> None:
+    with keeper_of(settings, ttl=1.0) as keeper:
+        assert keeper.is_trusted()
+        taken(conn, "usurper", lock_held=True)
+        until(lambda: keeper.over)
+        assert keeper.over == "superseded by epoch 2 (usurper)"
+        assert not keeper.is_trusted()
+    assert lease.read_lease(conn).leader_addr == "usurper"
+
+
+def test_i2_a_keeper_that_is_stopped_before_it_noticed_does_not_claim_to_have_released(
+    settings: Settings, conn: Conn
+) -> None:
+    with keeper_of(settings, ttl=600) as keeper:
+        taken(conn, "usurper", lock_held=True)
+    assert keeper.over == "superseded by epoch 2 (usurper)"
+
+
+def test_a_keeper_whose_session_was_ended_says_so(settings: Settings, sql: Conn) -> None:
+    with keeper_of(settings, ttl=600) as keeper:
+        sql.execute("SELECT pg_terminate_backend(%s)", [keeper_pid(sql)])
+        until(lambda: keeper.over)
+        assert "connection lost" in (keeper.over or "")
+        assert not keeper.is_trusted()
+
+
+def test_a_keeper_gives_back_what_it_opened(settings: Settings) -> None:
+    """A leader makes one for each term, and one a second while the server is down."""
+    unreachable = Settings(dsn="host=/nowhere connect_timeout=1")
+    with keeper_of(settings):
+        pass
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(5):
+        with keeper_of(settings):
+            pass
+        with keeper_of(unreachable, elected=False) as keeper:
+            until(lambda waiting=keeper: waiting.over)
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_two_schemas_have_two_elections() -> None:
+    assert lock_key("one", "election") != lock_key("two", "election")
+    assert session_key("one") != session_key("two") != lock_key("two", "election")
