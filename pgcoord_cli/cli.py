@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from threading import Event
+from types import FrameType
+from typing import NoReturn
 
 import typer
 from typer._click.exceptions import ClickException, NoArgsIsHelpError
@@ -42,6 +44,10 @@ CATALOGUE = {
     "bench": "Measure how many commits a second this database does.",
     "demo": "Show the whole thing at work on a throw-away PostgreSQL.",
 }
+
+
+_terminated = Event()
+"""Set by SIGTERM."""
 
 
 def root() -> RootGroup:
@@ -86,7 +92,7 @@ def _failure(error: BaseException) -> PgcoordError:
         return UsageError(error.format_message(), hint=f"see: {ctx.command_path} --help" if ctx else None)
     if isinstance(error, OSError):
         return PgcoordError(str(error) or type(error).__name__)
-    return interruption(error)
+    return interruption(Termination() if _terminated.is_set() else error)
 
 
 _OUTPUT_WORD = re.compile(r"--output(?:=(.*))?|-[a-zA-Z]*?o(.*)", re.DOTALL)
@@ -136,8 +142,14 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _terminate(_number: int, _frame: Any) -> None:
-    raise Termination
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Does what Ctrl-C would do at this moment: asyncio cancels its main task then, and raises afterwards."""
+    _terminated.set()
+    interrupt = signal.getsignal(signal.SIGINT)
+    if callable(interrupt) and interrupt is not signal.default_int_handler:
+        interrupt(number, frame)
+    else:
+        raise Termination
 
 
 def _flush(code: int) -> int:

@@ -1,8 +1,8 @@
 """Many keys at once: loading them from JSON lines, and exporting them.
 
-**Load.** Lines are written in batches, a transaction each. Under a reserved key that names the file's contents, the
-same transaction writes how many bytes of it are done, so that the mark and the data can never disagree. A load of the same
-contents goes on behind the mark; when everything is loaded, the mark is removed. Keys that begin with 0xff are
+**Load.** Lines are written in batches, a transaction each. The same transaction writes, under a reserved key that names
+the file's contents, how many bytes of it are done, so that the mark and the data can never disagree. A load of the
+same contents goes on behind the mark; when everything is loaded, the mark is removed. Keys that begin with 0xff are
 reserved for such marks, and an export leaves them out.
 
 **Export.** One snapshot, read a page at a time: a page begins behind the last key of the one before.

@@ -59,6 +59,8 @@ class Op(IntEnum):
     SET_VERSIONSTAMPED_VALUE = 14
 
 
+_OPERATIONS = {op.value: op for op in Op}
+
 LAST_OPERATION = {1: Op.CLEAR_RANGE, 2: Op.SET_VERSIONSTAMPED_VALUE}
 """The last operation that each format version knows."""
 
@@ -130,12 +132,9 @@ def _unpack(body: bytes) -> Any:
 def _request(fields: Any) -> Request:
     if not isinstance(fields, tuple) or len(fields) != len(Request._fields):
         raise Undecodable("the payload is not an array of four")
-    keys, reads, writes, mutations = (_array(field) for field in fields)
+    keys, reads, writes, mutations = map(_array, fields)
     return Request(
-        tuple(_key(key) for key in keys),
-        tuple(_range(item) for item in reads),
-        tuple(_range(item) for item in writes),
-        tuple(_mutation(item) for item in mutations),
+        tuple(map(_key, keys)), tuple(map(_range, reads)), tuple(map(_range, writes)), tuple(map(_mutation, mutations))
     )
 
 
@@ -164,10 +163,9 @@ def _mutation(item: Any) -> Mutation:
     op, key, operand = item
     if type(op) is not int:  # it may be nested so deeply that even printing it fails
         raise Undecodable("the kind of a mutation is not a number")
-    try:
-        known = Op(op)
-    except ValueError:
-        raise Undecodable(f"mutation {op} is unknown") from None
+    known = _OPERATIONS.get(op)
+    if known is None:
+        raise Undecodable(f"mutation {op} is unknown")
     return Mutation(known, _key(key), None if operand is None else _key(operand))
 
 

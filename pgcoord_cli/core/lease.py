@@ -6,7 +6,9 @@ restored from a backup, which hands out an epoch for the second time, still fenc
 
 **Taking over.** Whoever holds the election lock may take the lease at once, because the session of the leader
 before is gone. Without the lock, the lease has to have run out by the server's clock. Either way the
-previous leadership is closed in `leader_history` in the same statement.
+previous leadership is closed in `leader_history` in the same statement. That one is sent together with another that
+locks the row before: its snapshot is then later than whatever it had to wait for, and a candidate that freezes
+leaves no transaction open half way.
 
 **Renewing** extends a lease that is still this term's and has not run out. A lease that has run out is over even when
 nobody took it: the leader stands for election again.
@@ -65,8 +67,10 @@ def read_lease(conn: Connection[Any]) -> Lease:
 
 def take_over(conn: Connection[Any], schema: str, node_id: str, ttl: float, *, lock_held: bool) -> Term | None:
     """Begins a new leadership; None when the lease is held and the election lock is not ours. `ttl` in seconds."""
-    arguments = [node_id, ttl, lock_held, channels.leadership(schema)]
-    row = conn.execute(sql("lease", "take_over"), arguments).fetchone()
+    with conn.pipeline():
+        conn.execute(sql("lease", "lock_lease"))
+        taken = conn.execute(sql("lease", "take_over"), [node_id, ttl, lock_held, channels.leadership(schema)])
+    row = taken.fetchone()
     return Term(*row[:-1]) if row else None
 
 

@@ -134,7 +134,7 @@ class WriteSet:
     """The net effect of mutations, taken in commit order."""
 
     def __init__(self) -> None:
-        self._cleared = SortedDict()
+        self._cleared: SortedDict | None = None  # made when first needed: most write sets clear no range
         self._decided: dict[bytes, Bytes] = {}
         self._undecided: dict[bytes, list[Mutation]] = {}
         self._ordered: SortedSet | None = None
@@ -145,7 +145,7 @@ class WriteSet:
     @property
     def ranges(self) -> list[Range]:
         """Ranges to remove first; they neither overlap nor touch."""
-        return list(self._cleared.items())
+        return list(self._cleared.items()) if self._cleared else []
 
     @property
     def undecided(self) -> list[bytes]:
@@ -193,6 +193,8 @@ class WriteSet:
 
     def _join(self, begin: bytes, end: Bytes) -> None:
         """Adds a range to the cleared ones, made one with those that it meets."""
+        if self._cleared is None:
+            self._cleared = SortedDict()
         place = self._cleared.bisect_right(begin) - 1
         if place >= 0:
             before, its_end = self._cleared.peekitem(place)
@@ -203,6 +205,8 @@ class WriteSet:
         self._cleared[begin] = end
 
     def _is_cleared(self, key: bytes) -> bool:
+        if not self._cleared:
+            return False
         place = self._cleared.bisect_right(key) - 1
         return place >= 0 and covers(self._cleared.peekitem(place), key)
 

@@ -80,14 +80,17 @@ class Verdict(NamedTuple):
 
 def writes_of(request: Request) -> tuple[list[bytes], list[Range]]:
     """The keys and the ranges that later reads are checked against; of a request whose versionstamps are in. Pure."""
-    keys = [mutation.key for mutation in request.mutations if mutation.op != Op.CLEAR_RANGE]
-    ranges = [(mutation.key, mutation.operand) for mutation in request.mutations if mutation.op == Op.CLEAR_RANGE]
+    keys = [key for op, key, _ in request.mutations if op != Op.CLEAR_RANGE]
+    ranges = [(key, end) for op, key, end in request.mutations if op == Op.CLEAR_RANGE]
     return keys, [*ranges, *request.write_ranges]
 
 
 def with_stamps(request: Request, version: int) -> Request:
     """The request as its commit version makes it: versionstamped mutations have become plain ones. Pure."""
-    if all(mutation.op < Op.SET_VERSIONSTAMPED_KEY for mutation in request.mutations):
+    for mutation in request.mutations:
+        if mutation.op >= Op.SET_VERSIONSTAMPED_KEY:
+            break
+    else:
         return request
     return request._replace(mutations=tuple(mutations.stamped(m, version) for m in request.mutations))
 

@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from pgcoord_cli.core import codec
 from pgcoord_cli.core.codec import Mutation, Op, Range, Request, Undecodable
-from pgcoord_cli.core.mutations import WriteSet, versionstamp
+from pgcoord_cli.core.mutations import WriteSet, fold, versionstamp
 from pgcoord_cli.core.snapshots import RangeRead, Rows, Snapshot, SnapshotReader, Wanted
 from pgcoord_cli.core.submissions import Outcome, Submission, Submitter
 from pgcoord_cli.core.watches import Watch, Watcher
@@ -99,7 +99,7 @@ class Transaction:
         self._compared_ranges: set[RangeRead] = set()
         self._write_ranges: list[Range] = []
         self._mutations: list[Mutation] = []
-        self._write_set = WriteSet()
+        self._write_set: WriteSet | None = None
         self._unreadable: set[bytes] = set()
         self._watches: list[Watch] = []
         self._committed: int | None = None
@@ -122,17 +122,28 @@ class Transaction:
         """The value of a key, as this transaction would leave it; None when there is none."""
         if key in self._unreadable:
             raise Rejected("the key holds this commit's versionstamp: it can be read after the commit")
-        decided, value = self._write_set.lookup(key)
-        if decided:
-            return value
+        own = self._own_writes()
+        if own:
+            decided, value = own.lookup(key)
+            if decided:
+                return value
         if key not in self._values:
-            with checked():
+            try:
                 codec.check_key(key)
+            except Undecodable as error:
+                raise refusal(error) from None
             await self._extend((key,), ())
         if not snapshot:
             self._read_keys[key] = None
         stored = self._values[key]
-        return self._write_set.value(key, stored) if self._mutations else stored
+        return own.value(key, stored) if own else stored
+
+    def _own_writes(self) -> WriteSet | None:
+        """The net effect of what was written so far; folded only when somebody reads after writing."""
+        if self._mutations and self._write_set is None:
+            # What versionstamped mutations write is known only to the commit.
+            self._write_set = fold(m for m in self._mutations if m.op < Op.SET_VERSIONSTAMPED_KEY)
+        return self._write_set
 
     async def get_range(
         self,
@@ -163,9 +174,10 @@ class Transaction:
         if not snapshot:
             self._read_ranges[interval.seen(rows)] = None
             self._compared_ranges.add(interval)
-        if not self._mutations:
+        own = self._own_writes()
+        if own is None:
             return list(rows)
-        return sorted(self._write_set.over(dict(rows), first, last).items(), reverse=reverse)[:limit]
+        return sorted(own.over(dict(rows), first, last).items(), reverse=reverse)[:limit]
 
     async def get_key(self, selector: KeySelector, *, snapshot: bool = False) -> bytes | None:
         """The key that a selector points at; b"" before the first key, None past the last."""
@@ -293,14 +305,17 @@ class Transaction:
 
     def _mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
         mutation = Mutation(op, key, operand)
-        with checked():
+        try:
             codec.check_mutation(mutation)
+        except Undecodable as error:
+            raise refusal(error) from None
         self._mutations.append(mutation)
-        if op < Op.SET_VERSIONSTAMPED_KEY:  # what those write is known only to the commit
-            self._write_set.add(mutation)
-            self._unreadable.discard(key)
-        elif op == Op.SET_VERSIONSTAMPED_VALUE:
+        if op == Op.SET_VERSIONSTAMPED_VALUE:
             self._unreadable.add(key)
+        elif op < Op.SET_VERSIONSTAMPED_KEY:
+            self._unreadable.discard(key)
+            if self._write_set is not None:
+                self._write_set.add(mutation)
 
     # -- ending
 
@@ -331,8 +346,10 @@ class Transaction:
         request = Request(
             tuple(self._read_keys), tuple(self._read_ranges), tuple(self._write_ranges), tuple(self._mutations)
         )
-        with checked():
+        try:
             payload = codec.encode(request)
+        except Undecodable as error:
+            raise refusal(error) from None
         submission = Submission(uuid4(), snapshot.epoch, snapshot.version, payload)
         return committed_version(await self._submitter.submit(submission, self._commit_seconds))
 
@@ -350,7 +367,12 @@ def checked() -> Iterator[None]:
     try:
         yield
     except Undecodable as error:
-        raise _LIMITS.get(type(error), Rejected)(str(error)) from None
+        raise refusal(error) from None
+
+
+def refusal(error: Undecodable) -> Rejected:
+    """The Rejected that says which limit it was."""
+    return _LIMITS.get(type(error), Rejected)(str(error))
 
 
 def committed_version(outcome: Outcome) -> int:

@@ -33,25 +33,29 @@ SELECT pg_advisory_lock_shared($1::bigint);
 -- Has this session's commits wait for the disk where its default would not; any stronger default stays.
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
 
+-- name: lock_lease
+-- Waits until nobody else is changing the lease, so that the next statement of the transaction sees what they left.
+SELECT FROM leader_lease WHERE id = 1 FOR UPDATE;
+
 -- name: take_over
 -- Begins a new leadership: next epoch, new term, closing the one before. No row: the lease is held and unexpired, and the lock is not ours.
 WITH previous AS (
-    SELECT * FROM leader_lease WHERE id = 1 FOR UPDATE
+    SELECT *, clock_timestamp() AS moment FROM leader_lease WHERE id = 1 FOR UPDATE
 ), closed AS (
     UPDATE leader_history AS history
-       SET ended_at = clock_timestamp(), last_version = previous.durable_version,
-           end_reason = CASE WHEN previous.expires_at <= clock_timestamp() THEN 'expired' ELSE 'lost' END
+       SET ended_at = previous.moment, last_version = previous.durable_version,
+           end_reason = CASE WHEN previous.expires_at <= previous.moment THEN 'expired' ELSE 'lost' END
       FROM previous
      WHERE history.term_id = previous.term_id AND history.ended_at IS NULL
-       AND ($3::boolean OR previous.expires_at <= clock_timestamp())
+       AND ($3::boolean OR previous.expires_at <= previous.moment)
 ), taken AS (
     UPDATE leader_lease AS lease
        SET epoch = previous.epoch + 1, term_id = gen_random_uuid(), leader_addr = $1::text,
-           acquired_at = clock_timestamp(), renewed_at = clock_timestamp(),
-           expires_at = clock_timestamp() + make_interval(secs => $2::double precision)
+           acquired_at = previous.moment, renewed_at = previous.moment,
+           expires_at = previous.moment + make_interval(secs => $2::double precision)
       FROM previous
      WHERE lease.id = previous.id
-       AND ($3::boolean OR previous.term_id IS NULL OR previous.expires_at <= clock_timestamp())
+       AND ($3::boolean OR previous.term_id IS NULL OR previous.expires_at <= previous.moment)
     RETURNING lease.*
 ), opened AS (
     INSERT INTO leader_history (epoch, term_id, leader_addr, acquired_at, first_version)

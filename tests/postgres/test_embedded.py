@@ -537,9 +537,8 @@ class TestThrowAway:
             f"    pathlib.Path({str(temporary)!r}, 'ready').touch()\n"
             "    signal.pause()\n"
         )
-        with subprocess.Popen(
-            [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, process_group=0
-        ) as process:
+        process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, process_group=0)
+        try:
             deadline = time.monotonic() + 30
             while not list(temporary.glob(moment)):
                 assert time.monotonic() < deadline
@@ -551,6 +550,9 @@ class TestThrowAway:
                     break
                 os.killpg(process.pid, signal.SIGINT)
             _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.communicate()
         assert "KeyboardInterrupt" in said
         assert servers_below(temporary) == []
         assert list(temporary.glob("pgcoord-*")) == []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ Conn = psycopg.Connection[Any]
 
 @pytest.fixture
 def conn(settings: Settings) -> Iterator[Conn]:
-    with open_session(settings, "test", writes=True) as conn:
+    with closing(open_session(settings, "test", writes=True)) as conn:
         yield conn
 
 
 @pytest.fixture
 def rival(settings: Settings) -> Iterator[Conn]:
-    with open_session(settings, "rival", writes=True) as conn:
+    with closing(open_session(settings, "rival", writes=True)) as conn:
         yield conn
 
 
@@ -262,7 +263,7 @@ def test_the_history_tells_how_every_leadership_ended_and_what_it_committed(conn
         (4, "d", None),
     ]
     assert [(row.first_version, row.last_version) for row in rows] == [(1, 5), (6, 7), (8, 7), (8, 8)]
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in pairwise(rows):
         assert row.ended_at is not None
         assert row.acquired_at <= row.ended_at <= following.acquired_at
     assert rows[-1].ended_at is None
@@ -307,7 +308,7 @@ def test_i12_a_keeper_with_a_wrong_clock_is_elected_and_keeps_its_lease(settings
     with keeper_of(settings, ttl=1.0) as keeper:
         for _ in range(3):
             renewed_at = one(sql, "SELECT renewed_at FROM leader_lease")
-            until(lambda seen=renewed_at: one(sql, "SELECT renewed_at > %s FROM leader_lease", seen))
+            until(partial(one, sql, "SELECT renewed_at > %s FROM leader_lease", renewed_at))
         assert keeper.over is None
         assert one(sql, "SELECT epoch FROM leader_lease") == 1
 
@@ -339,7 +340,7 @@ def keeper_of(settings: Settings, ttl: float = 600, *, elected: bool = True) -> 
         keeper.start()
         try:
             if elected:
-                until(lambda: wakeup.wait(0.1) or keeper.term or keeper.over)
+                wakeup.wait(PATIENCE)
                 assert keeper.term, keeper.over
             yield keeper
         finally:
@@ -370,7 +371,9 @@ def test_a_keeper_whose_lock_is_free_leads_at_once_however_long_the_old_lease_ha
     assert one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
 
 
-def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(settings: Settings, conn: Conn, sql: Conn) -> None:
+def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(
+    settings: Settings, conn: Conn, rival: Conn, sql: Conn
+) -> None:
     election_lock(conn)
     mark_leader_session(conn, "pgcoord")
     taken(conn, "leader", 600)
@@ -381,11 +384,7 @@ def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(settings: Setting
         assert is_alive(sql, mine)
         conn.close()
         until(lambda: keeper.term)
-    assert ends(sql_as_program(settings)) == [(1, "leader", "lost"), (2, "keeper", "released")]
-
-
-def sql_as_program(settings: Settings) -> Conn:
-    return open_session(settings, "test", writes=True)
+    assert ends(rival) == [(1, "leader", "lost"), (2, "keeper", "released")]
 
 
 def test_i2_a_keeper_ends_the_sessions_of_a_leader_whose_lease_ran_out(
@@ -472,13 +471,17 @@ def test_a_keeper_gives_back_what_it_opened(settings: Settings) -> None:
     unreachable = Settings(dsn="host=/nowhere connect_timeout=1")
     with keeper_of(settings):
         pass
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = open_files(), threading.active_count()
     for _ in range(5):
         with keeper_of(settings):
             pass
         with keeper_of(unreachable, elected=False) as keeper:
-            until(lambda waiting=keeper: waiting.over)
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+            until(partial(getattr, keeper, "over"))
+    assert (open_files(), threading.active_count()) == before
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_two_schemas_have_two_elections() -> None:

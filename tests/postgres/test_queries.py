@@ -92,6 +92,7 @@ EXPECTED = {
     "lease.make_commits_durable": Shape("", "set_config text"),
     "lease.terminate_holders": Shape("bigint", "pid integer, terminated boolean"),
     "lease.share_session_lock": Shape("bigint", "pg_advisory_lock_shared void"),
+    "lease.lock_lease": Shape("", ""),
     "lease.take_over": Shape(
         "text, double precision, boolean, text",
         "epoch bigint, term_id uuid, durable_version bigint, conflict_floor bigint, window_start_id bigint, "

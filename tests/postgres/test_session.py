@@ -144,11 +144,18 @@ def test_i14_on_a_standby_commands_look_and_change_nothing(
         assert error["code"] == "unsuitable_server"
         assert "standby" in error["message"]
         assert "target_session_attrs=read-write" in error["hint"]
+        asyncio.run(open_and_close(Settings(dsn=standby.dsn), writes=False))
+        with pytest.raises(UnsuitableServer, match="standby"):
+            asyncio.run(open_and_close(Settings(dsn=standby.dsn), writes=True))
         assert everything(standby.dsn) == before
 
         # What the hint says helps, and in whatever order the servers are listed.
         assert call("gc", "commit-requests", "--dsn", any_of(standby, primary)).code == 0
     assert everything(primary.dsn) == before
+
+
+async def open_and_close(settings: Settings, *, writes: bool) -> None:
+    await (await session.open_session_async(settings, "test", writes=writes)).close()
 
 
 def any_of(*servers: EmbeddedServer) -> str:
@@ -164,18 +171,15 @@ def test_i14_a_server_that_is_too_old_is_refused() -> None:
 
 
 def test_i14_asyncio_sessions_ask_the_same_questions(settings: Settings, empty_settings: Settings) -> None:
-    async def open_and_close(wanted: Settings) -> None:
-        await (await session.open_session_async(wanted, "test", writes=True)).close()
-
     def refused_alike(wanted: Settings, code: str) -> None:
         with pytest.raises(PgcoordError) as refused:
             session.open_session(wanted, "test", writes=True)
         with pytest.raises(PgcoordError) as refused_too:
-            asyncio.run(open_and_close(wanted))
+            asyncio.run(open_and_close(wanted, writes=True))
         assert refused.value.code == code
         assert (refused_too.value.code, str(refused_too.value)) == (code, str(refused.value))
 
-    asyncio.run(open_and_close(settings))
+    asyncio.run(open_and_close(settings, writes=True))
     refused_alike(empty_settings, "schema_missing")
     refused_alike(replace(settings, schema="other", schema_given=True), "usage")
     with psycopg.connect(settings.dsn, autocommit=True) as conn:

@@ -1,0 +1,977 @@
+"""The commit client: what a transaction sees, and that its caller hears what really became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg import AsyncConnection
+
+from pgcoord_cli.core import candidate, channels, codec, resolver, transaction
+from pgcoord_cli.core.candidate import Candidate, CandidateEvent
+from pgcoord_cli.core.client import Database, Transaction, connect
+from pgcoord_cli.core.codec import Mutation, Op, Range
+from pgcoord_cli.core.commits import find_request
+from pgcoord_cli.core.listener import Listener
+from pgcoord_cli.core.mutations import apply, covers
+from pgcoord_cli.core.session import open_session, open_session_async
+from pgcoord_cli.core.submissions import Submission, Submitter
+from pgcoord_cli.core.wakeup import Notifications, Wakeup
+from pgcoord_cli.errors import Conflict, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
+from pgcoord_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import StartLeader
+
+PATIENCE = 30.0
+T = TypeVar("T")
+Sql = psycopg.Connection[Any]
+Data = dict[bytes, bytes]
+
+
+@contextmanager
+def leading(settings: Settings) -> Iterator[None]:
+    """Within the block this process leads."""
+    elected = threading.Event()
+
+    def report(event: CandidateEvent) -> None:
+        if event.event == "elected":
+            elected.set()
+
+    leader = Candidate(settings, "this process", 10.0, report)
+    thread = threading.Thread(target=leader.run)
+    thread.start()
+    try:
+        assert elected.wait(PATIENCE)
+        yield
+    finally:
+        leader.stop()
+        thread.join()
+
+
+@pytest.fixture
+def leader(settings: Settings) -> Iterator[None]:
+    """Somebody leads as long as the test lasts."""
+    with leading(settings):
+        yield
+
+
+needs_leader = pytest.mark.usefixtures("leader")
+
+
+def play(settings: Settings, scenario: Callable[[Database], Awaitable[T]], *, pool_size: int = 3) -> T:
+    """Runs a scenario with a client of its own."""
+
+    async def main() -> T:
+        async with await connect(settings, pool_size=pool_size) as db:
+            return await scenario(db)
+
+    return asyncio.run(main())
+
+
+async def put(db: Database, **values: bytes) -> int:
+    """Commits some keys, each named like its argument."""
+    tr = db.transaction()
+    for name, value in values.items():
+        tr.set(name.encode(), value)
+    return await tr.commit()
+
+
+def data(sql: Sql) -> Data:
+    return dict(sql.execute("SELECT key, value FROM kv").fetchall())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Asks until the answer is yes, and lets the others run in between."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        await asyncio.sleep(0)
+
+
+def one(sql: Sql, text: str, *parameters: object) -> Any:
+    """The one value that a query gives."""
+    row = sql.execute(text, parameters).fetchone()
+    assert row
+    return row[0]
+
+
+def requests(sql: Sql) -> list[tuple[str, int | None]]:
+    return sql.execute("SELECT status, commit_version FROM commit_requests ORDER BY id").fetchall()
+
+
+# -- reading
+
+
+@needs_leader
+def test_i5_the_first_write_of_a_fresh_database_is_version_1_and_is_read_back(settings: Settings) -> None:
+    async def scenario(db: Database) -> None:
+        assert await put(db, a=b"1") == 1
+        tr = db.transaction()
+        assert await tr.get(b"a") == b"1"
+        assert await tr.get(b"b") is None
+        assert tr.read_version == 1
+        assert await tr.commit() == 1, "one that wrote nothing commits as of what it read"
+
+    play(settings, scenario)
+
+
+@needs_leader
+def test_a_transaction_reads_its_own_writes_and_nobody_else_does(settings: Settings) -> None:
+    async def scenario(db: Database) -> None:
+        await put(db, a=b"1", b=b"2", c=b"3")
+        tr = db.transaction()
+        tr.set(b"a", b"new")
+        tr.clear(b"b")
+        tr.set(b"bb", b"own")
+        tr.add(b"c", b"\x01")
+        assert [await tr.get(key) for key in (b"a", b"b", b"bb", b"c")] == [b"new", None, b"own", b"4"]
+        assert await tr.get_range(b"a", b"c") == [(b"a", b"new"), (b"bb", b"own")]
+        tr.clear_range(b"a", b"b")
+        tr.set(b"ab", b"after")
+        assert await tr.get_range(b"", None) == [(b"ab", b"after"), (b"bb", b"own"), (b"c", b"4")]
+        assert await db.transaction().get_range(b"", None) == [(b"a", b"1"), (b"b", b"2"), (b"c", b"3")]
+        await tr.commit()
+        assert await db.transaction().get_range(b"", None) == [(b"ab", b"after"), (b"bb", b"own"), (b"c", b"4")]
+
+    play(settings, scenario)
+
+
+@needs_leader
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("limit", [None, 0, 1, 2, 3, 4, 100])
+def test_get_range_takes_the_first_or_last_rows_as_they_are_with_own_writes(
+    settings: Settings, limit: int | None, reverse: bool
+) -> None:
+    async def scenario(db: Database) -> None:
+        await put(db, a=b"1", c=b"3", e=b"5", g=b"7")
+
+        async def rows(tr: Transaction, begin: bytes, end: bytes | None) -> list[bytes]:
+            return [key for key, _ in await tr.get_range(begin, end, limit=limit, reverse=reverse)]
+
+        def expected(*names: bytes) -> list[bytes]:
+            return sorted(names, reverse=reverse)[:limit]
+
+        tr = db.transaction()
+        assert await rows(tr, b"", None) == expected(b"a", b"c", b"e", b"g")
+        assert await rows(tr, b"a\0", b"g") == expected(b"c", b"e")
+        assert await rows(tr, b"e", b"e") == []
+        for key in (b"a", b"g"):
+            tr.clear(key)
+        for key in (b"b", b"f", b"z"):
+            tr.set(key, b"own")
+        assert await rows(tr, b"", None) == expected(b"b", b"c", b"e", b"f", b"z")
+        assert await rows(tr, b"b", b"f") == expected(b"b", b"c", b"e")
+
+    play(settings, scenario)
+
+
+def test_a_range_read_that_postgresql_would_refuse_is_refused_before_it_is_sent(settings: Settings) -> None:
+    """It would share its statement, and the error, with the reads of others."""
+
+    async def scenario(db: Database) -> None:
+        with pytest.raises(ValueError, match="limit"):
+            await db.transaction().get_range(b"", None, limit=-1)
+        with pytest.raises(Rejected):
+            await db.transaction().get("text")  # type: ignore[arg-type]
+        with pytest.raises(Rejected):
+            await db.transaction().get(b"k" * (codec.MAX_KEY_BYTES + 1))
+
+    play(settings, scenario)
+
+
+class Model:
+    """What the database holds, by a dictionary."""
+
+    def __init__(self, stored: Data) -> None:
+        self.data = dict(stored)
+
+    def mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
+        if op == Op.CLEAR_RANGE:
+            self.data = {kept: value for kept, value in self.data.items() if not covers((key, operand), kept)}
+            return
+        value = apply(op, self.data.get(key), operand or b"")
+        self.data.pop(key, None)
+        if value is not None:
+            self.data[key] = value
+
+    def rows(self, begin: bytes, end: bytes | None) -> list[tuple[bytes, bytes]]:
+        return sorted((key, value) for key, value in self.data.items() if covers((begin, end), key))
+
+
+def random_mutation(rng: random.Random, keys: Sequence[bytes]) -> Mutation:
+    op = rng.choice([*[op for op in Op if op < Op.SET_VERSIONSTAMPED_KEY], Op.SET, Op.ADD])
+    if op == Op.CLEAR_RANGE:
+        begin, end = sorted(rng.choices(keys, k=2))
+        return Mutation(op, begin, rng.choice([end, end, None]))
+    return Mutation(op, rng.choice(keys), None if op == Op.CLEAR else rng.randbytes(rng.randint(1, 2)))
+
+
+METHODS = {op: op.name.lower() for op in Op}
+
+
+def mutate(tr: Transaction, mutation: Mutation) -> None:
+    """Calls the method of that name."""
+    op, key, operand = mutation
+    arguments = [key] if op == Op.CLEAR else [key, operand]
+    getattr(tr, METHODS[op])(*arguments)
+
+
+@needs_leader
+@pytest.mark.parametrize("seed", range(3))
+def test_i1_transactions_one_after_the_other_see_and_leave_what_a_dictionary_would(
+    settings: Settings, sql: Sql, seed: int
+) -> None:
+    rng = random.Random(seed)
+    keys = [b"", b"a", b"a\0", b"b", b"c", b"\xff"]
+
+    async def scenario(db: Database) -> None:
+        model = Model({})
+        for _ in range(40):
+            tr = db.transaction()
+            for _ in range(rng.randint(1, 8)):
+                begin, end = sorted(rng.choices(keys, k=2))
+                if rng.random() < 0.3:
+                    assert await tr.get(begin) == model.data.get(begin)
+                elif rng.random() < 0.4:
+                    limit, reverse = rng.choice([None, 1, 2]), rng.random() < 0.5
+                    found = await tr.get_range(begin, end, limit=limit, reverse=reverse)
+                    assert found == (model.rows(begin, end)[::-1] if reverse else model.rows(begin, end))[:limit]
+                else:
+                    mutation = random_mutation(rng, keys)
+                    mutate(tr, mutation)
+                    model.mutate(*mutation)
+            await tr.commit()
+            assert data(sql) == model.data
+
+    play(settings, scenario)
+
+
+@needs_leader
+def test_a_key_that_holds_the_commits_versionstamp_cannot_be_read_before_the_commit(settings: Settings) -> None:
+    template = b"?" * 10 + b"\0\0\0\0"
+
+    async def scenario(db: Database) -> None:
+        await put(db, k=b"before")
+        tr = db.transaction()
+        tr.set_versionstamped_value(b"k", template)
+        with pytest.raises(Rejected):
+            await tr.get(b"k")
+        tr.append_if_fits(b"k", b"!")
+        with pytest.raises(Rejected):
+            await tr.get(b"k")
+        with pytest.raises(Rejected):
+            await tr.get_range(b"a", b"z")
+        assert await tr.get_range(b"l", None) == []
+        await tr.commit()
+        assert await db.transaction().get(b"k") == tr.versionstamp + b"!"
+        tr = db.transaction()
+        tr.set_versionstamped_value(b"k", template)
+        tr.clear_range(b"a", b"z")
+        assert await tr.get(b"k") is None
+
+    play(settings, scenario)
+
+
+# -- rule I4: one consistent state
+
+
+@needs_leader
+def test_i4_two_reads_with_a_commit_between_see_one_state_or_conflict(settings: Settings) -> None:
+    async def scenario(db: Database) -> None:
+        await put(db, a=b"1", b=b"1")
+        tr = db.transaction()
+        assert await tr.get(b"a") == b"1"
+        await put(db, b=b"2")
+        assert await tr.get(b"b") == b"2", "what it read before still holds, so it reads on in the newer state"
+        assert tr.read_version == 2
+        assert await tr.get(b"a") == b"1"
+        await put(db, a=b"3", c=b"3")
+        with pytest.raises(Conflict):
+            await tr.get(b"c")
+
+    play(settings, scenario)
+
+
+@needs_leader
+def test_i4_a_range_that_changed_between_two_reads_is_a_conflict(settings: Settings) -> None:
+    async def scenario(db: Database) -> None:
+        await put(db, a=b"1", c=b"1")
+        for change in (b"b", b"c"):
+            tr = db.transaction()
+            await tr.get_range(b"a", b"d")
+            await put(db, **{change.decode(): b"new"})
+            with pytest.raises(Conflict):
+                await tr.get(b"z")
+
+    play(settings, scenario)
+
+
+@needs_leader
+def test_i4_readers_beside_transfers_always_see_the_same_sum(settings: Settings) -> None:
+    """Each read is a statement of its own, and transfers commit in between."""
+    accounts = [b"account %d" % number for number in range(4)]
+
+    async def scenario(db: Database) -> None:
+        async def open_accounts(tr: Transaction) -> None:
+            for account in accounts:
+                tr.set(account, b"100")
+
+        await db.run(open_accounts)
+        rng, done = random.Random(4), asyncio.Event()
+
+        async def transfer(tr: Transaction) -> None:
+            giver, taker = rng.sample(accounts, 2)
+            for account, change in ((giver, -1), (taker, 1)):
+                tr.set(account, b"%d" % (int(await tr.get(account) or 0) + change))
+
+        async def look() -> int:
+            looks = 0
+            while not done.is_set():
+                tr = db.transaction()
+                try:
+                    found = [int(await tr.get(account) or 0) for account in accounts[:2]]
+                    found += [int(value) for _, value in await tr.get_range(accounts[2], None)]
+                except Conflict:
+                    continue
+                assert sum(found) == 400
+                looks += 1
+            return looks
+
+        lookers = [asyncio.create_task(look()) for _ in range(3)]
+        await asyncio.gather(*(db.run(transfer) for _ in range(60)))
+        done.set()
+        assert sum(await asyncio.gather(*lookers)) > 0
+
+    play(settings, scenario)
+
+
+@needs_leader
+def test_a_limited_read_conflicts_with_what_it_saw_and_no_more(settings: Settings) -> None:
+    async def scenario(db: Database) -> None:
+        await put(db, b=b"1", d=b"1", f=b"1")
+        cases: list[tuple[bool, str, bool]] = [
+            (False, "a", True), (False, "b", True), (False, "bb", False), (False, "d", False),
+            (True, "g", True), (True, "f", True), (True, "e", False), (True, "d", False),
+        ]  # fmt: skip
+        for reverse, written, conflicts in cases:
+            tr = db.transaction()
+            [(seen, _)] = await tr.get_range(b"a", None, limit=1, reverse=reverse)
+            assert seen == (b"f" if reverse else b"b")
+            tr.set(b"0", b"mine")
+            meanwhile = db.transaction()
+            if written in ("a", "bb", "e", "g"):
+                meanwhile.set(written.encode(), b"1")
+                meanwhile.clear(written.encode())
+            else:
+                meanwhile.set(written.encode(), b"2")
+            await meanwhile.commit()
+            if conflicts:
+                with pytest.raises(Conflict):
+                    await tr.commit()
+            else:
+                await tr.commit()
+
+    play(settings, scenario)
+
+
+@needs_leader
+def test_a_snapshot_read_makes_no_conflict(settings: Settings) -> None:
+    async def scenario(db: Database) -> None:
+        await put(db, a=b"1", b=b"1")
+        tr = db.transaction()
+        assert await tr.get(b"a", snapshot=True) == b"1"
+        assert await tr.get_range(b"", None, snapshot=True) == [(b"a", b"1"), (b"b", b"1")]
+        tr.set(b"c", b"1")
+        await put(db, a=b"2")
+        await tr.commit()
+
+    play(settings, scenario)
+
+
+# -- committing
+
+
+@needs_leader
+def test_i1_of_two_that_read_and_write_the_same_key_one_conflicts(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        first, second = db.transaction(), db.transaction()
+        for tr, value in ((first, b"1"), (second, b"2")):
+            await tr.get(b"k")
+            tr.set(b"k", value)
+        assert await first.commit() == 1
+        with pytest.raises(Conflict):
+            await second.commit()
+
+    play(settings, scenario)
+    assert data(sql) == {b"k": b"1"}
+
+
+@needs_leader
+def test_run_begins_again_until_nothing_is_in_its_way(settings: Settings) -> None:
+    async def scenario(db: Database) -> None:
+        attempts = 0
+
+        async def work(tr: Transaction) -> str:
+            nonlocal attempts
+            attempts += 1
+            value = int(await tr.get(b"k") or 0)
+            if attempts <= 3:
+                await put(db, k=b"%d" % (value + 10))
+            tr.set(b"k", b"%d" % (value + 1))
+            return f"attempt {attempts}"
+
+        assert await db.run(work) == "attempt 4"
+        assert await db.transaction().get(b"k") == b"31"
+
+    play(settings, scenario)
+
+
+@needs_leader
+def test_run_gives_up_after_its_limit_with_the_last_conflict(settings: Settings) -> None:
+    async def scenario(db: Database) -> None:
+        attempts = 0
+
+        async def work(tr: Transaction) -> None:
+            nonlocal attempts
+            attempts += 1
+            await tr.get(b"k")
+            await put(db, k=b"%d" % attempts)
+            tr.set(b"k", b"mine")
+
+        with pytest.raises(Conflict):
+            await db.run(work, retry_limit=2)
+        assert attempts == 3
+
+    play(settings, scenario)
+
+
+@needs_leader
+def test_run_hands_through_what_its_work_raises_and_writes_nothing(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        async def work(tr: Transaction) -> None:
+            tr.set(b"k", b"v")
+            raise KeyError("mine")
+
+        with pytest.raises(KeyError, match="mine"):
+            await db.run(work)
+
+    play(settings, scenario)
+    assert requests(sql) == []
+
+
+@needs_leader
+def test_run_begins_again_when_the_time_limit_has_passed(
+    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(db: Database) -> None:
+        attempts = 0
+
+        async def work(tr: Transaction) -> None:
+            nonlocal attempts
+            attempts += 1
+            await tr.get(b"k")
+            if attempts == 2:
+                monkeypatch.undo()
+            tr.set(b"k", b"v")
+
+        monkeypatch.setattr(transaction, "TIME_LIMIT_SECONDS", -1.0)
+        with pytest.raises(TimeLimit):
+            await db.run(work, retry_limit=0)
+        await db.run(work)
+        assert attempts == 2
+
+    play(settings, scenario)
+    assert requests(sql) == [("committed", 1)]
+
+
+@needs_leader
+def test_i6_what_is_too_large_is_rejected_before_it_is_sent(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        tr = db.transaction()
+        with pytest.raises(Rejected):
+            tr.set(b"k" * (codec.MAX_KEY_BYTES + 1), b"")
+        with pytest.raises(Rejected):
+            tr.set(b"k", b"v" * (codec.MAX_VALUE_BYTES + 1))
+        with pytest.raises(Rejected):
+            tr.clear_range(b"b", b"a")
+        for number in range(codec.MAX_TRANSACTION_BYTES // codec.MAX_VALUE_BYTES + 1):
+            tr.set(b"%d" % number, b"v" * codec.MAX_VALUE_BYTES)
+        with pytest.raises(Rejected):
+            await tr.commit()
+        assert requests(sql) == []
+        largest = db.transaction()
+        largest.set(b"k" * codec.MAX_KEY_BYTES, b"v" * codec.MAX_VALUE_BYTES)
+        assert await largest.commit() == 1
+
+    play(settings, scenario)
+
+
+@needs_leader
+def test_i1_concurrent_increments_add_up_exactly(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        async def increment(tr: Transaction) -> None:
+            tr.set(b"n", b"%d" % (int(await tr.get(b"n") or 0) + 1))
+            tr.add(b"m", b"\x01\0")
+
+        await asyncio.gather(*(db.run(increment) for _ in range(150)))
+
+    play(settings, scenario)
+    assert data(sql) == {b"n": b"150", b"m": (150).to_bytes(2, "little")}
+
+
+@needs_leader
+def test_one_connection_is_enough_for_many_commits_at_once(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        async def work(tr: Transaction, number: int) -> None:
+            await tr.get_range(b"%d" % number, b"%d\xff" % number, limit=1)
+            tr.set(b"%d" % number, b"v")
+
+        await asyncio.gather(*(db.run(lambda tr, number=number: work(tr, number)) for number in range(1_000, 1_050)))
+
+    play(settings, scenario, pool_size=1)
+    assert len(data(sql)) == 50
+
+
+@needs_leader
+def test_no_request_is_sent_twice_without_need(settings: Settings, sql: Sql) -> None:
+    """Lookups go on while others are still being sent; every second sending would cost an id."""
+
+    async def scenario(db: Database) -> None:
+        async def worker(number: int) -> None:
+            for step in range(8):
+                for _ in range(number * step % 5):
+                    await db.transaction().get(b"x")
+                await put(db, **{f"k{number}": b"%d" % step})
+
+        await asyncio.gather(*(worker(number) for number in range(60)))
+
+    play(settings, scenario)
+    assert one(sql, "SELECT max(id) - count(*) FROM commit_requests") == 0
+
+
+@needs_leader
+def test_reading_and_writing_goes_on_when_a_caller_gives_up(settings: Settings) -> None:
+    """Nothing that a cancelled task left behind reaches anybody else."""
+
+    async def scenario(db: Database) -> None:
+        await put(db, a=b"1", b=b"2")
+        for _ in range(20):
+            given_up = [asyncio.create_task(db.transaction().get(b"a")) for _ in range(5)]
+            given_up += [asyncio.create_task(put(db, a=b"1")) for _ in range(5)]  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+            reader = asyncio.create_task(db.transaction().get(b"b"))
+            await asyncio.sleep(0)
+            for task in given_up:
+                task.cancel()
+            assert await reader == b"2"
+        assert await put(db, c=b"3") > 1
+
+    play(settings, scenario, pool_size=1)
+
+
+# -- connections that break
+
+
+def end_sessions(sql: Sql) -> int:
+    """Ends every session of the client, and says how many there were."""
+    ended = sql.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = 'pgcoord/client' AND datname = current_database()"
+    )
+    return ended.rowcount
+
+
+@needs_leader
+def test_i3_sessions_ended_while_a_commit_is_waited_for_do_not_change_its_outcome(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        await put(db, k=b"1")
+        loser = db.transaction()
+        await loser.get(b"k")
+        loser.set(b"k", b"never")
+        with psycopg.connect(settings.dsn) as holder:
+            holder.execute("LOCK TABLE pgcoord.kv IN EXCLUSIVE MODE")
+            winner = asyncio.create_task(put(db, k=b"2"))
+            await until(lambda: one(sql, "SELECT count(*) FROM commit_requests WHERE status = 'pending'") == 1)
+            lost = asyncio.create_task(loser.commit())
+            await until(lambda: one(sql, "SELECT count(*) FROM commit_requests WHERE status = 'pending'") == 2)
+            assert end_sessions(sql) >= 2, "the listener and at least one of the pool"
+        assert await winner == 2
+        with pytest.raises(Conflict):
+            await lost
+        assert await put(db, after=b"3") == 3
+
+    play(settings, scenario)
+    assert [status for status, _ in requests(sql)] == ["committed", "committed", "conflict", "committed"]
+
+
+@needs_leader
+def test_i3_a_session_ended_in_the_middle_of_sending_is_replaced_and_the_request_applies_once(
+    settings: Settings, sql: Sql
+) -> None:
+    async def scenario(db: Database) -> None:
+        await put(db, k=b"0")
+        with psycopg.connect(settings.dsn) as holder:
+            holder.execute("LOCK TABLE pgcoord.commit_requests IN EXCLUSIVE MODE")
+            commit = asyncio.create_task(put(db, k=b"1"))
+            await until(lambda: one(sql, "SELECT count(*) FROM pg_locks WHERE NOT granted"))
+            end_sessions(sql)
+        assert await commit == 2
+
+    play(settings, scenario)
+    assert requests(sql) == [("committed", 1), ("committed", 2)]
+
+
+@needs_leader
+def test_reads_go_on_after_all_sessions_were_ended(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        await put(db, k=b"1")
+        await asyncio.gather(*(db.transaction().get(b"k") for _ in range(20)))
+        for _ in range(3):
+            end_sessions(sql)
+            assert await asyncio.gather(*(db.transaction().get(b"k") for _ in range(20))) == [b"1"] * 20
+
+    play(settings, scenario)
+
+
+Enqueue = Callable[[Submitter, Sequence[Submission]], Awaitable[Any]]
+
+
+def lose_first_answer(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Awaitable[None]]) -> None:
+    """The first requests that are sent do arrive, but the connection breaks before the client hears so."""
+    enqueue: Enqueue = Submitter._enqueue_group
+    sent = 0
+
+    async def send(submitter: Submitter, group: Sequence[Submission]) -> Any:
+        nonlocal sent
+        sent += 1
+        answer = await enqueue(submitter, group)
+        if sent == 1:
+            await meanwhile()
+            raise psycopg.OperationalError("the connection is lost")
+        return answer
+
+    monkeypatch.setattr(Submitter, "_enqueue_group", send)
+
+
+@needs_leader
+def test_i3_a_request_whose_arrival_was_not_heard_of_is_sent_again_and_applies_once(
+    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def settled() -> None:
+        await until(lambda: requests(sql) == [("committed", 1)])
+
+    lose_first_answer(monkeypatch, settled)
+
+    async def scenario(db: Database) -> None:
+        tr = db.transaction()
+        tr.append_if_fits(b"k", b"once")
+        assert await tr.commit() == 1
+
+    play(settings, scenario)
+    assert requests(sql) == [("committed", 1)]
+    assert data(sql) == {b"k": b"once"}
+
+
+@needs_leader
+def test_i3_a_commit_that_was_forgotten_before_it_was_sent_again_is_never_called_too_old(
+    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody heard of the commit, and its row was collected as garbage while the client could not reach the server."""
+
+    async def settled_and_collected() -> None:
+        await until(lambda: requests(sql) == [("committed", 1)])
+        sql.execute("DELETE FROM commit_requests")
+        monkeypatch.setattr(resolver, "CONFLICT_WINDOW", timedelta(0))
+
+    lose_first_answer(monkeypatch, settled_and_collected)
+
+    async def scenario(db: Database) -> None:
+        tr = db.transaction()
+        tr.append_if_fits(b"k", b"once")
+        with pytest.raises(OutcomeUnknown):
+            await tr.commit()
+
+    play(settings, scenario)
+    assert requests(sql) == [("too_old", None)]
+    assert data(sql) == {b"k": b"once"}
+
+
+def test_i3_a_request_that_a_crash_lost_is_submitted_again(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> int:
+        commit = asyncio.create_task(put(db, k=b"v"))
+        await until(lambda: requests(sql))
+        sql.execute("DELETE FROM commit_requests")
+        await until(lambda: requests(sql))
+        with leading(settings):
+            return await commit
+
+    assert play(settings, scenario) == 1
+    assert requests(sql) == [("committed", 1)]
+
+
+# -- outcomes that are not known
+
+
+def request_id_of(error: OutcomeUnknown) -> UUID:
+    """The id that the hint says to ask with."""
+    found = re.search(r"commit show ([0-9a-f-]{36})", error.hint or "")
+    assert found, error.hint
+    return UUID(found[1])
+
+
+def test_i3_without_a_leader_the_outcome_is_unknown_and_can_be_asked_for_later(settings: Settings) -> None:
+    async def scenario(db: Database) -> UUID:
+        tr = db.transaction(commit_seconds=0.2)
+        tr.set(b"k", b"v")
+        with pytest.raises(OutcomeUnknown, match="no leader") as unknown:
+            await tr.commit()
+        return request_id_of(unknown.value)
+
+    request_id = play(settings, scenario)
+    with closing(open_session(settings, "commit show", writes=False)) as conn:
+        found = find_request(conn, request_id)
+        assert found and found.status == "pending"
+        with leading(settings):
+            asyncio.run(until(lambda: (row := find_request(conn, request_id)) and row.status != "pending"))
+        found = find_request(conn, request_id)
+        assert found and (found.status, found.commit_version) == ("committed", 1)
+
+
+def test_a_client_that_is_closed_tells_those_who_still_wait(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        commit = asyncio.create_task(put(db, k=b"v"))
+        await until(lambda: requests(sql))
+        await db.close()
+        with pytest.raises(OutcomeUnknown, match="closed"):
+            await commit
+
+    play(settings, scenario)
+
+
+def test_i3_the_reason_of_an_unknown_outcome_names_the_servers_trouble(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        tr = db.transaction(commit_seconds=1.5)
+        tr.set(b"k", b"v")
+        commit = asyncio.create_task(tr.commit())
+        await until(lambda: requests(sql))
+        sql.execute("ALTER TABLE commit_requests RENAME TO elsewhere")
+        with pytest.raises(OutcomeUnknown, match="commit_requests"):
+            await commit
+
+    play(settings, scenario)
+
+
+# -- rule I7
+
+
+@pytest.fixture
+def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client and leader listen to channels that nobody notifies; they look a little more often instead."""
+    listen = Listener.listen
+
+    async def listen_elsewhere(listener: Listener, _channel: str) -> None:
+        await listen(listener, "nobody notifies this")
+
+    def listen_to_nothing(conn: psycopg.Connection[Any], _channel: str, wakeup: Wakeup) -> Notifications:
+        return Notifications(conn, wakeup)
+
+    monkeypatch.setattr(Listener, "listen", listen_elsewhere)
+    monkeypatch.setattr(candidate, "listen", listen_to_nothing)
+    monkeypatch.setattr(channels, "POLL_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("deaf")
+@needs_leader
+def test_i7_with_every_notification_dropped_everything_still_works(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        async def increment(tr: Transaction) -> None:
+            tr.set(b"n", b"%d" % (int(await tr.get(b"n") or 0) + 1))
+
+        for number in range(1, 4):
+            assert await put(db, k=b"v") == number
+        await asyncio.gather(*(db.run(increment) for _ in range(5)))
+        tr = db.transaction()
+        watch = await tr.watch(b"k")
+        await tr.commit()
+        await put(db, k=b"changed")
+        await asyncio.wait_for(watch, PATIENCE)
+
+    play(settings, scenario)
+    assert data(sql) == {b"k": b"changed", b"n": b"5"}
+
+
+# -- the listener
+
+
+class Openings:
+    """Opens sessions; the openings whose numbers are given fail with UnsuitableServer, as on a standby."""
+
+    def __init__(self, settings: Settings, failing: Sequence[int]) -> None:
+        self._settings = settings
+        self._failing = failing
+        self.count = 0
+
+    async def __call__(self) -> AsyncConnection[Any]:
+        self.count += 1
+        if self.count in self._failing:
+            raise UnsuitableServer("this server is a standby")
+        return await open_session_async(self._settings, "client", writes=True)
+
+
+def test_a_listener_outlives_a_server_that_is_unsuitable_for_a_while(settings: Settings, sql: Sql) -> None:
+    async def scenario() -> None:
+        heard, reconnected = asyncio.Event(), asyncio.Event()
+        openings = Openings(settings, failing=[2, 3])
+        listener = Listener(openings, lambda _channel: heard.set(), reconnected.set)
+        await listener.listen("news")
+        reconnected.clear()
+        end_sessions(sql)
+        await asyncio.wait_for(reconnected.wait(), PATIENCE)
+        assert openings.count == 4
+        sql.execute("NOTIFY news")
+        await asyncio.wait_for(heard.wait(), PATIENCE)
+        await listener.close()
+
+    asyncio.run(scenario())
+
+
+def test_whoever_asks_a_listener_first_hears_why_it_cannot_listen_and_may_ask_again(
+    settings: Settings, sql: Sql
+) -> None:
+    async def scenario() -> None:
+        heard = asyncio.Event()
+        listener = Listener(Openings(settings, failing=[1]), lambda _channel: heard.set(), lambda: None)
+        with pytest.raises(UnsuitableServer):
+            await listener.listen("news")
+        await listener.listen("news")
+        sql.execute("NOTIFY news")
+        await asyncio.wait_for(heard.wait(), PATIENCE)
+        await listener.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_channel_asked_for_while_the_listener_reconnects_is_listened_to(settings: Settings, sql: Sql) -> None:
+    async def scenario() -> None:
+        heard: asyncio.Queue[str] = asyncio.Queue()
+        listener = Listener(Openings(settings, failing=[]), heard.put_nowait, lambda: None)
+        await listener.listen("old")
+        for number in range(10):
+            end_sessions(sql)
+            new = f"new {number}"
+            await listener.listen(new)
+            sql.execute(f'NOTIFY "{new}"')
+            while await asyncio.wait_for(heard.get(), PATIENCE) != new:
+                pass
+        sql.execute("NOTIFY old")
+        assert await asyncio.wait_for(heard.get(), PATIENCE) == "old"
+        await listener.close()
+
+    asyncio.run(scenario())
+
+
+# -- rule I1: strict serialisability, whoever leads
+
+
+class Recorded(NamedTuple):
+    """A transaction that committed: what it read, what it wrote, and as of which version."""
+
+    version: int
+    reads: list[tuple[bytes, bytes | None]]
+    ranges: list[tuple[Range, list[tuple[bytes, bytes]]]]
+    writes: list[Mutation]
+
+
+KEYS = [b"%c" % letter for letter in b"abcdefgh"]
+
+
+class Recorder:
+    """Random transactions of many tasks, and a record of those that committed."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self.records: list[Recorded] = []
+        self.conflicts = 0
+        self.acknowledged = 0
+
+    async def task(self, seed: int, transactions: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(transactions):
+            try:
+                await self._one_transaction(rng)
+            except Conflict:
+                self.conflicts += 1
+
+    async def _one_transaction(self, rng: random.Random) -> None:
+        tr = self._db.transaction()
+        acknowledged = self.acknowledged
+        reads = [(key, await tr.get(key)) for key in rng.sample(KEYS, rng.randint(0, 2))]
+        ranges: list[tuple[Range, list[tuple[bytes, bytes]]]] = []
+        if rng.random() < 0.3:
+            begin, end = sorted(rng.sample(KEYS, 2))
+            ranges = [((begin, end), await tr.get_range(begin, end))]
+        writes = [random_mutation(rng, KEYS) for _ in range(rng.randint(0, 3))]
+        for mutation in writes:
+            mutate(tr, mutation)
+        version = await tr.commit()
+        assert (tr.read_version or 0) >= acknowledged, "what was acknowledged before it began, it has to see"
+        self.acknowledged = max(self.acknowledged, version)
+        self.records.append(Recorded(version, reads, ranges, writes))
+
+
+def replay(records: Sequence[Recorded]) -> Data:
+    """One after the other in version order, every read has to find what it found; what is left in the end."""
+    writers = sorted(record for record in records if record.writes)
+    assert [record.version for record in writers] == list(range(1, len(writers) + 1)), "rule I5: dense"
+    model = Model({})
+    states = [dict(model.data)]
+    for record in writers:
+        for mutation in record.writes:
+            model.mutate(*mutation)
+        states.append(dict(model.data))
+    for record in records:
+        # A writer read what the commits before it left; one that only read, what its version left.
+        state = Model(states[record.version - 1] if record.writes else states[record.version])
+        for key, value in record.reads:
+            assert state.data.get(key) == value, record
+        for (begin, end), rows in record.ranges:
+            assert state.rows(begin, end) == rows, record
+    return model.data
+
+
+def test_i1_what_concurrent_transactions_saw_is_what_one_after_the_other_would_have_with_two_takeovers_between(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    leaders = [start_leader("first", "--ttl", "60s"), start_leader("second", "--ttl", "60s")]
+    by_epoch = {leader.wait_for("elected" if place == 0 else "standing") for place, leader in enumerate(leaders)}
+    assert len(by_epoch) == 2
+
+    async def scenario(db: Database) -> Recorder:
+        recorder = Recorder(db)
+        tasks = [asyncio.create_task(recorder.task(seed, 40)) for seed in range(10)]
+        for takeover, standby in enumerate([leaders[1], None], start=1):
+            await until(lambda goal=takeover * 100: len(recorder.records) >= goal)
+            leaders[takeover - 1].signal(signal.SIGKILL)
+            if standby is None:
+                standby = start_leader("third", "--ttl", "60s")
+            await asyncio.to_thread(standby.wait_for, "elected")
+        await asyncio.gather(*tasks)
+        return recorder
+
+    recorder = play(settings, scenario)
+    assert replay(recorder.records) == data(sql)
+    assert one(sql, "SELECT max(epoch) FROM leader_history") == 3
+    assert len(recorder.records) > 200
+    assert recorder.conflicts > 0
