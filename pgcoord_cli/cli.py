@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from threading import Event
 from types import FrameType
 from typing import NoReturn
 
@@ -46,8 +45,8 @@ CATALOGUE = {
 }
 
 
-_terminated = Event()
-"""Set by SIGTERM."""
+_terminations: list[int] = []
+"""Every SIGTERM that came. A list, because a handler may interrupt itself."""
 
 
 def root() -> RootGroup:
@@ -92,7 +91,7 @@ def _failure(error: BaseException) -> PgcoordError:
         return UsageError(error.format_message(), hint=f"see: {ctx.command_path} --help" if ctx else None)
     if isinstance(error, OSError):
         return PgcoordError(str(error) or type(error).__name__)
-    return interruption(Termination() if _terminated.is_set() else error)
+    return interruption(Termination() if _terminations else error)
 
 
 _OUTPUT_WORD = re.compile(r"--output(?:=(.*))?|-[a-zA-Z]*?o(.*)", re.DOTALL)
@@ -144,7 +143,7 @@ def _prepare_streams() -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     """Does what Ctrl-C would do at this moment: asyncio cancels its main task then, and raises afterwards."""
-    _terminated.set()
+    _terminations.append(number)
     interrupt = signal.getsignal(signal.SIGINT)
     if callable(interrupt) and interrupt is not signal.default_int_handler:
         interrupt(number, frame)

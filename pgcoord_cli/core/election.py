@@ -33,7 +33,7 @@ from pgcoord_cli.core.lease import Renewal, Term
 from pgcoord_cli.core.locks import lock_key
 from pgcoord_cli.core.session import open_session
 from pgcoord_cli.core.wakeup import Wakeup, listen
-from pgcoord_cli.db.connection import translate
+from pgcoord_cli.db.connection import is_connection_lost, translate
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.settings import Settings
 
@@ -97,6 +97,9 @@ class Keeper(threading.Thread):
             finally:
                 self._conn.close()
         except psycopg.Error as error:
+            # Before the election, anything but a lost connection would come again: whoever asked has to hear of it.
+            if self.term is None and not is_connection_lost(error):
+                self.failure = translate(error)
             self._end(f"connection lost: {translate(error).message}")
         except Exception as error:  # noqa: BLE001 - it is raised again in the thread that asked
             self.failure = error

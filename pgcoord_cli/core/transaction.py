@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from pgcoord_cli.core import codec
 from pgcoord_cli.core.codec import Mutation, Op, Range, Request, Undecodable
-from pgcoord_cli.core.mutations import WriteSet, fold, versionstamp
+from pgcoord_cli.core.mutations import WriteSet, covers, fold, versionstamp
 from pgcoord_cli.core.snapshots import RangeRead, Rows, Snapshot, SnapshotReader, Wanted
 from pgcoord_cli.core.submissions import Outcome, Submission, Submitter
 from pgcoord_cli.core.watches import Watch, Watcher
@@ -120,8 +120,8 @@ class Transaction:
 
     async def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:
         """The value of a key, as this transaction would leave it; None when there is none."""
-        if key in self._unreadable:
-            raise Rejected("the key holds this commit's versionstamp: it can be read after the commit")
+        if self._unreadable:
+            self._check_readable(key, key + b"\0")
         own = self._own_writes()
         if own:
             decided, value = own.lookup(key)
@@ -137,6 +137,10 @@ class Transaction:
             self._read_keys[key] = None
         stored = self._values[key]
         return own.value(key, stored) if own else stored
+
+    def _check_readable(self, begin: bytes, end: bytes | None) -> None:
+        if any(covers((begin, end), key) for key in self._unreadable):
+            raise Rejected("the key holds this commit's versionstamp: it can be read after the commit")
 
     def _own_writes(self) -> WriteSet | None:
         """The net effect of what was written so far; folded only when somebody reads after writing."""
@@ -166,6 +170,7 @@ class Transaction:
             return []
         with checked():
             codec.check_range(first, last)
+        self._check_readable(first, last)
         # Own writes may hide stored rows, so with any in hand the whole range is read.
         interval = RangeRead(first, last, None if self._mutations else limit, reverse)
         if interval not in self._rows:
@@ -312,10 +317,12 @@ class Transaction:
         self._mutations.append(mutation)
         if op == Op.SET_VERSIONSTAMPED_VALUE:
             self._unreadable.add(key)
-        elif op < Op.SET_VERSIONSTAMPED_KEY:
+        elif op in (Op.SET, Op.CLEAR):
             self._unreadable.discard(key)
-            if self._write_set is not None:
-                self._write_set.add(mutation)
+        elif op == Op.CLEAR_RANGE:
+            self._unreadable = {other for other in self._unreadable if not covers((key, operand), other)}
+        if op < Op.SET_VERSIONSTAMPED_KEY and self._write_set is not None:
+            self._write_set.add(mutation)
 
     # -- ending
 

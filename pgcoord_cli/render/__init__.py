@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -98,11 +99,21 @@ class Output:
                 _write("\t".join(row))
         elif self.format == OutputFormat.MARKDOWN:
             _write_tabulated(columns, [[cell.replace("|", "\\|") for cell in row] for row in cells], "pipe")
-        elif sys.stdout.isatty():
+        elif sys.stdout.isatty() and _fits(columns, cells):
             _write_rich_table(columns, cells, colored=self.colored(sys.stdout))
+        elif sys.stdout.isatty():
+            self._blocks(columns, cells)
         else:
             titles = [paint(column, "bold", self.colored(sys.stdout)) for column in columns]
             _write_tabulated(titles, cells, "simple")
+
+    def _blocks(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """One line a field: for records that are wider than the terminal, which a table would cut to pieces."""
+        width = max(len(column) for column in columns)
+        for number, row in enumerate(rows, start=1):
+            _write(paint(f"record {number}", "bold", self.colored(sys.stdout)))
+            for column, cell in zip(columns, row, strict=True):
+                _write(f"  {column:<{width}}  {cell}")
 
     def record(self, record: Record, line: str) -> None:
         """One record of a stream, flushed: as a JSON line, or as `line` for people."""
@@ -220,14 +231,24 @@ def _write_tabulated(columns: Sequence[str], rows: Sequence[Sequence[str]], layo
     _write(tabulate(rows, headers=columns, tablefmt=layout, disable_numparse=True))
 
 
+FOLDABLE = 40
+"""A column wider than this may be folded; a narrower one holds ids, times and words, which must stay whole."""
+
+
+def _fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the terminal has room for a table in which only wide columns are folded."""
+    widths = [min(max(map(len, cells)), FOLDABLE) for cells in zip(columns, *rows, strict=True)]
+    return sum(widths) + 2 * len(widths) <= shutil.get_terminal_size().columns
+
+
 def _write_rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, colored: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, header_style="bold" if colored else "", pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for column, *cells in zip(columns, *rows, strict=True):
+        table.add_column(column, overflow="fold", no_wrap=max(map(len, [column, *cells])) <= FOLDABLE)
     for row in rows:
         table.add_row(*row)
     Console(

@@ -23,7 +23,7 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 def test_the_client_example_prints_what_the_page_says(settings: Settings, start_leader: StartLeader) -> None:
-    start_leader("A").wait_for("elected")
+    start_leader("A").wait_for("elected epoch")
     (program,) = blocks("docs/client.md", "python")
     (printed,) = blocks("docs/client.md", "text")
     done = subprocess.run(
