@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain, repeat
 from typing import Any, TextIO
 
 from pgcoord_cli.errors import PgcoordError
@@ -113,7 +114,8 @@ class Output:
         for number, row in enumerate(rows, start=1):
             _write(paint(f"record {number}", "bold", self.colored(sys.stdout)))
             for column, cell in zip(columns, row, strict=True):
-                _write(f"  {column:<{width}}  {cell}")
+                for title, part in zip(chain([column], repeat("")), _folded(cell, width + 4), strict=False):
+                    _write(f"  {title:<{width}}  {part}")
 
     def record(self, record: Record, line: str) -> None:
         """One record of a stream, flushed: as a JSON line, or as `line` for people."""
@@ -238,7 +240,13 @@ FOLDABLE = 40
 def _fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Whether the terminal has room for a table in which only wide columns are folded."""
     widths = [min(max(map(len, cells)), FOLDABLE) for cells in zip(columns, *rows, strict=True)]
-    return sum(widths) + 2 * len(widths) <= shutil.get_terminal_size().columns
+    return sum(widths) + 3 * len(widths) <= shutil.get_terminal_size().columns
+
+
+def _folded(cell: str, indent: int) -> list[str]:
+    """The cell in pieces that fit beside an indentation."""
+    room = max(20, shutil.get_terminal_size().columns - indent)
+    return [cell[start : start + room] for start in range(0, len(cell), room)] or [""]
 
 
 def _write_rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, colored: bool) -> None:
