@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ from psycopg import Connection
 
 from pgcoord_cli.core import channels
 from pgcoord_cli.core.election import RENEWALS_PER_TTL, Keeper, mark_leader_session
-from pgcoord_cli.core.lease import Renewal, Term
+from pgcoord_cli.core.lease import Renewal, Term, read_lease, successor
 from pgcoord_cli.core.resolver import Resolver
-from pgcoord_cli.core.session import open_session
+from pgcoord_cli.core.session import command_session, open_session
 from pgcoord_cli.core.wakeup import Wakeup, listen
 from pgcoord_cli.db.connection import translate
 from pgcoord_cli.db.sqlfiles import sql
@@ -90,8 +90,7 @@ class Candidate:
         finally:
             keeper.stop("failed" if failure else "released")
         if term:
-            event, detail = failure or _ending(keeper.over or "")
-            self._say(event, term.epoch, detail)
+            self._say_ending(term, *(failure or _ending(keeper.over or "")))
 
     def _await_election(self, keeper: Keeper) -> Term | None:
         """The term that was won, or None when stopped; raises what kept the keeper from standing."""
@@ -117,6 +116,14 @@ class Candidate:
         except psycopg.Error as error:
             return "lost", translate(error).message
         return None
+
+    def _say_ending(self, term: Term, event: str, detail: str) -> None:
+        """Tells how a term ended. A successor ends the sessions of the leader that it fences: that is no mere loss."""
+        if event == "lost":
+            with suppress(PgcoordError), command_session(self._settings, "leader run", writes=False) as conn:
+                if read_lease(conn).epoch > term.epoch:
+                    event, detail = "fenced", f"superseded by {successor(conn)}; {detail}"
+        self._say(event, term.epoch, detail)
 
     def _patient_settings(self) -> Settings:
         """A batch may take as long as it takes: renewals go over another connection, and the fence guards its end."""

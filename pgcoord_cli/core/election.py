@@ -100,7 +100,7 @@ class Keeper(threading.Thread):
             # Before the election, anything but a lost connection would come again: whoever asked has to hear of it.
             if self.term is None and not is_connection_lost(error):
                 self.failure = translate(error)
-            self._end(f"connection lost: {translate(error).message}")
+            self._end(translate(error).message)
         except Exception as error:  # noqa: BLE001 - it is raised again in the thread that asked
             self.failure = error
             self._end(str(error))
