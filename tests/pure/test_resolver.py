@@ -164,6 +164,20 @@ def test_i4_a_read_version_from_the_future_is_rejected_and_the_rest_unaffected()
     assert [verdict.version for verdict in verdicts] == [4, None, 5, 6]
 
 
+def test_i1_a_versionstamped_key_conflicts_as_the_key_that_its_commit_makes_of_it() -> None:
+    template = b"b" + b"?" * 10
+    writer = Mutation(Op.SET_VERSIONSTAMPED_KEY, template + b"\1\0\0\0", b"")
+    readers = [
+        codec.encode(Request((key,), (), (), ())) for key in (STAMPED[0], STAMPED[1], template, template + b"\1\0\0\0")
+    ]
+    verdicts = decided(
+        ConflictWindow(0), 0, (0, codec.encode(Request((), (), (), (writer,)))), *[(0, reader) for reader in readers]
+    )
+    assert [verdict.status for verdict in verdicts] == ["committed", "conflict", *["committed"] * 3]
+    assert verdicts[0].request
+    assert verdicts[0].request.mutations == ((Op.SET, STAMPED[0], b""),)
+
+
 @pytest.mark.parametrize("bad", [b"", b"\x00", b"\x01", GARBAGE, b"\x01\x94\x90\x90\x90\x91\x93\x63\xc4\x01k\xc0"])
 def test_i6_a_payload_that_cannot_be_decoded_is_rejected_and_the_rest_unaffected(bad: bytes) -> None:
     verdicts = decided(ConflictWindow(0), 0, (0, bad), (0, SET_A), (0, bad), (0, READ_A_SET_B), (0, SET_A))

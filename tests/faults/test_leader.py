@@ -1,0 +1,505 @@
+"""Leaders that are killed, frozen, cut off or kept waiting: real processes against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from pgcoord_cli.core import migrations
+from pgcoord_cli.core.client import Database, Transaction, connect
+from pgcoord_cli.core.embedded import EmbeddedServer
+from pgcoord_cli.core.grants import grant
+from pgcoord_cli.core.session import command_session, migration_session
+from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown
+from pgcoord_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import StartLeader
+
+PATIENCE = 30.0
+Sql = psycopg.Connection[Any]
+T = TypeVar("T")
+
+TABLES = ("kv", "commit_requests", "leader_lease", "leader_history")
+
+
+def play(settings: Settings, scenario: Callable[[Database], Awaitable[T]]) -> T:
+    """Runs a scenario with a client of its own."""
+
+    async def main() -> T:
+        async with await connect(settings) as db:
+            return await scenario(db)
+
+    return asyncio.run(main())
+
+
+def commit(settings: Settings, key: bytes) -> int:
+    """Writes one key by way of the leader; its version."""
+
+    async def write(db: Database) -> int:
+        return await db.write(lambda tr: _set(tr, key), commit_seconds=PATIENCE)
+
+    return play(settings, write)
+
+
+async def _set(tr: Transaction, key: bytes) -> None:
+    tr.set(key, b"v")
+
+
+def one(sql: Sql, text: str, *parameters: object) -> Any:
+    """The one value that a query gives."""
+    row = sql.execute(text, parameters).fetchone()
+    assert row
+    return row[0]
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+
+
+async def until_async(condition: Callable[[], object]) -> None:
+    """The same, and lets the others run in between."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        await asyncio.sleep(0)
+
+
+def ends(sql: Sql) -> list[tuple[int, str, str | None]]:
+    """Epoch, who, and how each leadership ended."""
+    return sql.execute("SELECT epoch, leader_addr, end_reason FROM leader_history ORDER BY epoch").fetchall()
+
+
+def leader_sessions(sql: Sql) -> set[int]:
+    """Pids of the sessions that hold the lock that a leader's sessions share."""
+    found = sql.execute(
+        "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock' AND granted"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    return {row[0] for row in found}
+
+
+def any_alive(sql: Sql, pids: set[int]) -> bool:
+    return bool(one(sql, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY (%s))", list(pids)))
+
+
+def written(sql: Sql) -> list[Any]:
+    """All data and all requests."""
+    return [
+        sql.execute("SELECT * FROM kv ORDER BY key").fetchall(),
+        sql.execute("SELECT * FROM commit_requests ORDER BY id").fetchall(),
+    ]
+
+
+@contextmanager
+def locked_data(settings: Settings, sql: Sql) -> Iterator[None]:
+    """Within the block everybody can read keys, but nobody can write any."""
+    with psycopg.connect(settings.dsn) as holder:
+        holder.execute("LOCK TABLE pgcoord.kv IN EXCLUSIVE MODE")
+        yield
+        holder.rollback()
+
+
+def a_batch_waits(sql: Sql) -> bool:
+    """Whether a leader has sent a batch that waits for a lock on the data."""
+    text = (
+        "SELECT EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)"
+        " WHERE NOT granted AND relation = 'kv'::regclass AND application_name = 'pgcoord/leader run')"
+    )
+    return bool(one(sql, text))
+
+
+# -- ends that nobody announced
+
+
+def test_a_killed_leader_is_replaced_before_its_lease_runs_out(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    first = start_leader("first", "--ttl", "60s")
+    first.wait_for("elected epoch 1")
+    second = start_leader("second", "--ttl", "60s")
+    second.wait_for("standing")
+    assert commit(settings, b"a") == 1
+    first.signal(signal.SIGKILL)
+    second.wait_for("elected epoch 2")
+    assert commit(settings, b"b") == 2
+    assert ends(sql) == [(1, "first", "lost"), (2, "second", None)], "it did not expire"
+
+
+def test_i8_a_kill_under_load_costs_no_commit_and_causes_no_reject(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    """Writers of keys of their own never conflict: whoever leads, every one has to commit, at the first try."""
+    first = start_leader("first", "--ttl", "60s")
+    first.wait_for("elected epoch 1")
+    second = start_leader("second", "--ttl", "60s")
+    second.wait_for("standing")
+
+    async def scenario(db: Database) -> int:
+        done = 0
+
+        async def writer(number: int) -> None:
+            nonlocal done
+            for step in range(20):
+                tr = db.transaction()
+                assert await tr.get(b"%d" % number) == (b"%d" % (step - 1) if step else None)
+                tr.set(b"%d" % number, b"%d" % step)
+                await tr.commit()
+                done += 1
+
+        writers = [asyncio.create_task(writer(number)) for number in range(20)]
+        await until_async(lambda: done >= 100)
+        first.signal(signal.SIGKILL)
+        await asyncio.gather(*writers)
+        return done
+
+    assert play(settings, scenario) == 400
+    assert one(sql, "SELECT durable_version FROM leader_lease") == 400
+    assert one(sql, "SELECT count(*) FROM commit_requests WHERE status <> 'committed'") == 0
+    assert one(sql, "SELECT epoch FROM leader_lease") == 2
+
+
+def test_i2_a_frozen_leader_is_replaced_when_its_lease_runs_out_and_writes_nothing_after_it_thaws(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    first = start_leader("first", "--ttl", "1s")
+    first.wait_for("elected epoch 1")
+    assert commit(settings, b"a") == 1
+    old_sessions = leader_sessions(sql)
+    assert len(old_sessions) == 2, "keeper and resolver"
+    second = start_leader("second", "--ttl", "10s")
+    second.wait_for("standing")
+    first.signal(signal.SIGSTOP)
+    second.wait_for("elected epoch 2")
+    assert not any_alive(sql, old_sessions)
+    assert commit(settings, b"b") == 2
+    before = written(sql)
+    first.signal(signal.SIGCONT)
+    assert "epoch 1" in first.wait_for("lost")
+    first.wait_for("standing")
+    assert written(sql) == before
+    assert commit(settings, b"c") == 3
+    assert ends(sql) == [(1, "first", "expired"), (2, "second", None)]
+    second.signal(signal.SIGTERM)
+    first.wait_for("elected epoch 3")
+    assert commit(settings, b"d") == 4
+
+
+def test_i2_a_leader_frozen_in_the_middle_of_a_batch_leaves_nothing_of_it(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    """Its transaction waits for a lock, on the server, when it freezes; the successor ends it and does the work."""
+    first = start_leader("first", "--ttl", "1s")
+    first.wait_for("elected epoch 1")
+    second = start_leader("second", "--ttl", "10s")
+    second.wait_for("standing")
+
+    async def scenario(db: Database) -> None:
+        with locked_data(settings, sql):
+            writer = asyncio.create_task(db.write(lambda tr: _set(tr, b"k"), commit_seconds=PATIENCE))
+            await until_async(lambda: a_batch_waits(sql))
+            first.signal(signal.SIGSTOP)
+            await asyncio.to_thread(second.wait_for, "elected epoch 2")
+        assert await writer == 1
+
+    play(settings, scenario)
+    assert one(sql, "SELECT epoch FROM leader_lease WHERE leader_addr = 'second'") == 2
+    first.signal(signal.SIGCONT)
+    first.wait_for("lost")
+    assert one(sql, "SELECT count(*) FROM commit_requests WHERE status = 'committed'") == 1
+
+
+@contextmanager
+def two_operators(settings: Settings, sql: Sql) -> Iterator[tuple[Settings, Settings]]:
+    """Two roles that may lead, but are no superusers and may not end each other's sessions."""
+    roles = [f"operator_{number}_{sql.info.dbname}" for number in (1, 2)]
+    for role in roles:
+        sql.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        with command_session(settings, "migrate grant", writes=True) as conn:
+            grant(conn, {"operator": roles}, dry_run=False)
+        one, two = (replace(settings, dsn=make_conninfo(settings.dsn, user=role)) for role in roles)
+        yield one, two
+    finally:
+        for role in roles:
+            sql.execute(f"DROP OWNED BY {role}")
+            sql.execute(f"DROP ROLE {role}")
+
+
+def test_i2_a_batch_that_a_frozen_leader_had_sent_is_fenced_on_the_server(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    """The successor may not end the old sessions, so the batch goes on without its leader, up to the fence."""
+    with two_operators(settings, sql) as (one_role, another):
+        first = start_leader("first", "--ttl", "1s", settings=one_role)
+        first.wait_for("elected epoch 1")
+        second = start_leader("second", "--ttl", "10s", settings=another)
+        second.wait_for("standing")
+        old_sessions = leader_sessions(sql)
+
+        async def scenario(db: Database) -> None:
+            with locked_data(settings, sql):
+                writer = asyncio.create_task(db.write(lambda tr: _set(tr, b"k"), commit_seconds=PATIENCE))
+                await until_async(lambda: a_batch_waits(sql))
+                first.signal(signal.SIGSTOP)
+                await asyncio.to_thread(second.wait_for, "elected epoch 2")
+            assert await writer == 1
+
+        play(settings, scenario)
+        assert leader_sessions(sql) > old_sessions, "nobody ended them"
+        until(lambda: not any_busy(sql, old_sessions))
+        before = written(sql)
+        first.signal(signal.SIGCONT)
+        first.wait_for("fenced epoch 1")
+        first.wait_for("standing")
+        assert written(sql) == before
+        assert ends(sql) == [(1, "first", "expired"), (2, "second", None)]
+        assert [leader.end() for leader in (first, second)] == [143, 143]
+
+
+def any_busy(sql: Sql, pids: set[int]) -> bool:
+    """Whether any of the sessions still works at something, or has a transaction open."""
+    text = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY (%s) AND state <> 'idle')"
+    return bool(one(sql, text, list(pids)))
+
+
+def test_of_many_standbys_one_replaces_a_frozen_leader_and_disturbs_no_other(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    first = start_leader("first", "--ttl", "1s")
+    first.wait_for("elected epoch 1")
+    frozen = keeper_sessions(sql)
+    for number in range(3):
+        start_leader(f"standby {number}", "--ttl", "10s").wait_for("standing")
+    until(lambda: one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == 3)
+    standbys = keeper_sessions(sql) - frozen
+    assert len(standbys) == 3
+    first.signal(signal.SIGSTOP)
+    until(lambda: one(sql, "SELECT epoch FROM leader_lease") == 2)
+    assert commit(settings, b"k") == 1
+    assert keeper_sessions(sql) == standbys
+    assert ends(sql)[0] == (1, "first", "expired")
+    assert len(ends(sql)) == 2
+
+
+def keeper_sessions(sql: Sql) -> set[int]:
+    """Pids of the sessions that candidates stand for election with."""
+    found = sql.execute(
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE application_name = 'pgcoord/leader keeper' AND datname = current_database()"
+    )
+    return {row[0] for row in found}
+
+
+# -- ends that were asked for
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_leader_that_is_asked_to_end_releases_its_lease_at_once(
+    settings: Settings, sql: Sql, start_leader: StartLeader, number: signal.Signals, code: int
+) -> None:
+    first = start_leader("first", "--ttl", "60s")
+    first.wait_for("elected epoch 1")
+    second = start_leader("second", "--ttl", "60s")
+    second.wait_for("standing")
+    assert commit(settings, b"a") == 1
+    first.signal(number)
+    first.wait_for("released epoch 1")
+    second.wait_for("elected epoch 2")
+    assert first.process.wait(PATIENCE) == code
+    assert commit(settings, b"b") == 2
+    assert ends(sql) == [(1, "first", "released"), (2, "second", None)]
+
+
+def test_a_candidate_that_waits_for_a_leader_ends_when_it_is_asked_to(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    start_leader("first", "--ttl", "60s").wait_for("elected epoch 1")
+    second = start_leader("second", "--ttl", "60s")
+    second.wait_for("standing")
+    until(lambda: one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+    second.signal(signal.SIGTERM)
+    assert second.process.wait(PATIENCE) == 143
+    assert ends(sql) == [(1, "first", None)]
+
+
+def test_a_leader_that_is_asked_to_end_finishes_the_batch_in_hand(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    first = start_leader("first")
+    first.wait_for("elected epoch 1")
+
+    async def scenario(db: Database) -> int:
+        with locked_data(settings, sql):
+            writer = asyncio.create_task(db.write(lambda tr: _set(tr, b"k"), commit_seconds=PATIENCE))
+            await until_async(lambda: a_batch_waits(sql))
+            first.signal(signal.SIGTERM)
+        return await writer
+
+    assert play(settings, scenario) == 1
+    assert first.process.wait(PATIENCE) == 143
+    assert ends(sql) == [(1, "first", "released")]
+
+
+# -- connections and servers that go away
+
+
+@pytest.mark.parametrize("which", ["leader keeper", "leader run"])
+def test_a_leader_that_loses_a_session_says_so_and_stands_again(
+    settings: Settings, sql: Sql, start_leader: StartLeader, which: str
+) -> None:
+    leader = start_leader("only", "--ttl", "60s")
+    leader.wait_for("elected epoch 1")
+    assert commit(settings, b"a") == 1
+    ended = sql.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = %s AND datname = current_database()",
+        [f"pgcoord/{which}"],
+    )
+    assert ended.rowcount == 1
+    leader.wait_for("lost epoch 1")
+    leader.wait_for("elected epoch 2")
+    assert commit(settings, b"b") == 2
+    assert [epoch for epoch, _, _ in ends(sql)] == [1, 2]
+
+
+def test_i2_a_batch_whose_fate_is_unknown_is_never_applied_twice(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    """The session is ended while the batch waits; the same process leads again and finds out by the tables."""
+    leader = start_leader("only", "--ttl", "60s")
+    leader.wait_for("elected epoch 1")
+
+    async def scenario(db: Database) -> int:
+        async def work(tr: Transaction) -> None:
+            tr.append_if_fits(b"k", b"once")
+
+        with locked_data(settings, sql):
+            writer = asyncio.create_task(db.write(work, commit_seconds=PATIENCE))
+            await until_async(lambda: a_batch_waits(sql))
+            for pid in leader_sessions(sql):
+                sql.execute("SELECT pg_terminate_backend(%s)", [pid])
+        return await writer
+
+    assert play(settings, scenario) == 1
+    assert sql.execute("SELECT key, value FROM kv").fetchall() == [(b"k", b"once")]
+
+
+@pytest.fixture
+def own_settings(own_server: EmbeddedServer) -> Settings:
+    """A migrated database on a server that the test may stop."""
+    settings = Settings(dsn=own_server.dsn)
+    with (
+        migration_session(settings, read_only=False) as (conn, _),
+        migrations.migration_lock(conn, settings.schema, PATIENCE, lambda _: None),
+    ):
+        migrations.apply(conn, settings.schema, None, lambda _: None)
+    return settings
+
+
+def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledged_commit_is_lost(
+    own_settings: Settings, own_server: EmbeddedServer, start_leader: StartLeader
+) -> None:
+    leaders = [start_leader(name, settings=own_settings) for name in ("first", "second")]
+    for leader in leaders:
+        leader.wait_for("standing")
+    acknowledged = unknown = 0
+
+    async def increment(tr: Transaction) -> None:
+        tr.set(b"n", b"%d" % (int(await tr.get(b"n") or 0) + 1))
+
+    async def writer(db: Database, goal: int) -> None:
+        nonlocal acknowledged, unknown
+        while acknowledged < goal:
+            try:
+                await db.run(increment)
+                acknowledged += 1
+            except ConnectionFailed:
+                await asyncio.sleep(0)  # from a read: nothing was sent
+            except OutcomeUnknown:
+                unknown += 1
+
+    async def scenario(db: Database) -> int:
+        writers = [asyncio.create_task(writer(db, 150)) for _ in range(10)]
+        await until_async(lambda: acknowledged >= 50)
+        await asyncio.to_thread(own_server.stop, "immediate")
+        before = acknowledged
+        await asyncio.to_thread(own_server.start)
+        await asyncio.gather(*writers)
+        assert acknowledged > before
+        return int(await db.transaction().get(b"n") or 0)
+
+    total = play(own_settings, scenario)
+    assert acknowledged <= total <= acknowledged + unknown
+    for leader in leaders:
+        assert leader.end() == 143
+    with psycopg.connect(own_settings.dsn, autocommit=True, options="-c search_path=pgcoord") as sql:
+        versions = sql.execute(
+            "SELECT commit_version FROM commit_requests WHERE status = 'committed' ORDER BY commit_version"
+        ).fetchall()
+        assert [version for (version,) in versions] == list(range(1, total + 1)), "rule I5: dense"
+        assert one(sql, "SELECT durable_version FROM leader_lease") == total
+
+
+def test_a_candidate_stands_again_when_the_server_is_back_however_long_it_was_away(
+    own_settings: Settings, own_server: EmbeddedServer, start_leader: StartLeader
+) -> None:
+    leader = start_leader("only", settings=own_settings)
+    leader.wait_for("elected epoch 1")
+    own_server.stop("immediate")
+    for _ in range(3):
+        leader.wait_for("unreachable")
+    own_server.start()
+    leader.wait_for("elected epoch 2")
+    assert commit(own_settings, b"k") == 1
+
+
+# -- work that takes long
+
+
+def test_a_leader_goes_on_leading_while_a_batch_takes_longer_than_its_lease(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    leader = start_leader("only", "--ttl", "1s")
+    leader.wait_for("elected epoch 1")
+    standby = start_leader("standby", "--ttl", "1s")
+    standby.wait_for("standing")
+
+    async def scenario(db: Database) -> int:
+        with locked_data(settings, sql):
+            writer = asyncio.create_task(db.write(lambda tr: _set(tr, b"k"), commit_seconds=PATIENCE))
+            await until_async(lambda: a_batch_waits(sql))
+            ran_out = one(sql, "SELECT expires_at FROM leader_lease")
+            # Renewed, and renewed again after the lease would have run out without.
+            await until_async(lambda: one(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
+        return await writer
+
+    assert play(settings, scenario) == 1
+    assert ends(sql) == [(1, "only", None)]
+
+
+def test_i3_a_leader_waits_for_the_disk_even_where_that_is_switched_off_by_default(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    sql.execute(f"ALTER DATABASE {sql.info.dbname} SET synchronous_commit = off")
+    sql.execute("CREATE TABLE seen (setting text)")
+    sql.execute(
+        "CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN INSERT INTO pgcoord.seen SELECT current_setting('synchronous_commit'); RETURN NULL; END $$"
+    )
+    sql.execute("CREATE TRIGGER look AFTER UPDATE ON commit_requests FOR EACH ROW EXECUTE FUNCTION look()")
+    start_leader("only").wait_for("elected epoch 1")
+    assert commit(settings, b"k") == 1
+    assert sql.execute("SELECT setting FROM seen").fetchall() == [("on",)]
