@@ -16,7 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pgcoord_cli.core.embedded import find_programs, throw_away_server
+from pgcoord_cli.core.embedded import throw_away_server
+from pgcoord_cli.core.programs import find_programs
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.settings import Settings
 

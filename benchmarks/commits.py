@@ -32,7 +32,8 @@ from benchmarks.measuring import Result, Stopwatch, resident_bytes
 from benchmarks.rivals import KEYS, SCAN, key_of
 from pgcoord_cli.core import leader, session
 from pgcoord_cli.core.client import Database, Transaction, connect
-from pgcoord_cli.core.embedded import find_programs, throw_away_server
+from pgcoord_cli.core.embedded import throw_away_server
+from pgcoord_cli.core.programs import find_programs
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.settings import Settings
 

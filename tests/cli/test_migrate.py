@@ -19,9 +19,9 @@ from typer._click.core import Command, Context
 from typer.core import TyperGroup
 
 from pgcoord_cli import cli as program
-from pgcoord_cli.core.embedded import find_programs
 from pgcoord_cli.core.locks import lock_key
 from pgcoord_cli.core.migrations import migration_files
+from pgcoord_cli.core.programs import find_programs
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.settings import Settings
 

@@ -24,7 +24,9 @@ import psycopg
 import pytest
 
 from pgcoord_cli.core import embedded
-from pgcoord_cli.core.embedded import EmbeddedServer, find_programs, server_account, throw_away_server
+from pgcoord_cli.core import programs as finding
+from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.programs import find_programs, server_account
 from pgcoord_cli.errors import PgcoordError, ServerUnavailable
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root needs an account for the server")
@@ -59,8 +61,8 @@ def temporary(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without PostgreSQL."""
-    monkeypatch.setattr(embedded, "PACKAGE", "no_such_package_of_postgresql")
-    monkeypatch.setattr(embedded, "LOCAL_DIRECTORIES", ())
+    monkeypatch.setattr(finding, "PACKAGE", "no_such_package_of_postgresql")
+    monkeypatch.setattr(finding, "LOCAL_DIRECTORIES", ())
     monkeypatch.setenv("PATH", "/nonexistent")
 
 
@@ -152,7 +154,7 @@ def slowed(directory: Path) -> Path:
 class TestPrograms:
     def test_the_package_comes_first_newest_first(self) -> None:
         assert find_programs().version == 18
-        assert embedded.PACKAGE in find_programs().source
+        assert finding.PACKAGE in find_programs().source
 
     @pytest.mark.parametrize("version", [16, 18])
     def test_a_version_may_be_chosen(self, version: int) -> None:
@@ -162,9 +164,9 @@ class TestPrograms:
         assert f"(PostgreSQL) {version}" in banner
 
     def test_the_package_is_not_imported(self) -> None:
-        probe = "import sys; from pgcoord_cli.core import embedded; embedded.find_programs(); print(*sys.modules)"
+        probe = "import sys; from pgcoord_cli.core import programs; programs.find_programs(); print(*sys.modules)"
         loaded = subprocess.check_output([sys.executable, "-c", probe], text=True).split()
-        assert embedded.PACKAGE not in loaded
+        assert finding.PACKAGE not in loaded
         assert "psycopg" not in loaded
 
     @pytest.mark.usefixtures("no_programs")
@@ -185,7 +187,7 @@ class TestPrograms:
         for version in (9, 16, 17):
             installation(place / str(version), f"postgres (PostgreSQL) {version}.2 (Debian)")
         on_path = installation(place / "path", "postgres (PostgreSQL) 15.13")
-        monkeypatch.setattr(embedded, "LOCAL_DIRECTORIES", (f"{place}/[0-9]*/bin",))
+        monkeypatch.setattr(finding, "LOCAL_DIRECTORIES", (f"{place}/[0-9]*/bin",))
         assert find_programs().version == 17
         assert find_programs(16).bin_dir == place / "16" / "bin"
         (place / "linked").mkdir()
@@ -199,7 +201,7 @@ class TestPrograms:
     ) -> None:
         old = installation(place / "14", "postgres (PostgreSQL) 14.9")
         broken = installation(place / "17", "Segmentation fault")
-        monkeypatch.setattr(embedded, "LOCAL_DIRECTORIES", (f"{place}/*/bin",))
+        monkeypatch.setattr(finding, "LOCAL_DIRECTORIES", (f"{place}/*/bin",))
         with pytest.raises(ServerUnavailable) as caught:
             find_programs()
         assert f"{old} (version 14)" in caught.value.message
@@ -213,7 +215,7 @@ class TestPrograms:
         half = cache / "postgresql-18-0.0.half-left-by-a-crash"
         half.mkdir(parents=True)
         programs = find_programs()
-        version = importlib.metadata.version(embedded.PACKAGE)
+        version = importlib.metadata.version(finding.PACKAGE)
         assert programs.bin_dir.is_relative_to(cache / f"postgresql-18-{version}")
         assert not half.exists()
         with throw_away_server(programs) as server:
@@ -230,7 +232,7 @@ class TestPrograms:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-            broken.setattr(embedded, "_make_readable", crash)
+            broken.setattr(finding, "_make_readable", crash)
             find_programs()
         assert [path.name for path in cache.iterdir()] == ["lock"]
         assert find_programs().bin_dir.is_dir()
@@ -238,7 +240,7 @@ class TestPrograms:
     @staticmethod
     def hide_the_package(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """Lets the package be found in a directory that only root can enter; returns the cache for the copies."""
-        spec = importlib.util.find_spec(embedded.PACKAGE)
+        spec = importlib.util.find_spec(finding.PACKAGE)
         assert spec is not None and spec.origin is not None
         package = Path(spec.origin).parent
         closed = place / "closed"
@@ -246,7 +248,7 @@ class TestPrograms:
         for name in (package.name, f"{package.name}.libs"):
             (closed / name).symlink_to(package.parent / name)
         monkeypatch.syspath_prepend(closed)
-        monkeypatch.setattr(embedded, "CACHE", place / "cache")
+        monkeypatch.setattr(finding, "CACHE", place / "cache")
         return place / "cache"
 
 
@@ -532,7 +534,8 @@ class TestThrowAway:
         slow = slowed(temporary)
         program = (
             "import pathlib, signal\n"
-            "from pgcoord_cli.core.embedded import Programs, throw_away_server\n"
+            "from pgcoord_cli.core.embedded import throw_away_server\n"
+            "from pgcoord_cli.core.programs import Programs\n"
             f"with throw_away_server(Programs(pathlib.Path({str(slow)!r}), 18, 'slow')) as server:\n"
             f"    pathlib.Path({str(temporary)!r}, 'ready').touch()\n"
             "    signal.pause()\n"

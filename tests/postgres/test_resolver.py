@@ -20,9 +20,10 @@ from pytest_postgresql.executors import NoopExecutor
 
 from pgcoord_cli.core import codec, lease, resolver
 from pgcoord_cli.core.codec import Mutation, Op, Range, Request
-from pgcoord_cli.core.embedded import Programs, throw_away_server
+from pgcoord_cli.core.embedded import throw_away_server
 from pgcoord_cli.core.lease import Term
 from pgcoord_cli.core.migrations import apply, migration_lock
+from pgcoord_cli.core.programs import Programs
 from pgcoord_cli.core.resolver import Resolver
 from pgcoord_cli.core.session import migration_session, open_session
 from pgcoord_cli.db.sqlfiles import sql as statement

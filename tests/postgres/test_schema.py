@@ -11,7 +11,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pgcoord_cli.core.embedded import EmbeddedServer, find_programs, throw_away_server
+from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.programs import find_programs
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.errors import ServerUnavailable
 from pgcoord_cli.settings import Settings

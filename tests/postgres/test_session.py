@@ -22,8 +22,9 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgcoord_cli import cli as program
 from pgcoord_cli.core import session
-from pgcoord_cli.core.embedded import EmbeddedServer, Programs, server_account, throw_away_server
+from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
 from pgcoord_cli.core.locks import lock_key
+from pgcoord_cli.core.programs import Programs, server_account
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.db import connection
 from pgcoord_cli.errors import Busy, ConnectionFailed, PgcoordError, TimedOut, UnsuitableServer, UsageError
