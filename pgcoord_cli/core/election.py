@@ -134,8 +134,12 @@ class Keeper(threading.Thread):
             if lease.read_lease(self._conn).held:
                 return
             self._end_old_sessions()
+        set_lock_timeout(self._conn, self._ttl)
         sent_at = time.monotonic()
-        term = lease.take_over(self._conn, self._settings.schema, self._node_id, self._ttl, lock_held=self._locked)
+        try:
+            term = lease.take_over(self._conn, self._settings.schema, self._node_id, self._ttl, lock_held=self._locked)
+        except psycopg.errors.LockNotAvailable:
+            return  # somebody keeps the row of the lease locked: the campaign goes on
         if term:
             self._trusted_until = sent_at + self._ttl
             self.term = term

@@ -67,9 +67,10 @@ def read_lease(conn: Connection[Any]) -> Lease:
 
 def take_over(conn: Connection[Any], schema: str, node_id: str, ttl: float, *, lock_held: bool) -> Term | None:
     """Begins a new leadership; None when the lease is held and the election lock is not ours. `ttl` in seconds."""
+    arguments = [node_id, ttl, lock_held, channels.leadership(schema)]
     with conn.pipeline():
-        conn.execute(sql("lease", "lock_lease"))
-        taken = conn.execute(sql("lease", "take_over"), [node_id, ttl, lock_held, channels.leadership(schema)])
+        conn.execute(sql("lease", "lock_lease"), prepare=False)
+        taken = conn.execute(sql("lease", "take_over"), arguments, prepare=False)
     row = taken.fetchone()
     return Term(*row[:-1]) if row else None
 

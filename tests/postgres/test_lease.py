@@ -368,7 +368,7 @@ def test_a_keeper_whose_lock_is_free_leads_at_once_however_long_the_old_lease_ha
     with keeper_of(settings):
         assert ends(conn) == [(1, "dead", "lost"), (2, "keeper", None)]
     assert ends(conn)[-1] == (2, "keeper", "released")
-    assert one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+    until(lambda: one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0)
 
 
 def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(
@@ -428,6 +428,31 @@ def test_a_keeper_elected_without_the_lock_takes_it_when_it_becomes_free(
                 pid,
             )
         )
+
+
+def test_a_keeper_outlasts_somebody_who_keeps_the_row_of_the_lease_locked(
+    settings: Settings, conn: Conn, sql: Conn
+) -> None:
+    """Like an operator who forgot to commit: the wait is given up, and begun again."""
+
+    def waiting_since() -> Any:
+        text = (
+            "SELECT query_start FROM pg_stat_activity WHERE application_name = 'pgcoord/leader keeper'"
+            " AND wait_event_type = 'Lock' AND %s = ANY (pg_blocking_pids(pid))"
+        )
+        row = sql.execute(text, [conn.info.backend_pid]).fetchone()
+        return row[0] if row else None
+
+    conn.execute("BEGIN")
+    conn.execute("SELECT FROM leader_lease FOR UPDATE")
+    with keeper_of(settings, ttl=1.0, elected=False) as keeper:
+        until(waiting_since)
+        first = waiting_since()
+        until(lambda: waiting_since() not in (first, None))
+        assert keeper.over is None
+        conn.execute("ROLLBACK")
+        until(lambda: keeper.term or keeper.over)
+        assert keeper.over is None
 
 
 def test_a_keeper_stops_while_it_stands_for_election(settings: Settings, conn: Conn, sql: Conn) -> None:
