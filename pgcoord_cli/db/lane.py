@@ -62,7 +62,9 @@ class Lane:
         self._answer = None
         for result in results:
             if result.status == pq.ExecStatus.FATAL_ERROR:
-                raise error_from_result(result)
+                error = error_from_result(result)
+                # Without a state it is libpq that speaks, not the server: the connection is gone.
+                raise error if error.sqlstate else psycopg.OperationalError(str(error))
         return results
 
     def _flush(self) -> None:
