@@ -38,6 +38,7 @@ from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.settings import Settings
 
 RENEWALS_PER_TTL = 3
+CANCEL_SECONDS = 2.0
 CANCEL_AGAIN_SECONDS = 0.1
 LOCK_OF_THE_DEAD_SECONDS = 1.0
 
@@ -61,6 +62,8 @@ class Keeper(threading.Thread):
         self._stop_signal = Wakeup()
         self._resolver_done = threading.Event()
         self._campaigning = threading.Event()
+        self._wait_mutex = threading.Lock()
+        self._waits_for_lock = False
         self._trusted_until = 0.0
         self._locked = False
         self._lock_key = lock_key(settings.schema, "election")
@@ -80,11 +83,20 @@ class Keeper(threading.Thread):
         self._stop_signal.set()
         while self._campaigning.is_set() and self.is_alive():
             # A cancellation can arrive before the statement it is meant for, so it is sent until it is heeded.
-            with suppress(psycopg.Error):
-                self._conn.cancel_safe(timeout=CANCEL_AGAIN_SECONDS)
+            self._cancel_wait_for_lock()
             self.join(CANCEL_AGAIN_SECONDS)
         self.join()
         self._stop_signal.close()
+
+    def _cancel_wait_for_lock(self) -> None:
+        """Cancels the wait for the election lock, and nothing else.
+
+        While the mutex is held the thread cannot go on to its next statement, so that the cancellation does not hit
+        the taking over or the release of a lease won in the same moment.
+        """
+        with self._wait_mutex, suppress(psycopg.Error):
+            if self._waits_for_lock:
+                self._conn.cancel_safe(timeout=CANCEL_SECONDS)
 
     # -- the thread
 
@@ -123,11 +135,18 @@ class Keeper(threading.Thread):
     def _wait_for_lock(self, seconds: float) -> bool:
         """True when the lock is ours; False when that took too long or was cancelled."""
         set_lock_timeout(self._conn, seconds)
+        self._mark_waiting(True)
         try:
             self._conn.execute(sql("lease", "wait_for_election_lock"), [self._lock_key])
         except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
             return False
+        finally:
+            self._mark_waiting(False)
         return True
+
+    def _mark_waiting(self, waits: bool) -> None:
+        with self._wait_mutex:
+            self._waits_for_lock = waits
 
     def _take_over(self) -> None:
         if not self._locked:

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from pgcoord_cli.core import channels, lease
-from pgcoord_cli.core.election import Keeper, mark_leader_session, session_key
+from pgcoord_cli.core.election import CANCEL_AGAIN_SECONDS, Keeper, mark_leader_session, session_key
 from pgcoord_cli.core.lease import Renewal, Term
 from pgcoord_cli.core.locks import lock_key
 from pgcoord_cli.core.session import open_session
@@ -385,6 +385,23 @@ def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(
         conn.close()
         until(lambda: keeper.term)
     assert ends(rival) == [(1, "leader", "lost"), (2, "keeper", "released")]
+
+
+def test_a_keeper_that_is_stopped_just_after_it_has_won_still_releases(
+    settings: Settings, conn: Conn, rival: Conn, sql: Conn
+) -> None:
+    """A stop cancels the wait for the election lock, never a statement after it."""
+    rival.execute("SELECT pg_advisory_lock($1)", [session_key("pgcoord")])
+    with closing(Wakeup()) as wakeup:
+        keeper = Keeper(settings, "keeper", 600, wakeup)
+        keeper.start()
+        until(lambda: keeper.term and waits_for(sql, keeper_pid(sql) or 0, rival.info.backend_pid))
+        stop = threading.Thread(target=keeper.stop)
+        stop.start()
+        stop.join(3 * CANCEL_AGAIN_SECONDS)  # long enough for a cancellation that must not be sent
+        rival.execute("SELECT pg_advisory_unlock($1)", [session_key("pgcoord")])
+        stop.join()
+    assert ends(conn) == [(1, "keeper", "released")]
 
 
 def test_i2_a_keeper_ends_the_sessions_of_a_leader_whose_lease_ran_out(
