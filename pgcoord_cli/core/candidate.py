@@ -108,6 +108,8 @@ class Candidate:
             with closing(open_session(self._patient_settings(), "leader run", writes=True)) as conn:
                 mark_leader_session(conn, self._settings.schema)
                 conn.execute(sql("lease", "make_commits_durable"))
+                conn.execute(sql("session", "plan_once"))
+                conn.prepare_threshold = 0
                 self._resolve(conn, keeper, term)
         except Fenced as error:
             return "fenced", error.message
@@ -130,11 +132,13 @@ class Candidate:
         return replace(self._settings, statement_timeout=0, lock_timeout=0)
 
     def _resolve(self, conn: Connection[Any], keeper: Keeper, term: Term) -> None:
-        notifications = listen(conn, channels.commits(self._settings.schema), self._wakeup)
+        leadership = channels.leadership(self._settings.schema)
+        notifications = listen(conn, (channels.commits(self._settings.schema), leadership), self._wakeup)
         resolver = Resolver(conn, term)
         while not self._stopping and keeper.over is None:
-            if not resolver.has_more:
-                notifications.wait(channels.POLL_SECONDS)
+            heard = notifications.wait(0 if resolver.has_more else channels.POLL_SECONDS)
+            if leadership in heard:
+                keeper.look()
             if keeper.is_trusted():
                 resolver.resolve_batch()
             elif keeper.over is None:

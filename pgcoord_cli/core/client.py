@@ -21,6 +21,7 @@ from typing import Any, Self, TypeVar
 from psycopg import AsyncConnection
 
 from pgcoord_cli.core.backoff import Backoff
+from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.pool import Pool
 from pgcoord_cli.core.session import open_session_async
 from pgcoord_cli.core.snapshots import SnapshotReader
@@ -28,6 +29,7 @@ from pgcoord_cli.core.submissions import Submitter
 from pgcoord_cli.core.transaction import KeySelector, Transaction
 from pgcoord_cli.core.watches import Watch, Watcher
 from pgcoord_cli.db.connection import mapped_errors
+from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import Conflict, TooOld
 from pgcoord_cli.settings import Settings
 
@@ -56,8 +58,9 @@ class Database:
         self._command = command
         self._pool = Pool(self._open_connection, pool_size)
         self._reader = SnapshotReader(self._pool)
-        self._submitter = Submitter(settings.schema, self._pool, self._open_connection)
-        self._watcher = Watcher(settings.schema, self._reader, self._open_connection)
+        self._listener = Listener(self._open_connection)
+        self._submitter = Submitter(settings.schema, self._pool, self._listener)
+        self._watcher = Watcher(settings.schema, self._reader, self._listener)
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,11 +80,13 @@ class Database:
         """Closes every connection."""
         await self._watcher.close()
         await self._submitter.close()
+        await self._listener.close()
         await self._pool.close()
 
     async def _open_connection(self) -> AsyncConnection[Any]:
         conn = await open_session_async(self._settings, self._command, writes=True)
         await conn.execute("SET synchronous_commit = off")
+        await conn.execute(sql("session", "plan_once"))
         return conn
 
     def transaction(self, *, commit_seconds: float = COMMIT_SECONDS) -> Transaction:

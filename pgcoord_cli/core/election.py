@@ -11,8 +11,8 @@ a time to live, so that no batch, however long, and no other connection can star
 after the moment **before** the last successful renewal was sent: whatever the network did with the answer, the server
 had not let the lease run out by then. A leader without trust starts nothing more.
 
-It listens for the wake-ups of the leadership channel, so that a request to step down is heard at once: the resolver
-finishes its batch, the lease is released, and whoever waits for the lock leads next.
+The resolver, which listens anyway, passes on what the leadership channel says (`look`), so that a request to step down
+is seen at once: the resolver finishes its batch, the lease is released, and whoever waits for the lock leads next.
 
 **End.** `stop` releases the lease and with it wakes the standbys. When the connection is lost, or a renewal finds
 the lease run out or taken, the keeper says so through `over` and wakes the resolver.
@@ -28,11 +28,11 @@ from typing import Any
 import psycopg
 from psycopg import Connection
 
-from pgcoord_cli.core import channels, lease
+from pgcoord_cli.core import lease
 from pgcoord_cli.core.lease import Renewal, Term
 from pgcoord_cli.core.locks import lock_key
 from pgcoord_cli.core.session import open_session
-from pgcoord_cli.core.wakeup import Wakeup, listen
+from pgcoord_cli.core.wakeup import Notifications, Wakeup
 from pgcoord_cli.db.connection import is_connection_lost, translate
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.settings import Settings
@@ -59,7 +59,7 @@ class Keeper(threading.Thread):
         self._ttl = ttl
         self._wakeup = wakeup
         self._stopping = threading.Event()
-        self._stop_signal = Wakeup()
+        self._signal = Wakeup()
         self._resolver_done = threading.Event()
         self._campaigning = threading.Event()
         self._wait_mutex = threading.Lock()
@@ -75,18 +75,22 @@ class Keeper(threading.Thread):
         """Whether the server cannot have let the lease run out yet."""
         return self.over is None and time.monotonic() < self._trusted_until
 
+    def look(self) -> None:
+        """Has the lease renewed now, because something may have happened to it."""
+        self._signal.set()
+
     def stop(self, reason: str = "released") -> None:
         """Gives up candidacy or lease, and waits until that is done. `reason` goes into the history."""
         self._release_reason = reason
         self._stopping.set()
         self._resolver_done.set()
-        self._stop_signal.set()
+        self._signal.set()
         while self._campaigning.is_set() and self.is_alive():
             # A cancellation can arrive before the statement it is meant for, so it is sent until it is heeded.
             self._cancel_wait_for_lock()
             self.join(CANCEL_AGAIN_SECONDS)
         self.join()
-        self._stop_signal.close()
+        self._signal.close()
 
     def _cancel_wait_for_lock(self) -> None:
         """Cancels the wait for the election lock, and nothing else.
@@ -178,11 +182,11 @@ class Keeper(threading.Thread):
         if self.term is None:
             return
         set_lock_timeout(self._conn, self._ttl)
-        notifications = listen(self._conn, channels.leadership(self._settings.schema), self._stop_signal)
+        signals = Notifications(self._conn, self._signal)  # or the end of the connection
         while not self._stopping.is_set():
             if not self._renew(self.term):
                 return
-            notifications.wait(self._ttl / RENEWALS_PER_TTL)
+            signals.wait(self._ttl / RENEWALS_PER_TTL)
         self._release(self.term, self._release_reason)
 
     def _renew(self, term: Term) -> bool:

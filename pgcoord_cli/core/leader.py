@@ -59,7 +59,7 @@ def _ailment(lease: Lease, oldest_pending_seconds: float | None) -> str | None:
 
 def watch_status(conn: Connection[Any], schema: str, seconds: float) -> Iterator[dict[str, dict[str, Any]]]:
     """The status now, at every change of leadership, and otherwise once in `seconds`. Never ends by itself."""
-    notifications = listen(conn, channels.leadership(schema), Wakeup())
+    notifications = listen(conn, [channels.leadership(schema)], Wakeup())
     while True:
         yield status_document(conn)
         notifications.wait(seconds)
@@ -68,7 +68,7 @@ def watch_status(conn: Connection[Any], schema: str, seconds: float) -> Iterator
 def wait_for_leader(conn: Connection[Any], schema: str, seconds: float, *, after_epoch: int = 0) -> Lease:
     """The lease once somebody holds one later than `after_epoch`; wakes at the election. NoLeader after `seconds`."""
     with closing(Wakeup()) as wakeup:
-        notifications = listen(conn, channels.leadership(schema), wakeup)
+        notifications = listen(conn, [channels.leadership(schema)], wakeup)
         deadline = time.monotonic() + seconds
         while not (lease := read_lease(conn)).held or lease.epoch <= after_epoch:
             if time.monotonic() >= deadline:

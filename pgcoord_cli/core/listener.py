@@ -2,13 +2,13 @@
 
 **Protocol.** A single task owns the connection; nobody else touches it. Whoever wants a channel puts it into the set
 of channels, wakes the task and waits. The task connects, listens to every channel of the set, tells those who
-wait, and calls `on_reconnect`, so that the tables are read once for what was missed. From then on it waits for
-the socket, for new channels, and for the heartbeat, whichever comes first. Because the set is read after the
-connection is there, and again whenever somebody was added, a channel that is asked for at any moment, in the middle
-of a reconnect too, is listened to before its caller is told so.
+wait, and calls what was given for each channel, so that the tables are read once for what was missed. From then on it
+waits for new channels and for the heartbeat, whichever comes first, while notifications are handed on as they
+arrive. Because the set is read after the connection is there, and again whenever somebody was added, a channel that is
+asked for at any moment, in the middle of a reconnect too, is listened to before its caller is told so.
 
-A silent socket is not trusted: a connection that has not been heard of for a heartbeat is asked for a sign of life,
-and replaced when there is none.
+A silent socket is not trusted: once in a heartbeat the server is asked for a sign of life, and the connection is
+replaced when there is none.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection
 from psycopg import sql as composed
 
 from pgcoord_cli.core.backoff import Backoff
-from pgcoord_cli.core.wakeup import received
+from pgcoord_cli.db.lane import Lane
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 
 HEARTBEAT_SECONDS = 5.0
@@ -33,26 +33,31 @@ LAST_BACKOFF_SECONDS = 2.0
 Opener = Callable[[], Awaitable[AsyncConnection[Any]]]
 
 
-class Listener:
-    """Listens to channels and calls `on_notify(channel)`; `on_reconnect()` after every (re)connect."""
+class Wanted(NamedTuple):
+    """A channel that somebody wants: what to call when there may be news, and who waits until it is listened to."""
 
-    def __init__(self, opener: Opener, on_notify: Callable[[str], None], on_reconnect: Callable[[], None]) -> None:
+    on_news: Callable[[], None]
+    listened: asyncio.Future[None]
+
+
+class Listener:
+    """Listens to channels, and calls what belongs to one when it is notified and after every (re)connect."""
+
+    def __init__(self, opener: Opener) -> None:
         self._opener = opener
-        self._on_notify = on_notify
-        self._on_reconnect = on_reconnect
-        self._wanted: dict[str, asyncio.Future[None]] = {}
+        self._wanted: dict[str, Wanted] = {}
         self._listening: set[str] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def listen(self, channel: str) -> None:
+    async def listen(self, channel: str, on_news: Callable[[], None]) -> None:
         """Returns once the channel is listened to; raises what makes that impossible, a lost connection aside."""
         if channel not in self._wanted:
-            self._wanted[channel] = asyncio.get_running_loop().create_future()
+            self._wanted[channel] = Wanted(on_news, asyncio.get_running_loop().create_future())
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         self._wake.set()
-        await asyncio.shield(self._wanted[channel])
+        await asyncio.shield(self._wanted[channel].listened)
 
     async def close(self) -> None:
         """Ends the task and its connection."""
@@ -76,50 +81,50 @@ class Listener:
 
     def _refuse_waiting(self, error: Exception) -> None:
         """Tells those who wait for a channel; who has been listening stays, since the server may be fit again soon."""
-        for channel, listened in list(self._wanted.items()):
-            if not listened.done():
+        for channel, wanted in list(self._wanted.items()):
+            if not wanted.listened.done():
                 del self._wanted[channel]
-                listened.set_exception(error)
+                wanted.listened.set_exception(error)
 
     async def _connect_and_serve(self, backoff: Backoff) -> None:
-        conn = await self._opener()
+        lane = Lane(await self._opener(), on_notify=self._on_notify, on_lost=self._wake.set)
         try:
             backoff.reset()
-            await self._serve(conn)
+            await self._serve(lane)
         finally:
             self._listening.clear()
-            await conn.close()
+            await lane.close()
 
-    async def _serve(self, conn: AsyncConnection[Any]) -> None:
+    async def _serve(self, lane: Lane) -> None:
         """Everything that happens on one connection, until it breaks."""
-        conn.add_notify_handler(lambda notification: self._on_notify(notification.channel))
-        await self._listen_to_new(conn)
-        self._on_reconnect()
+        await self._listen_to_new(lane)
+        for wanted in list(self._wanted.values()):
+            wanted.on_news()
         while True:
-            if not await self._readable_or_woken(conn):
+            if not await self._woken():
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
-                    await conn.execute("SELECT 1")
-            await self._listen_to_new(conn)
-            for channel in received(conn):
-                self._on_notify(channel)
+                    await lane.fetch("SELECT 1", [])
+            if not lane.is_usable:
+                return
+            await self._listen_to_new(lane)
 
-    async def _listen_to_new(self, conn: AsyncConnection[Any]) -> None:
+    def _on_notify(self, channel: str) -> None:
+        if wanted := self._wanted.get(channel):
+            wanted.on_news()
+
+    async def _listen_to_new(self, lane: Lane) -> None:
         self._wake.clear()
         for channel in list(self._wanted.keys() - self._listening):
-            await conn.execute(composed.SQL("LISTEN {}").format(composed.Identifier(channel)))
+            await lane.fetch(composed.SQL("LISTEN {}").format(composed.Identifier(channel)).as_string(), [])
             self._listening.add(channel)
-            if not self._wanted[channel].done():
-                self._wanted[channel].set_result(None)
+            if not self._wanted[channel].listened.done():
+                self._wanted[channel].listened.set_result(None)
 
-    async def _readable_or_woken(self, conn: AsyncConnection[Any]) -> bool:
-        """False when neither the socket nor a new channel stirred for a heartbeat."""
-        loop = asyncio.get_running_loop()
-        loop.add_reader(conn.fileno(), self._wake.set)
+    async def _woken(self) -> bool:
+        """False when neither a new channel nor a lost connection stirred for a heartbeat."""
         try:
             async with asyncio.timeout(HEARTBEAT_SECONDS):
                 await self._wake.wait()
         except TimeoutError:
             return False
-        finally:
-            loop.remove_reader(conn.fileno())
         return True

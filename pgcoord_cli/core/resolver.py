@@ -40,12 +40,17 @@ from pgcoord_cli.core.codec import Op, Range, Request, Undecodable
 from pgcoord_cli.core.conflicts import ConflictWindow
 from pgcoord_cli.core.lease import Term
 from pgcoord_cli.core.mutations import WriteSet
+from pgcoord_cli.db.binary import bytea_array, int4, int8, int8_array, text_array
+from pgcoord_cli.db.pipeline import Pipeline, Statement
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import Fenced
 
 BATCH_LIMIT = 1_000
 BATCH_BYTES = 50_000_000
 """A batch ends with the payload that reaches this; PostgreSQL takes no statement of more than a gigabyte."""
+
+OBSERVE_AFTER = 200
+"""So many settled requests above the queue floor cost a claim less than raising the floor would."""
 
 CONFLICT_WINDOW = timedelta(seconds=10)
 """How long after a commit its writes can still be checked against; older reads are too_old."""
@@ -146,9 +151,11 @@ class Resolver:
 
     def __init__(self, conn: Connection[Any], term: Term) -> None:
         self._conn = conn
+        self._pipeline = Pipeline(conn)
         self._term = term
         self._durable_version = term.durable_version
         self._floor = QueueFloor(term.queue_floor_id)
+        self._above_floor = 0
         self._one_by_one_up_to = 0
         self.has_more = True
         """Whether the last claim left something behind: otherwise a notification will come for what is new."""
@@ -168,6 +175,7 @@ class Resolver:
         """Claims and settles one batch; returns how many requests it had."""
         if self._one_by_one_up_to:
             limit = 1
+        floor_before = self._floor.id
         batch = self._claim(limit)
         self.has_more = len(batch) == limit or sum(len(claimed.payload) for claimed in batch) >= BATCH_BYTES
         if not batch or batch[-1].id >= self._one_by_one_up_to:
@@ -181,19 +189,20 @@ class Resolver:
             self._floor.settled_up_to(batch[-1].id)
         if not self.has_more:
             self._floor.everything_settled()
-        self._observe_writers()
+        self._above_floor = 0 if self._floor.id > floor_before else self._above_floor + len(batch)
+        if self._above_floor > OBSERVE_AFTER:
+            self._observe_writers()
         return len(batch)
 
     def _observe_writers(self) -> None:
         """For the next claim, and after the clients have been told: nobody waits for this."""
         if not self._floor.is_clear:
-            self._floor.observe(*self._conn.execute(sql("commits", "queue_writers")).fetchone() or (0, []))
+            self._floor.observe(*self._pipeline.fetch(sql("commits", "queue_writers"), [])[0])
 
     def _claim(self, limit: int) -> list[Claimed]:
-        cursor = self._conn.cursor(binary=True)
         # Of a payload that is too large, one byte more than may be shows that it is.
-        arguments = [self._floor.id, limit, BATCH_BYTES, codec.MAX_TRANSACTION_BYTES + 1]
-        return [Claimed(*row) for row in cursor.execute(sql("commits", "claim"), arguments)]
+        arguments = [int8(self._floor.id), int4(limit), int8(BATCH_BYTES), int4(codec.MAX_TRANSACTION_BYTES + 1)]
+        return [Claimed(*row) for row in self._pipeline.fetch(sql("commits", "claim"), arguments)]
 
     def _settle(self, verdicts: Sequence[Verdict], now: datetime) -> bool:
         """Applies a batch; False when it was undone and has to be claimed again."""
@@ -203,7 +212,6 @@ class Resolver:
         except psycopg.Error as error:
             if error.sqlstate not in IN_THE_WAY and not _lies_in_the_data(error):
                 raise
-            self._forget_prepared_statements()
             self._load_window(self._window.floor, start_id)
             if error.sqlstate not in IN_THE_WAY:
                 self._isolate(verdicts, error)
@@ -213,11 +221,6 @@ class Resolver:
             self._marks.add(now, self._durable_version, min(committed))
         return True
 
-    def _forget_prepared_statements(self) -> None:
-        """psycopg takes those for prepared that the server skipped when it refused the pipeline; a rollback helps."""
-        with self._conn.transaction(force_rollback=True):
-            pass
-
     def _window_start_id(self) -> int:
         """No commit of the window, nor any to come, has an id at or below this."""
         return min([self._floor.id, *(mark.first_id - 1 for mark in self._marks)])
@@ -225,14 +228,16 @@ class Resolver:
     def _apply(self, verdicts: Sequence[Verdict]) -> None:
         """One transaction, sent as one unit: a pipeline without BEGIN is atomic up to its end."""
         write_set = self._folded(verdicts)
-        with fence_shown(), self._conn.pipeline():
-            if write_set.ranges:
-                self._conn.execute(sql("commits", "delete_ranges"), _columns(write_set.ranges, 2))
-            if write_set.removed:
-                self._conn.execute(sql("commits", "delete_keys"), [write_set.removed])
-            if write_set.written:
-                self._conn.execute(sql("commits", "upsert_keys"), _columns(write_set.written.items(), 2))
-            self._conn.execute(sql("commits", "settle"), self._settlement(verdicts))
+        statements: list[Statement] = []
+        if write_set.ranges:
+            statements.append((sql("commits", "delete_ranges"), _bytea_columns(write_set.ranges)))
+        if write_set.removed:
+            statements.append((sql("commits", "delete_keys"), [bytea_array(write_set.removed)]))
+        if write_set.written:
+            statements.append((sql("commits", "upsert_keys"), _bytea_columns(write_set.written.items())))
+        statements.append((sql("commits", "settle"), self._settlement(verdicts)))
+        with fence_shown():
+            self._pipeline.run(statements)
 
     def _folded(self, verdicts: Sequence[Verdict]) -> WriteSet:
         """The net effect of the batch. Nobody else writes under this leadership, so what is read here still holds."""
@@ -242,11 +247,16 @@ class Resolver:
             write_set.decide(dict(cursor.execute(sql("commits", "stored_values"), [undecided]).fetchall()))
         return write_set
 
-    def _settlement(self, verdicts: Sequence[Verdict]) -> list[Any]:
+    def _settlement(self, verdicts: Sequence[Verdict]) -> list[bytes]:
         version_after = _last_version(verdicts, self._durable_version)
         floors = [self._window.floor, self._window_start_id(), self._floor.id]
-        outcomes = _columns([verdict[:4] for verdict in verdicts], 4)
-        return [self._term.epoch, self._term.term_id, self._durable_version, version_after, *floors, *outcomes]
+        ids, statuses, versions, reasons, _ = zip(*verdicts, strict=True)
+        return [
+            int8(self._term.epoch),
+            self._term.term_id.bytes,
+            *map(int8, [self._durable_version, version_after, *floors]),
+            *(int8_array(ids), text_array(statuses), int8_array(versions), text_array(reasons)),
+        ]
 
     def _isolate(self, verdicts: Sequence[Verdict], error: psycopg.Error) -> None:
         """Has the requests of a refused batch tried one by one; a single one is rejected with the reason."""
@@ -353,10 +363,7 @@ def _last_version(verdicts: Sequence[Verdict], otherwise: int) -> int:
     return max((verdict.version for verdict in verdicts if verdict.version is not None), default=otherwise)
 
 
-def _columns(rows: Iterable[Sequence[Any]], width: int) -> list[list[Any]]:
-    """Rows turned into the parallel arrays that `unnest` takes."""
-    columns: list[list[Any]] = [[] for _ in range(width)]
-    for row in rows:
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-    return columns
+def _bytea_columns(pairs: Iterable[tuple[bytes, bytes | None]]) -> list[bytes]:
+    """Pairs turned into the two parallel arrays that `unnest` takes."""
+    firsts, seconds = zip(*pairs, strict=True)
+    return [bytea_array(firsts), bytea_array(seconds)]

@@ -22,13 +22,12 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
-from uuid import uuid4
 
 from pgcoord_cli.core import codec
 from pgcoord_cli.core.codec import Mutation, Op, Range, Request, Undecodable
 from pgcoord_cli.core.mutations import WriteSet, covers, fold, versionstamp
 from pgcoord_cli.core.snapshots import RangeRead, Rows, Snapshot, SnapshotReader, Wanted
-from pgcoord_cli.core.submissions import Outcome, Submission, Submitter
+from pgcoord_cli.core.submissions import Outcome, Submission, Submitter, new_request_id
 from pgcoord_cli.core.watches import Watch, Watcher
 from pgcoord_cli.errors import (
     CommitRefused,
@@ -357,7 +356,7 @@ class Transaction:
             payload = codec.encode(request)
         except Undecodable as error:
             raise refusal(error) from None
-        submission = Submission(uuid4(), snapshot.epoch, snapshot.version, payload)
+        submission = Submission(new_request_id(), snapshot.epoch, snapshot.version, payload)
         return committed_version(await self._submitter.submit(submission, self._commit_seconds))
 
 

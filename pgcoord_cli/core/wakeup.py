@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from psycopg import AsyncConnection, Connection, sql
+from psycopg import Connection, sql
 
 
 class Wakeup:
@@ -56,27 +57,27 @@ class Notifications:
     def __init__(self, conn: Connection[Any], wakeup: Wakeup) -> None:
         self._conn = conn
         self._wakeup = wakeup
-        self._arrived = False
-        conn.add_notify_handler(self._on_notify)
+        self._arrived: set[str] = set()
+        conn.add_notify_handler(lambda notification: self._arrived.add(notification.channel))
 
-    def _on_notify(self, _notification: Any) -> None:
-        self._arrived = True
+    def wait(self, seconds: float) -> set[str]:
+        """The channels that were notified since the last wait, once there is one; none at the deadline or a wake-up."""
+        if heard := self._taken():
+            return heard
+        poll = select.poll()
+        poll.register(self._conn.fileno(), select.POLLIN)
+        poll.register(self._wakeup.fileno(), select.POLLIN)
+        poll.poll(max(0.0, seconds) * 1000)
+        self._wakeup.clear()
+        return self._taken()
 
-    def wait(self, seconds: float) -> bool:
-        """True once a notification came, be it since the last wait; False at the deadline or a wake-up."""
-        if not self._arrived:
-            poll = select.poll()
-            poll.register(self._conn.fileno(), select.POLLIN)
-            poll.register(self._wakeup.fileno(), select.POLLIN)
-            ready = dict(poll.poll(max(0.0, seconds) * 1000))
-            self._wakeup.clear()
-            if self._conn.fileno() in ready:
-                self._arrived = bool(received(self._conn))
-        arrived, self._arrived = self._arrived, False
-        return arrived
+    def _taken(self) -> set[str]:
+        """What cursors heard, and what lies in the connection unread; raises when that is closed."""
+        heard, self._arrived = self._arrived | received(self._conn), set()
+        return heard
 
 
-def received(conn: Connection[Any] | AsyncConnection[Any]) -> set[str]:
+def received(conn: Connection[Any]) -> set[str]:
     """The channels of the notifications that have reached an idle connection's socket; raises when it is closed."""
     conn.pgconn.consume_input()
     found = set()
@@ -85,8 +86,9 @@ def received(conn: Connection[Any] | AsyncConnection[Any]) -> set[str]:
     return found
 
 
-def listen(conn: Connection[Any], channel: str, wakeup: Wakeup) -> Notifications:
-    """Listens to a channel on this connection; look at the tables once after this, then wait."""
+def listen(conn: Connection[Any], wanted: Sequence[str], wakeup: Wakeup) -> Notifications:
+    """Listens to channels on this connection; look at the tables once after this, then wait."""
     notifications = Notifications(conn, wakeup)
-    conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+    for channel in wanted:
+        conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
     return notifications

@@ -14,7 +14,6 @@ from contextlib import suppress
 from pgcoord_cli.core import channels
 from pgcoord_cli.core.backoff import Backoff
 from pgcoord_cli.core.listener import Listener
-from pgcoord_cli.core.pool import Opener
 from pgcoord_cli.core.snapshots import SnapshotReader, Wanted
 from pgcoord_cli.errors import ConnectionFailed
 
@@ -38,11 +37,11 @@ class Watch:
 class Watcher:
     """Looks after the watches of one client."""
 
-    def __init__(self, schema: str, reader: SnapshotReader, opener: Opener) -> None:
+    def __init__(self, schema: str, reader: SnapshotReader, listener: Listener) -> None:
         self._channel = channels.data(schema)
         self._reader = reader
         self._look = asyncio.Event()
-        self._listener = Listener(opener, lambda _channel: self._look.set(), self._look.set)
+        self._listener = listener
         self._watches: set[Watch] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -61,11 +60,10 @@ class Watcher:
         self._look.set()
         if self._task:
             await self._task
-        await self._listener.close()
 
     async def _run(self) -> None:
         backoff = Backoff(0.05, 1.0)
-        await self._listener.listen(self._channel)
+        await self._listener.listen(self._channel, self._look.set)
         while self._watches:
             self._look.clear()
             try:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from struct import Struct
-from uuid import UUID
 
 _ARRAY = Struct("!iiIii")
 _LENGTH = Struct("!i")
 _INT8 = Struct("!q")
 _INT8_ELEMENT = Struct("!iq")
 
-BYTEA_OID, INT8_OID, UUID_OID, BOOL_OID = 17, 20, 2950, 16
+BYTEA_OID, INT8_OID, UUID_OID, BOOL_OID, TEXT_OID = 17, 20, 2950, 16, 25
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _NULL = _LENGTH.pack(-1)
 
@@ -30,25 +29,42 @@ def _array(oid: int, count: int, elements: Iterable[bytes]) -> bytes:
 def bytea_array(values: Sequence[bytes | None]) -> bytes:
     """`bytea[]`."""
     pack = _LENGTH.pack
-    return _array(BYTEA_OID, len(values), (_NULL if v is None else pack(len(v)) + v for v in values))
+    return _array(BYTEA_OID, len(values), [_NULL if v is None else pack(len(v)) + v for v in values])
 
 
 def int8_array(values: Sequence[int | None]) -> bytes:
     """`bigint[]`."""
     pack = _INT8_ELEMENT.pack
-    return _array(INT8_OID, len(values), (_NULL if v is None else pack(8, v) for v in values))
+    return _array(INT8_OID, len(values), [_NULL if v is None else pack(8, v) for v in values])
 
 
-def uuid_array(values: Sequence[UUID]) -> bytes:
-    """`uuid[]`."""
+def uuid_array(values: Sequence[bytes]) -> bytes:
+    """`uuid[]`, from the 16 bytes of each."""
     length = _LENGTH.pack(16)
-    return _array(UUID_OID, len(values), (length + value.bytes for value in values))
+    return _array(UUID_OID, len(values), [length + value for value in values])
 
 
 def bool_array(values: Sequence[bool]) -> bytes:
     """`boolean[]`."""
     length = _LENGTH.pack(1)
-    return _array(BOOL_OID, len(values), (length + bytes([value]) for value in values))
+    return _array(BOOL_OID, len(values), [length + bytes([value]) for value in values])
+
+
+def text_array(values: Sequence[str | None]) -> bytes:
+    """`text[]`."""
+    pack = _LENGTH.pack
+    encoded = [None if value is None else value.encode() for value in values]
+    return _array(TEXT_OID, len(values), [_NULL if v is None else pack(len(v)) + v for v in encoded])
+
+
+def int4(value: int) -> bytes:
+    """`integer`."""
+    return _LENGTH.pack(value)
+
+
+def int8(value: int) -> bytes:
+    """`bigint`."""
+    return _INT8.pack(value)
 
 
 def integer(data: bytes | None) -> int:

@@ -5,7 +5,8 @@ of thousands of times a second, and for those most of the time would go into cho
 unregistering the socket with the event loop. A lane registers the socket once, prepares each statement at its first
 use, and hands bytes through; `binary` holds the few conversions. It stands on psycopg's own wrapper of libpq.
 
-Notifications that arrive on the connection go to `on_notify`, whenever they arrive.
+Notifications that arrive on the connection go to `on_notify`, whenever they arrive, and `on_lost` is called when the
+connection turns out to be lost.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ Row = tuple[bytes | None, ...]
 class Lane:
     """Runs one statement at a time over a connection that it owns from now on."""
 
-    def __init__(self, conn: AsyncConnection[Any], on_notify: Callable[[str], None] = lambda _channel: None) -> None:
+    def __init__(
+        self,
+        conn: AsyncConnection[Any],
+        on_notify: Callable[[str], None] = lambda _channel: None,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self._conn = conn
         self._pgconn = conn.pgconn
         self._pgconn.nonblocking = 1
         self._on_notify = on_notify
+        self._on_lost = on_lost
         self._names: dict[str, bytes] = {}
         self._answer: asyncio.Future[list[pq.abc.PGresult]] | None = None
         self._loop = asyncio.get_running_loop()
@@ -45,8 +52,9 @@ class Lane:
         name = self._names.get(text) or await self._prepare(text)
         self._pgconn.send_query_prepared(name, parameters, [1] * len(parameters), 1)
         result = (await self._receive())[-1]
-        columns = range(result.nfields)
-        return [tuple(result.get_value(row, column) for column in columns) for row in range(result.ntuples)]
+        rows, value = range(result.ntuples), result.get_value
+        columns = ([value(row, column) for row in rows] for column in range(result.nfields))
+        return list(zip(*columns, strict=True))
 
     async def _prepare(self, text: str) -> bytes:
         name = b"lane_%d" % len(self._names)
@@ -94,6 +102,7 @@ class Lane:
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
         self._pgconn.finish()
+        self._on_lost()
 
     def _forget_socket(self) -> None:
         self._loop.remove_reader(self._socket)

@@ -1,5 +1,15 @@
 -- name: enqueue
--- Puts commit requests into the queue, each at most once, and wakes the leader.
+-- Puts new commit requests into the queue and wakes the leader.
+WITH enqueued AS (
+    INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
+    SELECT request.request_id, request.epoch, request.read_version, request.payload, $5::text
+      FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bytea[])
+           AS request (request_id, epoch, read_version, payload)
+)
+SELECT pg_notify($6::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
+
+-- name: enqueue_again
+-- Puts commit requests into the queue unless they are there already, and wakes the leader.
 WITH enqueued AS (
     INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
     SELECT request.request_id, request.epoch, request.read_version, request.payload, $5::text
@@ -66,10 +76,11 @@ SELECT id, commit_version, payload, resolved_at
  ORDER BY commit_version;
 
 -- name: ask
--- What became of requests, with the epoch of the same snapshot.
+-- Of these requests, those that are settled and, if asked for ($2), those that are pending, with the epoch of the same snapshot.
 SELECT lease.epoch, request.request_id, request.status, request.commit_version, request.reason
   FROM leader_lease AS lease
-  LEFT JOIN commit_requests AS request ON request.request_id = ANY ($1::uuid[])
+  LEFT JOIN commit_requests AS request
+    ON request.request_id = ANY ($1::uuid[]) AND (request.status <> 'pending' OR $2::boolean)
  WHERE lease.id = 1;
 
 -- name: queue_state

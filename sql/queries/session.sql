@@ -15,3 +15,11 @@ SELECT schemaname::text AS schema
    AND EXISTS (SELECT FROM pg_catalog.pg_tables AS lease
                 WHERE lease.schemaname = pg_tables.schemaname AND lease.tablename = 'leader_lease')
  ORDER BY schemaname;
+
+-- name: plan_once
+-- Has prepared statements planned once and for look-ups by index, whatever the tables held at that moment.
+SELECT set_config('plan_cache_mode', 'force_generic_plan', false) AS plan_cache_mode,
+       set_config('jit', 'off', false) AS jit,
+       set_config('enable_seqscan', 'off', false) AS enable_seqscan,
+       set_config('enable_hashjoin', 'off', false) AS enable_hashjoin,
+       set_config('enable_mergejoin', 'off', false) AS enable_mergejoin;

@@ -145,7 +145,7 @@ def test_i2_of_two_who_take_over_at_once_the_second_judges_by_what_the_first_lef
 
 def test_i7_taking_over_and_releasing_wake_whoever_waits_for_a_leader(conn: Conn, rival: Conn) -> None:
     with closing(Wakeup()) as wakeup:
-        notifications = listen(rival, channels.leadership("pgcoord"), wakeup)
+        notifications = listen(rival, [channels.leadership("pgcoord")], wakeup)
         term = taken(conn)
         assert notifications.wait(PATIENCE)
         lease.renew(conn, term, 600)

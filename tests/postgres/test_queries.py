@@ -42,6 +42,9 @@ EXPECTED = {
     "commits.enqueue": Shape(
         "uuid[], bigint[], bigint[], bytea[], text, text", "announced boolean, enqueued_at timestamptz"
     ),
+    "commits.enqueue_again": Shape(
+        "uuid[], bigint[], bigint[], bytea[], text, text", "announced boolean, enqueued_at timestamptz"
+    ),
     "commits.claim": Shape(
         "bigint, integer, bigint, integer",
         "id bigint, epoch bigint, read_version bigint, payload bytea, claimed_at timestamptz",
@@ -61,7 +64,9 @@ EXPECTED = {
     "commits.window_commits": Shape(
         "bigint, bigint", "id bigint, commit_version bigint, payload bytea, resolved_at timestamptz"
     ),
-    "commits.ask": Shape("uuid[]", "epoch bigint, request_id uuid, status text, commit_version bigint, reason text"),
+    "commits.ask": Shape(
+        "uuid[], boolean", "epoch bigint, request_id uuid, status text, commit_version bigint, reason text"
+    ),
     "commits.queue_state": Shape("", "pending bigint, oldest_pending_seconds double precision"),
     "commits.list": Shape("text, integer", REQUEST),
     "commits.show": Shape("uuid", REQUEST),
@@ -124,6 +129,10 @@ EXPECTED = {
         "text, text, text",
         "search_path text, statement_timeout text, lock_timeout text, version_number integer, in_recovery boolean, "
         "has_ledger boolean",
+    ),
+    "session.plan_once": Shape(
+        "",
+        "plan_cache_mode text, jit text, enable_seqscan text, enable_hashjoin text, enable_mergejoin text",
     ),
     "session.other_schemas": Shape("text", "schema text"),
 }

@@ -449,9 +449,9 @@ def test_i2_a_batch_cut_off_in_the_middle_leaves_nothing(
 
 
 def enqueue(conn: psycopg.Connection[Any], request_id: UUID, payload: bytes, read_version: int = 0) -> None:
-    """As the client does it."""
+    """As the client does it when it does not know whether the request arrived."""
     arguments = [[request_id], [1], [read_version], [payload], "pgcoord.reply.test", "pgcoord.commits"]
-    conn.execute(statement("commits", "enqueue"), arguments)
+    conn.execute(statement("commits", "enqueue_again"), arguments)
 
 
 def test_i3_a_request_id_applies_once_however_often_it_is_submitted(
@@ -518,6 +518,26 @@ def test_a_deadlock_with_somebody_else_only_undoes_the_batch(
 # -- the queue floor
 
 
+@pytest.fixture
+def always_observing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raises the queue floor whenever it can be, however little lies above it."""
+    monkeypatch.setattr(resolver, "OBSERVE_AFTER", -1)
+
+
+def test_the_queue_floor_rises_once_raising_it_costs_less_than_looking_past_what_is_settled(
+    sql: Sql, leader: Resolver
+) -> None:
+    for _ in range(resolver.OBSERVE_AFTER):
+        last = submit(sql, writes(b"k"))
+    drain(leader)
+    settle_down(leader)
+    assert floor_of(leader) == 0
+    for _ in range(4):
+        last = submit(sql, writes(b"k"))
+        drain(leader)
+    assert floor_of(leader) > last - 4
+
+
 def floor_of(leader: Resolver) -> int:
     return leader._floor.id
 
@@ -528,6 +548,7 @@ def settle_down(leader: Resolver) -> None:
         assert leader.resolve_batch() == 0
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_i3_a_request_whose_id_becomes_visible_late_is_resolved_too(sql: Sql, other: Sql, leader: Resolver) -> None:
     early = submit(other, writes(b"early"))
     later = submit(sql, writes(b"later"))
@@ -542,6 +563,7 @@ def test_i3_a_request_whose_id_becomes_visible_late_is_resolved_too(sql: Sql, ot
     assert floor_of(leader) == later
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_the_queue_floor_passes_ids_that_were_rolled_back(sql: Sql, other: Sql, leader: Resolver) -> None:
     submit(sql, writes(b"k"))
     drawn = submit(other, writes(b"never"))
@@ -553,6 +575,7 @@ def test_the_queue_floor_passes_ids_that_were_rolled_back(sql: Sql, other: Sql, 
     assert floor_of(leader) == drawn
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_the_queue_floor_rises_under_writers_that_never_pause(sql: Sql, settings: Settings, leader: Resolver) -> None:
     """There is always an open transaction that has drawn an id, but never one for long."""
     with (
@@ -570,6 +593,7 @@ def test_the_queue_floor_rises_under_writers_that_never_pause(sql: Sql, settings
     assert floors == sorted(floors)
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_a_reader_or_a_lock_that_cannot_bring_ids_to_light_does_not_hold_the_queue_floor_up(
     sql: Sql, other: Sql, leader: Resolver
 ) -> None:
@@ -580,6 +604,7 @@ def test_a_reader_or_a_lock_that_cannot_bring_ids_to_light_does_not_hold_the_que
     assert floor_of(leader) == number
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_a_writer_in_another_database_does_not_hold_the_queue_floor_up(
     sql: Sql, migrated_template: NoopExecutor, settings: Settings, leader: Resolver
 ) -> None:
@@ -597,6 +622,7 @@ def test_a_writer_in_another_database_does_not_hold_the_queue_floor_up(
         sql.execute(f"DROP DATABASE {twin} WITH (FORCE)")
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Programs) -> None:
     """Preparing a transaction changes the name under which pg_locks knows it."""
     with throw_away_server(programs, {"max_prepared_transactions": "2"}) as server:
@@ -623,6 +649,7 @@ def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Pro
             assert floor_of(leader) == number
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_a_claim_above_the_floor_reads_no_settled_history(
     sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
@@ -647,6 +674,7 @@ def test_a_claim_above_the_floor_reads_no_settled_history(
     assert read_in_vain(stored) == 1, "the one request that was settled since"
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_i8_the_next_leader_continues_from_the_stored_queue_floor(
     sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
@@ -741,6 +769,7 @@ def test_i8_a_new_leader_decides_like_the_one_before(
     assert answers(Resolver(leader_conn, begin_term(leader_conn))) == warm
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_i8_the_window_reaches_back_to_a_commit_whose_id_became_visible_late(
     sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
@@ -763,6 +792,7 @@ def test_i8_the_window_reaches_back_to_a_commit_whose_id_became_visible_late(
     assert outcome(sql, fine).status == "committed"
 
 
+@pytest.mark.usefixtures("always_observing")
 def test_i8_the_window_start_follows_the_floor(
     sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
