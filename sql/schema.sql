@@ -58,7 +58,7 @@ CREATE TABLE pgcoord.commit_requests (
     CONSTRAINT commit_requests_check1 CHECK (((status = 'pending'::text) = (resolved_at IS NULL))),
     CONSTRAINT commit_requests_status_check CHECK ((status = ANY (ARRAY['pending'::text, 'committed'::text, 'conflict'::text, 'too_old'::text, 'rejected'::text, 'orphaned'::text])))
 )
-WITH (fillfactor='60');
+WITH (fillfactor='45');
 
 COMMENT ON TABLE pgcoord.commit_requests IS 'The queue of transactions that ask to be committed, and what became of each.';
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
@@ -67,11 +68,13 @@ class Outcome(NamedTuple):
 
 
 def new_request_id() -> bytes:
-    """A random UUID (RFC 9562, version 4) as its 16 bytes."""
-    data = bytearray(os.urandom(16))
-    data[6] = data[6] & 0x0F | 0x40
-    data[8] = data[8] & 0x3F | 0x80
-    return bytes(data)
+    """A UUID of version 7 (RFC 9562) as its 16 bytes: by time, then random.
+
+    Ids of one time lie side by side in the index, however long the history; nothing else depends on the clock.
+    """
+    milliseconds = time.time_ns() // 1_000_000
+    chance = int.from_bytes(os.urandom(10), "big") & ~(0xF << 76 | 0x3 << 62)
+    return ((milliseconds & (1 << 48) - 1) << 80 | 0x7 << 76 | 0x2 << 62 | chance).to_bytes(16, "big")
 
 
 class Undecided:

@@ -23,7 +23,7 @@ CREATE TABLE commit_requests (
     resolved_at    timestamptz,
     CHECK ((status = 'committed') = (commit_version IS NOT NULL)),
     CHECK ((status = 'pending') = (resolved_at IS NULL))
-) WITH (fillfactor = 60);
+) WITH (fillfactor = 45);
 
 COMMENT ON TABLE commit_requests IS 'The queue of transactions that ask to be committed, and what became of each.';
 COMMENT ON COLUMN commit_requests.request_id IS 'Made by the client; a request applies at most once.';
