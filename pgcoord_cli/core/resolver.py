@@ -36,7 +36,7 @@ import psycopg
 from psycopg import Connection
 
 from pgcoord_cli.core import codec, mutations
-from pgcoord_cli.core.codec import Op, Range, Request, Undecodable
+from pgcoord_cli.core.codec import Mutation, Op, Range, Request, Undecodable
 from pgcoord_cli.core.conflicts import ConflictWindow
 from pgcoord_cli.core.lease import Term
 from pgcoord_cli.core.mutations import WriteSet
@@ -52,8 +52,12 @@ BATCH_BYTES = 50_000_000
 OBSERVE_AFTER = 200
 """So many settled requests above the queue floor cost a claim less than raising the floor would."""
 
-CONFLICT_WINDOW = timedelta(seconds=10)
-"""How long after a commit its writes can still be checked against; older reads are too_old."""
+CONFLICT_WINDOW = timedelta(seconds=6)
+"""How long after a commit its writes can still be checked against; older reads are too_old.
+
+A second more than a transaction may take, so that one that was just in time can wait for its turn. Not much more,
+since a new leader has to read all commits of this time before it begins.
+"""
 
 PREPARED = "-1/"
 """How the names of prepared transactions begin in pg_locks."""
@@ -88,6 +92,20 @@ def writes_of(request: Request) -> tuple[list[bytes], list[Range]]:
     keys = [key for op, key, _ in request.mutations if op != Op.CLEAR_RANGE]
     ranges = [(key, end) for op, key, end in request.mutations if op == Op.CLEAR_RANGE]
     return keys, [*ranges, *request.write_ranges]
+
+
+def stored_writes(payload: bytes, version: int) -> tuple[list[bytes], list[Range]]:
+    """The same of a stored commit, from its payload and its version. Pure."""
+    keys: list[bytes] = []
+    stored, ranges = codec.decode_stored(payload)
+    for op, key, operand in stored:
+        if op == Op.CLEAR_RANGE:
+            ranges.append((key, operand))
+        elif op == Op.SET_VERSIONSTAMPED_KEY:
+            keys.append(mutations.stamped(Mutation(Op(op), key, operand), version).key)
+        else:
+            keys.append(key)
+    return keys, ranges
 
 
 def with_stamps(request: Request, version: int) -> Request:
@@ -141,7 +159,7 @@ def rebuild(
     window, marks = ConflictWindow(max(floor, whole_from)), Marks()
     for request_id, version, payload, resolved_at in commits:
         if version > window.floor:
-            window.record(version, *writes_of(with_stamps(codec.decode(payload), version)))
+            window.record(version, *stored_writes(payload, version))
             marks.add(resolved_at, version, request_id)
     return window, marks
 

@@ -19,7 +19,17 @@ from pgcoord_cli.core import codec
 from pgcoord_cli.core.codec import Mutation, Op, Range, Request
 from pgcoord_cli.core.conflicts import ConflictWindow
 from pgcoord_cli.core.mutations import versionstamp
-from pgcoord_cli.core.resolver import Claimed, Marks, QueueFloor, Verdict, decide, rebuild, writes_of
+from pgcoord_cli.core.resolver import (
+    Claimed,
+    Marks,
+    QueueFloor,
+    Verdict,
+    decide,
+    rebuild,
+    stored_writes,
+    with_stamps,
+    writes_of,
+)
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -223,6 +233,13 @@ def stored(everything: Iterable[Claimed], verdicts: Iterable[Verdict]) -> list[t
         for request, verdict in zip(everything, verdicts, strict=True)
         if verdict.version is not None
     ]
+
+
+@given(requests, st.integers(1, 40))
+def test_i8_a_stored_commit_wrote_what_its_leader_recorded(request: Request, version: int) -> None:
+    keys, ranges = stored_writes(codec.encode(request), version)
+    recorded_keys, recorded_ranges = writes_of(with_stamps(request, version))
+    assert (sorted(keys), set(ranges)) == (sorted(recorded_keys), set(recorded_ranges))
 
 
 @given(batches, st.integers(0, 12), st.lists(st.tuples(st.integers(-1, 12), st.none() | requests), max_size=8))

@@ -1,0 +1,144 @@
+"""From `kill -9` of the leader to the next acknowledged commit: `python -m benchmarks.failover`.
+
+Two leaders with the default time to live stand for election, and clients increment counters without a pause. Again
+and again whoever leads is killed, and the time to the first commit that a client *began* to submit after the kill and
+that was acknowledged is taken; then a new candidate is started in its place. At the end the counters have to hold just
+what was acknowledged. The ratio compares with waiting for the lease to run out, which is what a lease alone would need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from tabulate import tabulate
+
+from pgcoord_cli.core import leader, session
+from pgcoord_cli.core.client import Database, Transaction, connect
+from pgcoord_cli.core.embedded import throw_away_server
+from pgcoord_cli.core.programs import find_programs
+from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.settings import Settings
+
+TTL = 10.0
+WRITERS = 16
+
+
+class Candidates:
+    """Leader processes by node id."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._environment = os.environ | {"PGCOORD_DSN": settings.dsn}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        """One more candidate."""
+        name = f"candidate-{len(self._processes) + 1}"
+        command = [sys.executable, "-m", "pgcoord_cli", "leader", "run", "-q", "--ttl", f"{TTL}s", "--node-id", name]
+        self._processes[name] = subprocess.Popen(command, env=self._environment)
+
+    def kill(self, name: str) -> None:
+        """No goodbye."""
+        self._processes[name].send_signal(signal.SIGKILL)
+        self._processes[name].wait()
+
+    def stop(self) -> None:
+        """Ends whoever is left."""
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.wait()
+
+
+class Load:
+    """Clients that increment counters; notes when each acknowledged commit began and ended."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.commits: list[tuple[float, float]] = []
+        self.running = True
+
+    async def writer(self, key: bytes) -> None:
+        """Increments one counter until told to stop."""
+
+        async def increment(transaction: Transaction) -> None:
+            transaction.add(key, (1).to_bytes(8, "little"))
+
+        while self.running:
+            began = time.perf_counter()
+            await self._database.run(increment)
+            self.commits.append((began, time.perf_counter()))
+
+    async def first_after(self, moment: float) -> float:
+        """Seconds from a moment to the first acknowledgement of a commit that began after it."""
+        while not (later := [end for began, end in self.commits[-4 * WRITERS :] if began > moment]):
+            await asyncio.sleep(0.001)
+        return min(later) - moment
+
+
+def who_leads(settings: Settings) -> dict[str, Any]:
+    """The leader part of the status."""
+    with session.command_session(settings, "benchmark", writes=False) as conn:
+        return leader.status_document(conn)["leader"]
+
+
+def await_successor(settings: Settings, epoch: int) -> None:
+    """Returns once somebody leads after that epoch."""
+    with session.command_session(settings, "benchmark", writes=False) as conn:
+        leader.wait_for_leader(conn, settings.schema, 60, after_epoch=epoch)
+
+
+async def measure(settings: Settings, candidates: Candidates, rounds: int) -> list[float]:
+    """The gap of each round, in seconds."""
+    gaps = []
+    async with await connect(settings, "benchmark") as database:
+        load = Load(database)
+        writers = [asyncio.create_task(load.writer(b"counter-%d" % number)) for number in range(WRITERS)]
+        for _ in range(rounds):
+            await asyncio.sleep(1.5)  # the standby is standing, and there is load
+            now = await asyncio.to_thread(who_leads, settings)
+            killed_at = time.perf_counter()
+            candidates.kill(now["leader_addr"])
+            gaps.append(await load.first_after(killed_at))
+            candidates.start()
+            print(f"  epoch {now['epoch']}: {gaps[-1] * 1000:.0f} ms", file=sys.stderr)
+        load.running = False
+        await asyncio.gather(*writers)
+        reader = database.transaction()
+        rows = await reader.get_range(b"counter-", b"counter.")
+        total = sum(int.from_bytes(value, "little") for _, value in rows)
+        assert total == len(load.commits), f"{total} increments for {len(load.commits)} acknowledged commits"
+    return gaps
+
+
+def main() -> None:
+    """Runs the rounds and prints the gaps beside the time to live."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server-version", type=int, default=18)
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    with throw_away_server(find_programs(options.server_version)) as server:
+        settings = Settings(dsn=server.dsn)
+        upgrade(settings)
+        candidates = Candidates(settings)
+        try:
+            candidates.start()
+            await_successor(settings, 0)
+            candidates.start()
+            gaps = asyncio.run(measure(settings, candidates, options.rounds))
+        finally:
+            candidates.stop()
+    median = statistics.median(gaps)
+    found = {"rounds": len(gaps), "median_ms": round(median * 1000), "longest_ms": round(max(gaps) * 1000)}
+    print(tabulate([found | {"lease_alone_ratio": round(TTL / median, 1)}], headers="keys"))
+
+
+if __name__ == "__main__":
+    main()
