@@ -49,6 +49,8 @@ GROUP_LIMIT = 128
 SURELY_KEPT = timedelta(seconds=SHORTEST_RETENTION / 2)
 SENT_TWICE = "it was sent more than once, and may have been settled and forgotten in between"
 
+CLOSED = "this client was closed"
+
 
 class Submission(NamedTuple):
     """A commit request on its way into the queue; `request_id` is the 16 bytes of a UUID."""
@@ -131,11 +133,13 @@ class Submitter:
     async def close(self) -> None:
         """Stops. Requests that are still waited for stay in the queue; their outcome is unknown."""
         self._closed = True
-        self._give_up(list(self._undecided.values()), "this client was closed")
-        self._news.set()
+        self._give_up(list(self._undecided.values()), CLOSED)
         if self._clock:
             self._clock.cancel()
-        await asyncio.gather(*(task for task in (self._sender, self._asker) if task))
+        tasks = [task for task in (self._sender, self._asker) if task]
+        for task in tasks:
+            task.cancel()  # it may be waiting for a server that is down
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def submit(self, submission: Submission, seconds: float) -> Outcome:
         """Enqueues a request and waits until it is settled; OutcomeUnknown when that is not known in `seconds`."""
@@ -159,7 +163,7 @@ class Submitter:
 
     def _set_to_work(self, deadline: float) -> None:
         if self._closed:
-            self._give_up(list(self._unsent), "this client was closed")
+            self._give_up(list(self._unsent), CLOSED)
         elif self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send())
         if self._clock is None or self._clock.when() > deadline:
@@ -181,15 +185,16 @@ class Submitter:
         self._look_at_all = True
         self._news.set()
         if self._undecided and not self._closed:
+            self._start_asker()
             self._set_clock()
 
     def _give_up(self, these: Sequence[Undecided], why: str) -> None:
         for undecided in these:
             undecided.settle(Outcome(None, None, why))
 
-    def _note_trouble(self, error: psycopg.Error | PgcoordError) -> PgcoordError:
+    def _note_trouble(self, error: Exception) -> Exception:
         trouble = translate(error) if isinstance(error, psycopg.Error) else error
-        self._trouble = trouble.message
+        self._trouble = trouble.message if isinstance(trouble, PgcoordError) else str(trouble)
         return trouble
 
     # -- sending
@@ -204,7 +209,7 @@ class Submitter:
                 await self._listener.listen(self._reply_channel, self._news.set)
                 again = any(undecided.sent_before for undecided in group)
                 enqueued_at = await self._enqueue_group([undecided.submission for undecided in group], again=again)
-            except (psycopg.Error, PgcoordError) as error:
+            except Exception as error:  # noqa: BLE001 - it is raised again where the commit is waited for
                 self._not_sent(group, self._note_trouble(error))
                 await backoff.pause()
                 continue
@@ -229,11 +234,17 @@ class Submitter:
             rows = await lane.fetch(statement, [*columns, self._reply_channel.encode(), self._queue_channel])
         return timestamp(rows[0][1])
 
-    def _not_sent(self, group: Sequence[Undecided], trouble: PgcoordError) -> None:
-        """A lost connection leaves it open what arrived, so the group is sent again; anything else is the answer."""
+    def _not_sent(self, group: Sequence[Undecided], trouble: Exception) -> None:
+        """A lost connection leaves it open what arrived, so the group is sent again.
+
+        Anything else is the answer, unless the request had been sent before and may have arrived then.
+        """
         for undecided in group:
-            undecided.doubtful = True
-            if not isinstance(trouble, ConnectionFailed) and not undecided.outcome.done():
+            if isinstance(trouble, ConnectionFailed):
+                undecided.doubtful = True
+            elif undecided.sent_before:
+                undecided.settle(Outcome(None, None, self._trouble))
+            elif not undecided.outcome.done():
                 undecided.outcome.set_exception(trouble)
         self._unsent.extendleft(reversed(group))
 

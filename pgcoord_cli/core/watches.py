@@ -57,9 +57,9 @@ class Watcher:
         for watch in self._watches:
             watch.cancel()
         self._watches.clear()
-        self._look.set()
         if self._task:
-            await self._task
+            self._task.cancel()  # it may be waiting for a server that is down
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         backoff = Backoff(0.05, 1.0)

@@ -29,7 +29,7 @@ from pgcoord_cli.core.mutations import apply, covers
 from pgcoord_cli.core.session import open_session, open_session_async
 from pgcoord_cli.core.submissions import Submission, Submitter
 from pgcoord_cli.core.wakeup import Notifications, Wakeup
-from pgcoord_cli.errors import Conflict, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
+from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -773,6 +773,46 @@ def test_i3_the_reason_of_an_unknown_outcome_names_the_servers_trouble(settings:
             await commit
 
     play(settings, scenario)
+
+
+class Unreachable:
+    """Opens nothing: the server is down."""
+
+    async def __call__(self) -> AsyncConnection[Any]:
+        raise ConnectionFailed("the server is down")
+
+
+@needs_leader
+def test_a_client_can_be_closed_while_the_server_is_down(settings: Settings) -> None:
+    async def scenario(db: Database) -> None:
+        tr = db.transaction()
+        watch = await tr.watch(b"k")
+        db._listener._opener = Unreachable()
+        await tr.commit()  # it wrote nothing, and waits for nobody
+        commit = asyncio.create_task(put(db, k=b"v"))
+        await until(lambda: db._submitter._trouble or db._submitter._sender)
+        await asyncio.wait_for(db.close(), PATIENCE)
+        assert watch.changed.cancelled()
+        with pytest.raises(OutcomeUnknown, match="closed"):
+            await commit
+
+    play(settings, scenario)
+
+
+def test_i3_a_request_that_may_have_arrived_and_cannot_be_sent_again_has_an_unknown_outcome(
+    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def locked_out() -> None:
+        sql.execute("ALTER TABLE commit_requests RENAME TO elsewhere")
+
+    lose_first_answer(monkeypatch, locked_out)
+
+    async def scenario(db: Database) -> None:
+        with pytest.raises(OutcomeUnknown, match="commit_requests"):
+            await put(db, k=b"v")
+
+    play(settings, scenario)
+    assert one(sql, "SELECT count(*) FROM elsewhere") == 1
 
 
 # -- rule I7
