@@ -24,9 +24,9 @@ settled, every id up to the noted one is settled for ever, and claims start abov
 new, not what is stored; raising the floor costs something too, so that a few hundred settled requests are let be. A
 prepared transaction goes by another name than before it was prepared, so each counts.
 
-**Plans.** Every statement here looks rows up by index, whatever the statistics say, so the session has them planned once
-and for that (`session.plan_once`): planning anew cost more than all else in a small batch, and a plan made while a table
-was empty must not scan it when it is full.
+**Plans.** Every statement here looks rows up by index, whatever the statistics say, so the session has them planned
+once and for that (`session.plan_once`): planning anew cost more than all else in a small batch, and a plan made while
+a table was empty must not scan it when it is full.
 """
 
 from __future__ import annotations
