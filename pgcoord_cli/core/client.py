@@ -85,8 +85,13 @@ class Database:
 
     async def _open_connection(self) -> AsyncConnection[Any]:
         conn = await open_session_async(self._settings, self._command, writes=True)
-        await conn.execute("SET synchronous_commit = off")
-        await conn.execute(sql("session", "plan_once"))
+        try:
+            with mapped_errors():
+                await conn.execute("SET synchronous_commit = off")
+                await conn.execute(sql("session", "plan_once"))
+        except BaseException:  # whoever waits for it may be cancelled
+            await conn.close()
+            raise
         return conn
 
     def transaction(self, *, commit_seconds: float = COMMIT_SECONDS) -> Transaction:
