@@ -7,7 +7,7 @@ _pgcoord_command() {
     valued='--dsn --schema -o --output --color'
     case $1 in
         'pgcoord')
-            commands='migrate leader kv commit gc dev bench demo'
+            commands='migrate leader kv commit tail gc dev bench demo'
             ;;
         'pgcoord migrate')
             commands='up status sql verify grant'
@@ -94,10 +94,33 @@ _pgcoord_command() {
             options="--status --limit $options"
             valued="--status --limit $valued"
             ;;
+        'pgcoord tail')
+            commands='lease completion'
+            ;;
+        'pgcoord tail lease')
+            options="--from --from-start --since --until --max --no-follow --partition --namespace --instance-tag --event-type --cursor-file --subscription --lag --max-lag $options"
+            valued="--from --since --until --max --partition --namespace --instance-tag --event-type --cursor-file --subscription --max-lag $valued"
+            ;;
+        'pgcoord tail completion')
+            options="--from --from-start --since --until --max --no-follow --partition --namespace --instance-tag --outcome --cursor-file --subscription --lag --max-lag $options"
+            valued="--from --since --until --max --partition --namespace --instance-tag --outcome --cursor-file --subscription --max-lag $valued"
+            ;;
         'pgcoord gc')
-            commands='commit-requests'
+            commands='commit-requests lease-events completion-events all'
             ;;
         'pgcoord gc commit-requests')
+            options="--older-than --batch-size --max-runtime --dry-run $options"
+            valued="--older-than --batch-size --max-runtime $valued"
+            ;;
+        'pgcoord gc lease-events')
+            options="--older-than --batch-size --max-runtime --dry-run $options"
+            valued="--older-than --batch-size --max-runtime $valued"
+            ;;
+        'pgcoord gc completion-events')
+            options="--older-than --batch-size --max-runtime --dry-run $options"
+            valued="--older-than --batch-size --max-runtime $valued"
+            ;;
+        'pgcoord gc all')
             options="--older-than --batch-size --max-runtime --dry-run $options"
             valued="--older-than --batch-size --max-runtime $valued"
             ;;
@@ -137,6 +160,10 @@ _pgcoord_value() {
         *' --output') how=(-W 'table plain json jsonl csv markdown') ;;
         *' --color') how=(-W 'auto always never') ;;
         'pgcoord kv load 1') how=(-f) ;;
+        'pgcoord tail lease --until') how=(-W 'TIME CURSOR') ;;
+        'pgcoord tail lease --cursor-file') how=(-f) ;;
+        'pgcoord tail completion --until') how=(-W 'TIME CURSOR') ;;
+        'pgcoord tail completion --cursor-file') how=(-f) ;;
     esac
 }
 

@@ -29,8 +29,14 @@ function __pgcoord_is_command
         'pgcoord commit list' \
         'pgcoord commit show' \
         'pgcoord commit explain' \
+        'pgcoord tail' \
+        'pgcoord tail lease' \
+        'pgcoord tail completion' \
         'pgcoord gc' \
         'pgcoord gc commit-requests' \
+        'pgcoord gc lease-events' \
+        'pgcoord gc completion-events' \
+        'pgcoord gc all' \
         'pgcoord dev' \
         'pgcoord dev up' \
         'pgcoord dev down' \
@@ -70,9 +76,40 @@ function __pgcoord_takes_value
         'pgcoord kv range --limit' \
         'pgcoord commit list --status' \
         'pgcoord commit list --limit' \
+        'pgcoord tail lease --from' \
+        'pgcoord tail lease --since' \
+        'pgcoord tail lease --until' \
+        'pgcoord tail lease --max' \
+        'pgcoord tail lease --partition' \
+        'pgcoord tail lease --namespace' \
+        'pgcoord tail lease --instance-tag' \
+        'pgcoord tail lease --event-type' \
+        'pgcoord tail lease --cursor-file' \
+        'pgcoord tail lease --subscription' \
+        'pgcoord tail lease --max-lag' \
+        'pgcoord tail completion --from' \
+        'pgcoord tail completion --since' \
+        'pgcoord tail completion --until' \
+        'pgcoord tail completion --max' \
+        'pgcoord tail completion --partition' \
+        'pgcoord tail completion --namespace' \
+        'pgcoord tail completion --instance-tag' \
+        'pgcoord tail completion --outcome' \
+        'pgcoord tail completion --cursor-file' \
+        'pgcoord tail completion --subscription' \
+        'pgcoord tail completion --max-lag' \
         'pgcoord gc commit-requests --older-than' \
         'pgcoord gc commit-requests --batch-size' \
         'pgcoord gc commit-requests --max-runtime' \
+        'pgcoord gc lease-events --older-than' \
+        'pgcoord gc lease-events --batch-size' \
+        'pgcoord gc lease-events --max-runtime' \
+        'pgcoord gc completion-events --older-than' \
+        'pgcoord gc completion-events --batch-size' \
+        'pgcoord gc completion-events --max-runtime' \
+        'pgcoord gc all --older-than' \
+        'pgcoord gc all --batch-size' \
+        'pgcoord gc all --max-runtime' \
         'pgcoord dev up --name' \
         'pgcoord dev up --server-version' \
         'pgcoord dev down --name' \
@@ -127,7 +164,8 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'migrate' -d 'Bring the schem
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'leader' -d 'Run, inspect and watch the elected leader.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'kv' -d 'Read and write the transactional key-value data.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'commit' -d 'Look at commit requests and what became of them.'
-complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'gc' -d 'Collect garbage: settled requests that nobody can ask for any more.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'tail' -d 'Follow the event outboxes from a cursor on, without missing an event.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'gc' -d 'Collect garbage: settled requests and old events that nobody can ask for any more.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'dev' -d 'Keep a PostgreSQL of your own to try things on.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'bench' -d 'Measure how many commits a second this database does.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'demo' -d 'Show the whole thing at work on a throw-away PostgreSQL.'
@@ -191,11 +229,56 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'show' -d 'Say what be
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'explain' -d 'Say what a request read and wrote, when what happened to it, and which commit it lost to.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l status -r -f -d 'Only one of: pending, committed, conflict, too_old, rejected, orphaned.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l limit -r -f -d 'At most so many.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail'" -a 'lease' -d 'Follow the lease events: acquired, renewed, expired, reclaimed, revoked.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail'" -a 'completion' -d 'Follow the completion events: success, failed, cancelled, skipped.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l from -r -f -d 'Start after this cursor. [default: from now on]'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l from-start -d 'Start at the oldest event that is kept.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l since -r -f -d 'Start at the first event that came so long ago (10m), or since then.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l until -r -f -a 'TIME CURSOR' -d 'End with what had come by then, or at this cursor.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l max -r -f -d 'End after so many events.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l no-follow -d 'End when everything has been shown.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l partition -r -f -d 'Only these; repeatable.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l namespace -r -f -d 'Only these; repeatable.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l instance-tag -r -f -d 'Only these; repeatable.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l event-type -r -f -d 'Only these; repeatable.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l cursor-file -r -F -d 'Resume from the cursor in FILE, and keep it there.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l subscription -r -f -d 'Resume from the database\'s checkpoint NAME.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l lag -d 'Only say how far behind the given cursor is.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l max-lag -r -f -d 'With --lag: exit 3 when more events wait.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l from -r -f -d 'Start after this cursor. [default: from now on]'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l from-start -d 'Start at the oldest event that is kept.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l since -r -f -d 'Start at the first event that came so long ago (10m), or since then.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l until -r -f -a 'TIME CURSOR' -d 'End with what had come by then, or at this cursor.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l max -r -f -d 'End after so many events.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l no-follow -d 'End when everything has been shown.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l partition -r -f -d 'Only these; repeatable.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l namespace -r -f -d 'Only these; repeatable.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l instance-tag -r -f -d 'Only these; repeatable.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l outcome -r -f -d 'Only these; repeatable.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l cursor-file -r -F -d 'Resume from the cursor in FILE, and keep it there.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l subscription -r -f -d 'Resume from the database\'s checkpoint NAME.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l lag -d 'Only say how far behind the given cursor is.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l max-lag -r -f -d 'With --lag: exit 3 when more events wait.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord gc'" -a 'commit-requests' -d 'Delete settled commit requests that are older than the retention.'
-complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l older-than -r -f -d 'Keep what was settled since; at least 60s.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc'" -a 'lease-events' -d 'Delete lease events that are older than the retention and that every subscription has passed.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc'" -a 'completion-events' -d 'Delete dispatched completion events that are older than the retention and that every subscription has passed.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc'" -a 'all' -d 'Delete all of that: settled commit requests, lease events, completion events.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l older-than -r -f -d 'Keep what is younger; at least 60s.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l batch-size -r -f -d 'Rows a transaction.'
-complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l max-runtime -r -f -d 'Begin no batch after that long.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l max-runtime -r -f -d 'Begin no batch after that long, for each table.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord gc commit-requests'" -l dry-run -d 'Say what would be deleted; change nothing.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc lease-events'" -l older-than -r -f -d 'Keep what is younger; at least 60s.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc lease-events'" -l batch-size -r -f -d 'Rows a transaction.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc lease-events'" -l max-runtime -r -f -d 'Begin no batch after that long, for each table.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc lease-events'" -l dry-run -d 'Say what would be deleted; change nothing.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc completion-events'" -l older-than -r -f -d 'Keep what is younger; at least 60s.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc completion-events'" -l batch-size -r -f -d 'Rows a transaction.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc completion-events'" -l max-runtime -r -f -d 'Begin no batch after that long, for each table.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc completion-events'" -l dry-run -d 'Say what would be deleted; change nothing.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc all'" -l older-than -r -f -d 'Keep what is younger. [default: requests 10m, events 1d]'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc all'" -l batch-size -r -f -d 'Rows a transaction.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc all'" -l max-runtime -r -f -d 'Begin no batch after that long, for each table.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord gc all'" -l dry-run -d 'Say what would be deleted; change nothing.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'up' -d 'Start the development server, creating it at the first call, and bring its schema up to date.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'down' -d 'Stop the development server.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord dev'" -a 'dsn' -d 'Print the connection string of the development server; exit 3 if it is not running.'

@@ -3,6 +3,21 @@
 
 CREATE SCHEMA pgcoord;
 
+CREATE FUNCTION pgcoord.announce_events() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    PERFORM pg_catalog.pg_advisory_xact_lock_shared(TG_RELID::integer, 0);
+    IF pg_catalog.current_setting('pgcoord.notify', true) IS DISTINCT FROM 'off'
+       AND pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_asleep')::regclass)
+           IS DISTINCT FROM
+           pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_awake')::regclass) THEN
+        PERFORM pg_catalog.pg_notify(TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME, '');
+    END IF;
+    RETURN NULL;
+END
+$$;
+
 CREATE FUNCTION pgcoord.settle_commits(leader_epoch bigint, leader_term uuid, version_before bigint, version_after bigint, new_conflict_floor bigint, new_window_start_id bigint, new_queue_floor_id bigint, ids bigint[], statuses text[], versions bigint[], reasons text[]) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
@@ -79,6 +94,48 @@ ALTER TABLE pgcoord.commit_requests ALTER COLUMN id ADD GENERATED ALWAYS AS IDEN
     CACHE 1
 );
 
+CREATE TABLE pgcoord.completion_events (
+    event_id bigint NOT NULL,
+    partition_key smallint DEFAULT 0 NOT NULL,
+    execution_id uuid NOT NULL,
+    flow_id uuid,
+    outcome text NOT NULL,
+    namespace text,
+    instance_tag text,
+    occurred_at_ms bigint DEFAULT ((EXTRACT(epoch FROM clock_timestamp()) * (1000)::numeric))::bigint NOT NULL,
+    committed_at_ms bigint DEFAULT ((EXTRACT(epoch FROM clock_timestamp()) * (1000)::numeric))::bigint NOT NULL,
+    dispatched_at_ms bigint
+);
+
+COMMENT ON TABLE pgcoord.completion_events IS 'Outbox: executions that ended. Insert without event_id.';
+
+COMMENT ON COLUMN pgcoord.completion_events.committed_at_ms IS 'The server''s clock at the insert, shortly before the commit.';
+
+COMMENT ON COLUMN pgcoord.completion_events.dispatched_at_ms IS 'When the event was carried into the graph; null: not yet.';
+
+CREATE UNLOGGED SEQUENCE pgcoord.completion_events_asleep
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+
+CREATE UNLOGGED SEQUENCE pgcoord.completion_events_awake
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+
+ALTER TABLE pgcoord.completion_events ALTER COLUMN event_id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME pgcoord.completion_events_event_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
 CREATE TABLE pgcoord.kv (
     key bytea NOT NULL,
     value bytea NOT NULL
@@ -134,6 +191,54 @@ COMMENT ON COLUMN pgcoord.leader_lease.queue_floor_id IS 'No request at or below
 
 COMMENT ON COLUMN pgcoord.leader_lease.step_down_epoch IS 'The epoch whose leader has been asked to step down.';
 
+CREATE TABLE pgcoord.lease_events (
+    event_id bigint NOT NULL,
+    execution_id text NOT NULL,
+    lease_id text,
+    event_type text NOT NULL,
+    occurred_at_ms bigint DEFAULT ((EXTRACT(epoch FROM clock_timestamp()) * (1000)::numeric))::bigint NOT NULL,
+    partition_key integer DEFAULT 0 NOT NULL,
+    namespace text,
+    instance_tag text,
+    committed_at_ms bigint DEFAULT ((EXTRACT(epoch FROM clock_timestamp()) * (1000)::numeric))::bigint NOT NULL
+);
+
+COMMENT ON TABLE pgcoord.lease_events IS 'Outbox: what happened to the leases of executions. Insert without event_id.';
+
+COMMENT ON COLUMN pgcoord.lease_events.event_type IS 'acquired, renewed, expired, reclaimed or revoked; a tail passes on any other.';
+
+COMMENT ON COLUMN pgcoord.lease_events.committed_at_ms IS 'The server''s clock at the insert, shortly before the commit.';
+
+CREATE UNLOGGED SEQUENCE pgcoord.lease_events_asleep
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+
+CREATE UNLOGGED SEQUENCE pgcoord.lease_events_awake
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1;
+
+ALTER TABLE pgcoord.lease_events ALTER COLUMN event_id ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME pgcoord.lease_events_event_id_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE pgcoord.outbox_floors (
+    outbox text NOT NULL,
+    collected_through bigint DEFAULT 0 NOT NULL
+);
+
+COMMENT ON TABLE pgcoord.outbox_floors IS 'Up to which event garbage collection has deleted from each outbox.';
+
 CREATE TABLE pgcoord.schema_migrations (
     version integer NOT NULL,
     name text NOT NULL,
@@ -144,11 +249,30 @@ CREATE TABLE pgcoord.schema_migrations (
     breaking boolean NOT NULL
 );
 
+CREATE TABLE pgcoord.subscriptions (
+    subscription_name text NOT NULL,
+    outbox text,
+    last_position bigint,
+    fence bigint DEFAULT 0 NOT NULL,
+    updated_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+);
+
+COMMENT ON TABLE pgcoord.subscriptions IS 'The checkpoint of each subscription; whoever holds its lock moves it forward.';
+
+COMMENT ON COLUMN pgcoord.subscriptions.outbox IS 'The table whose event ids the position counts; null: positions of another kind.';
+
+COMMENT ON COLUMN pgcoord.subscriptions.last_position IS 'The last event that was dealt with; null: it has not been said where to begin.';
+
+COMMENT ON COLUMN pgcoord.subscriptions.fence IS 'Grows with every acquisition of the lock; an older owner''s saves are refused.';
+
 ALTER TABLE ONLY pgcoord.commit_requests
     ADD CONSTRAINT commit_requests_pkey PRIMARY KEY (id);
 
 ALTER TABLE ONLY pgcoord.commit_requests
     ADD CONSTRAINT commit_requests_request_id_key UNIQUE (request_id);
+
+ALTER TABLE ONLY pgcoord.completion_events
+    ADD CONSTRAINT completion_events_pkey PRIMARY KEY (event_id);
 
 ALTER TABLE ONLY pgcoord.kv
     ADD CONSTRAINT kv_pkey PRIMARY KEY (key);
@@ -159,7 +283,26 @@ ALTER TABLE ONLY pgcoord.leader_history
 ALTER TABLE ONLY pgcoord.leader_lease
     ADD CONSTRAINT leader_lease_pkey PRIMARY KEY (id);
 
+ALTER TABLE ONLY pgcoord.lease_events
+    ADD CONSTRAINT lease_events_pkey PRIMARY KEY (event_id);
+
+ALTER TABLE ONLY pgcoord.outbox_floors
+    ADD CONSTRAINT outbox_floors_pkey PRIMARY KEY (outbox);
+
 ALTER TABLE ONLY pgcoord.schema_migrations
     ADD CONSTRAINT schema_migrations_pkey PRIMARY KEY (version);
 
+ALTER TABLE ONLY pgcoord.subscriptions
+    ADD CONSTRAINT subscriptions_pkey PRIMARY KEY (subscription_name);
+
+CREATE INDEX completion_events_undispatched ON pgcoord.completion_events USING btree (event_id) WHERE (dispatched_at_ms IS NULL);
+
 CREATE INDEX leader_history_acquired_at ON pgcoord.leader_history USING btree (acquired_at);
+
+CREATE TRIGGER announce BEFORE INSERT ON pgcoord.completion_events FOR EACH STATEMENT EXECUTE FUNCTION pgcoord.announce_events();
+
+ALTER TABLE pgcoord.completion_events ENABLE ALWAYS TRIGGER announce;
+
+CREATE TRIGGER announce BEFORE INSERT ON pgcoord.lease_events FOR EACH STATEMENT EXECUTE FUNCTION pgcoord.announce_events();
+
+ALTER TABLE pgcoord.lease_events ENABLE ALWAYS TRIGGER announce;

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pgcoord_cli.commands.framework import command, duration, noun, output_of, row_count
 from pgcoord_cli.settings import LONGEST_DURATION
 
-app = noun("Collect garbage: settled requests that nobody can ask for any more.")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pgcoord_cli.core.gc import Progress
+
+app = noun("Collect garbage: settled requests and old events that nobody can ask for any more.")
+
+REQUESTS, LEASES, COMPLETIONS = "commit_requests", "lease_events", "completion_events"
+
+OlderThan = Annotated[str, typer.Option("--older-than", metavar="DURATION", help="Keep what is younger; at least 60s.")]
+OlderThanOrDefault = Annotated[
+    str | None,
+    typer.Option("--older-than", metavar="DURATION", help="Keep what is younger. [default: requests 10m, events 1d]"),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option("--batch-size", metavar="N", min=1, callback=row_count("--batch-size"), help="Rows a transaction."),
+]
+MaxRuntime = Annotated[
+    str, typer.Option("--max-runtime", metavar="DURATION", help="Begin no batch after that long, for each table.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted; change nothing.")]
 
 
 @command(app, "commit-requests")
 def commit_requests(
     ctx: typer.Context,
-    older_than: Annotated[
-        str, typer.Option("--older-than", metavar="DURATION", help="Keep what was settled since; at least 60s.")
-    ] = "10m",
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            "--batch-size", metavar="N", min=1, callback=row_count("--batch-size"), help="Rows a transaction."
-        ),
-    ] = 1000,
-    max_runtime: Annotated[
-        str, typer.Option("--max-runtime", metavar="DURATION", help="Begin no batch after that long.")
-    ] = "30s",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted; change nothing.")] = False,
+    older_than: OlderThan = "10m",
+    batch_size: BatchSize = 1000,
+    max_runtime: MaxRuntime = "30s",
+    dry_run: DryRun = False,
 ) -> None:
     """Delete settled commit requests that are older than the retention. Pending ones are never deleted.
 
@@ -38,20 +50,103 @@ def commit_requests(
       pgcoord gc commit-requests --older-than 1h --dry-run
       pgcoord gc commit-requests -q --max-runtime 5m
     """
+    _collect(ctx, [REQUESTS], older_than, batch_size, max_runtime, dry_run=dry_run)
+
+
+@command(app, "lease-events")
+def lease_events(
+    ctx: typer.Context,
+    older_than: OlderThan = "1d",
+    batch_size: BatchSize = 1000,
+    max_runtime: MaxRuntime = "30s",
+    dry_run: DryRun = False,
+) -> None:
+    """Delete lease events that are older than the retention and that every subscription has passed.
+
+    A tail that resumes from an older cursor is told so (exit 8), and from where it can resume.
+
+    \b
+    Examples:
+      pgcoord gc lease-events --older-than 7d
+      pgcoord gc lease-events -o json | jq .lease_events.furthest_behind
+    """
+    _collect(ctx, [LEASES], older_than, batch_size, max_runtime, dry_run=dry_run)
+
+
+@command(app, "completion-events")
+def completion_events(
+    ctx: typer.Context,
+    older_than: OlderThan = "1d",
+    batch_size: BatchSize = 1000,
+    max_runtime: MaxRuntime = "30s",
+    dry_run: DryRun = False,
+) -> None:
+    """Delete dispatched completion events that are older than the retention and that every subscription has passed.
+
+    \b
+    Examples:
+      pgcoord gc completion-events --older-than 7d
+      pgcoord gc completion-events --dry-run
+    """
+    _collect(ctx, [COMPLETIONS], older_than, batch_size, max_runtime, dry_run=dry_run)
+
+
+@command(app, "all")
+def all_tables(
+    ctx: typer.Context,
+    older_than: OlderThanOrDefault = None,
+    batch_size: BatchSize = 1000,
+    max_runtime: MaxRuntime = "30s",
+    dry_run: DryRun = False,
+) -> None:
+    """Delete all of that: settled commit requests, lease events, completion events.
+
+    \b
+    Examples:
+      pgcoord gc all
+      pgcoord gc all -q --max-runtime 5m
+    """
+    _collect(ctx, [REQUESTS, LEASES, COMPLETIONS], older_than, batch_size, max_runtime, dry_run=dry_run)
+
+
+def _collect(
+    ctx: typer.Context, tables: Sequence[str], older_than: str | None, batch_size: int, max_runtime: str, *,
+    dry_run: bool,
+) -> None:  # fmt: skip
     from pgcoord_cli.core import gc, session
 
     settings, out = output_of(ctx)
-    retention = gc.check_retention(duration("--older-than", longest=LONGEST_DURATION)(older_than) or 0)
-    ends_at = time.monotonic() + (duration("--max-runtime")(max_runtime) or 0)
-
-    def go_on(deleted: int) -> bool:
-        out.detail(f"commit_requests: {deleted} deleted")
-        return time.monotonic() < ends_at
-
+    retention = older_than and gc.check_retention(duration("--older-than", longest=LONGEST_DURATION)(older_than) or 0)
+    seconds = duration("--max-runtime")(max_runtime) or 0
+    document: dict[str, dict[str, Any]] = {}
     with session.command_session(settings, "gc", writes=not dry_run) as conn:
-        if dry_run:
-            collected = gc.count_commit_requests(conn, retention)
-        else:
-            collected = gc.collect_commit_requests(conn, retention, batch_size, go_on)
-    if collected.deleted or collected.orphaned or out.is_json or not settings.quiet:
-        out.document({"commit_requests": collected._asdict()})
+        for table in tables:
+            ends_at = time.monotonic() + seconds
+
+            def go_on(deleted: int, table: str = table, ends_at: float = ends_at) -> bool:
+                out.detail(f"{table}: {deleted} deleted")
+                return time.monotonic() < ends_at
+
+            document[table] = _collect_table(conn, table, retention or None, None if dry_run else batch_size, go_on)
+    is_something_done = any(found["deleted"] or found.get("orphaned") for found in document.values())
+    if is_something_done or out.is_json or not settings.quiet:
+        out.document(document)
+
+
+def _collect_table(
+    conn: Any, table: str, retention: float | None, batch_size: int | None, go_on: Progress
+) -> dict[str, Any]:
+    """Without a batch size, it only counts."""
+    from pgcoord_cli.core import gc
+    from pgcoord_cli.core.outbox import OUTBOXES
+
+    if table == REQUESTS:
+        seconds = retention or gc.DEFAULT_RETENTION
+        if batch_size is None:
+            return gc.count_commit_requests(conn, seconds)._asdict()
+        return gc.collect_commit_requests(conn, seconds, batch_size, go_on)._asdict()
+    outbox = next(outbox for outbox in OUTBOXES.values() if outbox.table == table)
+    seconds = retention or gc.DEFAULT_EVENT_RETENTION
+    if batch_size is None:
+        return gc.count_events(conn, outbox, seconds)._asdict()
+    return gc.collect_events(conn, outbox, seconds, batch_size, go_on)._asdict()

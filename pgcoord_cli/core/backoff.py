@@ -25,4 +25,9 @@ class Backoff:
     async def pause(self) -> None:
         """Waits, and makes the next pause longer."""
         seconds, self._next = self._next, min(self._next * 2, self._last)
-        await asyncio.sleep(seconds * random.uniform(0.5, 1.0))
+        await asyncio.sleep(jittered(seconds))
+
+
+def jittered(seconds: float) -> float:
+    """A pause shortened at random by up to a half, so that many who failed together do not come back together."""
+    return seconds * random.uniform(0.5, 1.0)

@@ -28,3 +28,8 @@ def data(schema: str) -> str:
 def reply(schema: str, client: str) -> str:
     """Wakes one client process: some of its requests have been settled. `client` is 12 hex digits."""
     return f"{schema}.reply.{client}"
+
+
+def outbox(schema: str, table: str) -> str:
+    """Wakes the tails of an outbox: events have been committed."""
+    return f"{schema}.{table}"

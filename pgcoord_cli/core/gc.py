@@ -5,6 +5,11 @@ and resubmissions reach back (`core.retention`). Older ones are deleted in small
 transaction of its own that skips rows somebody else has locked, so that commits go on beside it and any number
 of collectors can run. Pending requests are never deleted (rule I11). Those that outlived the retention without any
 leader to settle them are first marked `orphaned`; from then on they are settled, and are kept for a retention more.
+
+**Events** are deleted from the oldest on, by the server's clock, up to the first that has to stay: one that is younger
+than the retention, that a subscription has not passed, or before which a transaction that is still open may write. A
+completion event that was not dispatched is left where it is. Each batch raises the outbox's floor in the
+transaction that deletes, so that no tail takes collected events for some that never came.
 """
 
 from __future__ import annotations
@@ -15,11 +20,13 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
+from pgcoord_cli.core.outbox import Outbox
 from pgcoord_cli.core.retention import SHORTEST_RETENTION
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import UsageError
 
 DEFAULT_RETENTION = 600.0
+DEFAULT_EVENT_RETENTION = 86_400.0
 DEFAULT_BATCH_SIZE = 1_000
 
 
@@ -34,6 +41,21 @@ class Collected(NamedTuple):
     dry_run: bool
 
 
+class CollectedEvents(NamedTuple):
+    """What a run did to an outbox; `furthest_behind` is the subscription that keeps it from doing more, if any does."""
+
+    table: str
+    deleted: int
+    batches: int
+    oldest_kept: datetime | None
+    furthest_behind: str | None
+    dry_run: bool
+
+
+Progress = Callable[[int], bool]
+"""Hears how many rows have been deleted, and says whether to go on."""
+
+
 def check_retention(seconds: float) -> float:
     """`seconds`, or UsageError when that is shorter than what others rely on."""
     if seconds < SHORTEST_RETENTION:
@@ -44,9 +66,7 @@ def check_retention(seconds: float) -> float:
     return seconds
 
 
-def collect_commit_requests(
-    conn: Connection[Any], older_than: float, batch_size: int, progress: Callable[[int], bool]
-) -> Collected:
+def collect_commit_requests(conn: Connection[Any], older_than: float, batch_size: int, progress: Progress) -> Collected:
     """Deletes settled requests older than `older_than` seconds; `progress(deleted)` says whether to go on."""
     orphaned = conn.execute(sql("gc", "orphan_requests"), [older_than]).rowcount
     deleted = batches = last_id = 0
@@ -71,3 +91,27 @@ def count_commit_requests(conn: Connection[Any], older_than: float) -> Collected
 def _oldest_request(conn: Connection[Any]) -> datetime | None:
     row = conn.execute(sql("gc", "oldest_request")).fetchone()
     return row[0] if row else None
+
+
+def collect_events(
+    conn: Connection[Any], outbox: Outbox, older_than: float, batch_size: int, progress: Progress
+) -> CollectedEvents:
+    """Deletes events older than `older_than` seconds, from the oldest on."""
+    deleted = batches = last_id = 0
+    is_last = False
+    while not is_last and progress(deleted):
+        statement = sql("gc", f"delete_{outbox.table}")
+        count, last_id, is_last = conn.execute(statement, [last_id, older_than, batch_size]).fetchone() or (0, 0, True)
+        deleted += count
+        batches += count > 0
+    return CollectedEvents(outbox.table, deleted, batches, *_oldest_event(conn, outbox), False)
+
+
+def count_events(conn: Connection[Any], outbox: Outbox, older_than: float) -> CollectedEvents:
+    """What `collect_events` would delete at this moment, if no open transaction is in the way."""
+    row = conn.execute(sql("gc", f"count_{outbox.table}"), [older_than]).fetchone() or (0,)
+    return CollectedEvents(outbox.table, row[0], 0, *_oldest_event(conn, outbox), True)
+
+
+def _oldest_event(conn: Connection[Any], outbox: Outbox) -> tuple[datetime | None, str | None]:
+    return conn.execute(sql("gc", f"oldest_{outbox.noun}_event")).fetchone() or (None, None)

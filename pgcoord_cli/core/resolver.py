@@ -45,6 +45,7 @@ from pgcoord_cli.core.codec import Mutation, Op, Range, Request, Undecodable
 from pgcoord_cli.core.conflicts import ConflictWindow
 from pgcoord_cli.core.lease import Term
 from pgcoord_cli.core.mutations import WriteSet
+from pgcoord_cli.core.writers import Writers
 from pgcoord_cli.db.binary import bytea_array, int4, int8, int8_array, text_array
 from pgcoord_cli.db.pipeline import Pipeline, Statement
 from pgcoord_cli.db.sqlfiles import sql
@@ -63,9 +64,6 @@ CONFLICT_WINDOW = timedelta(seconds=6)
 A second more than a transaction may take, so that one that was just in time can wait for its turn. Not much more,
 since a new leader has to read all commits of this time before it begins.
 """
-
-PREPARED = "-1/"
-"""How the names of prepared transactions begin in pg_locks."""
 
 FENCED = "PC001"
 ALREADY_SETTLED = "PC002"
@@ -344,16 +342,16 @@ class QueueFloor:
     def __init__(self, floor_id: int) -> None:
         self.id = floor_id
         self._last_id = floor_id
-        self._writers: set[str] | None = None
+        self._writers: Writers | None = None
         self.is_clear = False
         """Whether nobody is left who could write up to the last id that was noted."""
 
     def observe(self, last_id: int, writers: Iterable[str]) -> None:
         """Before a claim: notes who may still write up to the last id, or sees that they are gone."""
         if self._writers is None:
-            self._last_id, self._writers = last_id, set(writers)
+            self._last_id, self._writers = last_id, Writers(writers)
         else:
-            self._writers = {name for name in writers if name in self._writers or name.startswith(PREPARED)}
+            self._writers.keep(writers)
         self.is_clear = not self._writers
 
     def everything_settled(self) -> None:

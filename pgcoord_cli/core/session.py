@@ -126,7 +126,7 @@ def _other_schemas(settings: Settings) -> tuple[Any, list[str]]:
 
 def _server(row: tuple[Any, ...] | None) -> Server:
     assert row is not None
-    server = Server(*row[3:])
+    server = Server(*row[4:])
     if server.version_number < OLDEST_SERVER:
         raise UnsuitableServer(
             f"PostgreSQL {server.version_number // 10_000} is not supported",

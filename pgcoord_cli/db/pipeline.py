@@ -27,9 +27,13 @@ Statement = tuple[str, Sequence[bytes | None]]
 
 
 class Pipeline:
-    """Runs prepared statements over `conn`, which nobody else uses meanwhile."""
+    """Runs prepared statements over `conn`, which nobody else uses meanwhile.
 
-    def __init__(self, conn: Connection[Any]) -> None:
+    A server that says nothing for `patience` seconds, if there are any, is taken for lost.
+    """
+
+    def __init__(self, conn: Connection[Any], patience: float | None = None) -> None:
+        self._patience = None if patience is None else patience * 1000
         self._pgconn = conn.pgconn
         self._names: dict[str, bytes] = {}
         self._loader = Transformer(conn)
@@ -88,9 +92,15 @@ class Pipeline:
 
     def _wait_for_result(self) -> None:
         while self._pgconn.flush():
-            for _, events in self._either.poll():
+            for events in self._ready(self._either):
                 if events & ~select.POLLOUT:
                     self._pgconn.consume_input()
         while self._pgconn.is_busy():
-            self._readable.poll()
+            self._ready(self._readable)
             self._pgconn.consume_input()
+
+    def _ready(self, poll: select.poll) -> list[int]:
+        if ready := poll.poll(self._patience):
+            return [events for _, events in ready]
+        self._pgconn.finish()
+        raise psycopg.OperationalError("the server does not answer")

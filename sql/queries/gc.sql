@@ -39,3 +39,108 @@ SELECT count(*) AS deletable
 -- name: oldest_request
 -- When the oldest request that is still stored was made.
 SELECT created_at FROM commit_requests ORDER BY id LIMIT 1;
+
+-- name: delete_lease_events
+-- Deletes of one batch of lease events after a position those that are older than a number of seconds, were passed by every subscription and have no writer before them; says how many, where the batch ended and whether it is the last.
+WITH announced AS (
+    SELECT coalesce(bool_or(activity.xact_start IS NULL), false) AS is_unknown, min(activity.xact_start) AS since
+      FROM pg_locks AS held
+      LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
+     WHERE held.locktype = 'advisory' AND held.classid = 'lease_events'::regclass::oid AND held.objid = 0
+       AND held.objsubid = 2
+       AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+), bound AS (
+    SELECT CASE WHEN is_unknown THEN 0
+                ELSE (extract(epoch FROM least(since, clock_timestamp() - make_interval(secs => $2::double precision)))
+                      * 1000)::bigint END AS committed_before_ms,
+           (SELECT min(last_position) FROM subscriptions WHERE outbox = 'lease_events') AS passed_by_all
+      FROM announced
+), oldest AS MATERIALIZED (
+    SELECT event_id, committed_at_ms < committed_before_ms AND event_id <= coalesce(passed_by_all, event_id) AS is_over
+      FROM lease_events, bound
+     WHERE event_id > $1::bigint
+     ORDER BY event_id
+     LIMIT $3::integer
+), doomed AS (
+    SELECT event_id
+      FROM lease_events
+     WHERE event_id IN (SELECT event_id FROM oldest WHERE is_over)
+       AND event_id < coalesce((SELECT min(event_id) FROM oldest WHERE NOT is_over), 9223372036854775807)
+       FOR UPDATE SKIP LOCKED
+), raised AS (
+    UPDATE outbox_floors
+       SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM doomed))
+     WHERE outbox = 'lease_events' AND EXISTS (SELECT FROM doomed)
+), deleted AS (
+    DELETE FROM lease_events USING doomed WHERE lease_events.event_id = doomed.event_id RETURNING 1
+)
+SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bigint) AS last_id,
+       count(*) < $3::integer OR NOT bool_and(is_over) AS is_last
+  FROM oldest;
+
+-- name: delete_completion_events
+-- The same of completion events; one that was not dispatched stays, whatever its age.
+WITH announced AS (
+    SELECT coalesce(bool_or(activity.xact_start IS NULL), false) AS is_unknown, min(activity.xact_start) AS since
+      FROM pg_locks AS held
+      LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
+     WHERE held.locktype = 'advisory' AND held.classid = 'completion_events'::regclass::oid AND held.objid = 0
+       AND held.objsubid = 2
+       AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+), bound AS (
+    SELECT CASE WHEN is_unknown THEN 0
+                ELSE (extract(epoch FROM least(since, clock_timestamp() - make_interval(secs => $2::double precision)))
+                      * 1000)::bigint END AS committed_before_ms,
+           (SELECT min(last_position) FROM subscriptions WHERE outbox = 'completion_events') AS passed_by_all
+      FROM announced
+), oldest AS MATERIALIZED (
+    SELECT event_id, committed_at_ms < committed_before_ms AND event_id <= coalesce(passed_by_all, event_id) AS is_over
+      FROM completion_events, bound
+     WHERE event_id > $1::bigint
+     ORDER BY event_id
+     LIMIT $3::integer
+), doomed AS (
+    SELECT event_id
+      FROM completion_events
+     WHERE event_id IN (SELECT event_id FROM oldest WHERE is_over) AND dispatched_at_ms IS NOT NULL
+       AND event_id < coalesce((SELECT min(event_id) FROM oldest WHERE NOT is_over), 9223372036854775807)
+       FOR UPDATE SKIP LOCKED
+), raised AS (
+    UPDATE outbox_floors
+       SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM doomed))
+     WHERE outbox = 'completion_events' AND EXISTS (SELECT FROM doomed)
+), deleted AS (
+    DELETE FROM completion_events USING doomed WHERE completion_events.event_id = doomed.event_id RETURNING 1
+)
+SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bigint) AS last_id,
+       count(*) < $3::integer OR NOT bool_and(is_over) AS is_last
+  FROM oldest;
+
+-- name: oldest_lease_event
+-- When the oldest lease event that is still stored came, and the subscription that is furthest behind.
+SELECT (SELECT to_timestamp(committed_at_ms / 1000.0) FROM lease_events ORDER BY event_id LIMIT 1) AS oldest_kept,
+       (SELECT subscription_name FROM subscriptions
+         WHERE outbox = 'lease_events' AND last_position < (SELECT max(event_id) FROM lease_events)
+         ORDER BY last_position LIMIT 1) AS furthest_behind;
+
+-- name: oldest_completion_event
+-- When the oldest completion event that is still stored came, and the subscription that is furthest behind.
+SELECT (SELECT to_timestamp(committed_at_ms / 1000.0) FROM completion_events ORDER BY event_id LIMIT 1) AS oldest_kept,
+       (SELECT subscription_name FROM subscriptions
+         WHERE outbox = 'completion_events' AND last_position < (SELECT max(event_id) FROM completion_events)
+         ORDER BY last_position LIMIT 1) AS furthest_behind;
+
+-- name: count_lease_events
+-- How many lease events are older than a number of seconds and were passed by every subscription.
+SELECT count(*) AS deletable
+  FROM lease_events
+ WHERE committed_at_ms < (extract(epoch FROM clock_timestamp() - make_interval(secs => $1::double precision)) * 1000)::bigint
+   AND event_id <= coalesce((SELECT min(last_position) FROM subscriptions WHERE outbox = 'lease_events'), event_id);
+
+-- name: count_completion_events
+-- How many dispatched completion events are older than a number of seconds and were passed by every subscription.
+SELECT count(*) AS deletable
+  FROM completion_events
+ WHERE committed_at_ms < (extract(epoch FROM clock_timestamp() - make_interval(secs => $1::double precision)) * 1000)::bigint
+   AND dispatched_at_ms IS NOT NULL
+   AND event_id <= coalesce((SELECT min(last_position) FROM subscriptions WHERE outbox = 'completion_events'), event_id);

@@ -3,22 +3,32 @@
 SELECT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = $1::text) AS found;
 
 -- name: reader_grants
--- The statements that let a role look at everything but the data.
+-- The statements that let a role look at everything but the data, events included.
 SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
     (1, 'GRANT USAGE ON SCHEMA %1$I TO %2$I'),
     (2, 'GRANT SELECT ON %1$I.schema_migrations, %1$I.leader_lease, %1$I.leader_history TO %2$I'),
     (3, 'GRANT SELECT (id, request_id, epoch, read_version, status, commit_version, reason, created_at, resolved_at) '
-        'ON %1$I.commit_requests TO %2$I')
+        'ON %1$I.commit_requests TO %2$I'),
+    (4, 'GRANT SELECT ON %1$I.lease_events, %1$I.completion_events, %1$I.outbox_floors, %1$I.subscriptions TO %2$I'),
+    (5, 'GRANT SELECT ON SEQUENCE %1$I.lease_events_event_id_seq, %1$I.completion_events_event_id_seq TO %2$I'),
+    (6, 'GRANT UPDATE ON SEQUENCE %1$I.lease_events_asleep, %1$I.lease_events_awake, '
+        '%1$I.completion_events_asleep, %1$I.completion_events_awake TO %2$I')
   ) AS grants (position, template)
  ORDER BY position;
 
 -- name: client_grants
--- The statements that, beside a reader's, let a role read the data and submit commit requests.
+-- The statements that, beside a reader's, let a role read the data, submit commit requests, write events and keep subscriptions.
 SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
     (1, 'GRANT SELECT ON %1$I.kv, %1$I.commit_requests TO %2$I'),
-    (2, 'GRANT INSERT (request_id, epoch, read_version, payload, reply_channel) ON %1$I.commit_requests TO %2$I')
+    (2, 'GRANT INSERT (request_id, epoch, read_version, payload, reply_channel) ON %1$I.commit_requests TO %2$I'),
+    (3, 'GRANT INSERT (execution_id, lease_id, event_type, occurred_at_ms, partition_key, namespace, instance_tag) '
+        'ON %1$I.lease_events TO %2$I'),
+    (4, 'GRANT INSERT (partition_key, execution_id, flow_id, outcome, namespace, instance_tag, occurred_at_ms) '
+        'ON %1$I.completion_events TO %2$I'),
+    (5, 'GRANT SELECT (event_id) ON %1$I.lease_events, %1$I.completion_events TO %2$I'),
+    (6, 'GRANT INSERT (subscription_name, outbox, fence), UPDATE ON %1$I.subscriptions TO %2$I')
   ) AS grants (position, template)
  ORDER BY position;
 
@@ -28,6 +38,6 @@ SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
     (1, 'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA %1$I TO %2$I'),
     (2, 'REVOKE INSERT, UPDATE, DELETE ON %1$I.schema_migrations FROM %2$I'),
-    (3, 'GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA %1$I TO %2$I')
+    (3, 'GRANT USAGE, SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA %1$I TO %2$I')
   ) AS grants (position, template)
  ORDER BY position;

@@ -1,8 +1,9 @@
 -- name: prepare_session
--- Sets the session's schema and timeouts (milliseconds) and says what kind of server this is.
+-- Sets the session's schema, timeouts (milliseconds) and isolation and says what kind of server this is.
 SELECT set_config('search_path', quote_ident($1::text) || ', pg_temp', false) AS search_path,
        set_config('statement_timeout', $2::text, false) AS statement_timeout,
        set_config('lock_timeout', $3::text, false) AS lock_timeout,
+       set_config('default_transaction_isolation', 'read committed', false) AS default_transaction_isolation,
        current_setting('server_version_num')::integer AS version_number,
        pg_is_in_recovery() AS in_recovery,
        to_regclass(quote_ident($1::text) || '.schema_migrations') IS NOT NULL AS has_ledger;

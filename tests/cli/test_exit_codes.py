@@ -28,6 +28,7 @@ REQUEST_ID = str(uuid.uuid4())
 ARGUMENTS = {
     "kv get": ("key",), "kv set": ("key", "value"), "kv clear": ("key",), "kv clear-range": ("x", "y"),
     "kv add": ("counter", "1"), "kv load": ("/dev/null",), "leader assert": ("--epoch", "1"),
+    "tail lease": ("--no-follow",), "tail completion": ("--no-follow",),
     "commit show": (REQUEST_ID,), "commit explain": (REQUEST_ID,),
     "migrate grant": ("--reader", "postgres", "--dry-run"), "dev up": ("--server-version", "9"),
 }  # fmt: skip
@@ -36,8 +37,8 @@ ARGUMENTS = {
 STREAMS = {"demo", "leader run", "kv export"}
 """Commands that print a line for each thing that happens."""
 
-LEFT_OUT = {"bench", "leader step-down"}
-"""Commands that take long, or leave the calls after them without a leader."""
+LEFT_OUT = {"bench", "leader step-down", "tail lease", "tail completion"}
+"""Commands that take long, leave the calls after them without a leader, or have nothing to print."""
 
 NEED_NO_SERVER = {"migrate sql", "dev up", "dev down", "dev dsn", "dev status"}
 

@@ -42,7 +42,8 @@ NEED_A_SCHEMA = {
     "kv get": ("key",), "kv set": ("key", "value"), "kv clear": ("key",), "kv clear-range": ("key", "kez"),
     "kv add": ("key", "1"), "kv range": (), "kv export": (), "kv load": ("/dev/null",),
     "commit list": (), "commit show": (str(uuid.uuid4()),), "commit explain": (str(uuid.uuid4()),),
-    "gc commit-requests": (), "bench": (),
+    "gc commit-requests": (), "gc lease-events": (), "gc completion-events": (), "gc all": (), "bench": (),
+    "tail lease": ("--no-follow",), "tail completion": ("--no-follow",),
 }  # fmt: skip
 """Every command that works on a schema, with the arguments it cannot do without."""
 

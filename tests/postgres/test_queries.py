@@ -39,6 +39,43 @@ REQUEST = (
 )
 
 EXPECTED = {
+    "outbox.append_lease_event": Shape("text, text, text, integer, text, text, bigint", "event_id bigint"),
+    "outbox.append_completion_event": Shape("uuid, uuid, text, smallint, text, text, bigint", "event_id bigint"),
+    "tail.lease_events": Shape(
+        "bigint, integer",
+        "event_id bigint, execution_id text, lease_id text, event_type text, occurred_at_ms bigint, "
+        "partition_key integer, namespace text, instance_tag text, committed_at_ms bigint",
+    ),
+    "tail.completion_events": Shape(
+        "bigint, integer",
+        "event_id bigint, execution_id text, flow_id text, outcome text, occurred_at_ms bigint, "
+        "partition_key smallint, namespace text, instance_tag text, committed_at_ms bigint",
+    ),
+    "tail.writers": Shape("text", "writers text[]"),
+    "tail.fall_asleep": Shape("text", "ticket bigint"),
+    "tail.stay_awake": Shape("text, bigint", "ticket bigint"),
+    "tail.bounds": Shape("text", "head bigint, collected_through bigint"),
+    "tail.holders": Shape("text", "pid integer, application text, since timestamptz"),
+    "tail.lease_gaps": Shape("bigint, bigint", "first_id bigint, last_id bigint"),
+    "tail.completion_gaps": Shape("bigint, bigint", "first_id bigint, last_id bigint"),
+    "tail.lease_first_at": Shape("bigint", "event_id bigint"),
+    "tail.completion_first_at": Shape("bigint", "event_id bigint"),
+    "tail.lease_count": Shape("bigint", "events bigint"),
+    "tail.completion_count": Shape("bigint", "events bigint"),
+    "subscriptions.acquire": Shape("text, text", "fence bigint, last_position bigint, outbox text"),
+    "subscriptions.save": Shape("text, bigint, bigint", "is_saved boolean"),
+    "subscriptions.try_lock": Shape("bigint", "is_taken boolean"),
+    "subscriptions.checkpoint": Shape("text", "outbox text, last_position bigint"),
+    "gc.delete_lease_events": Shape(
+        "bigint, double precision, integer", "deleted bigint, last_id bigint, is_last boolean"
+    ),
+    "gc.delete_completion_events": Shape(
+        "bigint, double precision, integer", "deleted bigint, last_id bigint, is_last boolean"
+    ),
+    "gc.oldest_lease_event": Shape("", "oldest_kept timestamptz, furthest_behind text"),
+    "gc.oldest_completion_event": Shape("", "oldest_kept timestamptz, furthest_behind text"),
+    "gc.count_lease_events": Shape("double precision", "deletable bigint"),
+    "gc.count_completion_events": Shape("double precision", "deletable bigint"),
     "commits.enqueue": Shape(
         "uuid[], bigint[], bigint[], bytea[], text, text", "announced boolean, enqueued_at timestamptz"
     ),
@@ -127,8 +164,8 @@ EXPECTED = {
     "migrations.unlock": Shape("bigint", "unlocked boolean"),
     "session.prepare_session": Shape(
         "text, text, text",
-        "search_path text, statement_timeout text, lock_timeout text, version_number integer, in_recovery boolean, "
-        "has_ledger boolean",
+        "search_path text, statement_timeout text, lock_timeout text, default_transaction_isolation text, "
+        "version_number integer, in_recovery boolean, has_ledger boolean",
     ),
     "session.plan_once": Shape(
         "",

@@ -1,0 +1,414 @@
+"""`pgcoord tail`: follow the event outboxes from a cursor on, and never miss an event."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+from contextlib import closing, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
+from uuid import UUID
+
+import typer
+
+from pgcoord_cli.commands.framework import command, noun, output_of
+from pgcoord_cli.errors import ConditionFalse, UsageError
+from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_duration
+
+if TYPE_CHECKING:
+    from pgcoord_cli.core.outbox import Event, Outbox
+    from pgcoord_cli.core.tail import From, Notice, Tail
+    from pgcoord_cli.render import Output
+    from pgcoord_cli.render.events import EventStream
+
+app = noun("Follow the event outboxes from a cursor on, without missing an event.")
+
+FromOption = Annotated[
+    str | None, typer.Option("--from", metavar="CURSOR", help="Start after this cursor. [default: from now on]")
+]
+FromStart = Annotated[bool, typer.Option("--from-start", help="Start at the oldest event that is kept.")]
+Since = Annotated[
+    str | None,
+    typer.Option(
+        "--since", metavar="TIME", help="Start at the first event that came so long ago (10m), or since then."
+    ),
+]
+Until = Annotated[
+    str | None,
+    typer.Option("--until", metavar="TIME|CURSOR", help="End with what had come by then, or at this cursor."),
+]
+Max = Annotated[int | None, typer.Option("--max", metavar="N", min=1, help="End after so many events.")]
+NoFollow = Annotated[bool, typer.Option("--no-follow", help="End when everything has been shown.")]
+Partition = Annotated[list[int] | None, typer.Option("--partition", metavar="N", help="Only these; repeatable.")]
+Namespace = Annotated[list[str] | None, typer.Option("--namespace", metavar="NS", help="Only these; repeatable.")]
+InstanceTag = Annotated[list[str] | None, typer.Option("--instance-tag", metavar="V", help="Only these; repeatable.")]
+CursorFileOption = Annotated[
+    Path | None,
+    typer.Option("--cursor-file", metavar="FILE", help="Resume from the cursor in FILE, and keep it there."),
+]
+SubscriptionOption = Annotated[
+    str | None, typer.Option("--subscription", metavar="NAME", help="Resume from the database's checkpoint NAME.")
+]
+Lag = Annotated[bool, typer.Option("--lag", help="Only say how far behind the given cursor is.")]
+MaxLag = Annotated[
+    int | None, typer.Option("--max-lag", metavar="N", min=0, help="With --lag: exit 3 when more events wait.")
+]
+
+
+class Call(NamedTuple):
+    """The words of one call that both commands share."""
+
+    from_cursor: str | None
+    from_start: bool
+    since: str | None
+    until: str | None
+    most: int | None
+    no_follow: bool
+    partitions: list[int]
+    namespaces: list[str]
+    instance_tags: list[str]
+    kinds: list[str]
+    cursor_file: Path | None
+    subscription: str | None
+    lag: bool
+    max_lag: int | None
+
+
+class Checkpoint(Protocol):
+    """Something that remembers how far a tail got."""
+
+    def load(self) -> int | None:
+        """The position, or None when there is none yet."""
+
+    def save(self, position: int) -> None:
+        """Remembers the position."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+@command(app, "lease")
+def lease(
+    ctx: typer.Context,
+    from_cursor: FromOption = None,
+    from_start: FromStart = False,
+    since: Since = None,
+    until: Until = None,
+    most: Max = None,
+    no_follow: NoFollow = False,
+    partition: Partition = None,
+    namespace: Namespace = None,
+    instance_tag: InstanceTag = None,
+    event_type: Annotated[
+        list[str] | None, typer.Option("--event-type", metavar="TYPE", help="Only these; repeatable.")
+    ] = None,
+    cursor_file: CursorFileOption = None,
+    subscription: SubscriptionOption = None,
+    lag: Lag = False,
+    max_lag: MaxLag = None,
+) -> None:
+    """Follow the lease events: acquired, renewed, expired, reclaimed, revoked. A line each, with its cursor.
+
+    Ctrl-C and SIGTERM finish the batch in hand and say how to resume. Each event is shown at least once, in order;
+    lost connections are mended. A stored cursor (--cursor-file, --subscription) goes before --from.
+
+    \b
+    Examples:
+      pgcoord tail lease
+      pgcoord tail lease --from-start --no-follow -o jsonl > leases.jsonl
+      pgcoord tail lease --since 10m --event-type expired --event-type reclaimed
+      pgcoord tail lease --cursor-file /var/lib/app/lease.cursor -o jsonl | app-import
+      pgcoord tail lease --lag --subscription importer --max-lag 1000
+    """
+    from pgcoord_cli.core.outbox import LEASE
+
+    _tail(ctx, LEASE, Call(
+        from_cursor, from_start, since, until, most, no_follow, partition or [], namespace or [], instance_tag or [],
+        event_type or [], cursor_file, subscription, lag, max_lag,
+    ))  # fmt: skip
+
+
+@command(app, "completion")
+def completion(
+    ctx: typer.Context,
+    from_cursor: FromOption = None,
+    from_start: FromStart = False,
+    since: Since = None,
+    until: Until = None,
+    most: Max = None,
+    no_follow: NoFollow = False,
+    partition: Partition = None,
+    namespace: Namespace = None,
+    instance_tag: InstanceTag = None,
+    outcome: Annotated[
+        list[str] | None, typer.Option("--outcome", metavar="OUTCOME", help="Only these; repeatable.")
+    ] = None,
+    cursor_file: CursorFileOption = None,
+    subscription: SubscriptionOption = None,
+    lag: Lag = False,
+    max_lag: MaxLag = None,
+) -> None:
+    """Follow the completion events: success, failed, cancelled, skipped. A line each, with its cursor.
+
+    Ctrl-C and SIGTERM finish the batch in hand and say how to resume. Each event is shown at least once, in order;
+    lost connections are mended. A stored cursor (--cursor-file, --subscription) goes before --from.
+
+    \b
+    Examples:
+      pgcoord tail completion
+      pgcoord tail completion --from 02000000000000002a --max 10 -o json
+      pgcoord tail completion --namespace deploys --outcome failed
+      pgcoord tail completion --subscription mailer --from-start -o jsonl | send-mails
+      pgcoord tail completion --lag --cursor-file mailer.cursor
+    """
+    from pgcoord_cli.core.outbox import COMPLETION
+
+    _tail(ctx, COMPLETION, Call(
+        from_cursor, from_start, since, until, most, no_follow, partition or [], namespace or [], instance_tag or [],
+        outcome or [], cursor_file, subscription, lag, max_lag,
+    ))  # fmt: skip
+
+
+def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
+    settings, out = output_of(ctx)
+    _check(call)
+    if call.lag:
+        _show_lag(settings, out, outbox, call)
+        return
+    checkpoint = _open_checkpoint(settings, outbox, call)
+    try:
+        position = checkpoint.load() if checkpoint else None
+        with closing(_make_tail(settings, out, outbox, call, position)) as tail:
+            _follow(tail, out, outbox, call, checkpoint)
+    finally:
+        if checkpoint:
+            checkpoint.close()
+
+
+def _check(call: Call) -> None:
+    starts = {"--from": call.from_cursor, "--from-start": call.from_start, "--since": call.since}
+    if len(given := [name for name, value in starts.items() if value]) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other", hint="a tail starts in one place")
+    if call.cursor_file and call.subscription:
+        raise UsageError("--cursor-file and --subscription exclude each other", hint="keep the cursor in one place")
+    if call.max_lag is not None and not call.lag:
+        raise UsageError("--max-lag goes with --lag")
+    filters = {
+        "--namespace": call.namespaces,
+        "--instance-tag": call.instance_tags,
+        "--event-type or --outcome": call.kinds,
+    }
+    for option, values in filters.items():
+        for value in values:
+            check_text(value, option)
+
+
+def _open_checkpoint(settings: Settings, outbox: Outbox, call: Call) -> Checkpoint | None:
+    from pgcoord_cli.core.cursor_file import CursorFile
+    from pgcoord_cli.core.subscriptions import Subscription, check_name
+
+    if call.cursor_file:
+        return CursorFile(call.cursor_file)
+    if call.subscription is not None:
+        check_text(call.subscription, "--subscription")
+        return Subscription(settings, check_name(call.subscription, "--subscription"), outbox)
+    return None
+
+
+def _make_tail(settings: Settings, out: Output, outbox: Outbox, call: Call, position: int | None) -> Tail:
+    from pgcoord_cli.core.tail import Filters, From, Tail
+
+    filters = Filters(
+        frozenset(call.partitions), frozenset(call.namespaces), frozenset(call.instance_tags), frozenset(call.kinds)
+    )
+    return Tail(
+        settings,
+        outbox,
+        start=_start(call) if position is None else From.position(position),
+        until=_until(call.until) if call.until else None,
+        filters=filters,
+        follow=not call.no_follow,
+        report=lambda notice: _report(out, notice),
+    )
+
+
+def _start(call: Call) -> From:
+    from pgcoord_cli.core.cursor import from_cursor
+    from pgcoord_cli.core.tail import From
+
+    if call.from_cursor:
+        return From.position(from_cursor(call.from_cursor, "--from"))
+    if call.since:
+        return From.time(_moment(call.since, "--since"))
+    return From.beginning() if call.from_start else From.now()
+
+
+def _until(text: str) -> From:
+    from pgcoord_cli.core.cursor import from_cursor, looks_like_cursor
+    from pgcoord_cli.core.tail import From
+
+    if looks_like_cursor(text):
+        return From.position(from_cursor(text, "--until"))
+    return From.time(_moment(text, "--until"))
+
+
+def _moment(text: str, option: str) -> datetime | timedelta:
+    """`10m` ago, or a time in ISO 8601; one without a zone is UTC."""
+    with suppress(ValueError):
+        moment = datetime.fromisoformat(text)
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    try:
+        return timedelta(seconds=parse_duration(text, option, LONGEST_DURATION))
+    except UsageError as error:
+        raise UsageError(
+            error.message, hint="write how long ago, like 10m, or a time, like 2026-01-31T12:00Z"
+        ) from None
+
+
+# -- following
+
+
+def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Checkpoint | None) -> None:
+    """Writes and then remembers, batch by batch, so that what was remembered has been written."""
+    from pgcoord_cli.render.events import EventStream
+
+    stream, oddities = EventStream(out, outbox.noun), Oddities(out, outbox)
+    received = _stop_on_signals(tail)
+    _stop_without_reader(tail)
+    stream.begin()
+    left = call.most
+    position = None
+    for batch in tail.batches():
+        events, position = batch.events[:left], batch.position
+        if left is not None and len(events) == left and events:
+            position = events[-1].event_id
+        _write(stream, oddities, events)
+        if checkpoint:
+            checkpoint.save(position)
+        if left is not None and (left := left - len(events)) == 0:
+            break
+    if received:
+        _say_how_to_resume(out, outbox, call, position)
+        raise typer.Exit(128 + received[0])
+
+
+def _write(stream: EventStream, oddities: Oddities, events: list[Event]) -> None:
+    for event in events:
+        oddities.look_at(event)
+    if events:
+        stream.write(events)
+
+
+def _stop_on_signals(tail: Tail) -> list[int]:
+    """The first SIGINT or SIGTERM ends the tail after the batch in hand; a second one breaks off at once."""
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, _frame: Any) -> None:
+        received.append(number)
+        tail.stop()
+        for again, handler in handlers.items():
+            signal.signal(again, handler)
+
+    for number in handlers:
+        signal.signal(number, on_signal)
+    return received
+
+
+def _stop_without_reader(tail: Tail) -> None:
+    """Where a pipe is read by somebody (`| head`), nothing is left to do when they go, even if nothing happens."""
+    from pgcoord_cli.render.events import watch_reader
+
+    with suppress(OSError, ValueError):
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            Thread(target=watch_reader, args=[tail.stop], daemon=True).start()
+
+
+def _say_how_to_resume(out: Output, outbox: Outbox, call: Call, position: int | None) -> None:
+    from pgcoord_cli.core.cursor import to_cursor
+
+    if call.cursor_file or call.subscription is not None:
+        out.note("stopped; the same call resumes here")
+    elif position is not None:
+        out.note(f"stopped; resume with: pgcoord tail {outbox.noun} --from {to_cursor(position)}")
+
+
+def _report(out: Output, notice: Notice) -> None:
+    line = f"{notice.type.replace('_', ' ')} at {notice.cursor}: {notice.message}"
+    if out.is_json:
+        record = notice._asdict()
+        if notice.held_event_id is None:
+            record = {name: record[name] for name in ("type", "cursor", "message")}
+        else:
+            record["holders"] = [holder._asdict() for holder in notice.holders]
+        out.record(record, line)
+    elif notice.type == "connected":
+        out.note(line)
+    else:
+        out.warn(line)
+
+
+class Oddities:
+    """Warns, once a kind, of events that are passed on although they are not what they should be."""
+
+    def __init__(self, out: Output, outbox: Outbox) -> None:
+        self._out = out
+        self._known = set(outbox.kinds)
+        self._warned_of_ids = False
+
+    def look_at(self, event: Event) -> None:
+        """Warns of an unknown kind, and of an execution id that is no UUID."""
+        if event.kind not in self._known:
+            self._known.add(event.kind)
+            self._out.warn(f"event {event.event_id}: {event.kind!r} is not a kind that this pgcoord knows")
+        if not self._warned_of_ids and not _is_uuid(event.execution_id):
+            self._warned_of_ids = True
+            self._out.warn(
+                f"event {event.event_id}: execution id {event.execution_id!r} is not a UUID; there may be more"
+            )
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
+# -- lag
+
+
+def _show_lag(settings: Settings, out: Output, outbox: Outbox, call: Call) -> None:
+    from pgcoord_cli.core import session
+    from pgcoord_cli.core.tail import lag_document
+
+    with session.command_session(settings, "tail", writes=False) as conn:
+        document = lag_document(conn, outbox, _given_position(conn, outbox, call))
+    out.document(document)
+    if call.max_lag is not None and document["lag"] > call.max_lag:
+        raise ConditionFalse(f"{document['lag']} events wait, more than {call.max_lag}", answered=True)
+
+
+def _given_position(conn: Any, outbox: Outbox, call: Call) -> int:
+    from pgcoord_cli.core import subscriptions
+    from pgcoord_cli.core.cursor import from_cursor
+    from pgcoord_cli.core.cursor_file import CursorFile
+
+    if call.from_cursor:
+        return from_cursor(call.from_cursor, "--from")
+    position = None
+    if call.subscription is not None:
+        position = subscriptions.checkpoint(conn, call.subscription, outbox)
+    elif call.cursor_file:
+        position = CursorFile(call.cursor_file).load()
+    if position is None:
+        raise UsageError(
+            "--lag: there is no cursor to measure from",
+            hint="give --from CURSOR, --cursor-file FILE or --subscription NAME",
+        )
+    return position

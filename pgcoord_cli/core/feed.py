@@ -1,0 +1,163 @@
+"""A feed: one connection to an outbox, with every statement that a tail runs over it.
+
+The same connection listens and reads, so that one that went silent is noticed by whichever statement comes next: every
+statement has to be answered within PATIENCE_SECONDS, and a tail runs one at least once in a poll interval.
+
+Statements that belong together go out as one unit, and their order matters. Each sees what was committed when it
+began: the session is READ COMMITTED whatever the server's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from psycopg import Connection
+
+from pgcoord_cli.core import channels
+from pgcoord_cli.core.outbox import Event, Outbox
+from pgcoord_cli.core.session import open_session
+from pgcoord_cli.core.wakeup import Wakeup, listen
+from pgcoord_cli.db.binary import int4, int8
+from pgcoord_cli.db.connection import mapped_errors
+from pgcoord_cli.db.pipeline import Pipeline, Statement
+from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.settings import Settings
+
+BATCH_LIMIT = 1_000
+PATIENCE_SECONDS = 8.0
+"""How long an answer may take before the connection is taken for dead."""
+
+
+class Holder(NamedTuple):
+    """A transaction that may hold an event that is not yet to be seen; of a prepared one, `application` is its name."""
+
+    pid: int | None
+    application: str | None
+    since: datetime | None
+
+    def __str__(self) -> str:
+        who = f"prepared transaction {self.application}" if self.pid is None else f"pid {self.pid}"
+        application = f" ({self.application})" if self.pid and self.application else ""
+        return who + application + (f", open since {self.since:%Y-%m-%d %H:%M:%S %Z}" if self.since else "")
+
+
+class Bounds(NamedTuple):
+    """The last id that was drawn, and up to which garbage collection has deleted."""
+
+    head: int
+    collected_through: int
+
+
+class Reading(NamedTuple):
+    """Events after a position; before sleep, also the announced writers before the reading and the bounds after it."""
+
+    events: list[Event]
+    writers: list[str] | None = None
+    bounds: Bounds | None = None
+
+
+class Feed:
+    """A listening connection to one outbox. Raises ConnectionFailed and others of psycopg's errors, translated."""
+
+    def __init__(self, settings: Settings, outbox: Outbox, wakeup: Wakeup) -> None:
+        self._outbox = outbox
+        self._table = outbox.table.encode()
+        self._ticket: int | None = None
+        self._conn = open_session(settings, "tail", writes=True)
+        try:
+            with mapped_errors():
+                self._prepare(settings, wakeup)
+        except BaseException:
+            self._conn.close()
+            raise
+
+    def _prepare(self, settings: Settings, wakeup: Wakeup) -> None:
+        self._notifications = listen(self._conn, [channels.outbox(settings.schema, self._outbox.table)], wakeup)
+        self._conn.execute(sql("session", "plan_once"))
+        self._pipeline = Pipeline(self._conn, PATIENCE_SECONDS)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._conn.close()
+
+    def wait(self, seconds: float) -> None:
+        """Waits for a notification, the wakeup or the time."""
+        with mapped_errors():
+            self._notifications.wait(seconds)
+
+    # -- reading on
+
+    def read(self, position: int) -> Reading:
+        """The next events; says to the writers that this tail is awake."""
+        statements: list[Statement] = []
+        if self._ticket is not None:
+            statements.append((sql("tail", "stay_awake"), [self._table, int8(self._ticket)]))
+            self._ticket = None
+        return Reading(self._events(self._run([*statements, self._rows(position)])[-1]))
+
+    def read_before_sleep(self, position: int) -> Reading:
+        """Has the writers wake this tail from now on; lists those who may have missed that; reads.
+
+        The bounds come last: what was collected as garbage before the reading shows in them.
+        """
+        ticket, writers, rows, bounds = self._run(
+            [
+                (sql("tail", "fall_asleep"), [self._table]),
+                (sql("tail", "writers"), [self._table]),
+                self._rows(position),
+                (sql("tail", "bounds"), [self._table]),
+            ]
+        )
+        self._ticket = ticket[0][0]
+        return Reading(self._events(rows), writers[0][0], Bounds(*bounds[0]))
+
+    def _rows(self, position: int) -> Statement:
+        return sql("tail", f"{self._outbox.noun}_events"), [int8(position), int4(BATCH_LIMIT)]
+
+    def _events(self, rows: list[tuple[Any, ...]]) -> list[Event]:
+        make = self._outbox.event._make
+        return [make(row) for row in rows]
+
+    def _run(self, statements: Sequence[Statement]) -> list[list[tuple[Any, ...]]]:
+        with mapped_errors():
+            return self._pipeline.run(statements)
+
+    # -- looking
+
+    def bounds(self) -> Bounds:
+        """Where the outbox begins and ends at this moment."""
+        return Bounds(*self._run([(sql("tail", "bounds"), [self._table])])[0][0])
+
+    def head_and_gaps(self, depth: int) -> tuple[int, list[tuple[int, int]]]:
+        """The last id that was drawn, and the gaps, among the last `depth` ids, that a writer may still fill."""
+        head = self.bounds().head
+        after = max(0, head - depth)
+        writers, gaps = self._run(
+            [
+                (sql("tail", "writers"), [self._table]),
+                (sql("tail", f"{self._outbox.noun}_gaps"), [int8(after), int8(head)]),
+            ]
+        )
+        return head, gaps if writers[0][0] else []
+
+    def first_at(self, milliseconds: int) -> int | None:
+        """The first event that was inserted at a time or later, or so many milliseconds ago if negative."""
+        row = self._fetchone(sql("tail", f"{self._outbox.noun}_first_at"), [milliseconds])
+        return row[0] if row else None
+
+    def _fetchone(self, statement: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
+        """For what may take long: as long as a statement may take."""
+        with mapped_errors():
+            return self._conn.execute(statement, values).fetchone()
+
+    def holders(self) -> list[Holder]:
+        """Who the announced writers are, longest first."""
+        return list_holders(self._conn, self._outbox)
+
+
+def list_holders(conn: Connection[Any], outbox: Outbox) -> list[Holder]:
+    """Who may hold events of an outbox that are not yet to be seen, longest first."""
+    with mapped_errors():
+        return [Holder(*row) for row in conn.execute(sql("tail", "holders"), [outbox.table])]

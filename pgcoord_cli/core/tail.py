@@ -1,0 +1,383 @@
+"""Tails: reading an outbox from a cursor on, for as long as one likes, without ever missing an event (rule I10).
+
+    for event in tail(settings, "completion", start=From.cursor(stored)):
+        handle(event)
+        stored = event.cursor
+
+**One round** reads the events after the position. While there are many, rounds follow each other; the reader's pace
+is the pace, and no more than one batch is in memory. When a round brings nothing new, the tail asks to be woken,
+lists the writers that may have missed that, and reads once more (`core.feed`, `core.outbox`). Only then does it wait:
+for a notification, or for the poll interval; for moments where a writer is on its way. `core.frontier` decides what of
+a round may be delivered: a gap is stepped over only when nobody is left who could fill it.
+
+**Held up.** When a gap stays for longer than two seconds, the tail names the transactions that may fill it.
+
+**From now** means: whatever becomes visible from now on. Writers that are under way may hold ids below the last one
+that was drawn; so the tail begins before the first such gap and leaves out what was in sight already. It looks back
+100,000 ids for that.
+
+**Lost connections**, and queries that fail, end the connection. The tail says so, backs off, connects and goes on from
+its position. What is wrong at the very beginning is raised instead.
+
+**Garbage collection** raises the outbox's floor before it deletes. A tail that finds a gap looks at the floor before it
+steps over it, so that it cannot take collected events for rolled-back ones: CursorExpired.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from psycopg import Connection
+
+from pgcoord_cli.core.backoff import jittered
+from pgcoord_cli.core.channels import POLL_SECONDS
+from pgcoord_cli.core.cursor import to_cursor
+from pgcoord_cli.core.feed import BATCH_LIMIT, Bounds, Feed, Holder, Reading, list_holders
+from pgcoord_cli.core.frontier import Frontier
+from pgcoord_cli.core.outbox import OUTBOXES, Event, Outbox
+from pgcoord_cli.core.wakeup import Wakeup
+from pgcoord_cli.db.connection import mapped_errors
+from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import (
+    CursorExpired,
+    PermissionDenied,
+    PgcoordError,
+    SchemaMissing,
+    SchemaUnknown,
+    UsageError,
+)
+from pgcoord_cli.settings import Settings
+
+LOOK_BACK = 100_000
+"""How many ids before the head may still be under way when a tail starts from now."""
+
+HELD_UP_AFTER = 2.0
+FIRST_RECHECK = 0.005
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 5.0
+
+_FINAL = (CursorExpired, PermissionDenied, SchemaMissing, SchemaUnknown, UsageError)
+"""What does not get better by connecting again."""
+
+
+class From(NamedTuple):
+    """Where a tail starts or ends: now, the beginning, a position, or a time in milliseconds (negative: ago)."""
+
+    how: str
+    value: int = 0
+
+    @classmethod
+    def now(cls) -> From:
+        """At what becomes visible from now on."""
+        return cls("now")
+
+    @classmethod
+    def beginning(cls) -> From:
+        """At the oldest event that is kept."""
+        return cls("beginning")
+
+    @classmethod
+    def position(cls, event_id: int) -> From:
+        """After the event of this id."""
+        return cls("position", event_id)
+
+    @classmethod
+    def time(cls, when: datetime | timedelta) -> From:
+        """At the first event that occurred then or later; a timedelta counts back from the server's clock."""
+        if isinstance(when, timedelta):
+            return cls("time", -max(1, round(when.total_seconds() * 1000)))
+        return cls("time", max(0, round(when.timestamp() * 1000)))
+
+
+class Filters(NamedTuple):
+    """What to deliver; an empty filter passes everything, and an event without the value passes none on it."""
+
+    partitions: frozenset[int] = frozenset()
+    namespaces: frozenset[str] = frozenset()
+    instance_tags: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset()
+
+    def passes(self, event: Event) -> bool:
+        """Whether an event is wanted."""
+        return (
+            (not self.partitions or event.partition_key in self.partitions)
+            and (not self.namespaces or event.namespace in self.namespaces)
+            and (not self.instance_tags or event.instance_tag in self.instance_tags)
+            and (not self.kinds or event.kind in self.kinds)
+        )
+
+
+NOW = From.now()
+EVERYTHING = Filters()
+
+
+class Batch(NamedTuple):
+    """Events in order, and the position once they are dealt with: what was filtered out or never came is passed."""
+
+    events: list[Event]
+    position: int
+
+
+class Notice(NamedTuple):
+    """Something other than an event: `disconnected`, `connected` or `held_up`, and the cursor at that moment."""
+
+    type: str
+    cursor: str
+    message: str
+    held_event_id: int | None = None
+    holders: tuple[Holder, ...] = ()
+
+
+Report = Callable[[Notice], None]
+
+
+def silently(_notice: Notice) -> None:
+    """Nobody wants to hear of it."""
+
+
+def tail(
+    settings: Settings,
+    outbox: str,
+    *,
+    start: From = NOW,
+    filters: Filters = EVERYTHING,
+    follow: bool = True,
+    report: Report = silently,
+) -> Iterator[Event]:
+    """The events of an outbox (`lease`, `completion`), one by one, each with its cursor; endless if it is to `follow`.
+
+    Raises ConnectionFailed, SchemaMissing, UnsuitableServer at the start and CursorExpired at any time; a lost
+    connection is reported and mended.
+    """
+    one = Tail(settings, OUTBOXES[outbox], start=start, filters=filters, follow=follow, report=report)
+    with closing(one) as reader:
+        for batch in reader.batches():
+            yield from batch.events
+
+
+class Tail:
+    """One reader of an outbox. `batches` blocks; `stop` may be called from a signal handler or another thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        outbox: Outbox,
+        *,
+        start: From = NOW,
+        until: From | None = None,
+        filters: Filters = EVERYTHING,
+        follow: bool = True,
+        report: Report = silently,
+    ) -> None:
+        self._settings = settings
+        self._outbox = outbox
+        self._start = start
+        self._until = until
+        self._filters = filters
+        self._follow = follow
+        self._report = report
+        self._wakeup = Wakeup()
+        self._frontier: Frontier | None = None
+        self._end: int | None = None
+        self._seen_before = SeenBefore(0, [])
+        self._stopping = False
+
+    @property
+    def position(self) -> int | None:
+        """How far this tail has read; None before it is known where it starts."""
+        return self._frontier.position if self._frontier else None
+
+    def stop(self) -> None:
+        """Asks `batches` to end after the batch in hand."""
+        self._stopping = True
+        self._wakeup.set()
+
+    def close(self) -> None:
+        """Gives back what this tail holds of the system."""
+        self._wakeup.close()
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches, in order, until stopped or, without `follow`, caught up. The first one says where it starts."""
+        pause = FIRST_PAUSE
+        while not self._stopping:
+            try:
+                with closing(Feed(self._settings, self._outbox, self._wakeup)) as feed:
+                    if self._frontier is None:
+                        self._frontier = self._begin(feed)
+                        yield Batch([], self._frontier.position)
+                    else:
+                        self._say("connected", "connected again")
+                    pause = FIRST_PAUSE
+                    yield from self._read_on(feed, self._frontier)
+                    return
+            except PgcoordError as error:
+                if self._frontier is None or isinstance(error, _FINAL):
+                    raise
+                self._say("disconnected", error.message)
+            self._wakeup.wait(jittered(pause))
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+    # -- where it starts and ends
+
+    def _begin(self, feed: Feed) -> Frontier:
+        bounds = feed.bounds()
+        position = self._resolve_start(feed, bounds)
+        if self._until:
+            self._end = self._resolve_end(feed, self._until, bounds)
+        return Frontier(position)
+
+    def _resolve_start(self, feed: Feed, bounds: Bounds) -> int:
+        how, value = self._start
+        if how == "beginning":
+            return bounds.collected_through
+        if how == "time" and (first := feed.first_at(value)) is not None:
+            return first - 1
+        if how == "position":
+            check_position(value, bounds)
+            return value
+        head, gaps = feed.head_and_gaps(LOOK_BACK)
+        self._seen_before = SeenBefore(head, gaps)
+        return gaps[0][0] - 1 if gaps else head
+
+    def _resolve_end(self, feed: Feed, until: From, bounds: Bounds) -> int:
+        if until.how == "position":
+            return until.value
+        first = feed.first_at(until.value)
+        return bounds.head if first is None else first - 1
+
+    # -- reading
+
+    def _read_on(self, feed: Feed, frontier: Frontier) -> Iterator[Batch]:
+        patience = Patience()
+        busy = True
+        while not self._stopping:
+            reading = feed.read(frontier.position) if busy else feed.read_before_sleep(frontier.position)
+            batch = self._advance(frontier, reading)
+            if batch:
+                yield batch
+            if self._end is not None and frontier.position >= self._end:
+                return
+            if batch or busy or frontier.wants_list:
+                busy = len(reading.events) == BATCH_LIMIT and not frontier.is_at_gap
+                patience.renew()
+                continue
+            if not self._follow:
+                self._say_held_up(feed, frontier)
+                return
+            self._await_news(feed, frontier, patience, is_somebody_writing=bool(reading.writers))
+
+    def _advance(self, frontier: Frontier, reading: Reading) -> Batch | None:
+        """What of a reading may be delivered now; None when that moves nothing."""
+        before = frontier.position
+        count = frontier.advance([event.event_id for event in reading.events], reading.writers)
+        if reading.bounds:
+            if before < reading.bounds.collected_through:
+                raise expired(before, reading.bounds.collected_through)
+            if self._end is not None and reading.bounds.head >= self._end:
+                frontier.saw(self._end)
+        if frontier.position == before:
+            return None
+        return Batch([event for event in reading.events[:count] if self._is_wanted(event)], frontier.position)
+
+    def _is_wanted(self, event: Event) -> bool:
+        if event.event_id <= self._seen_before.head and event.event_id in self._seen_before:
+            return False
+        if self._end is not None and event.event_id > self._end:
+            return False
+        return self._filters.passes(event)
+
+    # -- waiting
+
+    def _await_news(self, feed: Feed, frontier: Frontier, patience: Patience, *, is_somebody_writing: bool) -> None:
+        """Until there may be something new. Who is on the way now may not have been told that this tail sleeps."""
+        if frontier.is_at_gap and patience.is_over():
+            self._say_held_up(feed, frontier)
+        feed.wait(patience.next_recheck() if frontier.is_at_gap or is_somebody_writing else POLL_SECONDS)
+
+    def _say_held_up(self, feed: Feed, frontier: Frontier) -> None:
+        if not frontier.is_at_gap:
+            return
+        holders = tuple(feed.holders())
+        missing = frontier.position + 1
+        who = "; ".join(map(str, holders)) or "a transaction that has just ended"
+        self._say("held_up", f"event {missing} may still come: {who}", missing, holders)
+
+    def _say(self, kind: str, message: str, held: int | None = None, holders: tuple[Holder, ...] = ()) -> None:
+        self._report(Notice(kind, to_cursor(self.position or 0), message, held, holders))
+
+
+class SeenBefore:
+    """What a tail that starts from now leaves out: ids up to `head` that do not lie in one of the `gaps`."""
+
+    def __init__(self, head: int, gaps: list[tuple[int, int]]) -> None:
+        self.head = head
+        self._gaps = gaps
+
+    def __contains__(self, event_id: int) -> bool:
+        place = bisect_right(self._gaps, event_id, key=lambda gap: gap[0]) - 1
+        is_in_gap = place >= 0 and event_id <= self._gaps[place][1]
+        return event_id <= self.head and not is_in_gap
+
+
+class Patience:
+    """How long a tail has been waiting for the same thing: looks come more rarely, and once it is held up for long."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Something moved."""
+        self._recheck = FIRST_RECHECK
+        self._over_at: float | None = time.monotonic() + HELD_UP_AFTER
+
+    def next_recheck(self) -> float:
+        """Seconds until the next look."""
+        seconds, self._recheck = self._recheck, min(self._recheck * 2, POLL_SECONDS)
+        return seconds
+
+    def is_over(self) -> bool:
+        """Whether it is time to say so; true once."""
+        over = self._over_at is not None and time.monotonic() >= self._over_at
+        if over:
+            self._over_at = None
+        return over
+
+
+def check_position(position: int, bounds: Bounds) -> None:
+    """UsageError when nothing has got that far, CursorExpired when what comes next is not kept any more."""
+    if position > bounds.head:
+        raise UsageError(
+            f"cursor {to_cursor(position)} is ahead of the outbox, which ends at {to_cursor(bounds.head)}",
+            hint="is it a cursor of another outbox or database?",
+        )
+    if position < bounds.collected_through:
+        raise expired(position, bounds.collected_through)
+
+
+def expired(position: int, collected_through: int) -> CursorExpired:
+    """What to say of a position whose next events have been deleted."""
+    return CursorExpired(
+        f"events after cursor {to_cursor(position)} have been collected as garbage",
+        hint=f"resume at the oldest that is kept: --from {to_cursor(collected_through)}",
+    )
+
+
+def lag_document(conn: Connection[Any], outbox: Outbox, position: int) -> dict[str, Any]:
+    """How far behind a position is: events that wait, the last id drawn, and who may hold one that is not seen yet."""
+    with mapped_errors():
+        bounds = Bounds(*(conn.execute(sql("tail", "bounds"), [outbox.table]).fetchone() or (0, 0)))
+        check_position(position, bounds)
+        (waiting,) = conn.execute(sql("tail", f"{outbox.noun}_count"), [position]).fetchone() or (0,)
+    holders = [holder._asdict() for holder in list_holders(conn, outbox)]
+    return {
+        "outbox": outbox.table,
+        "position": to_cursor(position),
+        "head": to_cursor(bounds.head),
+        "lag": waiting,
+        "holder": holders[0] if holders else None,
+    }

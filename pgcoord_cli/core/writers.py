@@ -1,0 +1,26 @@
+"""Which of the transactions that were writing at one moment are still at it. Pure.
+
+PostgreSQL's lock table names a transaction by its virtual id, and a prepared one by another name than it had
+before, so whoever waits for some of them to end counts every prepared one among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+PREPARED = "-1/"
+"""How the names of prepared transactions begin in pg_locks."""
+
+
+class Writers:
+    """The transactions that were writing at one moment and have not been seen to end."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Forgets all but those that are writing at a later moment too."""
+        self._names = {name for name in names if name in self._names or name.startswith(PREPARED)}

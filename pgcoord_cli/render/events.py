@@ -1,0 +1,161 @@
+"""Events of an outbox, a line each: made for millions of them, and flushed with every batch.
+
+Lines go out in writes of whole lines, none longer than what a pipe takes at once unless a single line is. So a reader
+at the other end of a pipe never sees half a line, even when this process is killed in the middle.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import select
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from json.encoder import encode_basestring, encode_basestring_ascii
+from typing import Any
+
+from pgcoord_cli.render import Output, paint, plain_scalar, scalar
+from pgcoord_cli.settings import OutputFormat
+
+COLUMNS = {
+    "lease": (
+        "event_id", "cursor", "event_type", "execution_id", "lease_id", "occurred_at_ms", "committed_at_ms",
+        "partition_key", "namespace", "instance_tag",
+    ),
+    "completion": (
+        "event_id", "cursor", "outcome", "execution_id", "flow_id", "occurred_at_ms", "committed_at_ms",
+        "partition_key", "namespace", "instance_tag",
+    ),
+}  # fmt: skip
+
+_KIND_STYLES = {
+    "acquired": "good", "success": "good", "expired": "warn", "reclaimed": "warn", "skipped": "warn",
+    "revoked": "bad", "failed": "bad", "cancelled": "bad", "renewed": "dim",
+}  # fmt: skip
+
+
+class EventStream:
+    """Writes events of one outbox, `lease` or `completion`, to stdout in the wanted format."""
+
+    def __init__(self, out: Output, noun: str) -> None:
+        self._out = out
+        self._columns = COLUMNS[noun]
+        self._line = self._line_maker(noun)
+
+    def begin(self) -> None:
+        """What stands above the first line."""
+        if self._out.format == OutputFormat.CSV:
+            _write_whole_lines([_csv_line(self._columns)])
+        elif self._out.format == OutputFormat.MARKDOWN:
+            _write_whole_lines([_markdown_line(self._columns), _markdown_line(["---"] * len(self._columns))])
+
+    def write(self, events: Iterable[Any]) -> None:
+        """The events, a line each; they have reached whoever reads stdout when this returns."""
+        _write_whole_lines(map(self._line, events))
+
+    def _line_maker(self, noun: str) -> Callable[[Any], str]:
+        if self._out.is_json:
+            speaks_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+            return _json_maker(noun, encode_basestring if speaks_unicode else encode_basestring_ascii)
+        if self._out.format == OutputFormat.CSV:
+            return lambda event: _csv_line([plain_scalar(value) for value in self._values(event)])
+        if self._out.format == OutputFormat.MARKDOWN:
+            return lambda event: _markdown_line([scalar(value) for value in self._values(event)])
+        if self._out.format == OutputFormat.PLAIN:
+            return lambda event: "\t".join(map(scalar, self._values(event))) + "\n"
+        return self._line_for_people
+
+    def _values(self, event: Any) -> Iterator[Any]:
+        return (getattr(event, column) for column in self._columns)
+
+    def _line_for_people(self, event: Any) -> str:
+        colored = self._out.colored(sys.stdout)
+        kind = scalar(event.kind)
+        labels = [f"{name}={scalar(value)}" for name, value in self._labels(event) if value is not None]
+        words = (
+            paint(_clock_time(event.occurred_at_ms), "dim", colored),
+            event.cursor,
+            paint(f"{kind:<9}", _KIND_STYLES.get(kind, "bold"), colored),
+            scalar(event.execution_id),
+            *labels,
+        )
+        return "  ".join(words) + "\n"
+
+    def _labels(self, event: Any) -> Iterator[tuple[str, Any]]:
+        yield "partition", event.partition_key
+        yield "namespace", event.namespace
+        yield "tag", event.instance_tag
+        link = self._columns[4]
+        yield link.removesuffix("_id"), getattr(event, link)
+
+
+def watch_reader(gone: Callable[[], None]) -> None:
+    """Blocks until whoever reads stdout through a pipe has gone away, and then calls `gone`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors alone are reported
+    poll.poll()
+    gone()
+
+
+def _json_maker(noun: str, quoted: Callable[[str], str]) -> Callable[[Any], str]:
+    """Four times as fast as json.dumps of a dict, which would take most of the time of a catch-up."""
+
+    def text(value: str | None) -> str:
+        return "null" if value is None else quoted(value)
+
+    def lease(event: Any) -> str:
+        event_id, execution, link, kind, occurred, partition, namespace, tag, committed = event
+        return (
+            f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "event_type": {quoted(kind)}, '
+            f'"execution_id": {quoted(execution)}, "lease_id": {text(link)}, "occurred_at_ms": {occurred}, '
+            f'"committed_at_ms": {committed}, "partition_key": {partition}, "namespace": {text(namespace)}, '
+            f'"instance_tag": {text(tag)}}}\n'
+        )
+
+    def completion(event: Any) -> str:
+        event_id, execution, link, kind, occurred, partition, namespace, tag, committed = event
+        return (
+            f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "outcome": {quoted(kind)}, '
+            f'"execution_id": {quoted(execution)}, "flow_id": {text(link)}, "occurred_at_ms": {occurred}, '
+            f'"committed_at_ms": {committed}, "partition_key": {partition}, "namespace": {text(namespace)}, '
+            f'"instance_tag": {text(tag)}}}\n'
+        )
+
+    return {"lease": lease, "completion": completion}[noun]
+
+
+def _clock_time(milliseconds: int) -> str:
+    """A time of today as it is read at a terminal, in UTC; of what is no time, the number."""
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
+    except (ValueError, OverflowError, OSError):
+        return f"{milliseconds} ms"
+
+
+def _csv_line(cells: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _write_whole_lines(lines: Iterable[str]) -> None:
+    """Every line in one write of its own or together with others, each write small enough for a pipe to take whole."""
+    sys.stdout.flush()
+    stream = sys.stdout.buffer
+    chunk: list[bytes] = []
+    size = 0
+    for line in lines:
+        data = line.encode(sys.stdout.encoding, sys.stdout.errors or "strict")
+        if size + len(data) > select.PIPE_BUF and chunk:
+            stream.write(b"".join(chunk))
+            stream.flush()
+            chunk, size = [], 0
+        chunk.append(data)
+        size += len(data)
+    stream.write(b"".join(chunk))
+    stream.flush()

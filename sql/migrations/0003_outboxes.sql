@@ -1,0 +1,78 @@
+-- breaking: no
+-- Two outboxes, and what keeps their tails from missing an event. pgcoord_cli/core/outbox.py tells the protocol.
+
+CREATE TABLE lease_events (
+    event_id        bigint  GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    execution_id    text    NOT NULL,
+    lease_id        text,
+    event_type      text    NOT NULL,
+    occurred_at_ms  bigint  NOT NULL DEFAULT (extract(epoch FROM clock_timestamp()) * 1000)::bigint,
+    partition_key   integer NOT NULL DEFAULT 0,
+    namespace       text,
+    instance_tag    text,
+    committed_at_ms bigint  NOT NULL DEFAULT (extract(epoch FROM clock_timestamp()) * 1000)::bigint
+);
+
+COMMENT ON TABLE lease_events IS 'Outbox: what happened to the leases of executions. Insert without event_id.';
+COMMENT ON COLUMN lease_events.committed_at_ms IS 'The server''s clock at the insert, shortly before the commit.';
+COMMENT ON COLUMN lease_events.event_type IS 'acquired, renewed, expired, reclaimed or revoked; a tail passes on any other.';
+
+CREATE TABLE completion_events (
+    event_id         bigint   GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    partition_key    smallint NOT NULL DEFAULT 0,
+    execution_id     uuid     NOT NULL,
+    flow_id          uuid,
+    outcome          text     NOT NULL,
+    namespace        text,
+    instance_tag     text,
+    occurred_at_ms   bigint   NOT NULL DEFAULT (extract(epoch FROM clock_timestamp()) * 1000)::bigint,
+    committed_at_ms  bigint   NOT NULL DEFAULT (extract(epoch FROM clock_timestamp()) * 1000)::bigint,
+    dispatched_at_ms bigint
+);
+
+CREATE INDEX completion_events_undispatched ON completion_events (event_id) WHERE dispatched_at_ms IS NULL;
+
+COMMENT ON TABLE completion_events IS 'Outbox: executions that ended. Insert without event_id.';
+COMMENT ON COLUMN completion_events.committed_at_ms IS 'The server''s clock at the insert, shortly before the commit.';
+COMMENT ON COLUMN completion_events.dispatched_at_ms IS 'When the event was carried into the graph; null: not yet.';
+
+CREATE TABLE outbox_floors (
+    outbox            text   PRIMARY KEY,
+    collected_through bigint NOT NULL DEFAULT 0
+);
+
+COMMENT ON TABLE outbox_floors IS 'Up to which event garbage collection has deleted from each outbox.';
+
+INSERT INTO outbox_floors (outbox) VALUES ('lease_events'), ('completion_events');
+
+-- Two counters an outbox, outside of all transactions: the last ticket of a tail that went to sleep, and the last
+-- of one that said it is awake. While they differ, somebody wants to be woken.
+CREATE UNLOGGED SEQUENCE lease_events_asleep;
+CREATE UNLOGGED SEQUENCE lease_events_awake;
+CREATE UNLOGGED SEQUENCE completion_events_asleep;
+CREATE UNLOGGED SEQUENCE completion_events_awake;
+
+GRANT SELECT ON SEQUENCE
+    lease_events_asleep, lease_events_awake, completion_events_asleep, completion_events_awake TO PUBLIC;
+
+-- Before a statement draws its first id: announces the writer by a shared lock that ends with its transaction, and
+-- wakes the tails at the commit if any sleeps. In this order: the lock, the look at the tickets, the id.
+CREATE FUNCTION announce_events() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_catalog.pg_advisory_xact_lock_shared(TG_RELID::integer, 0);
+    IF pg_catalog.current_setting('pgcoord.notify', true) IS DISTINCT FROM 'off'
+       AND pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_asleep')::regclass)
+           IS DISTINCT FROM
+           pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_awake')::regclass) THEN
+        PERFORM pg_catalog.pg_notify(TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME, '');
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER announce BEFORE INSERT ON lease_events FOR EACH STATEMENT EXECUTE FUNCTION announce_events();
+CREATE TRIGGER announce BEFORE INSERT ON completion_events FOR EACH STATEMENT EXECUTE FUNCTION announce_events();
+
+-- In a session that applies replicated changes as well: without the lock, a tail would step over its events.
+ALTER TABLE lease_events ENABLE ALWAYS TRIGGER announce;
+ALTER TABLE completion_events ENABLE ALWAYS TRIGGER announce;

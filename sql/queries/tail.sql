@@ -1,0 +1,94 @@
+-- name: lease_events
+-- The lease events after a position, in order.
+SELECT event_id, execution_id, lease_id, event_type, occurred_at_ms, partition_key, namespace, instance_tag,
+       committed_at_ms
+  FROM lease_events
+ WHERE event_id > $1::bigint
+ ORDER BY event_id
+ LIMIT $2::integer;
+
+-- name: completion_events
+-- The completion events after a position, in order.
+SELECT event_id, execution_id::text AS execution_id, flow_id::text AS flow_id, outcome, occurred_at_ms, partition_key,
+       namespace, instance_tag, committed_at_ms
+  FROM completion_events
+ WHERE event_id > $1::bigint
+ ORDER BY event_id
+ LIMIT $2::integer;
+
+-- name: writers
+-- The transactions that have announced themselves as writers of an outbox and have not ended.
+SELECT coalesce(array_agg(virtualtransaction), '{}') AS writers
+  FROM pg_locks
+ WHERE locktype = 'advisory' AND classid = ($1::text)::regclass::oid AND objid = 0 AND objsubid = 2
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
+
+-- name: fall_asleep
+-- Draws a ticket: from now on whoever writes to the outbox wakes the tails.
+SELECT nextval(($1::text || '_asleep')::regclass) AS ticket;
+
+-- name: stay_awake
+-- Says that the tail with this ticket is awake, and, if no later one went to sleep, that nobody needs to wake it.
+SELECT setval(($1::text || '_awake')::regclass, $2::bigint) AS ticket;
+
+-- name: bounds
+-- The last id that was drawn in an outbox, and up to which garbage collection has deleted.
+SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence($1::text, 'event_id')::regclass), 0) AS head,
+       (SELECT collected_through FROM outbox_floors WHERE outbox = $1::text) AS collected_through;
+
+-- name: holders
+-- Who the announced writers of an outbox are: session or prepared transaction, and since when.
+SELECT held.pid, coalesce(activity.application_name, prepared.gid) AS application,
+       coalesce(activity.xact_start, prepared.prepared) AS since
+  FROM pg_locks AS held
+  LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
+  LEFT JOIN pg_prepared_xacts AS prepared
+    ON held.pid IS NULL AND held.virtualtransaction = '-1/' || prepared.transaction::text
+ WHERE held.locktype = 'advisory' AND held.classid = ($1::text)::regclass::oid AND held.objid = 0
+   AND held.objsubid = 2
+   AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+ ORDER BY since NULLS LAST;
+
+-- name: lease_gaps
+-- The stretches of ids between two positions that no lease event in sight has.
+SELECT previous + 1 AS first_id, event_id - 1 AS last_id
+  FROM (SELECT event_id, lag(event_id, 1, $1::bigint) OVER (ORDER BY event_id) AS previous
+          FROM (SELECT event_id FROM lease_events WHERE event_id > $1::bigint AND event_id <= $2::bigint
+                 UNION ALL SELECT $2::bigint + 1) AS seen) AS pairs
+ WHERE event_id > previous + 1
+ ORDER BY first_id;
+
+-- name: completion_gaps
+-- The stretches of ids between two positions that no completion event in sight has.
+SELECT previous + 1 AS first_id, event_id - 1 AS last_id
+  FROM (SELECT event_id, lag(event_id, 1, $1::bigint) OVER (ORDER BY event_id) AS previous
+          FROM (SELECT event_id FROM completion_events WHERE event_id > $1::bigint AND event_id <= $2::bigint
+                 UNION ALL SELECT $2::bigint + 1) AS seen) AS pairs
+ WHERE event_id > previous + 1
+ ORDER BY first_id;
+
+-- name: lease_first_at
+-- The first lease event that was inserted at a time or later; milliseconds since 1970, or a negative number of them ago.
+SELECT event_id
+  FROM lease_events
+ WHERE committed_at_ms >= $1::bigint
+       + CASE WHEN $1::bigint < 0 THEN (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE 0 END
+ ORDER BY event_id
+ LIMIT 1;
+
+-- name: completion_first_at
+-- The first completion event that was inserted at a time or later; milliseconds since 1970, or a negative number of them ago.
+SELECT event_id
+  FROM completion_events
+ WHERE committed_at_ms >= $1::bigint
+       + CASE WHEN $1::bigint < 0 THEN (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE 0 END
+ ORDER BY event_id
+ LIMIT 1;
+
+-- name: lease_count
+-- How many lease events lie after a position.
+SELECT count(*) AS events FROM lease_events WHERE event_id > $1::bigint;
+
+-- name: completion_count
+-- How many completion events lie after a position.
+SELECT count(*) AS events FROM completion_events WHERE event_id > $1::bigint;
