@@ -11,38 +11,30 @@ data belongs to that account.
     ├── data/           the data directory, 0700, of the account
     └── data.half-*     not yet a data directory, or no longer one: what a crash left; the next start removes it
 
-The server listens on a Unix socket only, in `data`, or in a private directory below /tmp where that path would be
-longer than a socket address can be. `data` is made under another name and renamed once initdb is through, so that it is
-either whole or not there. Durability is on: what is promised to survive a crash does so here too.
+`data` is made under another name and renamed once initdb is through, so that it is either whole or not there.
+Durability is on: what is promised to survive a crash does so here too.
 
-**Alive or not** is asked at the socket: only a living server of this cluster answers there. A `postmaster.pid` proves
-nothing, as it outlives a killed server and its process number may be somebody else's by now. It is removed only when no
-process of the cluster is left; and a server is told to stop only if the process named there is the one that listens.
+**The process**, its socket and what is left of a killed one are the matter of `core.postmaster`: a cluster asks there
+whether its server lives before anything is done, and has the dead one's files cleared away before it starts the next.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import shlex
 import shutil
 import signal
-import socket
-import stat
-import struct
 import subprocess
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import quote
 
+from pgcoord_cli.core.postmaster import PORT, Postmaster, text_of
 from pgcoord_cli.core.programs import (
     Account,
     Programs,
@@ -61,26 +53,12 @@ from pgcoord_cli.core.programs import (
 from pgcoord_cli.errors import PgcoordError
 
 ROOT_BASE = Path("/var/lib/pgcoord")
-SOCKET_BASE = Path("/tmp")
-"""Not TMPDIR: it has to be short, and the same at the next call."""
-
-PORT = 5432
-"""Names the socket file; nothing listens on a network."""
-
-MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
-"""Bytes in the address of a Unix socket, the final zero not counted."""
 
 SETTINGS = {"fsync": "on", "max_connections": "200", "max_prepared_transactions": "20"}
 PATIENCE = 60
 """Seconds that pg_ctl waits for a start (crash recovery included) or a stop."""
 
-_SOCKET = f".s.PGSQL.{PORT}"
-_SSL_REQUEST = struct.pack("!ii", 8, 80877103)
-"""The shortest message that PostgreSQL answers, with one byte, and says nothing about in its log."""
-
 _HALF = "data.half-"
-_PID_LINE, _STATUS_LINE = 0, 7  # of postmaster.pid; the status is starting, ready or stopping
-
 
 StopMode = Literal["fast", "immediate"]
 
@@ -126,12 +104,14 @@ class EmbeddedServer:
         return self.root / "server.log"
 
     @property
+    def postmaster(self) -> Postmaster:
+        """The server's process, whether there is one or not."""
+        return Postmaster(self.data)
+
+    @property
     def socket_directory(self) -> Path:
-        """Where the socket is: the data directory, or a short path below /tmp that only depends on it."""
-        path = os.fsencode(self.data / _SOCKET)
-        if len(path) <= MAX_SOCKET_PATH and b"," not in path:  # libpq would take a comma for a list of hosts
-            return self.data
-        return SOCKET_BASE / f"pgcoord-{blake2b(path, digest_size=6).hexdigest()}"
+        """Where the server listens, on a Unix socket only."""
+        return self.postmaster.socket_directory
 
     @property
     def dsn(self) -> str:
@@ -140,15 +120,15 @@ class EmbeddedServer:
 
     def version(self) -> int | None:
         """Major version that the data belongs to, or None if there is no data yet."""
-        return int(_text(self.data / "PG_VERSION") or 0) or None
+        return int(text_of(self.data / "PG_VERSION") or 0) or None
 
     def is_running(self) -> bool:
         """Whether the server lives and takes connections."""
-        return self._listener() is not None and self._pid_file(_STATUS_LINE) == "ready"
+        return self.postmaster.is_ready()
 
     def postmaster_pid(self) -> int | None:
         """Process number of the running server, or None."""
-        return int(self._pid_file(_PID_LINE) or 0) or None if self.is_running() else None
+        return self.postmaster.pid()
 
     def describe(self) -> Description:
         """What there is to say about the server. Starts and changes nothing."""
@@ -160,7 +140,7 @@ class EmbeddedServer:
             data_directory=str(self.data),
             log=str(self.log),
             pid=self.postmaster_pid() if running else None,
-            source=str(self._started_from()) if running else None,
+            source=str(self.postmaster.started_from()) if running else None,
         )
 
     def start(self) -> bool:
@@ -191,13 +171,13 @@ class EmbeddedServer:
             if not self.root.is_dir():
                 return False
             with self._exclusive():
-                if self._was_killed():
-                    self._bury()
+                if self.postmaster.was_killed():
+                    self.postmaster.bury()
                     # Only PostgreSQL itself can free what a killed server left in the system's shared memory.
                     with suppress(PgcoordError):
                         self._launch(self.programs)
                 self._stop("immediate")
-                self._remove_socket_directory()
+                self.postmaster.remove_socket_directory(self._account())
                 existed = self._remove_data()
                 self.log.unlink(missing_ok=True)
                 self._lock.unlink()
@@ -239,8 +219,8 @@ class EmbeddedServer:
         return Account(account_name(owner.st_uid), owner.st_uid, owner.st_gid) if owner.st_uid else account
 
     def _launch(self, programs: Programs) -> None:
-        self._bury()
-        self._make_socket_directory()
+        self.postmaster.bury()
+        self.postmaster.make_socket_directory(self._account())
         self._pg_ctl(programs.bin_dir, "start", "-o", shlex.join(self._server_options()))
 
     def _create(self, programs: Programs) -> None:
@@ -273,17 +253,12 @@ class EmbeddedServer:
             yield from ("-c", f"{name}={value}")
 
     def _stop(self, mode: StopMode) -> bool:
-        listener = self._listener()
+        listener = self.postmaster.listener()
         if listener is None:
             return False
-        pid = self._pid_file(_PID_LINE)
-        if sys.platform == "linux" and str(listener) != pid:
-            raise PgcoordError(
-                f"the server of {self.data} is process {listener or 'unknown'}, but postmaster.pid says {pid}",
-                hint="stop it where it was started, perhaps in another container; here nothing has been stopped",
-            )
+        self.postmaster.check_pid_file(listener)
         self._pg_ctl(self._stopping_programs(), "stop", "-m", mode)
-        self._remove_socket_directory()
+        self.postmaster.remove_socket_directory(self._account())
         return True
 
     def _pg_ctl(self, bin_dir: Path, action: str, *words: str) -> None:
@@ -305,75 +280,10 @@ class EmbeddedServer:
         if done.returncode != 0:
             raise PgcoordError(f"{program.name} failed; {self.log} ends with:\n{_tail(self.log, before)}")
 
-    def _listener(self) -> int | None:
-        """Process that answers at the cluster's socket, 0 where the system does not say which; None if nobody does."""
-        with plain_os_errors(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(5)
-            try:
-                probe.connect(str(self.socket_directory / _SOCKET))
-                probe.sendall(_SSL_REQUEST)
-                # A server killed a moment ago may still seem to listen: until its last child has closed the socket.
-                answered = probe.recv(1)
-            except (FileNotFoundError, NotADirectoryError, ConnectionError):
-                return None
-            except BlockingIOError:  # the queue is full
-                return 0
-            except TimeoutError:  # stopped or overloaded, but there
-                return _peer_pid(probe)
-            return _peer_pid(probe) if answered else None
-
-    def _pid_file(self, line: int) -> str | None:
-        """One line of postmaster.pid, or None."""
-        lines = _text(self.data / "postmaster.pid").splitlines()
-        return lines[line].strip() if len(lines) > line else None
-
-    def _started_from(self) -> Path:
-        """The directory of the programs that started the server last."""
-        return Path(_text(self.data / "postmaster.opts").split(' "')[0]).parent
-
     def _stopping_programs(self) -> Path:
         """Those that it was started from, because the caller's own may be of another version."""
-        started_from = self._started_from()
+        started_from = self.postmaster.started_from()
         return started_from if has_programs(started_from) else self.programs.bin_dir
-
-    def _was_killed(self) -> bool:
-        return (self.data / "postmaster.pid").exists() and self._listener() is None
-
-    def _bury(self) -> None:
-        """Waits for the processes that a killed server left, then removes the files with its process number.
-
-        PostgreSQL does so itself, unless that number is still taken: by another process, or by the dead one in a
-        container where nobody reaps. Then it refuses to start.
-        """
-        processes = _processes_in(self.data)
-        if processes is not None and _wait_for_end(processes):
-            for stale in (self.data / "postmaster.pid", self.socket_directory / f"{_SOCKET}.lock"):
-                stale.unlink(missing_ok=True)
-
-    def _make_socket_directory(self) -> None:
-        directory, account = self.socket_directory, self._account()
-        if directory == self.data:
-            return
-        with suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-            if account:
-                os.chown(directory, account.uid, account.gid)
-        if not self._owns_socket_directory():
-            raise PgcoordError(f"{directory} is in the way: it is not a private directory of the server's account")
-
-    def _remove_socket_directory(self) -> None:
-        if self.socket_directory != self.data and self._owns_socket_directory():
-            shutil.rmtree(self.socket_directory, ignore_errors=True)
-
-    def _owns_socket_directory(self) -> bool:
-        """Whether it is there, private and the account's. /tmp is open to all: anybody could have made it."""
-        account = self._account()
-        try:
-            found = self.socket_directory.lstat()
-        except FileNotFoundError:
-            return False
-        owner = account.uid if account else os.geteuid()
-        return stat.S_ISDIR(found.st_mode) and found.st_uid == owner and stat.S_IMODE(found.st_mode) & 0o077 == 0
 
     def _remove_data(self) -> bool:
         existed = self.data.exists()
@@ -421,58 +331,6 @@ def dev_root(name: str = "default") -> Path:
     from platformdirs import user_data_path
 
     return user_data_path("pgcoord") / "dev" / name
-
-
-def _peer_pid(connection: socket.socket) -> int:
-    """The process that called listen() on the other side; 0 if it is in another container."""
-    if sys.platform != "linux":
-        return 0
-    pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-    return pid
-
-
-def _processes_in(data: Path) -> list[int] | None:
-    """PostgreSQL processes at work in the data directory; None where that cannot be told (it can on Linux)."""
-    if not Path("/proc/self/cwd").exists() or not data.is_dir():
-        return None
-    here, found = data.stat(), []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "comm").read_text().strip() != "postgres":
-                continue
-            if os.path.samestat((process / "cwd").stat(), here):
-                found.append(int(process.name))
-        except PermissionError:
-            if process.stat().st_uid == here.st_uid:
-                return None  # it may be one of them: root in a container need not be allowed to look
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # ended meanwhile
-    return found
-
-
-def _wait_for_end(processes: Sequence[int], patience: float = 10.0) -> bool:
-    """Whether all the processes ended within `patience` seconds. Returns the moment the last one is gone."""
-    deadline = time.monotonic() + patience
-    for pid in processes:
-        if not hasattr(os, "pidfd_open"):
-            return False
-        with suppress(ProcessLookupError):
-            descriptor = os.pidfd_open(pid)
-            try:
-                if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                    return False
-            finally:
-                os.close(descriptor)
-    return True
-
-
-def _text(path: Path) -> str:
-    """What the file holds, nothing if it is not there; PgcoordError if it may not be read."""
-    with plain_os_errors():
-        try:
-            return path.read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, NotADirectoryError):
-            return ""
 
 
 def _tail(log: Path, offset: int, lines: int = 10) -> str:

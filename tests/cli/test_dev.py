@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,10 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root needs an accou
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """A PGCOORD_DEV_DIR that the server's account can enter, which pytest's own directories are not."""
-    with tempfile.TemporaryDirectory(prefix="pgcoord-test-", dir="/tmp") as name:
-        directory = Path(name)
-        directory.chmod(0o711)
-        yield directory
-        EmbeddedServer(directory / "default").destroy()
+def place(place: Path) -> Iterator[Path]:
+    """A PGCOORD_DEV_DIR, and no server left in it."""
+    yield place
+    EmbeddedServer(place / "default").destroy()
 
 
 @pytest.fixture

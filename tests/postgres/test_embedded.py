@@ -23,7 +23,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core import embedded
+from pgcoord_cli.core import embedded, postmaster
 from pgcoord_cli.core import programs as finding
 from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
 from pgcoord_cli.core.programs import find_programs, server_account
@@ -31,15 +31,6 @@ from pgcoord_cli.errors import PgcoordError, ServerUnavailable
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root needs an account for the server")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that the server's account can enter, which pytest's own are not."""
-    with tempfile.TemporaryDirectory(prefix="pgcoord-test-", dir="/tmp") as name:
-        directory = Path(name)
-        directory.chmod(0o711)
-        yield directory
 
 
 @pytest.fixture
@@ -438,7 +429,7 @@ class TestSocket:
         server.destroy()
 
     def test_a_path_that_just_fits_is_used(self, place: Path) -> None:
-        most = embedded.MAX_SOCKET_PATH - len(os.fsencode(place / "" / "data" / ".s.PGSQL.5432")) - 1
+        most = postmaster.MAX_SOCKET_PATH - len(os.fsencode(place / "" / "data" / ".s.PGSQL.5432")) - 1
         longest, longer = EmbeddedServer(place / ("x" * most)), EmbeddedServer(place / ("x" * (most + 1)))
         assert longest.socket_directory == longest.data
         assert longer.socket_directory != longer.data
@@ -480,19 +471,28 @@ class TestSocket:
         distant.start()
         distant.stop()
         (distant.data / "postmaster.pid").write_text("999999999\n")  # as after a kill
-        distant._make_socket_directory()
+        distant.postmaster.make_socket_directory(server_account())
         request.getfixturevalue("no_programs")
         assert distant.destroy() is True
         assert not distant.socket_directory.exists()
         assert not distant.root.exists()
 
-    def test_a_directory_that_anybody_may_enter_is_not_used(self, distant: EmbeddedServer) -> None:
-        distant.socket_directory.mkdir(mode=0o755)
+    @pytest.mark.parametrize(
+        ("mode", "of_the_account"),
+        [pytest.param(0o755, True, id="open to all"), pytest.param(0o700, False, id="of root", marks=as_root)],
+    )
+    def test_a_directory_that_is_not_the_accounts_alone_is_not_used(
+        self, distant: EmbeddedServer, mode: int, of_the_account: bool
+    ) -> None:
+        directory, account = distant.socket_directory, server_account()
+        directory.mkdir(mode=mode)
         try:
+            if account and of_the_account:
+                os.chown(directory, account.uid, account.gid)
             with pytest.raises(PgcoordError, match="is in the way"):
                 distant.start()
         finally:
-            distant.socket_directory.rmdir()
+            directory.rmdir()
 
 
 class TestThrowAway:
@@ -607,5 +607,5 @@ class TestDevRoot:
 
 def test_nothing_sleeps() -> None:
     """Waiting is for events (rule I7)."""
-    assert "sleep(" not in Path(embedded.__file__).read_text()
+    assert "sleep(" not in Path(embedded.__file__).read_text() + Path(postmaster.__file__).read_text()
     assert shutil.which("sleep"), "the bystander of these tests needs it"
