@@ -6,14 +6,17 @@ copied from a migrated template. Tests that stop or break a server start one for
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any, NamedTuple
@@ -25,6 +28,7 @@ from pytest_postgresql import factories
 from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
+from pgcoord_cli import cli as program
 from pgcoord_cli.core import migrations
 from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
 from pgcoord_cli.core.programs import Programs, find_programs
@@ -127,6 +131,23 @@ def own_server(programs: Programs) -> Iterator[EmbeddedServer]:
         yield running
 
 
+@pytest.fixture
+def own_settings(own_server: EmbeddedServer) -> Settings:
+    """A migrated database on a server that the test may stop."""
+    settings = Settings(dsn=own_server.dsn)
+    migrate_schema(settings)
+    return settings
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that a server's account can enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="pgcoord-test-", dir="/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o711)
+        yield directory
+
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -151,6 +172,61 @@ def cli(request: pytest.FixtureRequest) -> Cli:
         )  # fmt: skip
 
     return run
+
+
+class Answer(NamedTuple):
+    """What a call in this process came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """What is on stdout, which has to be one JSON document."""
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> Any:
+        return self.document["error"]
+
+    @property
+    def refusal(self) -> str:
+        """What a call says that was refused for its words."""
+        assert (self.code, self.error["code"]) == (2, "usage")
+        return str(self.error["message"])
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """Runs `pgcoord …` in this process, where there is no server unless the call names one; stdout is no terminal.
+
+    What goes by keyword is an environment variable of this one call.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setenv("PGCOORD_DSN", "host=/nowhere")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def run(*words: str, **variables: str) -> Answer:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            return Answer(program.run(words), *capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The same, on the test's database."""
+    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
+    return offline
 
 
 @dataclass
@@ -202,6 +278,28 @@ def start_leader(request: pytest.FixtureRequest) -> Iterator[StartLeader]:
         leader.end()
         assert leader.process.stderr
         leader.process.stderr.close()
+
+
+TwoLeaders = Callable[..., tuple[LeaderProcess, LeaderProcess]]
+
+
+@pytest.fixture
+def two_leaders(start_leader: StartLeader) -> TwoLeaders:
+    """Starts two leaders: `first` is elected, `second` stands by. Leases outlast the test unless the call says another.
+
+    `settings` are those of the one and of the other; None is the test's.
+    """
+
+    def start(
+        first_ttl: str = "60s", second_ttl: str = "60s", settings: Sequence[Settings | None] = (None, None)
+    ) -> tuple[LeaderProcess, LeaderProcess]:
+        first = start_leader("first", "--ttl", first_ttl, settings=settings[0])
+        first.wait_for("elected epoch 1")
+        second = start_leader("second", "--ttl", second_ttl, settings=settings[1])
+        second.wait_for("standing")
+        return first, second
+
+    return start
 
 
 def _start_leader(node_id: str, words: Sequence[str], settings: Settings) -> LeaderProcess:

@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
 import uuid
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 
-from pgcoord_cli import cli as program
 from pgcoord_cli.settings import Settings
 
 if TYPE_CHECKING:
-    from tests.conftest import Cli
+    from tests.conftest import Answer, Call, Cli
 
 SECRET = "s3cr3t-w0rd"
-
-
-class Answer(NamedTuple):
-    """What a call came to."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> Any:
-        return json.loads(self.out)["error"]
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """Runs `pgcoord …` in this process, where there is no server unless the call names one."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def run(*words: str, **variables: str) -> Answer:
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            for name, value in {"PGCOORD_DSN": "host=/nowhere", **variables}.items():
-                patch.setenv(name, value)
-            return Answer(program.run(words), *capsys.readouterr())
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def assert_refused(answer: Answer, *said: str) -> None:
@@ -86,39 +49,39 @@ def assert_refused(answer: Answer, *said: str) -> None:
         (("leader", "status", "--dsn", "host=\udcff"), ["--dsn: not UTF-8 text"]),
     ],
 )
-def test_a_wrong_word_is_named(words: tuple[str, ...], said: list[str], call: Call) -> None:
-    assert_refused(call(*words), *said)
+def test_a_wrong_word_is_named(words: tuple[str, ...], said: list[str], offline: Call) -> None:
+    assert_refused(offline(*words), *said)
 
 
 @pytest.mark.parametrize(
     "text", ["0", "0s", "0.5s", "999ms", "-5s", "", "soon", "10 s", "1s5", "5w", "1e3", "١s", "nan", "inf", "9" * 400]
 )
-def test_a_time_to_live_that_is_none_is_refused(text: str, call: Call) -> None:
-    assert_refused(call("leader", "run", "--ttl", text), "--ttl")
+def test_a_time_to_live_that_is_none_is_refused(text: str, offline: Call) -> None:
+    assert_refused(offline("leader", "run", "--ttl", text), "--ttl")
 
 
 @pytest.mark.parametrize("option", ["leader status --watch --interval", "leader run --ttl", "kv set a b --timeout"])
-def test_a_wait_longer_than_postgresql_can_count_is_refused(option: str, call: Call) -> None:
+def test_a_wait_longer_than_postgresql_can_count_is_refused(option: str, offline: Call) -> None:
     *words, name = option.split()
-    assert_refused(call(*words, name, "25d"), f"{name}: '25d' is too long; the most is 24d")
-    assert call(*words, name, "24d").code == 4
+    assert_refused(offline(*words, name, "25d"), f"{name}: '25d' is too long; the most is 24d")
+    assert offline(*words, name, "24d").code == 4
 
 
 @pytest.mark.parametrize("schema", ["", 'a"b', "a'b", "A", "a b", "a;b", "pg_x", "é", "\udcff", "x" * 41])
-def test_a_schema_that_needs_quotes_is_refused(schema: str, call: Call) -> None:
-    assert_refused(call("leader", "status", "--schema", schema), "--schema: ")
+def test_a_schema_that_needs_quotes_is_refused(schema: str, offline: Call) -> None:
+    assert_refused(offline("leader", "status", "--schema", schema), "--schema: ")
     if schema:
-        assert_refused(call("leader", "status", PGCOORD_SCHEMA=schema), "PGCOORD_SCHEMA: ")
+        assert_refused(offline("leader", "status", PGCOORD_SCHEMA=schema), "PGCOORD_SCHEMA: ")
 
 
 @pytest.mark.parametrize("variable", ["CONNECT_TIMEOUT", "STATEMENT_TIMEOUT", "LOCK_TIMEOUT"])
-def test_a_wrong_variable_is_named(variable: str, call: Call) -> None:
+def test_a_wrong_variable_is_named(variable: str, offline: Call) -> None:
     for text in ("soon", "-1s", "25d", "9" * 400):
-        assert_refused(call("leader", "status", **{f"PGCOORD_{variable}": text}), f"PGCOORD_{variable}: ")
+        assert_refused(offline("leader", "status", **{f"PGCOORD_{variable}": text}), f"PGCOORD_{variable}: ")
 
 
-def test_variables_that_are_no_settings_are_passed_over(call: Call) -> None:
-    assert call("leader", "status", PGCOORD_DSN_SOURCE="me", PGCOORD_SCHEMA_GIVEN="1", PGCOORD_FOO="bar").code == 4
+def test_variables_that_are_no_settings_are_passed_over(offline: Call) -> None:
+    assert offline("leader", "status", PGCOORD_DSN_SOURCE="me", PGCOORD_SCHEMA_GIVEN="1", PGCOORD_FOO="bar").code == 4
 
 
 # Connection strings
@@ -146,25 +109,25 @@ UNREACHABLE = [
 ]
 
 
-def shown(answer: Answer | subprocess.CompletedProcess[str]) -> str:
-    return answer.out + answer.err if isinstance(answer, Answer) else answer.stdout + answer.stderr
+def shown(answer: Answer) -> str:
+    return answer.out + answer.err
 
 
 @pytest.mark.parametrize("dsn", MALFORMED)
-def test_a_malformed_connection_string_is_refused_without_its_password(dsn: str, call: Call) -> None:
+def test_a_malformed_connection_string_is_refused_without_its_password(dsn: str, offline: Call) -> None:
     for words in (("leader", "status"), ("kv", "set", "a", "b")):
-        by_flag = call(*words, "-v", "--dsn", dsn)
-        by_variable = call(*words, "-v", PGCOORD_DSN=dsn)
+        by_flag = offline(*words, "-v", "--dsn", dsn)
+        by_variable = offline(*words, "-v", PGCOORD_DSN=dsn)
         assert_refused(by_flag, "--dsn: ")
         assert_refused(by_variable, "PGCOORD_DSN: ")
-        assert SECRET not in shown(by_flag) + shown(by_variable) + shown(call(*words, "-o", "json", "--dsn", dsn))
+        assert SECRET not in shown(by_flag) + shown(by_variable) + shown(offline(*words, "-o", "json", "--dsn", dsn))
 
 
 @pytest.mark.parametrize("dsn", UNREACHABLE)
-def test_a_server_that_is_not_there_is_named_without_the_password(dsn: str, call: Call) -> None:
+def test_a_server_that_is_not_there_is_named_without_the_password(dsn: str, offline: Call) -> None:
     for words in (("leader", "status"), ("leader", "run"), ("kv", "set", "a", "b"), ("migrate", "up")):
         for output in ("table", "json"):
-            failed = call(*words, "-v", "-o", output, PGCOORD_DSN=dsn)
+            failed = offline(*words, "-v", "-o", output, PGCOORD_DSN=dsn)
             assert failed.code == 4
             assert ("127.0.0.1" if "127" in dsn else "/nowhere") in shown(failed)
             assert SECRET not in shown(failed)
@@ -186,5 +149,5 @@ def test_a_password_shows_in_no_failure_of_a_real_process(
     ):
         failed = cli(*words, "-v", env=env)
         assert failed.returncode != 0
-        assert SECRET not in shown(failed)
+        assert SECRET not in failed.stdout + failed.stderr
         assert "Traceback" not in failed.stderr

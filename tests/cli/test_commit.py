@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import uuid
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 
-from pgcoord_cli import cli as program
 from pgcoord_cli.core.commits import Status
-from pgcoord_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import Call
 
 KEYS = {
     "id", "request_id", "status", "commit_version", "read_version", "epoch", "reason", "created_at", "resolved_at",
@@ -22,37 +22,10 @@ KEYS = {
 COLUMNS = ["id", "request_id", "status", "commit_version", "read_version", "epoch", "created_at", "reason"]
 
 
-class Answer(NamedTuple):
-    """What a call came to."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Call = Callable[..., Answer]
-
-
 @pytest.fixture
-def offline(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs `pgcoord commit …` in this process."""
-
-    def run(*words: str) -> Answer:
-        capsys.readouterr()
-        return Answer(program.run(["commit", *words]), *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """The same, on the test's database."""
-    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
-    return offline
+def offline(offline: Call) -> Call:
+    """Runs `pgcoord commit …`."""
+    return partial(offline, "commit")
 
 
 def store(sql: psycopg.Connection[Any], status: str, reason: str | None = None) -> uuid.UUID:
@@ -125,8 +98,8 @@ def test_a_reason_is_whole_and_in_one_line(call: Call, sql: psycopg.Connection[A
 def test_an_unknown_request_is_a_false_condition(call: Call) -> None:
     unknown = uuid.uuid4()
     shown = call("show", str(unknown), "-o", "json")
-    assert (shown.code, shown.document["error"]["code"]) == (3, "condition_false")
-    assert shown.document["error"]["message"] == f"there is no request {unknown}"
+    assert (shown.code, shown.error["code"]) == (3, "condition_false")
+    assert shown.error["message"] == f"there is no request {unknown}"
     assert call("show", str(unknown)).out == ""
 
 
@@ -146,6 +119,4 @@ def test_an_unknown_request_is_a_false_condition(call: Call) -> None:
 def test_a_wrong_word_is_named_before_anything_is_asked_of_the_server(
     words: tuple[str, ...], named: str, offline: Call
 ) -> None:
-    refused = offline(*words, "-o", "json", "--dsn", "host=/nowhere")
-    assert (refused.code, refused.document["error"]["code"]) == (2, "usage")
-    assert named in refused.document["error"]["message"]
+    assert named in offline(*words, "-o", "json").refusal

@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 
-from pgcoord_cli import cli as program
-from pgcoord_cli.settings import Settings
+if TYPE_CHECKING:
+    from tests.conftest import Call
 
 COLLECTED = {"table", "deleted", "batches", "orphaned", "oldest_kept", "dry_run"}
 
 
-class Answer(NamedTuple):
-    """What a call came to."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def collected(self) -> Any:
-        return json.loads(self.out)["commit_requests"]
-
-    @property
-    def error(self) -> Any:
-        return json.loads(self.out)["error"]
-
-
-Call = Callable[..., Answer]
-
-
 @pytest.fixture
-def offline(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs `pgcoord gc commit-requests …` in this process."""
-
-    def run(*words: str) -> Answer:
-        capsys.readouterr()
-        return Answer(program.run(["gc", "commit-requests", *words]), *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """The same, on the test's database."""
-    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
-    return offline
+def offline(offline: Call) -> Call:
+    """Runs `pgcoord gc commit-requests …`."""
+    return partial(offline, "gc", "commit-requests")
 
 
 def store(sql: psycopg.Connection[Any], status: str, age: str, number: int = 1) -> None:
@@ -72,12 +40,12 @@ def stored(sql: psycopg.Connection[Any]) -> list[Any]:
 def test_the_document_says_what_was_deleted_and_what_is_left(call: Call, sql: psycopg.Connection[Any]) -> None:
     store(sql, "conflict", "11 minutes", 5)
     store(sql, "conflict", "9 minutes")
-    collected = call("--batch-size", "2", "-o", "json").collected
+    collected = call("--batch-size", "2", "-o", "json").document["commit_requests"]
     assert collected.keys() == COLLECTED
     assert (collected["deleted"], collected["batches"], collected["dry_run"]) == (5, 3, False)
     oldest = sql.execute("SELECT created_at FROM commit_requests").fetchall()[0][0]
     assert time_of(sql, collected["oldest_kept"]) == oldest
-    again = call("-o", "json").collected
+    again = call("-o", "json").document["commit_requests"]
     assert (again["deleted"], again["batches"]) == (0, 0)
 
 
@@ -99,7 +67,7 @@ def test_quiet_is_silent_when_nothing_was_done_and_speaks_when_something_was(
     sql.execute("UPDATE leader_lease SET epoch = 1")
     assert "orphaned     1\n" in call("-q").out
     assert call("-q") == (0, "", "")
-    assert call("-q", "-o", "json").collected["deleted"] == 0
+    assert call("-q", "-o", "json").document["commit_requests"]["deleted"] == 0
 
 
 def test_i11_a_dry_run_changes_nothing_and_counts_what_a_run_deletes(call: Call, sql: psycopg.Connection[Any]) -> None:
@@ -108,17 +76,17 @@ def test_i11_a_dry_run_changes_nothing_and_counts_what_a_run_deletes(call: Call,
     store(sql, "rejected", "1 day", 4)
     store(sql, "rejected", "1 minute")
     before = stored(sql)
-    counted = call("--dry-run", "-o", "json").collected
+    counted = call("--dry-run", "-o", "json").document["commit_requests"]
     assert stored(sql) == before
     assert (counted["deleted"], counted["dry_run"]) == (4, True)
-    assert call("-o", "json").collected["deleted"] == 4
+    assert call("-o", "json").document["commit_requests"]["deleted"] == 4
 
 
 def test_a_dry_run_needs_no_right_to_change_anything(call: Call, sql: psycopg.Connection[Any]) -> None:
     store(sql, "rejected", "1 day")
     database = sql.info.dbname
     sql.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
-    assert call("--dry-run", "-o", "json").collected["deleted"] == 1
+    assert call("--dry-run", "-o", "json").document["commit_requests"]["deleted"] == 1
     refused = call("-o", "json")
     assert (refused.code, refused.error["code"]) == (9, "unsuitable_server")
 
@@ -127,7 +95,7 @@ def test_i11_the_retention_can_be_chosen_down_to_what_others_rely_on(call: Call,
     for age in ("50 seconds", "70 seconds", "2 hours", "40 days"):
         store(sql, "conflict", age)
     deleted = {
-        wanted: call("--older-than", wanted, "--dry-run", "-o", "json").collected["deleted"]
+        wanted: call("--older-than", wanted, "--dry-run", "-o", "json").document["commit_requests"]["deleted"]
         for wanted in ("60s", "1m", "1h", "30d", "36500d")
     }
     assert deleted == {"60s": 3, "1m": 3, "1h": 2, "30d": 1, "36500d": 0}
@@ -135,7 +103,7 @@ def test_i11_the_retention_can_be_chosen_down_to_what_others_rely_on(call: Call,
 
 def test_no_batch_begins_after_the_longest_runtime(call: Call, sql: psycopg.Connection[Any]) -> None:
     store(sql, "conflict", "1 day", 3)
-    collected = call("--max-runtime", "0.000001ms", "-o", "json").collected
+    collected = call("--max-runtime", "0.000001ms", "-o", "json").document["commit_requests"]
     assert (collected["deleted"], collected["batches"]) == (0, 0)
     assert len(stored(sql)) == 3
 
@@ -144,7 +112,7 @@ def test_verbose_tells_of_every_batch_on_stderr(call: Call, sql: psycopg.Connect
     store(sql, "conflict", "1 day", 4)
     told = call("-v", "--batch-size", "2", "-o", "json")
     assert told.err.splitlines() == [f"commit_requests: {deleted} deleted" for deleted in (0, 2, 4)]
-    assert told.collected["deleted"] == 4
+    assert told.document["commit_requests"]["deleted"] == 4
 
 
 @pytest.mark.parametrize(
@@ -167,6 +135,4 @@ def test_verbose_tells_of_every_batch_on_stderr(call: Call, sql: psycopg.Connect
 def test_a_wrong_word_is_named_before_anything_is_asked_of_the_server(
     words: tuple[str, ...], named: str, offline: Call
 ) -> None:
-    refused = offline(*words, "-o", "json", "--dsn", "host=/nowhere")
-    assert (refused.code, refused.error["code"]) == (2, "usage")
-    assert named in refused.error["message"]
+    assert named in offline(*words, "-o", "json").refusal

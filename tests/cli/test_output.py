@@ -13,14 +13,15 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 
-from pgcoord_cli import cli as program
 from pgcoord_cli.settings import OutputFormat, Settings
+
+if TYPE_CHECKING:
+    from tests.conftest import Call
 
 LONG = "x" * 300
 ESCAPE = "\x1b["
@@ -30,32 +31,6 @@ DOCUMENTS = (("leader", "status"), ("gc", "commit-requests", "--dry-run"))
 LISTINGS = (("migrate", "status"), ("commit", "list"), ("kv", "range"))
 
 Environment = dict[str, str]
-
-
-class Answer(NamedTuple):
-    """What a call came to."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def call(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs `pgcoord …` on the test's database, in this process; stdout is no terminal."""
-
-    def run(*words: str, **variables: str) -> Answer:
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            patch.delenv("NO_COLOR", raising=False)
-            for name, value in {"PGCOORD_DSN": settings.dsn, **variables}.items():
-                patch.setenv(name, value)
-            return Answer(program.run(words), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

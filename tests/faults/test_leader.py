@@ -14,16 +14,15 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pgcoord_cli.core import migrations
 from pgcoord_cli.core.client import Database, Transaction, connect
 from pgcoord_cli.core.embedded import EmbeddedServer
 from pgcoord_cli.core.grants import grant
-from pgcoord_cli.core.session import command_session, migration_session
+from pgcoord_cli.core.session import command_session
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown
 from pgcoord_cli.settings import Settings
 
 if TYPE_CHECKING:
-    from tests.conftest import StartLeader
+    from tests.conftest import LeaderProcess, StartLeader, TwoLeaders
 
 PATIENCE = 30.0
 Sql = psycopg.Connection[Any]
@@ -121,16 +120,41 @@ def a_batch_waits(sql: Sql) -> bool:
     return bool(one(sql, text))
 
 
+def commit_held_up(
+    settings: Settings,
+    sql: Sql,
+    meanwhile: Callable[[], None],
+    write: Callable[[Transaction, bytes], Awaitable[None]] = _set,
+) -> int:
+    """Writes the key `k`; its version. `meanwhile` is called when the leader has sent the batch and it waits.
+
+    It waits on the server, for a lock on the data, until `meanwhile` is through. It is the leader's second batch: the
+    first would wait already where its statements are prepared, with none of them sent.
+    """
+
+    async def scenario(db: Database) -> int:
+        await db.write(lambda tr: _set(tr, b"first"), commit_seconds=PATIENCE)
+        with locked_data(settings, sql):
+            writer = asyncio.create_task(db.write(lambda tr: write(tr, b"k"), commit_seconds=PATIENCE))
+            await until_async(lambda: a_batch_waits(sql))
+            await asyncio.to_thread(meanwhile)
+        return await writer
+
+    return play(settings, scenario)
+
+
+def freeze_until_replaced(leader: LeaderProcess, standby: LeaderProcess) -> None:
+    leader.signal(signal.SIGSTOP)
+    standby.wait_for("elected epoch 2")
+
+
 # -- ends that nobody announced
 
 
 def test_a_killed_leader_is_replaced_before_its_lease_runs_out(
-    settings: Settings, sql: Sql, start_leader: StartLeader
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
-    first = start_leader("first", "--ttl", "60s")
-    first.wait_for("elected epoch 1")
-    second = start_leader("second", "--ttl", "60s")
-    second.wait_for("standing")
+    first, second = two_leaders()
     assert commit(settings, b"a") == 1
     first.signal(signal.SIGKILL)
     second.wait_for("elected epoch 2")
@@ -139,13 +163,10 @@ def test_a_killed_leader_is_replaced_before_its_lease_runs_out(
 
 
 def test_i8_a_kill_under_load_costs_no_commit_and_causes_no_reject(
-    settings: Settings, sql: Sql, start_leader: StartLeader
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
     """Writers of keys of their own never conflict: whoever leads, every one has to commit, at the first try."""
-    first = start_leader("first", "--ttl", "60s")
-    first.wait_for("elected epoch 1")
-    second = start_leader("second", "--ttl", "60s")
-    second.wait_for("standing")
+    first, _ = two_leaders()
 
     async def scenario(db: Database) -> int:
         done = 0
@@ -172,17 +193,13 @@ def test_i8_a_kill_under_load_costs_no_commit_and_causes_no_reject(
 
 
 def test_i2_a_frozen_leader_is_replaced_when_its_lease_runs_out_and_writes_nothing_after_it_thaws(
-    settings: Settings, sql: Sql, start_leader: StartLeader
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
-    first = start_leader("first", "--ttl", "1s")
-    first.wait_for("elected epoch 1")
+    first, second = two_leaders("1s", "10s")
     assert commit(settings, b"a") == 1
     old_sessions = leader_sessions(sql)
     assert len(old_sessions) == 2, "keeper and resolver"
-    second = start_leader("second", "--ttl", "10s")
-    second.wait_for("standing")
-    first.signal(signal.SIGSTOP)
-    second.wait_for("elected epoch 2")
+    freeze_until_replaced(first, second)
     assert not any_alive(sql, old_sessions)
     assert commit(settings, b"b") == 2
     before = written(sql)
@@ -198,27 +215,15 @@ def test_i2_a_frozen_leader_is_replaced_when_its_lease_runs_out_and_writes_nothi
 
 
 def test_i2_a_leader_frozen_in_the_middle_of_a_batch_leaves_nothing_of_it(
-    settings: Settings, sql: Sql, start_leader: StartLeader
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
     """Its transaction waits for a lock, on the server, when it freezes; the successor ends it and does the work."""
-    first = start_leader("first", "--ttl", "1s")
-    first.wait_for("elected epoch 1")
-    second = start_leader("second", "--ttl", "10s")
-    second.wait_for("standing")
-
-    async def scenario(db: Database) -> None:
-        with locked_data(settings, sql):
-            writer = asyncio.create_task(db.write(lambda tr: _set(tr, b"k"), commit_seconds=PATIENCE))
-            await until_async(lambda: a_batch_waits(sql))
-            first.signal(signal.SIGSTOP)
-            await asyncio.to_thread(second.wait_for, "elected epoch 2")
-        assert await writer == 1
-
-    play(settings, scenario)
+    first, second = two_leaders("1s", "10s")
+    assert commit_held_up(settings, sql, lambda: freeze_until_replaced(first, second)) == 2
     assert one(sql, "SELECT epoch FROM leader_lease WHERE leader_addr = 'second'") == 2
     first.signal(signal.SIGCONT)
     first.wait_for("lost")
-    assert one(sql, "SELECT count(*) FROM commit_requests WHERE status = 'committed'") == 1
+    assert one(sql, "SELECT count(*) FROM commit_requests WHERE status = 'committed'") == 2
 
 
 @contextmanager
@@ -239,27 +244,16 @@ def two_operators(settings: Settings, sql: Sql) -> Iterator[tuple[Settings, Sett
 
 
 def test_i2_a_batch_that_a_frozen_leader_had_sent_is_fenced_on_the_server(
-    settings: Settings, sql: Sql, start_leader: StartLeader
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
     """The successor may not end the old sessions, so the batch goes on without its leader, up to the fence."""
-    with two_operators(settings, sql) as (one_role, another):
-        first = start_leader("first", "--ttl", "1s", settings=one_role)
-        first.wait_for("elected epoch 1")
-        second = start_leader("second", "--ttl", "10s", settings=another)
-        second.wait_for("standing")
+    with two_operators(settings, sql) as operators:
+        first, second = two_leaders("1s", "10s", settings=operators)
         old_sessions = leader_sessions(sql)
-
-        async def scenario(db: Database) -> None:
-            with locked_data(settings, sql):
-                writer = asyncio.create_task(db.write(lambda tr: _set(tr, b"k"), commit_seconds=PATIENCE))
-                await until_async(lambda: a_batch_waits(sql))
-                first.signal(signal.SIGSTOP)
-                await asyncio.to_thread(second.wait_for, "elected epoch 2")
-            assert await writer == 1
-
-        play(settings, scenario)
+        assert commit_held_up(settings, sql, lambda: freeze_until_replaced(first, second)) == 2
         assert leader_sessions(sql) > old_sessions, "nobody ended them"
         until(lambda: not any_busy(sql, old_sessions))
+        assert one(sql, "SELECT durable_version FROM leader_lease") == 2, "it was the successor that committed"
         before = written(sql)
         first.signal(signal.SIGCONT)
         first.wait_for("fenced epoch 1")
@@ -308,12 +302,9 @@ def keeper_sessions(sql: Sql) -> set[int]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_leader_that_is_asked_to_end_releases_its_lease_at_once(
-    settings: Settings, sql: Sql, start_leader: StartLeader, number: signal.Signals, code: int
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders, number: signal.Signals, code: int
 ) -> None:
-    first = start_leader("first", "--ttl", "60s")
-    first.wait_for("elected epoch 1")
-    second = start_leader("second", "--ttl", "60s")
-    second.wait_for("standing")
+    first, second = two_leaders()
     assert commit(settings, b"a") == 1
     first.signal(number)
     first.wait_for("released epoch 1")
@@ -324,11 +315,9 @@ def test_a_leader_that_is_asked_to_end_releases_its_lease_at_once(
 
 
 def test_a_candidate_that_waits_for_a_leader_ends_when_it_is_asked_to(
-    settings: Settings, sql: Sql, start_leader: StartLeader
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
-    start_leader("first", "--ttl", "60s").wait_for("elected epoch 1")
-    second = start_leader("second", "--ttl", "60s")
-    second.wait_for("standing")
+    _, second = two_leaders()
     until(lambda: one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
     second.signal(signal.SIGTERM)
     assert second.process.wait(PATIENCE) == 143
@@ -340,15 +329,7 @@ def test_a_leader_that_is_asked_to_end_finishes_the_batch_in_hand(
 ) -> None:
     first = start_leader("first")
     first.wait_for("elected epoch 1")
-
-    async def scenario(db: Database) -> int:
-        with locked_data(settings, sql):
-            writer = asyncio.create_task(db.write(lambda tr: _set(tr, b"k"), commit_seconds=PATIENCE))
-            await until_async(lambda: a_batch_waits(sql))
-            first.signal(signal.SIGTERM)
-        return await writer
-
-    assert play(settings, scenario) == 1
+    assert commit_held_up(settings, sql, lambda: first.signal(signal.SIGTERM)) == 2
     assert first.process.wait(PATIENCE) == 143
     assert ends(sql) == [(1, "first", "released")]
 
@@ -382,31 +363,15 @@ def test_i2_a_batch_whose_fate_is_unknown_is_never_applied_twice(
     leader = start_leader("only", "--ttl", "60s")
     leader.wait_for("elected epoch 1")
 
-    async def scenario(db: Database) -> int:
-        async def work(tr: Transaction) -> None:
-            tr.append_if_fits(b"k", b"once")
+    async def append(tr: Transaction, key: bytes) -> None:
+        tr.append_if_fits(key, b"once")
 
-        with locked_data(settings, sql):
-            writer = asyncio.create_task(db.write(work, commit_seconds=PATIENCE))
-            await until_async(lambda: a_batch_waits(sql))
-            for pid in leader_sessions(sql):
-                sql.execute("SELECT pg_terminate_backend(%s)", [pid])
-        return await writer
+    def end_its_sessions() -> None:
+        for pid in leader_sessions(sql):
+            sql.execute("SELECT pg_terminate_backend(%s)", [pid])
 
-    assert play(settings, scenario) == 1
-    assert sql.execute("SELECT key, value FROM kv").fetchall() == [(b"k", b"once")]
-
-
-@pytest.fixture
-def own_settings(own_server: EmbeddedServer) -> Settings:
-    """A migrated database on a server that the test may stop."""
-    settings = Settings(dsn=own_server.dsn)
-    with (
-        migration_session(settings, read_only=False) as (conn, _),
-        migrations.migration_lock(conn, settings.schema, PATIENCE, lambda _: None),
-    ):
-        migrations.apply(conn, settings.schema, None, lambda _: None)
-    return settings
+    assert commit_held_up(settings, sql, end_its_sessions, append) == 2
+    assert one(sql, "SELECT value FROM kv WHERE key = 'k'") == b"once"
 
 
 def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledged_commit_is_lost(
@@ -471,24 +436,17 @@ def test_a_candidate_stands_again_when_the_server_is_back_however_long_it_was_aw
 
 
 def test_a_leader_goes_on_leading_while_a_batch_takes_longer_than_its_lease(
-    settings: Settings, sql: Sql, start_leader: StartLeader
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
-    leader = start_leader("only", "--ttl", "1s")
-    leader.wait_for("elected epoch 1")
-    standby = start_leader("standby", "--ttl", "1s")
-    standby.wait_for("standing")
+    two_leaders("1s", "1s")
 
-    async def scenario(db: Database) -> int:
-        with locked_data(settings, sql):
-            writer = asyncio.create_task(db.write(lambda tr: _set(tr, b"k"), commit_seconds=PATIENCE))
-            await until_async(lambda: a_batch_waits(sql))
-            ran_out = one(sql, "SELECT expires_at FROM leader_lease")
-            # Renewed, and renewed again after the lease would have run out without.
-            await until_async(lambda: one(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
-        return await writer
+    def outlast_the_lease() -> None:
+        ran_out = one(sql, "SELECT expires_at FROM leader_lease")
+        # Renewed, and renewed again after the lease would have run out without.
+        until(lambda: one(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
 
-    assert play(settings, scenario) == 1
-    assert ends(sql) == [(1, "only", None)]
+    assert commit_held_up(settings, sql, outlast_the_lease) == 2
+    assert ends(sql) == [(1, "first", None)]
 
 
 def test_i3_a_leader_waits_for_the_disk_even_where_that_is_switched_off_by_default(

@@ -11,7 +11,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
+from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -33,7 +34,7 @@ from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejec
 from pgcoord_cli.settings import Settings
 
 if TYPE_CHECKING:
-    from tests.conftest import StartLeader
+    from tests.conftest import StartLeader, TwoLeaders
 
 PATIENCE = 30.0
 T = TypeVar("T")
@@ -81,6 +82,19 @@ def play(settings: Settings, scenario: Callable[[Database], Awaitable[T]], *, po
     return asyncio.run(main())
 
 
+def played(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """The scenario as a test: it is played with a client of its own. What it takes beside that are fixtures."""
+    _, *fixtures = signature(scenario).parameters
+
+    @wraps(scenario)
+    def test(settings: Settings, **given: Any) -> None:
+        play(settings, partial(scenario, **given))
+
+    asked_for = [Parameter(name, Parameter.KEYWORD_ONLY) for name in ("settings", *fixtures)]
+    test.__signature__ = Signature(asked_for)  # type: ignore[attr-defined]
+    return test
+
+
 async def put(db: Database, **values: bytes) -> int:
     """Commits some keys, each named like its argument."""
     tr = db.transaction()
@@ -116,81 +130,72 @@ def requests(sql: Sql) -> list[tuple[str, int | None]]:
 
 
 @needs_leader
-def test_i5_the_first_write_of_a_fresh_database_is_version_1_and_is_read_back(settings: Settings) -> None:
-    async def scenario(db: Database) -> None:
-        assert await put(db, a=b"1") == 1
-        tr = db.transaction()
-        assert await tr.get(b"a") == b"1"
-        assert await tr.get(b"b") is None
-        assert tr.read_version == 1
-        assert await tr.commit() == 1, "one that wrote nothing commits as of what it read"
-
-    play(settings, scenario)
+@played
+async def test_i5_the_first_write_of_a_fresh_database_is_version_1_and_is_read_back(db: Database) -> None:
+    assert await put(db, a=b"1") == 1
+    tr = db.transaction()
+    assert await tr.get(b"a") == b"1"
+    assert await tr.get(b"b") is None
+    assert tr.read_version == 1
+    assert await tr.commit() == 1, "one that wrote nothing commits as of what it read"
 
 
 @needs_leader
-def test_a_transaction_reads_its_own_writes_and_nobody_else_does(settings: Settings) -> None:
-    async def scenario(db: Database) -> None:
-        await put(db, a=b"1", b=b"2", c=b"3")
-        tr = db.transaction()
-        tr.set(b"a", b"new")
-        tr.clear(b"b")
-        tr.set(b"bb", b"own")
-        tr.add(b"c", b"\x01")
-        assert [await tr.get(key) for key in (b"a", b"b", b"bb", b"c")] == [b"new", None, b"own", b"4"]
-        assert await tr.get_range(b"a", b"c") == [(b"a", b"new"), (b"bb", b"own")]
-        tr.clear_range(b"a", b"b")
-        tr.set(b"ab", b"after")
-        assert await tr.get_range(b"", None) == [(b"ab", b"after"), (b"bb", b"own"), (b"c", b"4")]
-        assert await db.transaction().get_range(b"", None) == [(b"a", b"1"), (b"b", b"2"), (b"c", b"3")]
-        await tr.commit()
-        assert await db.transaction().get_range(b"", None) == [(b"ab", b"after"), (b"bb", b"own"), (b"c", b"4")]
-
-    play(settings, scenario)
+@played
+async def test_a_transaction_reads_its_own_writes_and_nobody_else_does(db: Database) -> None:
+    await put(db, a=b"1", b=b"2", c=b"3")
+    tr = db.transaction()
+    tr.set(b"a", b"new")
+    tr.clear(b"b")
+    tr.set(b"bb", b"own")
+    tr.add(b"c", b"\x01")
+    assert [await tr.get(key) for key in (b"a", b"b", b"bb", b"c")] == [b"new", None, b"own", b"4"]
+    assert await tr.get_range(b"a", b"c") == [(b"a", b"new"), (b"bb", b"own")]
+    tr.clear_range(b"a", b"b")
+    tr.set(b"ab", b"after")
+    assert await tr.get_range(b"", None) == [(b"ab", b"after"), (b"bb", b"own"), (b"c", b"4")]
+    assert await db.transaction().get_range(b"", None) == [(b"a", b"1"), (b"b", b"2"), (b"c", b"3")]
+    await tr.commit()
+    assert await db.transaction().get_range(b"", None) == [(b"ab", b"after"), (b"bb", b"own"), (b"c", b"4")]
 
 
 @needs_leader
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("limit", [None, 0, 1, 2, 3, 4, 100])
-def test_get_range_takes_the_first_or_last_rows_as_they_are_with_own_writes(
-    settings: Settings, limit: int | None, reverse: bool
+@played
+async def test_get_range_takes_the_first_or_last_rows_as_they_are_with_own_writes(
+    db: Database, limit: int | None, reverse: bool
 ) -> None:
-    async def scenario(db: Database) -> None:
-        await put(db, a=b"1", c=b"3", e=b"5", g=b"7")
+    await put(db, a=b"1", c=b"3", e=b"5", g=b"7")
 
-        async def rows(tr: Transaction, begin: bytes, end: bytes | None) -> list[bytes]:
-            return [key for key, _ in await tr.get_range(begin, end, limit=limit, reverse=reverse)]
+    async def rows(tr: Transaction, begin: bytes, end: bytes | None) -> list[bytes]:
+        return [key for key, _ in await tr.get_range(begin, end, limit=limit, reverse=reverse)]
 
-        def expected(*names: bytes) -> list[bytes]:
-            return sorted(names, reverse=reverse)[:limit]
+    def expected(*names: bytes) -> list[bytes]:
+        return sorted(names, reverse=reverse)[:limit]
 
-        tr = db.transaction()
-        assert await rows(tr, b"", None) == expected(b"a", b"c", b"e", b"g")
-        assert await rows(tr, b"a\0", b"g") == expected(b"c", b"e")
-        assert await rows(tr, b"e", b"e") == []
-        for key in (b"a", b"g"):
-            tr.clear(key)
-        assert await rows(tr, b"", None) == expected(b"c", b"e"), "behind those that are cleared come others"
-        for key in (b"b", b"f", b"z"):
-            tr.set(key, b"own")
-        assert await rows(tr, b"", None) == expected(b"b", b"c", b"e", b"f", b"z")
-        assert await rows(tr, b"b", b"f") == expected(b"b", b"c", b"e")
-
-    play(settings, scenario)
+    tr = db.transaction()
+    assert await rows(tr, b"", None) == expected(b"a", b"c", b"e", b"g")
+    assert await rows(tr, b"a\0", b"g") == expected(b"c", b"e")
+    assert await rows(tr, b"e", b"e") == []
+    for key in (b"a", b"g"):
+        tr.clear(key)
+    assert await rows(tr, b"", None) == expected(b"c", b"e"), "behind those that are cleared come others"
+    for key in (b"b", b"f", b"z"):
+        tr.set(key, b"own")
+    assert await rows(tr, b"", None) == expected(b"b", b"c", b"e", b"f", b"z")
+    assert await rows(tr, b"b", b"f") == expected(b"b", b"c", b"e")
 
 
-def test_a_range_read_that_postgresql_would_refuse_is_refused_before_it_is_sent(settings: Settings) -> None:
+@played
+async def test_a_range_read_that_postgresql_would_refuse_is_refused_before_it_is_sent(db: Database) -> None:
     """It would share its statement, and the error, with the reads of others."""
-
-    async def scenario(db: Database) -> None:
-        with pytest.raises(ValueError, match="limit"):
-            await db.transaction().get_range(b"", None, limit=-1)
-        with pytest.raises(Rejected):
-            await db.transaction().get("text")  # type: ignore[arg-type]
-        with pytest.raises(Rejected):
-            await db.transaction().get(b"k" * (codec.MAX_KEY_BYTES + 1))
-
-    play(settings, scenario)
+    with pytest.raises(ValueError, match="limit"):
+        await db.transaction().get_range(b"", None, limit=-1)
+    with pytest.raises(Rejected):
+        await db.transaction().get("text")  # type: ignore[arg-type]
+    with pytest.raises(Rejected):
+        await db.transaction().get(b"k" * (codec.MAX_KEY_BYTES + 1))
 
 
 class Model:
@@ -232,174 +237,158 @@ def mutate(tr: Transaction, mutation: Mutation) -> None:
 
 @needs_leader
 @pytest.mark.parametrize("seed", range(3))
-def test_i1_transactions_one_after_the_other_see_and_leave_what_a_dictionary_would(
-    settings: Settings, sql: Sql, seed: int
+@played
+async def test_i1_transactions_one_after_the_other_see_and_leave_what_a_dictionary_would(
+    db: Database, sql: Sql, seed: int
 ) -> None:
     rng = random.Random(seed)
     keys = [b"", b"a", b"a\0", b"b", b"c", b"\xff"]
-
-    async def scenario(db: Database) -> None:
-        model = Model({})
-        for _ in range(40):
-            tr = db.transaction()
-            for _ in range(rng.randint(1, 8)):
-                begin, end = sorted(rng.choices(keys, k=2))
-                if rng.random() < 0.3:
-                    assert await tr.get(begin) == model.data.get(begin)
-                elif rng.random() < 0.4:
-                    limit, reverse = rng.choice([None, 1, 2]), rng.random() < 0.5
-                    found = await tr.get_range(begin, end, limit=limit, reverse=reverse)
-                    assert found == (model.rows(begin, end)[::-1] if reverse else model.rows(begin, end))[:limit]
-                else:
-                    mutation = random_mutation(rng, keys)
-                    mutate(tr, mutation)
-                    model.mutate(*mutation)
-            await tr.commit()
-            assert data(sql) == model.data
-
-    play(settings, scenario)
+    model = Model({})
+    for _ in range(40):
+        tr = db.transaction()
+        for _ in range(rng.randint(1, 8)):
+            begin, end = sorted(rng.choices(keys, k=2))
+            if rng.random() < 0.3:
+                assert await tr.get(begin) == model.data.get(begin)
+            elif rng.random() < 0.4:
+                limit, reverse = rng.choice([None, 1, 2]), rng.random() < 0.5
+                found = await tr.get_range(begin, end, limit=limit, reverse=reverse)
+                assert found == (model.rows(begin, end)[::-1] if reverse else model.rows(begin, end))[:limit]
+            else:
+                mutation = random_mutation(rng, keys)
+                mutate(tr, mutation)
+                model.mutate(*mutation)
+        await tr.commit()
+        assert data(sql) == model.data
 
 
 @needs_leader
-def test_a_key_that_holds_the_commits_versionstamp_cannot_be_read_before_the_commit(settings: Settings) -> None:
+@played
+async def test_a_key_that_holds_the_commits_versionstamp_cannot_be_read_before_the_commit(db: Database) -> None:
     template = b"?" * 10 + b"\0\0\0\0"
-
-    async def scenario(db: Database) -> None:
-        await put(db, k=b"before")
-        tr = db.transaction()
-        tr.set_versionstamped_value(b"k", template)
-        with pytest.raises(Rejected):
-            await tr.get(b"k")
-        tr.append_if_fits(b"k", b"!")
-        with pytest.raises(Rejected):
-            await tr.get(b"k")
-        with pytest.raises(Rejected):
-            await tr.get_range(b"a", b"z")
-        assert await tr.get_range(b"l", None) == []
-        await tr.commit()
-        assert await db.transaction().get(b"k") == tr.versionstamp + b"!"
-        tr = db.transaction()
-        tr.set_versionstamped_value(b"k", template)
-        tr.clear_range(b"a", b"z")
-        assert await tr.get(b"k") is None
-
-    play(settings, scenario)
+    await put(db, k=b"before")
+    tr = db.transaction()
+    tr.set_versionstamped_value(b"k", template)
+    with pytest.raises(Rejected):
+        await tr.get(b"k")
+    tr.append_if_fits(b"k", b"!")
+    with pytest.raises(Rejected):
+        await tr.get(b"k")
+    with pytest.raises(Rejected):
+        await tr.get_range(b"a", b"z")
+    assert await tr.get_range(b"l", None) == []
+    await tr.commit()
+    assert await db.transaction().get(b"k") == tr.versionstamp + b"!"
+    tr = db.transaction()
+    tr.set_versionstamped_value(b"k", template)
+    tr.clear_range(b"a", b"z")
+    assert await tr.get(b"k") is None
 
 
 # -- rule I4: one consistent state
 
 
 @needs_leader
-def test_i4_two_reads_with_a_commit_between_see_one_state_or_conflict(settings: Settings) -> None:
-    async def scenario(db: Database) -> None:
-        await put(db, a=b"1", b=b"1")
+@played
+async def test_i4_two_reads_with_a_commit_between_see_one_state_or_conflict(db: Database) -> None:
+    await put(db, a=b"1", b=b"1")
+    tr = db.transaction()
+    assert await tr.get(b"a") == b"1"
+    await put(db, b=b"2")
+    assert await tr.get(b"b") == b"2", "what it read before still holds, so it reads on in the newer state"
+    assert tr.read_version == 2
+    assert await tr.get(b"a") == b"1"
+    await put(db, a=b"3", c=b"3")
+    with pytest.raises(Conflict):
+        await tr.get(b"c")
+
+
+@needs_leader
+@played
+async def test_i4_a_range_that_changed_between_two_reads_is_a_conflict(db: Database) -> None:
+    await put(db, a=b"1", c=b"1")
+    for change in (b"b", b"c"):
         tr = db.transaction()
-        assert await tr.get(b"a") == b"1"
-        await put(db, b=b"2")
-        assert await tr.get(b"b") == b"2", "what it read before still holds, so it reads on in the newer state"
-        assert tr.read_version == 2
-        assert await tr.get(b"a") == b"1"
-        await put(db, a=b"3", c=b"3")
+        await tr.get_range(b"a", b"d")
+        await put(db, **{change.decode(): b"new"})
         with pytest.raises(Conflict):
-            await tr.get(b"c")
-
-    play(settings, scenario)
+            await tr.get(b"z")
 
 
 @needs_leader
-def test_i4_a_range_that_changed_between_two_reads_is_a_conflict(settings: Settings) -> None:
-    async def scenario(db: Database) -> None:
-        await put(db, a=b"1", c=b"1")
-        for change in (b"b", b"c"):
-            tr = db.transaction()
-            await tr.get_range(b"a", b"d")
-            await put(db, **{change.decode(): b"new"})
-            with pytest.raises(Conflict):
-                await tr.get(b"z")
-
-    play(settings, scenario)
-
-
-@needs_leader
-def test_i4_readers_beside_transfers_always_see_the_same_sum(settings: Settings) -> None:
+@played
+async def test_i4_readers_beside_transfers_always_see_the_same_sum(db: Database) -> None:
     """Each read is a statement of its own, and transfers commit in between."""
     accounts = [b"account %d" % number for number in range(4)]
 
-    async def scenario(db: Database) -> None:
-        async def open_accounts(tr: Transaction) -> None:
-            for account in accounts:
-                tr.set(account, b"100")
+    async def open_accounts(tr: Transaction) -> None:
+        for account in accounts:
+            tr.set(account, b"100")
 
-        await db.run(open_accounts)
-        rng, done = random.Random(4), asyncio.Event()
+    await db.run(open_accounts)
+    rng, done = random.Random(4), asyncio.Event()
 
-        async def transfer(tr: Transaction) -> None:
-            giver, taker = rng.sample(accounts, 2)
-            for account, change in ((giver, -1), (taker, 1)):
-                tr.set(account, b"%d" % (int(await tr.get(account) or 0) + change))
+    async def transfer(tr: Transaction) -> None:
+        giver, taker = rng.sample(accounts, 2)
+        for account, change in ((giver, -1), (taker, 1)):
+            tr.set(account, b"%d" % (int(await tr.get(account) or 0) + change))
 
-        async def look() -> int:
-            looks = 0
-            while not done.is_set():
-                tr = db.transaction()
-                try:
-                    found = [int(await tr.get(account) or 0) for account in accounts[:2]]
-                    found += [int(value) for _, value in await tr.get_range(accounts[2], None)]
-                except Conflict:
-                    continue
-                assert sum(found) == 400
-                looks += 1
-            return looks
-
-        lookers = [asyncio.create_task(look()) for _ in range(3)]
-        await asyncio.gather(*(db.run(transfer) for _ in range(60)))
-        done.set()
-        assert sum(await asyncio.gather(*lookers)) > 0
-
-    play(settings, scenario)
-
-
-@needs_leader
-def test_a_limited_read_conflicts_with_what_it_saw_and_no_more(settings: Settings) -> None:
-    async def scenario(db: Database) -> None:
-        await put(db, b=b"1", d=b"1", f=b"1")
-        cases: list[tuple[bool, str, bool]] = [
-            (False, "a", True), (False, "b", True), (False, "bb", False), (False, "d", False),
-            (True, "g", True), (True, "f", True), (True, "e", False), (True, "d", False),
-        ]  # fmt: skip
-        for reverse, written, conflicts in cases:
+    async def look() -> int:
+        looks = 0
+        while not done.is_set():
             tr = db.transaction()
-            [(seen, _)] = await tr.get_range(b"a", None, limit=1, reverse=reverse)
-            assert seen == (b"f" if reverse else b"b")
-            tr.set(b"0", b"mine")
-            meanwhile = db.transaction()
-            if written in ("a", "bb", "e", "g"):
-                meanwhile.set(written.encode(), b"1")
-                meanwhile.clear(written.encode())
-            else:
-                meanwhile.set(written.encode(), b"2")
-            await meanwhile.commit()
-            if conflicts:
-                with pytest.raises(Conflict):
-                    await tr.commit()
-            else:
-                await tr.commit()
+            try:
+                found = [int(await tr.get(account) or 0) for account in accounts[:2]]
+                found += [int(value) for _, value in await tr.get_range(accounts[2], None)]
+            except Conflict:
+                continue
+            assert sum(found) == 400
+            looks += 1
+        return looks
 
-    play(settings, scenario)
+    lookers = [asyncio.create_task(look()) for _ in range(3)]
+    await asyncio.gather(*(db.run(transfer) for _ in range(60)))
+    done.set()
+    assert sum(await asyncio.gather(*lookers)) > 0
 
 
 @needs_leader
-def test_a_snapshot_read_makes_no_conflict(settings: Settings) -> None:
-    async def scenario(db: Database) -> None:
-        await put(db, a=b"1", b=b"1")
+@played
+async def test_a_limited_read_conflicts_with_what_it_saw_and_no_more(db: Database) -> None:
+    await put(db, b=b"1", d=b"1", f=b"1")
+    cases: list[tuple[bool, str, bool]] = [
+        (False, "a", True), (False, "b", True), (False, "bb", False), (False, "d", False),
+        (True, "g", True), (True, "f", True), (True, "e", False), (True, "d", False),
+    ]  # fmt: skip
+    for reverse, written, conflicts in cases:
         tr = db.transaction()
-        assert await tr.get(b"a", snapshot=True) == b"1"
-        assert await tr.get_range(b"", None, snapshot=True) == [(b"a", b"1"), (b"b", b"1")]
-        tr.set(b"c", b"1")
-        await put(db, a=b"2")
-        await tr.commit()
+        [(seen, _)] = await tr.get_range(b"a", None, limit=1, reverse=reverse)
+        assert seen == (b"f" if reverse else b"b")
+        tr.set(b"0", b"mine")
+        meanwhile = db.transaction()
+        if written in ("a", "bb", "e", "g"):
+            meanwhile.set(written.encode(), b"1")
+            meanwhile.clear(written.encode())
+        else:
+            meanwhile.set(written.encode(), b"2")
+        await meanwhile.commit()
+        if conflicts:
+            with pytest.raises(Conflict):
+                await tr.commit()
+        else:
+            await tr.commit()
 
-    play(settings, scenario)
+
+@needs_leader
+@played
+async def test_a_snapshot_read_makes_no_conflict(db: Database) -> None:
+    await put(db, a=b"1", b=b"1")
+    tr = db.transaction()
+    assert await tr.get(b"a", snapshot=True) == b"1"
+    assert await tr.get_range(b"", None, snapshot=True) == [(b"a", b"1"), (b"b", b"1")]
+    tr.set(b"c", b"1")
+    await put(db, a=b"2")
+    await tr.commit()
 
 
 # -- committing
@@ -421,42 +410,38 @@ def test_i1_of_two_that_read_and_write_the_same_key_one_conflicts(settings: Sett
 
 
 @needs_leader
-def test_run_begins_again_until_nothing_is_in_its_way(settings: Settings) -> None:
-    async def scenario(db: Database) -> None:
-        attempts = 0
+@played
+async def test_run_begins_again_until_nothing_is_in_its_way(db: Database) -> None:
+    attempts = 0
 
-        async def work(tr: Transaction) -> str:
-            nonlocal attempts
-            attempts += 1
-            value = int(await tr.get(b"k") or 0)
-            if attempts <= 3:
-                await put(db, k=b"%d" % (value + 10))
-            tr.set(b"k", b"%d" % (value + 1))
-            return f"attempt {attempts}"
+    async def work(tr: Transaction) -> str:
+        nonlocal attempts
+        attempts += 1
+        value = int(await tr.get(b"k") or 0)
+        if attempts <= 3:
+            await put(db, k=b"%d" % (value + 10))
+        tr.set(b"k", b"%d" % (value + 1))
+        return f"attempt {attempts}"
 
-        assert await db.run(work) == "attempt 4"
-        assert await db.transaction().get(b"k") == b"31"
-
-    play(settings, scenario)
+    assert await db.run(work) == "attempt 4"
+    assert await db.transaction().get(b"k") == b"31"
 
 
 @needs_leader
-def test_run_gives_up_after_its_limit_with_the_last_conflict(settings: Settings) -> None:
-    async def scenario(db: Database) -> None:
-        attempts = 0
+@played
+async def test_run_gives_up_after_its_limit_with_the_last_conflict(db: Database) -> None:
+    attempts = 0
 
-        async def work(tr: Transaction) -> None:
-            nonlocal attempts
-            attempts += 1
-            await tr.get(b"k")
-            await put(db, k=b"%d" % attempts)
-            tr.set(b"k", b"mine")
+    async def work(tr: Transaction) -> None:
+        nonlocal attempts
+        attempts += 1
+        await tr.get(b"k")
+        await put(db, k=b"%d" % attempts)
+        tr.set(b"k", b"mine")
 
-        with pytest.raises(Conflict):
-            await db.run(work, retry_limit=2)
-        assert attempts == 3
-
-    play(settings, scenario)
+    with pytest.raises(Conflict):
+        await db.run(work, retry_limit=2)
+    assert attempts == 3
 
 
 @needs_leader
@@ -499,25 +484,23 @@ def test_run_begins_again_when_the_time_limit_has_passed(
 
 
 @needs_leader
-def test_i6_what_is_too_large_is_rejected_before_it_is_sent(settings: Settings, sql: Sql) -> None:
-    async def scenario(db: Database) -> None:
-        tr = db.transaction()
-        with pytest.raises(Rejected):
-            tr.set(b"k" * (codec.MAX_KEY_BYTES + 1), b"")
-        with pytest.raises(Rejected):
-            tr.set(b"k", b"v" * (codec.MAX_VALUE_BYTES + 1))
-        with pytest.raises(Rejected):
-            tr.clear_range(b"b", b"a")
-        for number in range(codec.MAX_TRANSACTION_BYTES // codec.MAX_VALUE_BYTES + 1):
-            tr.set(b"%d" % number, b"v" * codec.MAX_VALUE_BYTES)
-        with pytest.raises(Rejected):
-            await tr.commit()
-        assert requests(sql) == []
-        largest = db.transaction()
-        largest.set(b"k" * codec.MAX_KEY_BYTES, b"v" * codec.MAX_VALUE_BYTES)
-        assert await largest.commit() == 1
-
-    play(settings, scenario)
+@played
+async def test_i6_what_is_too_large_is_rejected_before_it_is_sent(db: Database, sql: Sql) -> None:
+    tr = db.transaction()
+    with pytest.raises(Rejected):
+        tr.set(b"k" * (codec.MAX_KEY_BYTES + 1), b"")
+    with pytest.raises(Rejected):
+        tr.set(b"k", b"v" * (codec.MAX_VALUE_BYTES + 1))
+    with pytest.raises(Rejected):
+        tr.clear_range(b"b", b"a")
+    for number in range(codec.MAX_TRANSACTION_BYTES // codec.MAX_VALUE_BYTES + 1):
+        tr.set(b"%d" % number, b"v" * codec.MAX_VALUE_BYTES)
+    with pytest.raises(Rejected):
+        await tr.commit()
+    assert requests(sql) == []
+    largest = db.transaction()
+    largest.set(b"k" * codec.MAX_KEY_BYTES, b"v" * codec.MAX_VALUE_BYTES)
+    assert await largest.commit() == 1
 
 
 @needs_leader
@@ -636,15 +619,13 @@ def test_i3_a_session_ended_in_the_middle_of_sending_is_replaced_and_the_request
 
 
 @needs_leader
-def test_reads_go_on_after_all_sessions_were_ended(settings: Settings, sql: Sql) -> None:
-    async def scenario(db: Database) -> None:
-        await put(db, k=b"1")
-        await asyncio.gather(*(db.transaction().get(b"k") for _ in range(20)))
-        for _ in range(3):
-            end_sessions(sql)
-            assert await asyncio.gather(*(db.transaction().get(b"k") for _ in range(20))) == [b"1"] * 20
-
-    play(settings, scenario)
+@played
+async def test_reads_go_on_after_all_sessions_were_ended(db: Database, sql: Sql) -> None:
+    await put(db, k=b"1")
+    await asyncio.gather(*(db.transaction().get(b"k") for _ in range(20)))
+    for _ in range(3):
+        end_sessions(sql)
+        assert await asyncio.gather(*(db.transaction().get(b"k") for _ in range(20))) == [b"1"] * 20
 
 
 Enqueue = Callable[..., Awaitable[Any]]
@@ -751,28 +732,24 @@ def test_i3_without_a_leader_the_outcome_is_unknown_and_can_be_asked_for_later(s
         assert found and (found.status, found.commit_version) == ("committed", 1)
 
 
-def test_a_client_that_is_closed_tells_those_who_still_wait(settings: Settings, sql: Sql) -> None:
-    async def scenario(db: Database) -> None:
-        commit = asyncio.create_task(put(db, k=b"v"))
-        await until(lambda: requests(sql))
-        await db.close()
-        with pytest.raises(OutcomeUnknown, match="closed"):
-            await commit
-
-    play(settings, scenario)
+@played
+async def test_a_client_that_is_closed_tells_those_who_still_wait(db: Database, sql: Sql) -> None:
+    commit = asyncio.create_task(put(db, k=b"v"))
+    await until(lambda: requests(sql))
+    await db.close()
+    with pytest.raises(OutcomeUnknown, match="closed"):
+        await commit
 
 
-def test_i3_the_reason_of_an_unknown_outcome_names_the_servers_trouble(settings: Settings, sql: Sql) -> None:
-    async def scenario(db: Database) -> None:
-        tr = db.transaction(commit_seconds=1.5)
-        tr.set(b"k", b"v")
-        commit = asyncio.create_task(tr.commit())
-        await until(lambda: requests(sql))
-        sql.execute("ALTER TABLE commit_requests RENAME TO elsewhere")
-        with pytest.raises(OutcomeUnknown, match="commit_requests"):
-            await commit
-
-    play(settings, scenario)
+@played
+async def test_i3_the_reason_of_an_unknown_outcome_names_the_servers_trouble(db: Database, sql: Sql) -> None:
+    tr = db.transaction(commit_seconds=1.5)
+    tr.set(b"k", b"v")
+    commit = asyncio.create_task(tr.commit())
+    await until(lambda: requests(sql))
+    sql.execute("ALTER TABLE commit_requests RENAME TO elsewhere")
+    with pytest.raises(OutcomeUnknown, match="commit_requests"):
+        await commit
 
 
 class Unreachable:
@@ -783,20 +760,18 @@ class Unreachable:
 
 
 @needs_leader
-def test_a_client_can_be_closed_while_the_server_is_down(settings: Settings) -> None:
-    async def scenario(db: Database) -> None:
-        tr = db.transaction()
-        watch = await tr.watch(b"k")
-        db._listener._opener = Unreachable()
-        await tr.commit()  # it wrote nothing, and waits for nobody
-        commit = asyncio.create_task(put(db, k=b"v"))
-        await until(lambda: db._submitter._trouble or db._submitter._sender)
-        await asyncio.wait_for(db.close(), PATIENCE)
-        assert watch.changed.cancelled()
-        with pytest.raises(OutcomeUnknown, match="closed"):
-            await commit
-
-    play(settings, scenario)
+@played
+async def test_a_client_can_be_closed_while_the_server_is_down(db: Database) -> None:
+    tr = db.transaction()
+    watch = await tr.watch(b"k")
+    db._listener._opener = Unreachable()
+    await tr.commit()  # it wrote nothing, and waits for nobody
+    commit = asyncio.create_task(put(db, k=b"v"))
+    await until(lambda: db._submitter._trouble or db._submitter._sender)
+    await asyncio.wait_for(db.close(), PATIENCE)
+    assert watch.changed.cancelled()
+    with pytest.raises(OutcomeUnknown, match="closed"):
+        await commit
 
 
 def test_i3_a_request_that_may_have_arrived_and_cannot_be_sent_again_has_an_unknown_outcome(
@@ -872,6 +847,13 @@ class Openings:
         return await open_session_async(self._settings, "client", writes=True)
 
 
+async def notify(sql: Sql, channel: str, heard: asyncio.Event) -> None:
+    """Notifies the channel, and waits until it is heard."""
+    heard.clear()
+    sql.execute(f'NOTIFY "{channel}"')
+    await asyncio.wait_for(heard.wait(), PATIENCE)
+
+
 def test_a_listener_outlives_a_server_that_is_unsuitable_for_a_while(settings: Settings, sql: Sql) -> None:
     async def scenario() -> None:
         heard = asyncio.Event()
@@ -881,10 +863,8 @@ def test_a_listener_outlives_a_server_that_is_unsuitable_for_a_while(settings: S
         heard.clear()
         end_sessions(sql)
         await asyncio.wait_for(heard.wait(), PATIENCE)  # after a reconnection, something may have been missed
-        heard.clear()
         assert openings.count == 4
-        sql.execute("NOTIFY news")
-        await asyncio.wait_for(heard.wait(), PATIENCE)
+        await notify(sql, "news", heard)
         await listener.close()
 
     asyncio.run(scenario())
@@ -899,9 +879,7 @@ def test_whoever_asks_a_listener_first_hears_why_it_cannot_listen_and_may_ask_ag
         with pytest.raises(UnsuitableServer):
             await listener.listen("news", heard.set)
         await asyncio.wait_for(listener.listen("news", heard.set), PATIENCE)
-        heard.clear()
-        sql.execute("NOTIFY news")
-        await asyncio.wait_for(heard.wait(), PATIENCE)
+        await notify(sql, "news", heard)
         await listener.close()
 
     asyncio.run(scenario())
@@ -919,9 +897,7 @@ def test_i7_a_channel_asked_for_while_the_listener_reconnects_misses_nothing_unn
             heard = asyncio.Event()
             end_sessions(sql)
             await listener.listen(f"new {number}", heard.set)
-            heard.clear()
-            sql.execute(f'NOTIFY "new {number}"')
-            await asyncio.wait_for(heard.wait(), PATIENCE)
+            await notify(sql, f"new {number}", heard)
         await asyncio.wait_for(listener.listen("last", lambda: None), PATIENCE)
         await listener.close()
 
@@ -998,12 +974,9 @@ def replay(records: Sequence[Recorded]) -> Data:
 
 
 def test_i1_what_concurrent_transactions_saw_is_what_one_after_the_other_would_have_with_two_takeovers_between(
-    settings: Settings, sql: Sql, start_leader: StartLeader
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders, start_leader: StartLeader
 ) -> None:
-    first = start_leader("first", "--ttl", "60s")
-    first.wait_for("elected epoch")
-    second = start_leader("second", "--ttl", "60s")
-    second.wait_for("standing")
+    first, second = two_leaders()
 
     async def scenario(db: Database) -> Recorder:
         recorder = Recorder(db)
