@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import sys
@@ -11,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
-from uuid import UUID
 
 import typer
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pgcoord_cli.core.outbox import Event, Outbox
     from pgcoord_cli.core.tail import From, Notice, Tail
     from pgcoord_cli.render import Output
-    from pgcoord_cli.render.events import EventStream
+
+UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 app = noun("Follow the event outboxes from a cursor on, without missing an event.")
 
@@ -286,7 +287,8 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Che
         events, position = batch.events[:left], batch.position
         if left is not None and len(events) == left and events:
             position = events[-1].event_id
-        _write(stream, oddities, events)
+        oddities.look_at(events)
+        stream.write(events)
         if checkpoint:
             checkpoint.save(position)
         if left is not None and (left := left - len(events)) == 0:
@@ -294,13 +296,6 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Che
     if received:
         _say_how_to_resume(out, outbox, call, position)
         raise typer.Exit(128 + received[0])
-
-
-def _write(stream: EventStream, oddities: Oddities, events: list[Event]) -> None:
-    for event in events:
-        oddities.look_at(event)
-    if events:
-        stream.write(events)
 
 
 def _stop_on_signals(tail: Tail) -> list[int]:
@@ -360,24 +355,25 @@ class Oddities:
         self._known = set(outbox.kinds)
         self._warned_of_ids = False
 
-    def look_at(self, event: Event) -> None:
-        """Warns of an unknown kind, and of an execution id that is no UUID."""
-        if event.kind not in self._known:
-            self._known.add(event.kind)
-            self._out.warn(f"event {event.event_id}: {event.kind!r} is not a kind that this pgcoord knows")
-        if not self._warned_of_ids and not _is_uuid(event.execution_id):
+    def look_at(self, events: list[Event]) -> None:
+        """Warns of unknown kinds, and of an execution id that is no UUID."""
+        if not {event.kind for event in events} <= self._known:
+            self._warn_of_kinds(events)
+        if not self._warned_of_ids:
+            self._look_for_odd_ids(events)
+
+    def _warn_of_kinds(self, events: list[Event]) -> None:
+        for event in events:
+            if event.kind not in self._known:
+                self._known.add(event.kind)
+                self._out.warn(f"event {event.event_id}: {event.kind!r} is not a kind that this pgcoord knows")
+
+    def _look_for_odd_ids(self, events: list[Event]) -> None:
+        is_uuid = UUID.fullmatch
+        odd = next((event for event in events if not is_uuid(event.execution_id)), None)
+        if odd:
             self._warned_of_ids = True
-            self._out.warn(
-                f"event {event.event_id}: execution id {event.execution_id!r} is not a UUID; there may be more"
-            )
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        UUID(text)
-    except ValueError:
-        return False
-    return True
+            self._out.warn(f"event {odd.event_id}: execution id {odd.execution_id!r} is not a UUID; there may be more")
 
 
 # -- lag

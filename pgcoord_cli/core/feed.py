@@ -25,7 +25,7 @@ from pgcoord_cli.db.pipeline import Pipeline, Statement
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.settings import Settings
 
-BATCH_LIMIT = 1_000
+BATCH_LIMIT = 4_000
 PATIENCE_SECONDS = 8.0
 """How long an answer may take before the connection is taken for dead."""
 

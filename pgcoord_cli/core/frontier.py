@@ -41,18 +41,25 @@ class Frontier:
     def advance(self, ids: Sequence[int], writers: Iterable[str] | None) -> int:
         """How many of `ids`, which are those beyond the position in order, may be delivered; moves past them."""
         settled = self._settled_through(writers)
-        count = 0
-        for event_id in ids:
-            if event_id > self.position + 1 and event_id > settled:
-                break
-            self.position = event_id
-            count += 1
+        count = self._count_deliverable(ids, settled)
+        if count:
+            self.position = ids[count - 1]
         self.position = max(self.position, settled)
         if ids:
             self.saw(ids[-1])
         if self._suspects and self._suspects[0] <= self.position:
             self._suspects = None
         return count
+
+    def _count_deliverable(self, ids: Sequence[int], settled: int) -> int:
+        if ids and ids[-1] - self.position == len(ids):
+            return len(ids)  # no gap at all: most of what there is to read
+        last = self.position
+        for count, event_id in enumerate(ids):
+            if event_id > last + 1 and event_id > settled:
+                return count
+            last = event_id
+        return len(ids)
 
     def saw(self, event_id: int) -> None:
         """Notes an id that has been drawn."""

@@ -282,7 +282,12 @@ class Tail:
                 frontier.saw(self._end)
         if frontier.position == before:
             return None
-        return Batch([event for event in reading.events[:count] if self._is_wanted(event)], frontier.position)
+        return Batch(self._wanted(reading.events[:count]), frontier.position)
+
+    def _wanted(self, events: list[Event]) -> list[Event]:
+        if self._end is None and self._filters == EVERYTHING and events and events[0].event_id > self._seen_before.head:
+            return events
+        return [event for event in events if self._is_wanted(event)]
 
     def _is_wanted(self, event: Event) -> bool:
         if event.event_id <= self._seen_before.head and event.event_id in self._seen_before:

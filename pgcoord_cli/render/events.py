@@ -51,7 +51,7 @@ class EventStream:
             _write_whole_lines([_markdown_line(self._columns), _markdown_line(["---"] * len(self._columns))])
 
     def write(self, events: Iterable[Any]) -> None:
-        """The events, a line each; they have reached whoever reads stdout when this returns."""
+        """The events, a line each; they have been handed to whoever reads stdout when this returns."""
         _write_whole_lines(map(self._line, events))
 
     def _line_maker(self, noun: str) -> Callable[[Any], str]:
@@ -144,18 +144,14 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def _write_whole_lines(lines: Iterable[str]) -> None:
-    """Every line in one write of its own or together with others, each write small enough for a pipe to take whole."""
+    """All of the lines, in writes that end where a line ends and that a pipe takes whole."""
+    data = "".join(lines).encode(sys.stdout.encoding, sys.stdout.errors or "strict")
     sys.stdout.flush()
     stream = sys.stdout.buffer
-    chunk: list[bytes] = []
-    size = 0
-    for line in lines:
-        data = line.encode(sys.stdout.encoding, sys.stdout.errors or "strict")
-        if size + len(data) > select.PIPE_BUF and chunk:
-            stream.write(b"".join(chunk))
-            stream.flush()
-            chunk, size = [], 0
-        chunk.append(data)
-        size += len(data)
-    stream.write(b"".join(chunk))
-    stream.flush()
+    start = 0
+    while start < len(data):
+        last_line_end = data.rfind(b"\n", start, start + select.PIPE_BUF)
+        end = (last_line_end if last_line_end >= 0 else data.index(b"\n", start)) + 1
+        stream.write(data[start:end])
+        stream.flush()
+        start = end
