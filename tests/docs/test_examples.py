@@ -26,14 +26,25 @@ def test_the_client_example_prints_what_the_page_says(settings: Settings, start_
     start_leader("A").wait_for("elected epoch")
     (program,) = blocks("docs/client.md", "python")
     (printed,) = blocks("docs/client.md", "text")
+    assert run(program, settings) == printed
+
+
+def test_the_tail_example_prints_what_the_page_says(settings: Settings) -> None:
+    (program,) = blocks("docs/tails.md", "python")
+    (printed,) = blocks("docs/tails.md", "text")
+    assert run(program, settings) == printed
+
+
+def run(program: str, settings: Settings) -> str:
+    """What a program prints, which has nothing to complain about."""
     done = subprocess.run(
         [sys.executable, "-c", program], env={"PGCOORD_DSN": settings.dsn}, capture_output=True, text=True, check=False
     )
     assert done.stderr == ""
-    assert done.stdout == printed
+    return done.stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/client.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/tails.md"])
 def test_python_in_the_documentation_compiles(document: str) -> None:
     assert blocks(document, "python")
     for program in blocks(document, "python"):
