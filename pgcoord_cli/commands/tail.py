@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pgcoord_cli.core.tail import From, Notice, Tail
     from pgcoord_cli.render import Output
 
-UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+UUIDS = re.compile(r"(?:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\n)*", re.IGNORECASE)
+"""Lines of UUIDs. Asking of all at once costs a third of asking of each."""
 
 app = noun("Follow the event outboxes from a cursor on, without missing an event.")
 
@@ -369,9 +370,9 @@ class Oddities:
                 self._out.warn(f"event {event.event_id}: {event.kind!r} is not a kind that this pgcoord knows")
 
     def _look_for_odd_ids(self, events: list[Event]) -> None:
-        is_uuid = UUID.fullmatch
-        odd = next((event for event in events if not is_uuid(event.execution_id)), None)
-        if odd:
+        ids = [event.execution_id + "\n" for event in events]
+        if not UUIDS.fullmatch("".join(ids)):
+            odd = next(event for event, line in zip(events, ids, strict=True) if not UUIDS.fullmatch(line))
             self._warned_of_ids = True
             self._out.warn(f"event {odd.event_id}: execution id {odd.execution_id!r} is not a UUID; there may be more")
 

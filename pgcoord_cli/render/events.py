@@ -100,26 +100,26 @@ def watch_reader(gone: Callable[[], None]) -> None:
 
 def _json_maker(noun: str, quoted: Callable[[str], str]) -> Callable[[Any], str]:
     """Four times as fast as json.dumps of a dict, which would take most of the time of a catch-up."""
-
-    def text(value: str | None) -> str:
-        return "null" if value is None else quoted(value)
+    null = "null"
 
     def lease(event: Any) -> str:
         event_id, execution, link, kind, occurred, partition, namespace, tag, committed = event
         return (
             f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "event_type": {quoted(kind)}, '
-            f'"execution_id": {quoted(execution)}, "lease_id": {text(link)}, "occurred_at_ms": {occurred}, '
-            f'"committed_at_ms": {committed}, "partition_key": {partition}, "namespace": {text(namespace)}, '
-            f'"instance_tag": {text(tag)}}}\n'
+            f'"execution_id": {quoted(execution)}, "lease_id": {null if link is None else quoted(link)}, '
+            f'"occurred_at_ms": {occurred}, "committed_at_ms": {committed}, "partition_key": {partition}, '
+            f'"namespace": {null if namespace is None else quoted(namespace)}, '
+            f'"instance_tag": {null if tag is None else quoted(tag)}}}\n'
         )
 
     def completion(event: Any) -> str:
         event_id, execution, link, kind, occurred, partition, namespace, tag, committed = event
         return (
             f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "outcome": {quoted(kind)}, '
-            f'"execution_id": {quoted(execution)}, "flow_id": {text(link)}, "occurred_at_ms": {occurred}, '
-            f'"committed_at_ms": {committed}, "partition_key": {partition}, "namespace": {text(namespace)}, '
-            f'"instance_tag": {text(tag)}}}\n'
+            f'"execution_id": {quoted(execution)}, "flow_id": {null if link is None else quoted(link)}, '
+            f'"occurred_at_ms": {occurred}, "committed_at_ms": {committed}, "partition_key": {partition}, '
+            f'"namespace": {null if namespace is None else quoted(namespace)}, '
+            f'"instance_tag": {null if tag is None else quoted(tag)}}}\n'
         )
 
     return {"lease": lease, "completion": completion}[noun]
