@@ -7,7 +7,7 @@ _pgcoord_command() {
     valued='--dsn --schema -o --output --color'
     case $1 in
         'pgcoord')
-            commands='migrate leader kv commit tail gc dev bench demo'
+            commands='migrate leader kv commit flow execution worker reconcile tail gc dev bench demo'
             ;;
         'pgcoord migrate')
             commands='up status sql verify grant'
@@ -94,6 +94,50 @@ _pgcoord_command() {
             options="--status --limit $options"
             valued="--status --limit $valued"
             ;;
+        'pgcoord flow')
+            commands='create show list cancel'
+            ;;
+        'pgcoord flow create')
+            options="--check $options"
+            ;;
+        'pgcoord flow show')
+            options="--format $options"
+            valued="--format $valued"
+            ;;
+        'pgcoord flow list')
+            options="--namespace --limit $options"
+            valued="--namespace --limit $valued"
+            ;;
+        'pgcoord execution')
+            commands='claim renew complete fail revoke show'
+            ;;
+        'pgcoord execution claim')
+            options="--owner --lease --namespace --instance-tag $options"
+            valued="--owner --lease --namespace --instance-tag $valued"
+            ;;
+        'pgcoord execution renew')
+            options="--epoch --lease $options"
+            valued="--epoch --lease $valued"
+            ;;
+        'pgcoord execution complete')
+            options="--epoch $options"
+            valued="--epoch $valued"
+            ;;
+        'pgcoord execution fail')
+            options="--epoch --reason $options"
+            valued="--epoch --reason $valued"
+            ;;
+        'pgcoord worker')
+            commands='run'
+            ;;
+        'pgcoord worker run')
+            options="--once --concurrency --lease --owner --namespace --instance-tag $options"
+            valued="--concurrency --lease --owner --namespace --instance-tag $valued"
+            ;;
+        'pgcoord reconcile')
+            options="--batch-limit --stale-threshold-ms --namespace --instance-tag --drain --loop --interval --list-quarantined --retry $options"
+            valued="--batch-limit --stale-threshold-ms --namespace --instance-tag --interval --retry $valued"
+            ;;
         'pgcoord tail')
             commands='lease completion'
             ;;
@@ -160,6 +204,10 @@ _pgcoord_value() {
         *' --output') how=(-W 'table plain json jsonl csv markdown') ;;
         *' --color') how=(-W 'auto always never') ;;
         'pgcoord kv load 1') how=(-f) ;;
+        'pgcoord flow create 1') how=(-f) ;;
+        'pgcoord flow show --format') how=(-W 'tree mermaid dot json') ;;
+        'pgcoord reconcile 1') how=(-W 'dependency lease-expiry sibling-cancel orphaned-commits all') ;;
+        'pgcoord reconcile --retry') how=(-W 'EVENT_ID all') ;;
         'pgcoord tail lease --until') how=(-W 'TIME CURSOR') ;;
         'pgcoord tail lease --cursor-file') how=(-f) ;;
         'pgcoord tail completion --until') how=(-W 'TIME CURSOR') ;;

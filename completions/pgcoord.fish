@@ -29,6 +29,21 @@ function __pgcoord_is_command
         'pgcoord commit list' \
         'pgcoord commit show' \
         'pgcoord commit explain' \
+        'pgcoord flow' \
+        'pgcoord flow create' \
+        'pgcoord flow show' \
+        'pgcoord flow list' \
+        'pgcoord flow cancel' \
+        'pgcoord execution' \
+        'pgcoord execution claim' \
+        'pgcoord execution renew' \
+        'pgcoord execution complete' \
+        'pgcoord execution fail' \
+        'pgcoord execution revoke' \
+        'pgcoord execution show' \
+        'pgcoord worker' \
+        'pgcoord worker run' \
+        'pgcoord reconcile' \
         'pgcoord tail' \
         'pgcoord tail lease' \
         'pgcoord tail completion' \
@@ -76,6 +91,29 @@ function __pgcoord_takes_value
         'pgcoord kv range --limit' \
         'pgcoord commit list --status' \
         'pgcoord commit list --limit' \
+        'pgcoord flow show --format' \
+        'pgcoord flow list --namespace' \
+        'pgcoord flow list --limit' \
+        'pgcoord execution claim --owner' \
+        'pgcoord execution claim --lease' \
+        'pgcoord execution claim --namespace' \
+        'pgcoord execution claim --instance-tag' \
+        'pgcoord execution renew --epoch' \
+        'pgcoord execution renew --lease' \
+        'pgcoord execution complete --epoch' \
+        'pgcoord execution fail --epoch' \
+        'pgcoord execution fail --reason' \
+        'pgcoord worker run --concurrency' \
+        'pgcoord worker run --lease' \
+        'pgcoord worker run --owner' \
+        'pgcoord worker run --namespace' \
+        'pgcoord worker run --instance-tag' \
+        'pgcoord reconcile --batch-limit' \
+        'pgcoord reconcile --stale-threshold-ms' \
+        'pgcoord reconcile --namespace' \
+        'pgcoord reconcile --instance-tag' \
+        'pgcoord reconcile --interval' \
+        'pgcoord reconcile --retry' \
         'pgcoord tail lease --from' \
         'pgcoord tail lease --since' \
         'pgcoord tail lease --until' \
@@ -164,6 +202,10 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'migrate' -d 'Bring the schem
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'leader' -d 'Run, inspect and watch the elected leader.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'kv' -d 'Read and write the transactional key-value data.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'commit' -d 'Look at commit requests and what became of them.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'flow' -d 'Create, show and cancel flows: executions that wait for each other.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'execution' -d 'Claim executions, keep their leases, end them.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'worker' -d 'Run commands for executions as they become eligible.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'reconcile' -d 'Repair what crashes left behind.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'tail' -d 'Follow the event outboxes from a cursor on, without missing an event.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'gc' -d 'Collect garbage: settled requests and old events that nobody can ask for any more.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'dev' -d 'Keep a PostgreSQL of your own to try things on.'
@@ -229,6 +271,47 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'show' -d 'Say what be
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'explain' -d 'Say what a request read and wrote, when what happened to it, and which commit it lost to.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l status -r -f -d 'Only one of: pending, committed, conflict, too_old, rejected, orphaned.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l limit -r -f -d 'At most so many.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord flow'" -a 'create' -d 'Create a flow from a file: executions, edges between them, a policy for each that waits.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord flow'" -a 'show' -d 'Draw a flow with the states of its executions.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord flow'" -a 'list' -d 'List flows, newest first, with how many of their executions are unfinished or failed.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord flow'" -a 'cancel' -d 'Cancel whatever of a flow has not ended.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord flow create' 1" -F
+complete -c pgcoord -n "__pgcoord_at 'pgcoord flow create'" -l check -d 'Only say whether the file is right.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord flow show'" -l format -r -f -a 'tree mermaid dot json' -d 'How to draw it.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord flow list'" -l namespace -r -f -d 'Only of this namespace.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord flow list'" -l limit -r -f -d 'At most so many.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution'" -a 'claim' -d 'Lease the oldest eligible execution; exit 3 when there is none.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution'" -a 'renew' -d 'Prolong a lease from now on; exit 6 when it is over.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution'" -a 'complete' -d 'End an execution as a success; exit 6, and nothing changed, when the lease is over.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution'" -a 'fail' -d 'End an attempt as a failure: eligible again after a back-off, or failed if it was the last; exit 6 as above.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution'" -a 'revoke' -d 'Take a running execution away from its worker, for another to run; exit 3 when it is not running.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution'" -a 'show' -d 'Show one execution, and who runs it; exit 3 when there is none.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution claim'" -l owner -r -f -d 'Who is going to do it. [default: host and pid]'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution claim'" -l lease -r -f -d 'How long the lease lasts unrenewed.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution claim'" -l namespace -r -f -d 'Only of this namespace.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution claim'" -l instance-tag -r -f -d 'Only with this tag.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution renew'" -l epoch -r -f -d 'As execution claim printed it.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution renew'" -l lease -r -f -d 'How long the lease lasts unrenewed.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution complete'" -l epoch -r -f -d 'As execution claim printed it.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution fail'" -l epoch -r -f -d 'As execution claim printed it.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord execution fail'" -l reason -r -f -d 'Shown with the execution.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord worker'" -a 'run' -d 'Claim executions, run a command for each, renew its lease, and end it by the exit status.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord worker run'" -l once -d 'End when nothing is eligible any more, nor will be after a back-off.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord worker run'" -l concurrency -r -f -d 'Commands at once.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord worker run'" -l lease -r -f -d 'How long a lease lasts unrenewed; at least 1s.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord worker run'" -l owner -r -f -d 'Name of this worker. [default: host and pid]'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord worker run'" -l namespace -r -f -d 'Only of this namespace.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord worker run'" -l instance-tag -r -f -d 'Only with this tag.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile' 1" -f -a 'dependency lease-expiry sibling-cancel orphaned-commits all'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile'" -l batch-limit -r -f -d 'Rows a tick.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile'" -l stale-threshold-ms -r -f -d 'Leave younger events alone.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile'" -l namespace -r -f -d 'Only of this namespace.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile'" -l instance-tag -r -f -d 'Only with this tag.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile'" -l drain -d 'Tick until nothing is left to do.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile'" -l loop -d 'Tick for ever, until Ctrl-C.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile'" -l interval -r -f -d 'With --loop: time between two ticks.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile'" -l list-quarantined -d 'Only list the events that are not tried any more.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord reconcile'" -l retry -r -f -a 'EVENT_ID all' -d 'Only have quarantined events tried again.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail'" -a 'lease' -d 'Follow the lease events: acquired, renewed, expired, reclaimed, revoked.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail'" -a 'completion' -d 'Follow the completion events: success, failed, cancelled, skipped.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l from -r -f -d 'Start after this cursor. [default: from now on]'

@@ -18,6 +18,190 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION pgcoord.dispatch_completions(ids bigint[]) RETURNS TABLE(claimed_id bigint, counted integer)
+    LANGUAGE plpgsql
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $$
+DECLARE
+    claimed bigint[];
+    upstreams uuid[];
+    touched uuid[];
+BEGIN
+    WITH mine AS (
+        SELECT event_id FROM completion_events
+         WHERE event_id = ANY (ids) AND dispatched_at_ms IS NULL
+         ORDER BY event_id FOR UPDATE SKIP LOCKED
+    ), marked AS (
+        UPDATE completion_events AS event
+           SET dispatched_at_ms = (extract(epoch FROM clock_timestamp()) * 1000)::bigint
+          FROM mine WHERE event.event_id = mine.event_id
+        RETURNING event.event_id, event.execution_id
+    )
+    SELECT array_agg(marked.event_id), array_agg(marked.execution_id) INTO claimed, upstreams FROM marked;
+    IF claimed IS NULL THEN
+        RETURN;
+    END IF;
+    DELETE FROM dispatch_failures WHERE event_id = ANY (claimed);
+
+    SELECT array_agg(downstream_id) INTO touched
+      FROM (SELECT downstream_id FROM edge_groups
+             WHERE downstream_id IN (SELECT downstream_id FROM edges WHERE upstream_id = ANY (upstreams))
+             ORDER BY downstream_id FOR UPDATE) AS locked;
+
+    RETURN QUERY
+    WITH first_event AS (
+        SELECT DISTINCT ON (execution_id) execution_id, event_id, outcome
+          FROM completion_events WHERE event_id = ANY (claimed) ORDER BY execution_id, event_id
+    ), settled AS (
+        UPDATE edges
+           SET outcome = first_event.outcome
+          FROM first_event
+         WHERE edges.upstream_id = first_event.execution_id AND edges.outcome IS NULL
+        RETURNING edges.downstream_id, edges.outcome, first_event.event_id
+    ), totals AS (
+        SELECT downstream_id, count(*) AS number,
+               count(*) FILTER (WHERE outcome = 'success') AS successes,
+               count(*) FILTER (WHERE outcome = 'skipped') AS skips
+          FROM settled GROUP BY downstream_id
+    ), advanced AS (
+        UPDATE edge_groups
+           SET success_count = success_count + successes, skip_count = skip_count + skips,
+               fail_count = fail_count + number - successes - skips, running_count = running_count - number
+          FROM totals
+         WHERE edge_groups.downstream_id = totals.downstream_id
+    )
+    SELECT mine.event_id, (SELECT count(*)::integer FROM settled WHERE settled.event_id = mine.event_id)
+      FROM unnest(claimed) AS mine (event_id);
+    PERFORM judge_groups(touched);
+END
+$$;
+
+CREATE FUNCTION pgcoord.end_executions(ids uuid[], ending text, why text) RETURNS SETOF uuid
+    LANGUAGE plpgsql
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $$
+BEGIN
+    RETURN QUERY
+    WITH ended AS (
+        UPDATE executions
+           SET state = ending, ended_at = clock_timestamp(), reason = why
+         WHERE execution_id = ANY (ids) AND ended_at IS NULL
+        RETURNING executions.execution_id, flow_id, partition_key, namespace, instance_tag
+    ), released AS (
+        DELETE FROM execution_leases USING ended WHERE execution_leases.execution_id = ended.execution_id
+        RETURNING execution_leases.execution_id, lease_id
+    ), revoked AS (
+        INSERT INTO lease_events (execution_id, lease_id, event_type, partition_key, namespace, instance_tag)
+        SELECT ended.execution_id, released.lease_id, 'revoked', ended.partition_key, ended.namespace, ended.instance_tag
+          FROM released JOIN ended USING (execution_id)
+         WHERE ending IN ('cancelled', 'skipped')
+    )
+    INSERT INTO completion_events (execution_id, flow_id, outcome, partition_key, namespace, instance_tag)
+    SELECT execution_id, flow_id, ending, partition_key, namespace, instance_tag
+      FROM ended
+     ORDER BY execution_id
+    RETURNING completion_events.execution_id;
+END
+$$;
+
+CREATE FUNCTION pgcoord.end_leases(ids uuid[], event text, most_losses integer) RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $$
+DECLARE
+    lost integer;
+BEGIN
+    WITH freed AS (
+        DELETE FROM execution_leases WHERE execution_id = ANY (ids) RETURNING execution_id, lease_id
+    ), again AS (
+        UPDATE executions
+           SET state = 'eligible', is_reclaimed = (event = 'expired'),
+               lost_leases = lost_leases + (event = 'expired')::integer
+          FROM freed
+         WHERE executions.execution_id = freed.execution_id AND state = 'running'
+        RETURNING executions.execution_id, freed.lease_id, partition_key, namespace, instance_tag
+    ), told AS (
+        INSERT INTO lease_events (execution_id, lease_id, event_type, partition_key, namespace, instance_tag)
+        SELECT execution_id, lease_id, event, partition_key, namespace, instance_tag FROM again ORDER BY execution_id
+    )
+    SELECT count(*) INTO lost FROM again;
+    PERFORM end_executions(
+        array(SELECT execution_id FROM executions WHERE execution_id = ANY (ids) AND lost_leases > most_losses),
+        'failed', 'its workers vanished too often');
+    IF lost > 0 THEN
+        PERFORM pg_notify(current_schema() || '.executions', '');
+    END IF;
+    RETURN lost;
+END
+$$;
+
+CREATE FUNCTION pgcoord.fail_execution(id uuid, epoch bigint, why text) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $$
+DECLARE
+    is_last boolean;
+BEGIN
+    UPDATE executions
+       SET failures = failures + 1, is_reclaimed = false
+     WHERE execution_id = id AND lease_epoch = epoch AND state = 'running'
+    RETURNING failures >= max_attempts INTO is_last;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    IF is_last THEN
+        PERFORM end_executions(ARRAY[id], 'failed', why);
+        RETURN 'failed';
+    END IF;
+    UPDATE executions
+       SET state = 'eligible', reason = why,
+           eligible_from = clock_timestamp() + least(interval '1 second' * 2 ^ (failures - 1), interval '10 minutes')
+     WHERE execution_id = id;
+    DELETE FROM execution_leases WHERE execution_id = id;
+    RETURN 'eligible';
+END
+$$;
+
+CREATE FUNCTION pgcoord.judge_groups(ids uuid[]) RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $$
+DECLARE
+    satisfied uuid[];
+    impossible uuid[];
+    siblings uuid[];
+BEGIN
+    WITH judged AS (
+        UPDATE edge_groups
+           SET state = CASE WHEN success_count >= required THEN 'satisfied' ELSE 'impossible' END
+         WHERE downstream_id = ANY (ids) AND state = 'pending'
+           AND (success_count >= required OR success_count + running_count < required)
+        RETURNING downstream_id, state, cancel_siblings
+    ), needless AS (
+        SELECT DISTINCT edges.upstream_id
+          FROM judged JOIN edges USING (downstream_id) JOIN executions ON execution_id = edges.upstream_id
+         WHERE judged.state = 'satisfied' AND judged.cancel_siblings AND executions.ended_at IS NULL
+    )
+    SELECT (SELECT array_agg(downstream_id) FROM judged WHERE state = 'satisfied'),
+           (SELECT array_agg(downstream_id) FROM judged WHERE state = 'impossible'),
+           (SELECT array_agg(upstream_id) FROM needless)
+      INTO satisfied, impossible, siblings;
+
+    -- Everything that is about to change is locked in one order, whoever else does the same.
+    PERFORM FROM executions
+      WHERE execution_id = ANY (satisfied || impossible || siblings) ORDER BY execution_id FOR UPDATE;
+    UPDATE executions SET state = 'eligible' WHERE execution_id = ANY (satisfied) AND state = 'blocked';
+    PERFORM end_executions(
+        array(SELECT execution_id FROM executions WHERE execution_id = ANY (impossible) AND state = 'blocked'),
+        'skipped', 'what it waits for can no longer succeed');
+    PERFORM end_executions(siblings, 'cancelled', 'enough of its siblings succeeded');
+    IF satisfied IS NOT NULL THEN
+        PERFORM pg_notify(current_schema() || '.executions', '');
+    END IF;
+    RETURN coalesce(cardinality(satisfied), 0) + coalesce(cardinality(impossible), 0);
+END
+$$;
+
 CREATE FUNCTION pgcoord.settle_commits(leader_epoch bigint, leader_term uuid, version_before bigint, version_after bigint, new_conflict_floor bigint, new_window_start_id bigint, new_queue_floor_id bigint, ids bigint[], statuses text[], versions bigint[], reasons text[]) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
@@ -135,6 +319,120 @@ ALTER TABLE pgcoord.completion_events ALTER COLUMN event_id ADD GENERATED ALWAYS
     NO MAXVALUE
     CACHE 1
 );
+
+CREATE TABLE pgcoord.dispatch_failures (
+    event_id bigint NOT NULL,
+    attempts integer DEFAULT 1 NOT NULL,
+    last_error text NOT NULL,
+    retry_at timestamp with time zone NOT NULL,
+    quarantined_at timestamp with time zone
+);
+
+COMMENT ON TABLE pgcoord.dispatch_failures IS 'Completion events that could not be carried on: when they are tried again, or that they are not.';
+
+CREATE TABLE pgcoord.edge_groups (
+    downstream_id uuid NOT NULL,
+    flow_id uuid NOT NULL,
+    policy jsonb NOT NULL,
+    required integer NOT NULL,
+    cancel_siblings boolean DEFAULT false NOT NULL,
+    state text DEFAULT 'pending'::text NOT NULL,
+    success_count integer DEFAULT 0 NOT NULL,
+    fail_count integer DEFAULT 0 NOT NULL,
+    skip_count integer DEFAULT 0 NOT NULL,
+    running_count integer DEFAULT 0 NOT NULL,
+    CONSTRAINT edge_groups_required_check CHECK ((required >= 1)),
+    CONSTRAINT edge_groups_running_count_check CHECK ((running_count >= 0)),
+    CONSTRAINT edge_groups_state_check CHECK ((state = ANY (ARRAY['pending'::text, 'satisfied'::text, 'impossible'::text])))
+)
+WITH (fillfactor='70');
+
+COMMENT ON TABLE pgcoord.edge_groups IS 'What an execution waits for: the policy over all edges into it, and how they stand.';
+
+COMMENT ON COLUMN pgcoord.edge_groups.required IS 'How many upstreams have to succeed: all for all_of, one for any_of, k for quorum.';
+
+COMMENT ON COLUMN pgcoord.edge_groups.fail_count IS 'Upstreams that failed or were cancelled.';
+
+COMMENT ON COLUMN pgcoord.edge_groups.running_count IS 'Upstreams that have not been counted.';
+
+CREATE TABLE pgcoord.edges (
+    edge_id uuid DEFAULT gen_random_uuid() NOT NULL,
+    flow_id uuid NOT NULL,
+    upstream_id uuid NOT NULL,
+    downstream_id uuid NOT NULL,
+    outcome text
+)
+WITH (fillfactor='70');
+
+COMMENT ON TABLE pgcoord.edges IS 'The downstream execution waits for the upstream one.';
+
+COMMENT ON COLUMN pgcoord.edges.outcome IS 'What the upstream came to, once that has been counted in the group: exactly once.';
+
+CREATE TABLE pgcoord.execution_leases (
+    execution_id uuid NOT NULL,
+    lease_id uuid DEFAULT gen_random_uuid() NOT NULL,
+    lease_epoch bigint NOT NULL,
+    owner text NOT NULL,
+    expires_at timestamp with time zone NOT NULL
+);
+
+COMMENT ON TABLE pgcoord.execution_leases IS 'Who runs which execution, and until when unless the lease is renewed.';
+
+CREATE TABLE pgcoord.executions (
+    execution_id uuid DEFAULT gen_random_uuid() NOT NULL,
+    flow_id uuid,
+    name text NOT NULL,
+    queue_position bigint NOT NULL,
+    partition_key smallint DEFAULT 0 NOT NULL,
+    namespace text,
+    instance_tag text,
+    state text NOT NULL,
+    command text[],
+    max_attempts integer DEFAULT 1 NOT NULL,
+    failures integer DEFAULT 0 NOT NULL,
+    lost_leases integer DEFAULT 0 NOT NULL,
+    lease_epoch bigint DEFAULT 0 NOT NULL,
+    is_reclaimed boolean DEFAULT false NOT NULL,
+    eligible_from timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    reason text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    ended_at timestamp with time zone,
+    CONSTRAINT executions_check CHECK (((state = ANY (ARRAY['success'::text, 'failed'::text, 'cancelled'::text, 'skipped'::text])) = (ended_at IS NOT NULL))),
+    CONSTRAINT executions_max_attempts_check CHECK ((max_attempts >= 1)),
+    CONSTRAINT executions_state_check CHECK ((state = ANY (ARRAY['blocked'::text, 'eligible'::text, 'running'::text, 'success'::text, 'failed'::text, 'cancelled'::text, 'skipped'::text])))
+)
+WITH (fillfactor='70');
+
+COMMENT ON TABLE pgcoord.executions IS 'Units of work. blocked waits for others; eligible waits for a worker; the last four are final.';
+
+COMMENT ON COLUMN pgcoord.executions.failures IS 'How many attempts failed; at max_attempts the execution has failed.';
+
+COMMENT ON COLUMN pgcoord.executions.lost_leases IS 'How many attempts ended because the worker vanished.';
+
+COMMENT ON COLUMN pgcoord.executions.lease_epoch IS 'Grows with every claim; a worker that names an older one is fenced.';
+
+COMMENT ON COLUMN pgcoord.executions.is_reclaimed IS 'Whether the next claim takes over from a worker that vanished.';
+
+COMMENT ON COLUMN pgcoord.executions.eligible_from IS 'Before this time nobody claims it: the back-off between two attempts.';
+
+ALTER TABLE pgcoord.executions ALTER COLUMN queue_position ADD GENERATED ALWAYS AS IDENTITY (
+    SEQUENCE NAME pgcoord.executions_queue_position_seq
+    START WITH 1
+    INCREMENT BY 1
+    NO MINVALUE
+    NO MAXVALUE
+    CACHE 1
+);
+
+CREATE TABLE pgcoord.flows (
+    flow_id uuid DEFAULT gen_random_uuid() NOT NULL,
+    namespace text,
+    instance_tag text,
+    created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    cancelled_at timestamp with time zone
+);
+
+COMMENT ON TABLE pgcoord.flows IS 'Graphs of executions that were created together.';
 
 CREATE TABLE pgcoord.kv (
     key bytea NOT NULL,
@@ -274,6 +572,27 @@ ALTER TABLE ONLY pgcoord.commit_requests
 ALTER TABLE ONLY pgcoord.completion_events
     ADD CONSTRAINT completion_events_pkey PRIMARY KEY (event_id);
 
+ALTER TABLE ONLY pgcoord.dispatch_failures
+    ADD CONSTRAINT dispatch_failures_pkey PRIMARY KEY (event_id);
+
+ALTER TABLE ONLY pgcoord.edge_groups
+    ADD CONSTRAINT edge_groups_pkey PRIMARY KEY (downstream_id);
+
+ALTER TABLE ONLY pgcoord.edges
+    ADD CONSTRAINT edges_pkey PRIMARY KEY (edge_id);
+
+ALTER TABLE ONLY pgcoord.edges
+    ADD CONSTRAINT edges_upstream_id_downstream_id_key UNIQUE (upstream_id, downstream_id);
+
+ALTER TABLE ONLY pgcoord.execution_leases
+    ADD CONSTRAINT execution_leases_pkey PRIMARY KEY (execution_id);
+
+ALTER TABLE ONLY pgcoord.executions
+    ADD CONSTRAINT executions_pkey PRIMARY KEY (execution_id);
+
+ALTER TABLE ONLY pgcoord.flows
+    ADD CONSTRAINT flows_pkey PRIMARY KEY (flow_id);
+
 ALTER TABLE ONLY pgcoord.kv
     ADD CONSTRAINT kv_pkey PRIMARY KEY (key);
 
@@ -297,6 +616,16 @@ ALTER TABLE ONLY pgcoord.subscriptions
 
 CREATE INDEX completion_events_undispatched ON pgcoord.completion_events USING btree (event_id) WHERE (dispatched_at_ms IS NULL);
 
+CREATE INDEX edges_downstream ON pgcoord.edges USING btree (downstream_id);
+
+CREATE INDEX execution_leases_expires_at ON pgcoord.execution_leases USING btree (expires_at);
+
+CREATE INDEX executions_eligible ON pgcoord.executions USING btree (queue_position) WHERE (state = 'eligible'::text);
+
+CREATE UNIQUE INDEX executions_name_in_flow ON pgcoord.executions USING btree (flow_id, name);
+
+CREATE INDEX flows_created_at ON pgcoord.flows USING btree (created_at);
+
 CREATE INDEX leader_history_acquired_at ON pgcoord.leader_history USING btree (acquired_at);
 
 CREATE TRIGGER announce BEFORE INSERT ON pgcoord.completion_events FOR EACH STATEMENT EXECUTE FUNCTION pgcoord.announce_events();
@@ -306,3 +635,27 @@ ALTER TABLE pgcoord.completion_events ENABLE ALWAYS TRIGGER announce;
 CREATE TRIGGER announce BEFORE INSERT ON pgcoord.lease_events FOR EACH STATEMENT EXECUTE FUNCTION pgcoord.announce_events();
 
 ALTER TABLE pgcoord.lease_events ENABLE ALWAYS TRIGGER announce;
+
+ALTER TABLE ONLY pgcoord.dispatch_failures
+    ADD CONSTRAINT dispatch_failures_event_id_fkey FOREIGN KEY (event_id) REFERENCES pgcoord.completion_events(event_id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY pgcoord.edge_groups
+    ADD CONSTRAINT edge_groups_downstream_id_fkey FOREIGN KEY (downstream_id) REFERENCES pgcoord.executions(execution_id);
+
+ALTER TABLE ONLY pgcoord.edge_groups
+    ADD CONSTRAINT edge_groups_flow_id_fkey FOREIGN KEY (flow_id) REFERENCES pgcoord.flows(flow_id);
+
+ALTER TABLE ONLY pgcoord.edges
+    ADD CONSTRAINT edges_downstream_id_fkey FOREIGN KEY (downstream_id) REFERENCES pgcoord.edge_groups(downstream_id);
+
+ALTER TABLE ONLY pgcoord.edges
+    ADD CONSTRAINT edges_flow_id_fkey FOREIGN KEY (flow_id) REFERENCES pgcoord.flows(flow_id);
+
+ALTER TABLE ONLY pgcoord.edges
+    ADD CONSTRAINT edges_upstream_id_fkey FOREIGN KEY (upstream_id) REFERENCES pgcoord.executions(execution_id);
+
+ALTER TABLE ONLY pgcoord.execution_leases
+    ADD CONSTRAINT execution_leases_execution_id_fkey FOREIGN KEY (execution_id) REFERENCES pgcoord.executions(execution_id);
+
+ALTER TABLE ONLY pgcoord.executions
+    ADD CONSTRAINT executions_flow_id_fkey FOREIGN KEY (flow_id) REFERENCES pgcoord.flows(flow_id);

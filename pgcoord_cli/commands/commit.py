@@ -7,7 +7,7 @@ from uuid import UUID
 
 import typer
 
-from pgcoord_cli.commands.framework import Limit, command, noun, output_of
+from pgcoord_cli.commands.framework import Limit, command, identifier, noun, output_of
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
 app = noun("Look at commit requests and what became of them.")
@@ -89,10 +89,7 @@ def explain(ctx: typer.Context, request_id: RequestId) -> None:
 
 
 def _request_id(text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise UsageError(f"REQUEST_ID: {text!r} is not a UUID", hint="pgcoord commit list shows them") from None
+    return identifier(text, "REQUEST_ID", "pgcoord commit list shows them")
 
 
 def _absent(request_id: UUID) -> ConditionFalse:

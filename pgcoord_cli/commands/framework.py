@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any
+from uuid import UUID
 
 import typer
 from typer._click.core import Command as ClickCommand
@@ -196,6 +198,14 @@ def output_of(ctx: typer.Context) -> tuple[Settings, Output]:
     return settings, Output(settings)
 
 
+def identifier(text: str, argument: str, hint: str | None = None) -> UUID:
+    """The UUID that an argument has to be; UsageError otherwise."""
+    try:
+        return UUID(text)
+    except ValueError:
+        raise UsageError(f"{argument}: {text!r} is not a UUID", hint=hint) from None
+
+
 def row_count(option: str) -> Callable[[int], int]:
     """A Typer callback that refuses more rows than PostgreSQL counts in an integer."""
 
@@ -224,6 +234,26 @@ def duration(option: str, minimum: float = 0.0, longest: float = LONGEST_WAIT) -
         return seconds
 
     return parse
+
+
+def stop_on_signals(stop: Callable[[], None], times: int = 1) -> list[int]:
+    """Has the first SIGINT or SIGTERM, or as many as `times`, call `stop`; the next one breaks off at once.
+
+    Returns the list that they are noted in.
+    """
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, _frame: Any) -> None:
+        received.append(number)
+        stop()
+        if len(received) >= times:
+            for again, handler in handlers.items():
+                signal.signal(again, handler)
+
+    for number in handlers:
+        signal.signal(number, on_signal)
+    return received
 
 
 @contextmanager

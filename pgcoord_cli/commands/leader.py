@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pgcoord_cli.commands.framework import Limit, command, duration, noun, output_of
+from pgcoord_cli.commands.framework import Limit, command, duration, noun, output_of, stop_on_signals
 from pgcoord_cli.errors import ConditionFalse, interruption
 from pgcoord_cli.settings import check_text
 
@@ -47,17 +46,7 @@ def run(
     check_text(node_id, "--node-id")
     seconds = duration("--ttl", minimum=MIN_TTL - 0.001)(ttl) or 0
     candidate = Candidate(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
-    received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, _frame: Any) -> None:
-        received.append(number)
-        candidate.stop()
-        for again, handler in handlers.items():
-            signal.signal(again, handler)
-
-    for number in handlers:
-        signal.signal(number, on_signal)
+    received = stop_on_signals(candidate.stop)
     candidate.run()
     raise typer.Exit(128 + received[0] if received else 0)
 

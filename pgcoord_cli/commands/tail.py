@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import stat
 import sys
 from contextlib import closing, suppress
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 import typer
 
-from pgcoord_cli.commands.framework import command, noun, output_of
+from pgcoord_cli.commands.framework import command, noun, output_of, stop_on_signals
 from pgcoord_cli.errors import ConditionFalse, UsageError
 from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_duration
 
@@ -279,7 +278,7 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Che
     from pgcoord_cli.render.events import EventStream
 
     stream, oddities = EventStream(out, outbox.noun), Oddities(out, outbox)
-    received = _stop_on_signals(tail)
+    received = stop_on_signals(tail.stop)
     _stop_without_reader(tail)
     stream.begin()
     left = call.most
@@ -297,22 +296,6 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Che
     if received:
         _say_how_to_resume(out, outbox, call, position)
         raise typer.Exit(128 + received[0])
-
-
-def _stop_on_signals(tail: Tail) -> list[int]:
-    """The first SIGINT or SIGTERM ends the tail after the batch in hand; a second one breaks off at once."""
-    received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, _frame: Any) -> None:
-        received.append(number)
-        tail.stop()
-        for again, handler in handlers.items():
-            signal.signal(again, handler)
-
-    for number in handlers:
-        signal.signal(number, on_signal)
-    return received
 
 
 def _stop_without_reader(tail: Tail) -> None:

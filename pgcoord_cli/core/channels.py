@@ -33,3 +33,8 @@ def reply(schema: str, client: str) -> str:
 def outbox(schema: str, table: str) -> str:
     """Wakes the tails of an outbox: events have been committed."""
     return f"{schema}.{table}"
+
+
+def executions(schema: str) -> str:
+    """Wakes the workers: executions have become eligible."""
+    return f"{schema}.executions"

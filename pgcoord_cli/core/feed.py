@@ -97,7 +97,7 @@ class Feed:
             self._ticket = None
         return Reading(self._events(self._run([*statements, self._rows(position)])[-1]))
 
-    def read_before_sleep(self, position: int) -> Reading:
+    def read_before_waiting(self, position: int) -> Reading:
         """Has the writers wake this tail from now on; lists those who may have missed that; reads.
 
         The bounds come last: what was collected as garbage before the reading shows in them.

@@ -256,7 +256,7 @@ class Tail:
         patience = Patience()
         busy = True
         while not self._stopping:
-            reading = feed.read(frontier.position) if busy else feed.read_before_sleep(frontier.position)
+            reading = feed.read(frontier.position) if busy else feed.read_before_waiting(frontier.position)
             batch = self._advance(frontier, reading)
             if batch:
                 yield batch

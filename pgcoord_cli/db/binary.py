@@ -13,6 +13,7 @@ from struct import Struct
 _ARRAY = Struct("!iiIii")
 _LENGTH = Struct("!i")
 _INT8 = Struct("!q")
+_FLOAT8 = Struct("!d")
 _INT8_ELEMENT = Struct("!iq")
 
 BYTEA_OID, INT8_OID, UUID_OID, BOOL_OID, TEXT_OID = 17, 20, 2950, 16, 25
@@ -65,6 +66,11 @@ def int4(value: int) -> bytes:
 def int8(value: int) -> bytes:
     """`bigint`."""
     return _INT8.pack(value)
+
+
+def float8(value: float) -> bytes:
+    """`double precision`."""
+    return _FLOAT8.pack(value)
 
 
 def integer(data: bytes | None) -> int:

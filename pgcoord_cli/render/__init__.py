@@ -135,6 +135,11 @@ class Output:
         else:
             self.document(record)
 
+    def lines(self, lines: Iterable[str]) -> None:
+        """A text that is the same in every format, like a drawing."""
+        for line in lines:
+            _write(line)
+
     def note(self, text: str) -> None:
         """Talk: on stderr, silent under --quiet."""
         if not self.quiet:

@@ -43,6 +43,10 @@ NEED_A_SCHEMA = {
     "kv add": ("key", "1"), "kv range": (), "kv export": (), "kv load": ("/dev/null",),
     "commit list": (), "commit show": (str(uuid.uuid4()),), "commit explain": (str(uuid.uuid4()),),
     "gc commit-requests": (), "gc lease-events": (), "gc completion-events": (), "gc all": (), "bench": (),
+    "flow create": ("docs/flow.yaml",), "flow list": (), "flow show": (str(uuid.uuid4()),), "flow cancel": (str(uuid.uuid4()),),
+    "execution claim": (), "execution show": (str(uuid.uuid4()),), "execution revoke": (str(uuid.uuid4()),),
+    "execution renew": (str(uuid.uuid4()), "--epoch", "1"), "execution complete": (str(uuid.uuid4()), "--epoch", "1"),
+    "execution fail": (str(uuid.uuid4()), "--epoch", "1"), "worker run": ("--once",), "reconcile": (),
     "tail lease": ("--no-follow",), "tail completion": ("--no-follow",),
 }  # fmt: skip
 """Every command that works on a schema, with the arguments it cannot do without."""
@@ -191,7 +195,10 @@ def test_every_command_works_beside_an_unknown_migration_that_is_not_breaking(
 ) -> None:
     add_newer_migration(settings, breaking=False)
     start_leader("one").wait_for("elected epoch")
-    special = {"leader run", "leader step-down", "leader assert", "commit show", "commit explain", "kv get", "bench"}
+    special = {
+        "leader run", "leader step-down", "leader assert", "commit show", "commit explain", "kv get", "bench",
+        "flow show", "flow cancel", "worker run", *(name for name in NEED_A_SCHEMA if name.startswith("execution ")),
+    }  # fmt: skip
     assert codes(call, settings, without=special) == dict.fromkeys(NEED_A_SCHEMA.keys() - special, 0)
     assert call(settings, "kv", "set", "key", "value").code == 0
     assert call(settings, "kv", "get", "key", "-o", "plain").out == "value\n"
@@ -200,6 +207,10 @@ def test_every_command_works_beside_an_unknown_migration_that_is_not_breaking(
         assert call(settings, "commit", word, request["request_id"]).code == 0
     assert call(settings, "leader", "assert", "--epoch", "1").code == 0
     assert call(settings, "bench", "--duration", "100ms").code == 0
+    (flow, *_) = call(settings, "flow", "list", "-o", "json").document
+    claimed = call(settings, "execution", "claim", "-o", "json").document["execution_id"]
+    assert call(settings, "execution", "complete", claimed, "--epoch", "1").code == 0
+    assert call(settings, "flow", "show", flow["flow_id"]).code == 0
     assert call(settings, "leader", "step-down", "--wait").code == 0
     assert call(settings, "migrate", "status", "--check").code == 0
     assert call(settings, "migrate", "verify", "-o", "json").document == {

@@ -39,6 +39,66 @@ REQUEST = (
 )
 
 EXPECTED = {
+    "executions.claim": Shape(
+        "text, double precision, integer, text, text",
+        "execution_id uuid, lease_id uuid, lease_epoch bigint, flow_id uuid, name text, command text[], "
+        "attempt integer, expires_at timestamptz",
+    ),
+    "executions.renew": Shape("uuid, bigint, double precision", "expires_at timestamptz"),
+    "executions.complete": Shape("uuid, bigint", "ended bigint"),
+    "executions.fail": Shape("uuid, bigint, text", "state text"),
+    "executions.revoke": Shape("uuid", "revoked integer"),
+    "executions.show": Shape(
+        "uuid",
+        "execution_id uuid, flow_id uuid, name text, state text, partition_key smallint, namespace text, "
+        "instance_tag text, command text[], max_attempts integer, failures integer, lost_leases integer, "
+        "reason text, created_at timestamptz, ended_at timestamptz, lease_epoch bigint, lease_id uuid, "
+        "owner text, expires_at timestamptz",
+    ),
+    "executions.next_eligible": Shape("text, text", "seconds double precision"),
+    "flows.insert_flow": Shape("text, text", "flow_id uuid"),
+    "flows.insert_executions": Shape("uuid, jsonb", "execution_id uuid, name text"),
+    "flows.insert_groups": Shape("uuid, jsonb", ""),
+    "flows.insert_edges": Shape("uuid, uuid[], uuid[]", ""),
+    "flows.announce": Shape("", "announced void"),
+    "flows.lock_group": Shape(
+        "uuid",
+        "state text, policy jsonb, required integer, success_count integer, fail_count integer, "
+        "skip_count integer, running_count integer",
+    ),
+    "flows.upstream_state": Shape("uuid", "state text, flow_id uuid"),
+    "flows.insert_edge": Shape("uuid, uuid, text", "edge_id uuid"),
+    "flows.count_new_edge": Shape("uuid, text", ""),
+    "flows.judge": Shape("uuid", "moved integer"),
+    "flows.show": Shape(
+        "uuid",
+        "flow_id uuid, namespace text, instance_tag text, created_at timestamptz, cancelled_at timestamptz",
+    ),
+    "flows.executions": Shape(
+        "uuid",
+        "execution_id uuid, name text, state text, command text[], max_attempts integer, "
+        "failures integer, lost_leases integer, reason text, created_at timestamptz, "
+        "ended_at timestamptz, owner text, policy jsonb",
+    ),
+    "flows.edges": Shape("uuid", "upstream text, downstream text, outcome text"),
+    "flows.list": Shape(
+        "text, integer",
+        "flow_id uuid, namespace text, instance_tag text, created_at timestamptz, executions bigint, "
+        "unfinished bigint, failed bigint",
+    ),
+    "flows.cancel": Shape("uuid", "is_found boolean, cancelled bigint"),
+    "reconcile.undispatched": Shape("bigint, integer, text, text", "event_id bigint"),
+    "reconcile.count_filtered": Shape("bigint, integer, text, text", "filtered bigint"),
+    "reconcile.dispatch": Shape("bigint[]", "claimed_id bigint, counted integer"),
+    "reconcile.note_failure": Shape("bigint, text, integer", "attempts integer, is_quarantined boolean"),
+    "reconcile.quarantined": Shape(
+        "",
+        "event_id bigint, execution_id uuid, flow_id uuid, outcome text, attempts integer, "
+        "last_error text, quarantined_at timestamptz",
+    ),
+    "reconcile.retry": Shape("bigint", ""),
+    "reconcile.expire_leases": Shape("integer, text, text, integer", "scanned integer, expired integer"),
+    "reconcile.cancel_siblings": Shape("integer, text, text", "scanned integer, cancelled bigint"),
     "outbox.append_lease_event": Shape("text, text, text, integer, text, text, bigint", "event_id bigint"),
     "outbox.append_completion_event": Shape("uuid, uuid, text, smallint, text, text, bigint", "event_id bigint"),
     "tail.lease_events": Shape(

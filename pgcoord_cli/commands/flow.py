@@ -1,0 +1,142 @@
+"""`pgcoord flow`: graphs of executions that wait for each other."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pgcoord_cli.commands.framework import Limit, command, identifier, noun, output_of
+from pgcoord_cli.errors import UsageError
+from pgcoord_cli.settings import OutputFormat, check_text
+
+app = noun("Create, show and cancel flows: executions that wait for each other.")
+
+FlowId = Annotated[str, typer.Argument(metavar="FLOW_ID", help="As flow create and flow list print it.")]
+
+
+class Drawing(StrEnum):
+    """How a flow is drawn."""
+
+    TREE = "tree"
+    MERMAID = "mermaid"
+    DOT = "dot"
+    JSON = "json"
+
+
+@command(app, "create")
+def create(
+    ctx: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A flow file in YAML or JSON; - is standard input.")],
+    check: Annotated[bool, typer.Option("--check", help="Only say whether the file is right.")] = False,
+) -> None:
+    """Create a flow from a file: executions, edges between them, a policy for each that waits.
+
+    The whole file is judged before anything is written; what is wrong is said with its line. What waits for nothing is
+    eligible at once.
+
+    \b
+    Examples:
+      pgcoord flow create release.yaml
+      pgcoord flow create release.yaml --check
+      echo '{"executions": [{"name": "once", "command": ["date"]}]}' | pgcoord flow create - -o plain
+    """
+    from pgcoord_cli.core import flows, session
+    from pgcoord_cli.core.flow_file import parse_flow
+
+    settings, out = output_of(ctx)
+    plan = parse_flow(_text_of(file), "standard input" if file == "-" else file)
+    if check:
+        out.note(f"{file}: {len(plan.executions)} executions, {len(plan.edges)} edges")
+        return
+    with session.command_session(settings, "flow create", writes=True) as conn:
+        created = flows.create(conn, plan)
+    ids = {name: str(execution_id) for name, execution_id in created.executions.items()}
+    out.value({"flow_id": str(created.flow_id), "executions": ids}, str(created.flow_id))
+
+
+def _text_of(file: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise UsageError(f"FILE: cannot read {file}: {error.strerror}") from None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{file}: not UTF-8 text") from None
+
+
+@command(app, "show")
+def show(
+    ctx: typer.Context,
+    flow_id: FlowId,
+    drawing: Annotated[Drawing, typer.Option("--format", help="How to draw it.")] = Drawing.TREE,
+) -> None:
+    """Draw a flow with the states of its executions.
+
+    \b
+    Examples:
+      pgcoord flow show 6f1c…
+      pgcoord flow show 6f1c… --format mermaid > flow.mmd
+      pgcoord flow show 6f1c… -o json | jq '.executions[] | select(.state == "failed")'
+    """
+    from pgcoord_cli.core import flows, session
+    from pgcoord_cli.render import graph
+
+    settings, out = output_of(ctx)
+    if drawing == Drawing.JSON:
+        out.format = OutputFormat.JSON
+    wanted = identifier(flow_id, "FLOW_ID")
+    with session.command_session(settings, "flow show", writes=False) as conn:
+        document = flows.flow_document(conn, wanted)
+    if drawing == Drawing.MERMAID:
+        out.lines(graph.mermaid_lines(document))
+    elif drawing == Drawing.DOT:
+        out.lines(graph.dot_lines(document))
+    elif out.format == OutputFormat.TABLE:
+        out.lines(graph.tree_lines(document, colored=out.colored(sys.stdout)))
+    else:
+        out.document(document)
+
+
+@command(app, "list")
+def list_(
+    ctx: typer.Context,
+    namespace: Annotated[str | None, typer.Option("--namespace", metavar="NS", help="Only of this namespace.")] = None,
+    limit: Limit = 20,
+) -> None:
+    """List flows, newest first, with how many of their executions are unfinished or failed.
+
+    \b
+    Examples:
+      pgcoord flow list
+      pgcoord flow list --namespace deploys -o jsonl
+    """
+    from pgcoord_cli.core import flows, session
+
+    settings, out = output_of(ctx)
+    check_text(namespace, "--namespace")
+    with session.command_session(settings, "flow list", writes=False) as conn:
+        found = flows.list_flows(conn, namespace, limit)
+    columns = ["flow_id", "namespace", "instance_tag", "created_at", "executions", "unfinished", "failed"]
+    out.rows(columns, found, empty="there are no flows")
+
+
+@command(app, "cancel")
+def cancel(ctx: typer.Context, flow_id: FlowId) -> None:
+    """Cancel whatever of a flow has not ended. Workers that run a part of it are told, and stop it.
+
+    \b
+    Examples:
+      pgcoord flow cancel 6f1c…
+    """
+    from pgcoord_cli.core import flows, session
+
+    settings, out = output_of(ctx)
+    wanted = identifier(flow_id, "FLOW_ID")
+    with session.command_session(settings, "flow cancel", writes=True) as conn:
+        cancelled = flows.cancel(conn, wanted)
+    out.document({"flow_id": str(wanted), "cancelled": cancelled})

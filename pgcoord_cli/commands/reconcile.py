@@ -1,0 +1,160 @@
+"""`pgcoord reconcile`: repair what crashes left behind. Made for cron."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pgcoord_cli.commands.framework import PgcoordCommand, duration, output_of, row_count, single, stop_on_signals
+from pgcoord_cli.errors import PgcoordError, UsageError
+from pgcoord_cli.settings import check_text
+
+if TYPE_CHECKING:
+    from pgcoord_cli.core.reconcile import Scope, Tick
+    from pgcoord_cli.render import Output
+    from pgcoord_cli.settings import Settings
+
+app = single("Repair what crashes left behind.")
+
+
+class Which(StrEnum):
+    """What to repair."""
+
+    DEPENDENCY = "dependency"
+    LEASE_EXPIRY = "lease-expiry"
+    SIBLING_CANCEL = "sibling-cancel"
+    ORPHANED_COMMITS = "orphaned-commits"
+    ALL = "all"
+
+
+@app.command("reconcile", cls=PgcoordCommand)
+def reconcile(
+    ctx: typer.Context,
+    which: Annotated[Which, typer.Argument(help="What to repair.")] = Which.ALL,
+    batch_limit: Annotated[
+        int,
+        typer.Option("--batch-limit", metavar="N", min=1, callback=row_count("--batch-limit"), help="Rows a tick."),
+    ] = 1000,
+    stale_threshold_ms: Annotated[
+        int, typer.Option("--stale-threshold-ms", metavar="N", min=0, max=10**12, help="Leave younger events alone.")
+    ] = 1000,
+    namespace: Annotated[str | None, typer.Option("--namespace", metavar="NS", help="Only of this namespace.")] = None,
+    instance_tag: Annotated[str | None, typer.Option("--instance-tag", metavar="V", help="Only with this tag.")] = None,
+    drain: Annotated[bool, typer.Option("--drain", help="Tick until nothing is left to do.")] = False,
+    loop: Annotated[bool, typer.Option("--loop", help="Tick for ever, until Ctrl-C.")] = False,
+    interval: Annotated[
+        str, typer.Option("--interval", metavar="DURATION", help="With --loop: time between two ticks.")
+    ] = "5s",
+    list_quarantined: Annotated[
+        bool, typer.Option("--list-quarantined", help="Only list the events that are not tried any more.")
+    ] = False,
+    retry: Annotated[
+        str | None, typer.Option("--retry", metavar="EVENT_ID|all", help="Only have quarantined events tried again.")
+    ] = None,
+) -> None:
+    """Repair what crashes left behind.
+
+    Runs one tick of a reconciler, or of all; exit 1 when something could not be repaired. dependency dispatches completion events that nobody carried on; lease-expiry takes back the leases of workers that
+    vanished; sibling-cancel ends what need not run any more; orphaned-commits marks requests that outlived every
+    leader. Any number may run at once. With -q it says nothing when there was nothing to do.
+
+    \b
+    Examples:
+      pgcoord reconcile -q
+      pgcoord reconcile dependency --drain -o json
+      pgcoord reconcile --loop --interval 5s
+      pgcoord reconcile --list-quarantined
+      pgcoord reconcile --retry all
+    """
+    from pgcoord_cli.core.reconcile import Scope
+
+    settings, out = output_of(ctx)
+    for option, text in (("--namespace", namespace), ("--instance-tag", instance_tag)):
+        check_text(text, option)
+    seconds = duration("--interval")(interval) or 0
+    if list_quarantined or retry is not None:
+        _tend_quarantine(settings, out, retry)
+    elif loop:
+        _loop(settings, out, which, Scope(batch_limit, stale_threshold_ms, namespace, instance_tag), seconds)
+    else:
+        ticks = _tick(
+            settings, out, which, Scope(batch_limit, stale_threshold_ms, namespace, instance_tag), drain=drain
+        )
+        if any(tick.reconciled or tick.errors for tick in ticks.values()) or out.is_json or not out.quiet:
+            _show(out, ticks)
+        if errors := sum(tick.errors for tick in ticks.values()):
+            raise PgcoordError(f"{errors} could not be repaired; they are on stderr", answered=True)
+
+
+def _tick(settings: Settings, out: Output, which: Which, scope: Scope, *, drain: bool) -> dict[str, Tick]:
+    """One tick of each; with `drain`, as many as it takes until one changes nothing."""
+    from pgcoord_cli.core import session
+    from pgcoord_cli.core.reconcile import RECONCILERS, Tick
+
+    def complain(event: int, why: str) -> None:
+        out.warn(f"event {event}: {why}")
+
+    wanted = RECONCILERS if which == Which.ALL else {which.value: RECONCILERS[which.value]}
+    totals = dict.fromkeys(wanted, Tick())
+    with session.command_session(settings, "reconcile", writes=True) as conn:
+        while True:
+            ticks = {name: run(conn, scope, complain) for name, run in wanted.items()}
+            totals = {name: totals[name] + tick for name, tick in ticks.items()}
+            if not drain or not any(tick.reconciled for tick in ticks.values()):
+                return totals
+
+
+def _loop(settings: Settings, out: Output, which: Which, scope: Scope, seconds: float) -> None:
+    from pgcoord_cli.core.wakeup import Wakeup
+    from pgcoord_cli.errors import ConnectionFailed
+
+    with closing(Wakeup()) as wakeup:
+        received = stop_on_signals(wakeup.set)
+        while not received:
+            try:
+                ticks = _tick(settings, out, which, scope, drain=False)
+                if out.is_json:
+                    out.next_document({name: tick._asdict() for name, tick in ticks.items()})
+                else:
+                    _say(out, ticks)
+            except ConnectionFailed as error:
+                out.warn(error.message)
+            if not received:
+                wakeup.wait(seconds)
+    raise typer.Exit(128 + received[0])
+
+
+def _show(out: Output, ticks: dict[str, Tick]) -> None:
+    if out.is_json:
+        out.document({name: tick._asdict() for name, tick in ticks.items()})
+    else:
+        records = [{"reconciler": name} | tick._asdict() for name, tick in ticks.items()]
+        out.rows(list(records[0]), records)
+
+
+def _say(out: Output, ticks: dict[str, Tick]) -> None:
+    for name, tick in ticks.items():
+        if tick.reconciled or tick.errors:
+            out.note(f"{name}: {tick.reconciled} repaired, {tick.errors} errors")
+
+
+def _tend_quarantine(settings: Settings, out: Output, retry: str | None) -> None:
+    from pgcoord_cli.core import reconcile, session
+
+    with session.command_session(settings, "reconcile", writes=retry is not None) as conn:
+        if retry is None:
+            columns = ["event_id", "execution_id", "flow_id", "outcome", "attempts", "last_error", "quarantined_at"]
+            out.rows(columns, reconcile.list_quarantined(conn), empty="no event is quarantined")
+        else:
+            out.document({"retried": reconcile.retry_quarantined(conn, _event_id(retry))})
+
+
+def _event_id(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise UsageError(f"--retry: {text!r} is neither an event id nor all")
+    return int(text)

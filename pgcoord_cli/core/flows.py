@@ -1,0 +1,135 @@
+"""Flows: graphs of executions that wait for each other.
+
+A flow is made whole, in one transaction: its executions, an edge group for each that waits for something, and the
+edges. What waits for nothing is eligible at once. From then on completions move it along (`core.dispatch`).
+
+**New edges** may be added below executions of a flow that is already under way. The upstream is locked against ending
+meanwhile; if it has ended before, its outcome is counted in the same transaction, since its completion event may have
+been dispatched long ago. A dispatch counts only edges without an outcome, so nothing is ever counted twice.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from psycopg import Connection
+
+from pgcoord_cli.core.flow_file import FlowPlan
+from pgcoord_cli.core.policy import OnSatisfied, Policy
+from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import ConditionFalse, UsageError
+
+PARTITIONS = 16
+"""A flow's executions and events share a partition key below this."""
+
+
+class Created(NamedTuple):
+    """A new flow, and the ids of its executions by name."""
+
+    flow_id: UUID
+    executions: dict[str, UUID]
+
+
+def create(conn: Connection[Any], plan: FlowPlan) -> Created:
+    """Writes a flow, all of it or nothing."""
+    upstreams = plan.upstreams()
+    with conn.transaction():
+        flow_id = _value(conn, sql("flows", "insert_flow"), [plan.namespace, plan.instance_tag])
+        records = [
+            {
+                "name": execution.name,
+                "partition_key": flow_id.int % PARTITIONS,
+                "namespace": plan.namespace,
+                "instance_tag": execution.instance_tag or plan.instance_tag,
+                "state": "blocked" if execution.name in upstreams else "eligible",
+                "command": execution.command,
+                "max_attempts": execution.max_attempts,
+            }
+            for execution in plan.executions
+        ]
+        rows = conn.execute(sql("flows", "insert_executions"), [flow_id, json.dumps(records)])
+        ids = {name: execution_id for execution_id, name in rows}
+        if plan.edges:
+            _connect(conn, flow_id, plan, ids)
+        conn.execute(sql("flows", "announce"))
+    return Created(flow_id, ids)
+
+
+def _connect(conn: Connection[Any], flow_id: UUID, plan: FlowPlan, ids: dict[str, UUID]) -> None:
+    groups = []
+    for name, waited_for in plan.upstreams().items():
+        policy = plan.policies.get(name, Policy())
+        groups.append(
+            {
+                "downstream_id": str(ids[name]),
+                "policy": policy.as_record(),
+                "required": policy.required(len(waited_for)),
+                "cancel_siblings": policy.on_satisfied == OnSatisfied.CANCEL_REMAINING,
+                "size": len(waited_for),
+            }
+        )
+    conn.execute(sql("flows", "insert_groups"), [flow_id, json.dumps(groups)])
+    ends = [ids[upstream] for upstream, _ in plan.edges], [ids[downstream] for _, downstream in plan.edges]
+    conn.execute(sql("flows", "insert_edges"), [flow_id, *ends])
+
+
+def add_edge(conn: Connection[Any], upstream_id: UUID, downstream_id: UUID) -> UUID:
+    """Has one more execution waited for by one that waits already; counts it at once if it has ended.
+
+    UsageError when there is no such execution, or the downstream is not waiting any more. Whoever adds edges sees to
+    it that they do not close a circle.
+    """
+    with conn.transaction():
+        upstream = conn.execute(sql("flows", "upstream_state"), [upstream_id]).fetchone()
+        group = conn.execute(sql("flows", "lock_group"), [downstream_id]).fetchone()
+        if upstream is None or group is None or group[0] != "pending":
+            raise UsageError("the upstream does not exist, or the downstream waits for nothing (any more)")
+        outcome = upstream[0] if upstream[0] in ("success", "failed", "cancelled", "skipped") else None
+        edge_id = _value(conn, sql("flows", "insert_edge"), [upstream_id, downstream_id, outcome])
+        conn.execute(sql("flows", "count_new_edge"), [downstream_id, outcome])
+        conn.execute(sql("flows", "judge"), [downstream_id])
+    return edge_id
+
+
+def cancel(conn: Connection[Any], flow_id: UUID) -> int:
+    """Ends what has not ended; returns how many executions that were. ConditionFalse: there is no such flow."""
+    is_found, cancelled = conn.execute(sql("flows", "cancel"), [flow_id]).fetchone() or (False, 0)
+    if not is_found:
+        raise _missing(flow_id)
+    return int(cancelled)
+
+
+def flow_document(conn: Connection[Any], flow_id: UUID) -> dict[str, Any]:
+    """A flow with its executions and edges. ConditionFalse: there is no such flow."""
+    cursor = conn.execute(sql("flows", "show"), [flow_id])
+    flow = _records(cursor)
+    if not flow:
+        raise _missing(flow_id)
+    return {
+        **flow[0],
+        "executions": _records(conn.execute(sql("flows", "executions"), [flow_id])),
+        "edges": _records(conn.execute(sql("flows", "edges"), [flow_id])),
+    }
+
+
+def list_flows(conn: Connection[Any], namespace: str | None, limit: int) -> list[dict[str, Any]]:
+    """Flows, newest first, with how many of their executions are unfinished or failed."""
+    return _records(conn.execute(sql("flows", "list"), [namespace, limit]))
+
+
+def _missing(flow_id: UUID) -> ConditionFalse:
+    return ConditionFalse(f"there is no flow {flow_id}", hint="see: pgcoord flow list")
+
+
+def _value(conn: Connection[Any], statement: str, values: list[Any]) -> UUID:
+    """The id that a statement made."""
+    row = conn.execute(statement, values).fetchone()
+    assert row is not None
+    return UUID(str(row[0]))
+
+
+def _records(cursor: Any) -> list[dict[str, Any]]:
+    names = [column.name for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor]

@@ -1,0 +1,54 @@
+"""A child process in a process group of its own, that can be waited for and ended with everything it started."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from threading import Thread
+
+from pgcoord_cli.core.wakeup import Wakeup
+
+GRACE_SECONDS = 10.0
+"""How long a group may take to end when it is asked to, before it is killed."""
+
+
+class ProcessGroup:
+    """A command and its descendants. Raises OSError when the command cannot be started."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._child = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+        self._ended = Wakeup()
+        Thread(target=self._reap, daemon=True).start()
+
+    def _reap(self) -> None:
+        self._child.wait()
+        self._ended.set()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self._child.returncode
+
+    def wait(self, wakeup: Wakeup, seconds: float) -> None:
+        """Waits until the command has ended, somebody sets the wakeup, or the time is up."""
+        poll = select.poll()
+        poll.register(self._ended.fileno(), select.POLLIN)
+        poll.register(wakeup.fileno(), select.POLLIN)
+        if self.exit_code is None:
+            poll.poll(max(0.0, seconds) * 1000)
+        wakeup.clear()
+
+    def end(self, grace: float = GRACE_SECONDS) -> None:
+        """Asks the whole group to end, and kills what is left of it after the grace."""
+        self._signal(signal.SIGTERM)
+        self._ended.wait(grace)
+        self._signal(signal.SIGKILL)
+        self._child.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._child.pid, number)

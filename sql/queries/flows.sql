@@ -1,0 +1,106 @@
+-- name: insert_flow
+-- Makes a flow.
+INSERT INTO flows (namespace, instance_tag) VALUES ($1::text, $2::text) RETURNING flow_id;
+
+-- name: insert_executions
+-- Makes executions of a flow, from a JSON array of objects; those that wait for nothing are eligible.
+INSERT INTO executions (flow_id, name, partition_key, namespace, instance_tag, state, command, max_attempts)
+SELECT $1::uuid, name, partition_key, namespace, instance_tag, state, command, max_attempts
+  FROM jsonb_to_recordset($2::jsonb) AS execution (
+       name text, partition_key smallint, namespace text, instance_tag text, state text, command text[],
+       max_attempts integer)
+RETURNING execution_id, name;
+
+-- name: insert_groups
+-- Makes the edge groups of a flow, from a JSON array of objects.
+INSERT INTO edge_groups (downstream_id, flow_id, policy, required, cancel_siblings, running_count)
+SELECT downstream_id, $1::uuid, policy, required, cancel_siblings, size
+  FROM jsonb_to_recordset($2::jsonb) AS edge_group (
+       downstream_id uuid, policy jsonb, required integer, cancel_siblings boolean, size integer);
+
+-- name: insert_edges
+-- Makes the edges of a flow, from two arrays side by side.
+INSERT INTO edges (flow_id, upstream_id, downstream_id)
+SELECT $1::uuid, upstream_id, downstream_id
+  FROM unnest($2::uuid[], $3::uuid[]) AS edge (upstream_id, downstream_id);
+
+-- name: announce
+-- Wakes the workers: there may be something to claim.
+SELECT pg_notify(current_schema() || '.executions', '') AS announced;
+
+-- name: lock_group
+-- Locks the edge group of an execution, for a new edge below something.
+SELECT state, policy, required, success_count, fail_count, skip_count, running_count
+  FROM edge_groups WHERE downstream_id = $1::uuid FOR UPDATE;
+
+-- name: upstream_state
+-- The state of an execution that an edge is to leave from, which does not end before this transaction does.
+SELECT state, flow_id FROM executions WHERE execution_id = $1::uuid FOR SHARE;
+
+-- name: insert_edge
+-- Adds an edge; the outcome is that of an upstream that has ended already.
+INSERT INTO edges (flow_id, upstream_id, downstream_id, outcome)
+SELECT flow_id, $1::uuid, $2::uuid, $3::text FROM edge_groups WHERE downstream_id = $2::uuid
+RETURNING edge_id;
+
+-- name: count_new_edge
+-- Has a group reckon with one more edge, which may be counted already; under all_of one more has to succeed.
+UPDATE edge_groups
+   SET running_count = running_count + ($2::text IS NULL)::integer,
+       success_count = success_count + ($2::text IS NOT DISTINCT FROM 'success')::integer,
+       skip_count = skip_count + ($2::text IS NOT DISTINCT FROM 'skipped')::integer,
+       fail_count = fail_count + ($2::text IS NOT NULL AND $2::text NOT IN ('success', 'skipped'))::integer,
+       required = required + (policy ->> 'kind' = 'all_of')::integer
+ WHERE downstream_id = $1::uuid;
+
+-- name: judge
+-- Judges one group after its counts have changed.
+SELECT judge_groups(ARRAY[$1::uuid]) AS moved;
+
+-- name: show
+-- One flow.
+SELECT flow_id, namespace, instance_tag, created_at, cancelled_at FROM flows WHERE flow_id = $1::uuid;
+
+-- name: executions
+-- The executions of a flow in the order in which they were made, with what each waits for and who runs it.
+SELECT execution.execution_id, execution.name, execution.state, execution.command, execution.max_attempts,
+       execution.failures, execution.lost_leases, execution.reason, execution.created_at, execution.ended_at,
+       lease.owner, edge_group.policy
+  FROM executions AS execution
+  LEFT JOIN execution_leases AS lease USING (execution_id)
+  LEFT JOIN edge_groups AS edge_group ON edge_group.downstream_id = execution.execution_id
+ WHERE execution.flow_id = $1::uuid
+ ORDER BY execution.queue_position;
+
+-- name: edges
+-- The edges of a flow by the names of their ends.
+SELECT upstream.name AS upstream, downstream.name AS downstream, edges.outcome
+  FROM edges
+  JOIN executions AS upstream ON upstream.execution_id = edges.upstream_id
+  JOIN executions AS downstream ON downstream.execution_id = edges.downstream_id
+ WHERE edges.flow_id = $1::uuid
+ ORDER BY downstream.queue_position, upstream.queue_position;
+
+-- name: list
+-- Flows, newest first, with how many of their executions are in which state.
+SELECT flow_id, namespace, instance_tag, created_at,
+       (SELECT count(*) FROM executions WHERE executions.flow_id = flows.flow_id) AS executions,
+       (SELECT count(*) FROM executions WHERE executions.flow_id = flows.flow_id AND ended_at IS NULL) AS unfinished,
+       (SELECT count(*) FROM executions WHERE executions.flow_id = flows.flow_id AND state = 'failed') AS failed
+  FROM flows
+ WHERE ($1::text IS NULL OR namespace = $1::text)
+ ORDER BY created_at DESC, flow_id
+ LIMIT $2::integer;
+
+-- name: cancel
+-- Cancels whatever of a flow has not ended.
+WITH cancelled AS (
+    UPDATE flows SET cancelled_at = coalesce(cancelled_at, clock_timestamp()) WHERE flow_id = $1::uuid RETURNING flow_id
+), locked AS MATERIALIZED (
+    SELECT execution_id FROM executions
+     WHERE flow_id = (SELECT flow_id FROM cancelled) AND ended_at IS NULL
+     ORDER BY execution_id FOR UPDATE
+)
+SELECT EXISTS (SELECT FROM cancelled) AS is_found,
+       (SELECT count(*) FROM end_executions(ARRAY(SELECT execution_id FROM locked), 'cancelled', 'the flow was cancelled'))
+       AS cancelled;
