@@ -31,8 +31,8 @@ _pgcoord_command() {
             commands='run status wait step-down history assert'
             ;;
         'pgcoord leader run')
-            options="--node-id --ttl $options"
-            valued="--node-id --ttl $valued"
+            options="--node-id --ttl --with $options"
+            valued="--node-id --ttl --with $valued"
             ;;
         'pgcoord leader status')
             options="-w --watch --interval $options"
@@ -203,6 +203,7 @@ _pgcoord_value() {
         *' -o') how=(-W 'table plain json jsonl csv markdown') ;;
         *' --output') how=(-W 'table plain json jsonl csv markdown') ;;
         *' --color') how=(-W 'auto always never') ;;
+        'pgcoord leader run --with') how=(-W 'dispatch') ;;
         'pgcoord kv load 1') how=(-f) ;;
         'pgcoord flow create 1') how=(-f) ;;
         'pgcoord flow show --format') how=(-W 'tree mermaid dot json') ;;

@@ -76,6 +76,7 @@ function __pgcoord_takes_value
         'pgcoord migrate grant --operator' \
         'pgcoord leader run --node-id' \
         'pgcoord leader run --ttl' \
+        'pgcoord leader run --with' \
         'pgcoord leader status --interval' \
         'pgcoord leader wait --timeout' \
         'pgcoord leader step-down --timeout' \
@@ -233,6 +234,7 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'history' -d 'List who
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader'" -a 'assert' -d 'Exit 0 if this epoch leads, and 6 if it does not: a fence for scripts.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader run'" -l node-id -r -f -d 'Name of this candidate. [default: host and pid]'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader run'" -l ttl -r -f -d 'How long the lease lasts unrenewed; at least 1s.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord leader run'" -l with -r -f -a 'dispatch' -d 'What else this process does: carry completions on.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader status'" -s w -l watch -d 'Show it again and again until Ctrl-C.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader status'" -l interval -r -f -d 'With --watch: longest time between two looks.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader wait'" -l timeout -r -f -d 'Give up after that long, with exit 124.'

@@ -31,7 +31,8 @@ def demo(
     """Show the whole thing at work on a throw-away PostgreSQL.
 
     Starts a server, elects one of two leaders, moves money between accounts with many clients at once, kills the
-    leader half way, and checks at the end that every account and every transfer is there. Leaves nothing behind.
+    leader half way, and checks at the end that every account and every transfer is there. Then it runs a flow, kills
+    its worker, and has a reconciler and a second worker finish it. Leaves nothing behind.
 
     \b
     Examples:
@@ -76,10 +77,12 @@ def _server(*, keep: bool) -> Iterator[EmbeddedServer]:
 def _show(out: Output, result: DemoResult) -> None:
     out.document({"demo": result._asdict() | {"ok": result.ok}})
     if not result.ok:
-        raise PgcoordError("the sums differ: this is a bug in pgcoord", hint="please report it", answered=True)
+        raise PgcoordError(
+            "what came of it is not what should have: this is a bug in pgcoord", hint="please report it", answered=True
+        )
     out.note(
         f"\nNo money appeared or vanished, and each of {result.acknowledged} acknowledged transfers is there exactly "
-        "once, although the leader was killed."
+        "once, although the leader was killed. The flow ended as its policies say, although its worker was."
     )
 
 

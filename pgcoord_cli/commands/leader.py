@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pgcoord_cli.commands.framework import Limit, command, duration, noun, output_of, stop_on_signals
 from pgcoord_cli.errors import ConditionFalse, interruption
-from pgcoord_cli.settings import check_text
+from pgcoord_cli.settings import Settings, check_text
 
 if TYPE_CHECKING:
     from pgcoord_cli.core.candidate import CandidateEvent
     from pgcoord_cli.render import Output
+
+
+class Companion(StrEnum):
+    """What a leader's process may do beside."""
+
+    DISPATCH = "dispatch"
+
 
 app = noun("Run, inspect and watch the elected leader.")
 
@@ -27,6 +37,9 @@ def run(
     ttl: Annotated[
         str, typer.Option("--ttl", metavar="DURATION", help="How long the lease lasts unrenewed; at least 1s.")
     ] = "10s",
+    beside: Annotated[
+        list[Companion] | None, typer.Option("--with", help="What else this process does: carry completions on.")
+    ] = None,
 ) -> None:
     """Stand for election, and while elected resolve commit requests. Runs until SIGTERM or Ctrl-C.
 
@@ -37,6 +50,7 @@ def run(
     Examples:
       pgcoord leader run
       pgcoord leader run --node-id west-1 --ttl 5s
+      pgcoord leader run --with dispatch
       pgcoord leader run -o jsonl >> leader.log
     """
     from pgcoord_cli.core.candidate import Candidate, default_node_id
@@ -47,8 +61,17 @@ def run(
     seconds = duration("--ttl", minimum=MIN_TTL - 0.001)(ttl) or 0
     candidate = Candidate(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
     received = stop_on_signals(candidate.stop)
-    candidate.run()
+    with _companions(settings, out, beside or []):
+        candidate.run()
     raise typer.Exit(128 + received[0] if received else 0)
+
+
+def _companions(settings: Settings, out: Output, beside: Sequence[Companion]) -> AbstractContextManager[None]:
+    if Companion.DISPATCH not in beside:
+        return nullcontext()
+    from pgcoord_cli.core.follower import Follower
+
+    return Follower(settings, lambda trouble: out.warn(f"dispatch: {trouble}")).running()
 
 
 def _report(out: Output, event: CandidateEvent) -> None:

@@ -58,9 +58,9 @@ def reconcile(
     """Repair what crashes left behind.
 
     Runs one tick of a reconciler, or of all; exit 1 when something could not be repaired. dependency dispatches
-    completion events that nobody carried on; lease-expiry takes back the leases of workers that vanished; sibling-cancel
-    ends what need not run any more; orphaned-commits marks requests that outlived every leader. Any number may run at
-    once. With -q it says nothing when there was nothing to do.
+    completion events that nobody carried on; lease-expiry takes back the leases of workers that vanished;
+    sibling-cancel ends what need not run any more; orphaned-commits marks requests that outlived every leader. Any
+    number may run at once. With -q it says nothing when there was nothing to do.
 
     \b
     Examples:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from pgcoord_cli.core import gc, leader, session
+from pgcoord_cli.core import demo_flow, gc, leader, session
 from pgcoord_cli.core.client import Database, Transaction, connect
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.errors import PgcoordError
@@ -62,11 +62,13 @@ class DemoResult(NamedTuple):
     sum_after: int
     acknowledged: int
     counted: int
+    flow: dict[str, str] = {}  # noqa: RUF012 - replaced, never filled
 
     @property
     def ok(self) -> bool:
-        """Whether all money and every acknowledged transfer is there, exactly once."""
-        return self.sum_before == self.sum_after and self.acknowledged == self.counted
+        """Whether all money and each acknowledged transfer is there, just once, and the flow ended as it should."""
+        is_money_there = self.sum_before == self.sum_after and self.acknowledged == self.counted
+        return is_money_there and self.flow == demo_flow.EXPECTED
 
 
 def run(settings: Settings, narrator: Narrator) -> DemoResult:
@@ -83,7 +85,7 @@ def run(settings: Settings, narrator: Narrator) -> DemoResult:
         narrator.step("Look at it")
         narrator.say(_who_leads(settings))
         narrator.say(_collect(settings))
-    return result
+    return result._replace(flow=demo_flow.run_flow(settings, narrator))
 
 
 @dataclass

@@ -11,8 +11,7 @@ last fifth, since another worker may then start the same; the execution is no lo
 **Connections.** A slot whose connection breaks opens another and goes on; a command that has ended meanwhile is
 reported as soon as there is one, and the fence says whether that still counts.
 
-**Dispatch.** One more thread follows the completion events and carries each on (`core.dispatch`). What it misses is
-the reconciler's.
+**Dispatch.** One more thread follows the completion events and carries each on (`core.follower`).
 
 **Stopping.** The first request ends the claiming, and the worker ends when the commands in hand have. The second one
 ends those commands, and their executions are given back for others to run.
@@ -23,7 +22,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -32,13 +31,11 @@ from psycopg import Connection
 
 from pgcoord_cli.core import channels, executions
 from pgcoord_cli.core.backoff import jittered
-from pgcoord_cli.core.dispatch import dispatch_all
 from pgcoord_cli.core.executions import Claim
-from pgcoord_cli.core.outbox import COMPLETION
+from pgcoord_cli.core.follower import Follower
 from pgcoord_cli.core.process_group import ProcessGroup
 from pgcoord_cli.core.reconcile import Scope, dependency
 from pgcoord_cli.core.session import open_session
-from pgcoord_cli.core.tail import Notice, Tail
 from pgcoord_cli.core.wakeup import Wakeup, listen
 from pgcoord_cli.db.binary import float8, int8
 from pgcoord_cli.db.connection import mapped_errors
@@ -85,7 +82,11 @@ class Worker:
 
     def __init__(self, settings: Settings, order: WorkOrder, report: Report) -> None:
         self._slots = [Slot(settings, order, report) for _ in range(order.concurrency)]
-        self._follower = None if order.once else Follower(settings, report)
+        self._follower = (
+            None
+            if order.once
+            else Follower(settings, lambda trouble: report(WorkEvent("trouble", "dispatch", None, None, trouble)))
+        )
         self._settings = settings
         self._stop_requests = 0
 
@@ -99,14 +100,11 @@ class Worker:
         """Works until stopped; with `once`, until nothing is eligible. Raises what is wrong with the server."""
         open_session(self._settings, "worker", writes=True).close()
         threads = [Thread(target=slot.run, name=f"slot {number}") for number, slot in enumerate(self._slots, start=1)]
-        follower = Thread(target=self._follower.run, name="dispatch") if self._follower else None
-        for thread in (*threads, *([follower] if follower else [])):
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self._follower and follower:
-            self._follower.stop()
-            follower.join()
+        with self._follower.running() if self._follower else nullcontext():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
 
 
 class Slot:
@@ -257,46 +255,6 @@ class LeaseKeeper:
         if self._conn:
             self._conn.close()
             self._conn = self._pipeline = None
-
-
-class Follower:
-    """Follows the completion events and carries each on, as long as it is not stopped."""
-
-    def __init__(self, settings: Settings, report: Report) -> None:
-        self._settings = settings
-        self._report = report
-        self._tail = Tail(settings, COMPLETION, report=self._on_notice)
-
-    def stop(self) -> None:
-        """Asks `run` to return."""
-        self._tail.stop()
-
-    def run(self) -> None:
-        """Dispatches. What cannot be dispatched is said, and left to the reconciler."""
-        conn: Connection[Any] | None = None
-        try:
-            for batch in self._tail.batches():
-                try:
-                    with mapped_errors():
-                        conn = conn or open_session(self._settings, "dispatch", writes=True)
-                        if batch.events:
-                            dispatch_all(conn, [event.event_id for event in batch.events])
-                except PgcoordError as error:
-                    self._say(f"left to the reconciler: {error.message}")
-                    if conn and conn.closed:
-                        conn = None
-        except PgcoordError as error:
-            self._say(f"dispatch has ended: {error.message}")
-        finally:
-            if conn:
-                conn.close()
-
-    def _on_notice(self, notice: Notice) -> None:
-        if notice.type != "connected":
-            self._say(notice.message)
-
-    def _say(self, detail: str) -> None:
-        self._report(WorkEvent("trouble", "dispatch", None, None, detail))
 
 
 def environment(claim: Claim) -> dict[str, str]:

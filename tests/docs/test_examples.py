@@ -12,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from pgcoord_cli.settings import Settings
-    from tests.conftest import StartLeader
+    from tests.conftest import Cli, StartLeader
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,3 +49,16 @@ def test_python_in_the_documentation_compiles(document: str) -> None:
     assert blocks(document, "python")
     for program in blocks(document, "python"):
         compile(program, document, "exec")
+
+
+def test_the_flow_file_of_the_page_is_the_one_that_is_there_to_try() -> None:
+    assert blocks("docs/flows.md", "yaml") == [(ROOT / "docs/flow.yaml").read_text()]
+
+
+def test_the_flow_of_the_page_ends_as_the_page_says(cli: Cli) -> None:
+    (session,) = blocks("docs/flows.md", "console")
+    shown = session.split("$ pgcoord flow show $FLOW\n")[1]
+    flow = cli("flow", "create", "docs/flow.yaml", "-o", "plain").stdout.strip()
+    worked = cli("worker", "run", "--once", "-q")
+    assert worked.stdout == "building\nreleased\n"
+    assert cli("flow", "show", flow).stdout == shown
