@@ -21,6 +21,10 @@ $$;
 CREATE FUNCTION pgcoord.dispatch_completions(ids bigint[]) RETURNS TABLE(claimed_id bigint, counted integer)
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
     AS $$
 DECLARE
     claimed bigint[];
@@ -79,6 +83,10 @@ $$;
 CREATE FUNCTION pgcoord.end_executions(ids uuid[], ending text, why text) RETURNS SETOF uuid
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
     AS $$
 BEGIN
     RETURN QUERY
@@ -107,6 +115,10 @@ $$;
 CREATE FUNCTION pgcoord.end_leases(ids uuid[], event text, most_losses integer) RETURNS integer
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
     AS $$
 DECLARE
     lost integer;
@@ -165,6 +177,10 @@ $$;
 CREATE FUNCTION pgcoord.judge_groups(ids uuid[]) RETURNS integer
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
+    SET plan_cache_mode TO 'force_generic_plan'
+    SET enable_seqscan TO 'off'
+    SET enable_hashjoin TO 'off'
+    SET enable_mergejoin TO 'off'
     AS $$
 DECLARE
     satisfied uuid[];

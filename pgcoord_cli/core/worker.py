@@ -136,6 +136,7 @@ class Slot:
                 self._wakeup.wait(jittered(RECONNECT_SECONDS))
 
     def _work(self, conn: Connection[Any]) -> None:
+        conn.execute(sql("session", "plan_once"))
         notifications = listen(conn, [channels.executions(self._settings.schema)], self._wakeup)
         order = self._order
         while not self._stopping:

@@ -102,10 +102,13 @@ CREATE TABLE dispatch_failures (
 
 COMMENT ON TABLE dispatch_failures IS 'Completion events that could not be carried on: when they are tried again, or that they are not.';
 
+-- The functions below look rows up by index, whatever the statistics say of tables that were empty a moment ago.
+
 -- Ends executions: state, lease, completion event, in the caller's transaction. `ending` is one of the final states.
 -- What has ended already is left alone; returns the ids of those that this call ended.
 CREATE FUNCTION end_executions(ids uuid[], ending text, why text) RETURNS SETOF uuid
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 BEGIN
     RETURN QUERY
     WITH ended AS (
@@ -133,7 +136,8 @@ $$;
 -- Judges groups after their counts have changed: satisfied at `required` successes, impossible when the rest cannot
 -- reach that. Makes the executions below eligible, or ends them as skipped, and cancels what need not run any more.
 -- The caller holds the locks of the groups. Returns how many executions moved.
-CREATE FUNCTION judge_groups(ids uuid[]) RETURNS integer LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+CREATE FUNCTION judge_groups(ids uuid[]) RETURNS integer LANGUAGE plpgsql SET search_path FROM CURRENT
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 DECLARE
     satisfied uuid[];
     impossible uuid[];
@@ -174,7 +178,8 @@ $$;
 -- once, judges the groups. Events that somebody else is at, or was, are left out of the answer: one row for each
 -- event that this call claimed, with the number of edges that were counted for it.
 CREATE FUNCTION dispatch_completions(ids bigint[]) RETURNS TABLE (claimed_id bigint, counted integer)
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 DECLARE
     claimed bigint[];
     upstreams uuid[];
@@ -259,7 +264,8 @@ $$;
 -- Takes leases away: because they have run out (expired), or because somebody says so (revoked). The executions become
 -- eligible again, or end as failed when that has happened too often. The caller holds the locks of the executions.
 CREATE FUNCTION end_leases(ids uuid[], event text, most_losses integer) RETURNS integer
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SET search_path FROM CURRENT
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 DECLARE
     lost integer;
 BEGIN
