@@ -88,6 +88,9 @@ class Checkpoint(Protocol):
     def save(self, position: int) -> None:
         """Remembers the position."""
 
+    def stop(self) -> None:
+        """Has a save that waits for a lost connection give up."""
+
     def close(self) -> None:
         """Gives back what it holds."""
 
@@ -180,7 +183,7 @@ def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
     if call.lag:
         _show_lag(settings, out, outbox, call)
         return
-    checkpoint = _open_checkpoint(settings, outbox, call)
+    checkpoint = _open_checkpoint(settings, out, outbox, call)
     try:
         position = checkpoint.load() if checkpoint else None
         with closing(_make_tail(settings, out, outbox, call, position)) as tail:
@@ -191,6 +194,7 @@ def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
 
 
 def _check(call: Call) -> None:
+
     starts = {"--from": call.from_cursor, "--from-start": call.from_start, "--since": call.since}
     if len(given := [name for name, value in starts.items() if value]) > 1:
         raise UsageError(f"{' and '.join(given)} exclude each other", hint="a tail starts in one place")
@@ -208,7 +212,7 @@ def _check(call: Call) -> None:
             check_text(value, option)
 
 
-def _open_checkpoint(settings: Settings, outbox: Outbox, call: Call) -> Checkpoint | None:
+def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call) -> Checkpoint | None:
     from pgcoord_cli.core.cursor_file import CursorFile
     from pgcoord_cli.core.subscriptions import Subscription, check_name
 
@@ -216,7 +220,8 @@ def _open_checkpoint(settings: Settings, outbox: Outbox, call: Call) -> Checkpoi
         return CursorFile(call.cursor_file)
     if call.subscription is not None:
         check_text(call.subscription, "--subscription")
-        return Subscription(settings, check_name(call.subscription, "--subscription"), outbox)
+        name = check_name(call.subscription, "--subscription")
+        return Subscription(settings, name, outbox, lambda notice: _report(out, notice))
     return None
 
 
@@ -278,7 +283,13 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Che
     from pgcoord_cli.render.events import EventStream
 
     stream, oddities = EventStream(out, outbox.noun), Oddities(out, outbox)
-    received = stop_on_signals(tail.stop)
+
+    def stop() -> None:
+        tail.stop()
+        if checkpoint:
+            checkpoint.stop()
+
+    received = stop_on_signals(stop)
     _stop_without_reader(tail)
     stream.begin()
     left = call.most

@@ -42,5 +42,8 @@ class CursorFile:
                 beside.unlink()
             raise
 
+    def stop(self) -> None:
+        """A save waits for nobody."""
+
     def close(self) -> None:
         """Nothing is held between two saves."""

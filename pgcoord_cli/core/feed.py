@@ -44,7 +44,7 @@ class Holder(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """The last id that was drawn, and up to which garbage collection has deleted."""
+    """The last event in sight, and up to which garbage collection has deleted."""
 
     head: int
     collected_through: int
@@ -107,7 +107,7 @@ class Feed:
                 (sql("tail", "fall_asleep"), [self._table]),
                 (sql("tail", "writers"), [self._table]),
                 self._rows(position),
-                (sql("tail", "bounds"), [self._table]),
+                self._bounds(),
             ]
         )
         self._ticket = ticket[0][0]
@@ -115,6 +115,9 @@ class Feed:
 
     def _rows(self, position: int) -> Statement:
         return sql("tail", f"{self._outbox.noun}_events"), [int8(position), int4(BATCH_LIMIT)]
+
+    def _bounds(self) -> Statement:
+        return sql("tail", f"{self._outbox.noun}_bounds"), []
 
     def _events(self, rows: list[tuple[Any, ...]]) -> list[Event]:
         make = self._outbox.event._make
@@ -128,19 +131,18 @@ class Feed:
 
     def bounds(self) -> Bounds:
         """Where the outbox begins and ends at this moment."""
-        return Bounds(*self._run([(sql("tail", "bounds"), [self._table])])[0][0])
+        return Bounds(*self._run([self._bounds()])[0][0])
 
-    def head_and_gaps(self, depth: int) -> tuple[int, list[tuple[int, int]]]:
-        """The last id that was drawn, and the gaps, among the last `depth` ids, that a writer may still fill."""
-        head = self.bounds().head
-        after = max(0, head - depth)
+    def gaps_before(self, position: int, depth: int) -> list[tuple[int, int]]:
+        """The gaps, among the last `depth` ids up to a position, that a writer may still fill."""
+        after = max(0, position - depth)
         writers, gaps = self._run(
             [
                 (sql("tail", "writers"), [self._table]),
-                (sql("tail", f"{self._outbox.noun}_gaps"), [int8(after), int8(head)]),
+                (sql("tail", f"{self._outbox.noun}_gaps"), [int8(after), int8(position)]),
             ]
         )
-        return head, gaps if writers[0][0] else []
+        return [(first, last) for first, last in gaps] if writers[0][0] else []
 
     def first_at(self, milliseconds: int) -> int | None:
         """The first event that was inserted at a time or later, or so many milliseconds ago if negative."""

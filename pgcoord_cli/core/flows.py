@@ -36,7 +36,7 @@ def create(conn: Connection[Any], plan: FlowPlan) -> Created:
     """Writes a flow, all of it or nothing."""
     upstreams = plan.upstreams()
     with conn.transaction():
-        flow_id = _value(conn, sql("flows", "insert_flow"), [plan.namespace, plan.instance_tag])
+        (flow_id,) = conn.execute(sql("flows", "insert_flow"), [plan.namespace, plan.instance_tag]).fetchall()[0]
         records = [
             {
                 "name": execution.name,
@@ -84,13 +84,15 @@ def add_edge(conn: Connection[Any], upstream_id: UUID, downstream_id: UUID) -> U
     with conn.transaction():
         upstream = conn.execute(sql("flows", "upstream_state"), [upstream_id]).fetchone()
         group = conn.execute(sql("flows", "lock_group"), [downstream_id]).fetchone()
-        if upstream is None or group is None or group[0] != "pending":
+        if upstream is None or group is None:
             raise UsageError("the upstream does not exist, or the downstream waits for nothing (any more)")
         outcome = upstream[0] if upstream[0] in ("success", "failed", "cancelled", "skipped") else None
-        edge_id = _value(conn, sql("flows", "insert_edge"), [upstream_id, downstream_id, outcome])
+        edge = conn.execute(sql("flows", "insert_edge"), [upstream_id, downstream_id, outcome]).fetchone()
+        if edge is None:
+            raise UsageError("there is such an edge already")
         conn.execute(sql("flows", "count_new_edge"), [downstream_id, outcome])
         conn.execute(sql("flows", "judge"), [downstream_id])
-    return edge_id
+    return UUID(str(edge[0]))
 
 
 def cancel(conn: Connection[Any], flow_id: UUID) -> int:
@@ -121,13 +123,6 @@ def list_flows(conn: Connection[Any], namespace: str | None, limit: int) -> list
 
 def _missing(flow_id: UUID) -> ConditionFalse:
     return ConditionFalse(f"there is no flow {flow_id}", hint="see: pgcoord flow list")
-
-
-def _value(conn: Connection[Any], statement: str, values: list[Any]) -> UUID:
-    """The id that a statement made."""
-    row = conn.execute(statement, values).fetchone()
-    assert row is not None
-    return UUID(str(row[0]))
 
 
 def _records(cursor: Any) -> list[dict[str, Any]]:

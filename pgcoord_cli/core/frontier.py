@@ -38,13 +38,17 @@ class Frontier:
         """Whether there is a gap and nobody has been asked yet who may still fill it: read again at once."""
         return self.is_at_gap and self._suspects is None
 
-    def advance(self, ids: Sequence[int], writers: Iterable[str] | None) -> int:
-        """How many of `ids`, which are those beyond the position in order, may be delivered; moves past them."""
+    def advance(self, ids: Sequence[int], writers: Iterable[str] | None, *, is_whole: bool = True) -> int:
+        """How many of `ids`, which are those beyond the position in order, may be delivered; moves past them.
+
+        A reading that is not whole ends with the last of `ids` although there may be more.
+        """
         settled = self._settled_through(writers)
         count = self._count_deliverable(ids, settled)
         if count:
             self.position = ids[count - 1]
-        self.position = max(self.position, settled)
+        if is_whole:
+            self.position = max(self.position, settled)
         if ids:
             self.saw(ids[-1])
         if self._suspects and self._suspects[0] <= self.position:

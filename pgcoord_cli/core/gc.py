@@ -7,8 +7,8 @@ of collectors can run. Pending requests are never deleted (rule I11). Those that
 leader to settle them are first marked `orphaned`; from then on they are settled, and are kept for a retention more.
 
 **Events** are deleted from the oldest on, by the server's clock, up to the first that has to stay: one that is younger
-than the retention, that a subscription has not passed, or before which a transaction that is still open may write. A
-completion event that was not dispatched is left where it is. Each batch raises the outbox's floor in the
+than the retention, that a subscription has not passed, that (being a completion) was not dispatched, or before which
+a transaction that is still open may write. Each batch raises the outbox's floor in the
 transaction that deletes, so that no tail takes collected events for some that never came.
 """
 

@@ -21,8 +21,8 @@ whoever leads next, perhaps this very process, starts from what the database hol
 notes the last id drawn and the transactions that hold a row-exclusive lock on the queue; those are the only ones that
 can still bring an id up to there to light. When all of them are gone, and a claim made after that has been
 settled, every id up to the noted one is settled for ever, and claims start above it. So a claim costs what is
-new, not what is stored; raising the floor costs something too, so that a few hundred settled requests are let be. A
-prepared transaction goes by another name than before it was prepared, so each counts.
+new, not what is stored; raising the floor costs something too, so that a few hundred settled requests are let be. After
+a restart, a prepared transaction goes by another name than before, so each of those counts (`core.writers`).
 
 **Plans.** Every statement here looks rows up by index, whatever the statistics say, so the session has them planned
 once and for that (`session.plan_once`): planning anew cost more than all else in a small batch, and a plan made while

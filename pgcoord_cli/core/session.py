@@ -2,7 +2,8 @@
 
 Every command comes through here, and three questions are asked before it may touch anything (rule I14):
 
-1. Is the server new enough, and, if the command is going to write, is it a primary? Otherwise UnsuitableServer.
+1. Does this session have a backend of its own, or does it go through a transaction pooler (`core.poolers`)? Is the
+   server new enough, and, if the command is going to write, is it a primary? Otherwise UnsuitableServer.
 2. Does the schema exist and carry every migration that this program needs? Otherwise SchemaMissing, with the
    command that mends it. A `--schema` that does not exist in a database where another schema is migrated is
    taken for a typing mistake: UsageError.
@@ -12,6 +13,7 @@ Every command comes through here, and three questions are asked before it may to
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 from psycopg import AsyncConnection, Connection
 
 from pgcoord_cli.core.migrations import check_ledger, mending_command, read_ledger, read_ledger_async
+from pgcoord_cli.core.poolers import require_own_backend
 from pgcoord_cli.db.connection import connect, connect_async, mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import PgcoordError, SchemaMissing, UnsuitableServer, UsageError
@@ -76,7 +79,11 @@ async def open_session_async(settings: Settings, command: str, *, writes: bool) 
     conn = await connect_async(settings, command)
     try:
         with mapped_errors():
-            server = _server(await (await conn.execute(*_preparation(settings))).fetchone())
+            row = await (await conn.execute(*_preparation(settings, conn.info.backend_pid))).fetchone()
+            if row is not None and not row[1]:
+                await asyncio.to_thread(require_own_backend, settings, conn.pgconn)
+                row = await (await conn.execute(*_preparation(settings, row[0]))).fetchone()
+            server = _server(row)
             require_primary(server, writes=writes)
             if not server.has_ledger:
                 others = await (await conn.execute(*_other_schemas(settings))).fetchall()
@@ -93,7 +100,11 @@ def open_bare_session(settings: Settings, command: str) -> tuple[Connection[Any]
     conn = connect(settings, command)
     try:
         with mapped_errors():
-            server = _server(conn.execute(*_preparation(settings)).fetchone())
+            row = conn.execute(*_preparation(settings, conn.info.backend_pid)).fetchone()
+            if row is not None and not row[1]:
+                require_own_backend(settings, conn.pgconn)
+                row = conn.execute(*_preparation(settings, row[0])).fetchone()
+            server = _server(row)
     except BaseException:
         conn.close()
         raise
@@ -115,9 +126,9 @@ def require_ledger(conn: Connection[Any], server: Server, settings: Settings) ->
         raise unmigrated(settings, [row[0] for row in conn.execute(*_other_schemas(settings))])
 
 
-def _preparation(settings: Settings) -> tuple[Any, list[str]]:
+def _preparation(settings: Settings, backend_pid: int) -> tuple[Any, list[Any]]:
     timeouts = [f"{round(seconds * 1000)}" for seconds in (settings.statement_timeout, settings.lock_timeout)]
-    return sql("session", "prepare_session"), [settings.schema, *timeouts]
+    return sql("session", "prepare_session"), [settings.schema, *timeouts, backend_pid]
 
 
 def _other_schemas(settings: Settings) -> tuple[Any, list[str]]:
@@ -126,7 +137,7 @@ def _other_schemas(settings: Settings) -> tuple[Any, list[str]]:
 
 def _server(row: tuple[Any, ...] | None) -> Server:
     assert row is not None
-    server = Server(*row[4:])
+    server = Server(*row[2:])
     if server.version_number < OLDEST_SERVER:
         raise UnsuitableServer(
             f"PostgreSQL {server.version_number // 10_000} is not supported",

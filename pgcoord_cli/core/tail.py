@@ -13,11 +13,16 @@ a round may be delivered: a gap is stepped over only when nobody is left who cou
 **Held up.** When a gap stays for longer than two seconds, the tail names the transactions that may fill it.
 
 **From now** means: whatever becomes visible from now on. Writers that are under way may hold ids below the last one
-that was drawn; so the tail begins before the first such gap and leaves out what was in sight already. It looks back
-100,000 ids for that.
+in sight; so the tail begins before the first such gap and leaves out what was in sight already. It looks back
+100,000 ids for that. From a time on is the same, from the first event of that time on.
 
 **Lost connections**, and queries that fail, end the connection. The tail says so, backs off, connects and goes on from
 its position. What is wrong at the very beginning is raised instead.
+
+**A crash of the server** takes with it what had not reached its disk: ids that were drawn and rolled back, and, where
+writers commit with `synchronous_commit = off`, events that have been delivered. Those ids are given out again. So a
+tail never goes beyond the last id in sight, and when it finds itself ahead of the outbox after a lost connection, it
+says so and goes back to its end.
 
 **Garbage collection** raises the outbox's floor before it deletes. A tail that finds a gap looks at the floor before it
 steps over it, so that it cannot take collected events for rolled-back ones: CursorExpired.
@@ -211,7 +216,7 @@ class Tail:
                         self._frontier = self._begin(feed)
                         yield Batch([], self._frontier.position)
                     else:
-                        self._say("connected", "connected again")
+                        self._say("connected", self._check_after_crash(feed, self._frontier))
                     pause = FIRST_PAUSE
                     yield from self._read_on(feed, self._frontier)
                     return
@@ -221,6 +226,14 @@ class Tail:
                 self._say("disconnected", error.message)
             self._wakeup.wait(jittered(pause))
             pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _check_after_crash(self, feed: Feed, frontier: Frontier) -> str:
+        """Goes back to the end of the outbox if that lies before the position; returns what to say."""
+        head = feed.bounds().head
+        if head >= frontier.position:
+            return "connected again"
+        lost, self._frontier = frontier.position, Frontier(head)
+        return f"connected again; the server has lost the events up to {lost} and will give their ids to new ones"
 
     # -- where it starts and ends
 
@@ -235,14 +248,14 @@ class Tail:
         how, value = self._start
         if how == "beginning":
             return bounds.collected_through
-        if how == "time" and (first := feed.first_at(value)) is not None:
-            return first - 1
         if how == "position":
             check_position(value, bounds)
             return value
-        head, gaps = feed.head_and_gaps(LOOK_BACK)
-        self._seen_before = SeenBefore(head, gaps)
-        return gaps[0][0] - 1 if gaps else head
+        first = feed.first_at(value) if how == "time" else None
+        position = bounds.head if first is None else first - 1
+        gaps = feed.gaps_before(position, LOOK_BACK)
+        self._seen_before = SeenBefore(position, gaps)
+        return max(gaps[0][0] - 1, bounds.collected_through) if gaps else position
 
     def _resolve_end(self, feed: Feed, until: From, bounds: Bounds) -> int:
         if until.how == "position":
@@ -274,7 +287,8 @@ class Tail:
     def _advance(self, frontier: Frontier, reading: Reading) -> Batch | None:
         """What of a reading may be delivered now; None when that moves nothing."""
         before = frontier.position
-        count = frontier.advance([event.event_id for event in reading.events], reading.writers)
+        ids = [event.event_id for event in reading.events]
+        count = frontier.advance(ids, reading.writers, is_whole=len(ids) < BATCH_LIMIT)
         if reading.bounds:
             if before < reading.bounds.collected_through:
                 raise expired(before, reading.bounds.collected_through)
@@ -317,7 +331,7 @@ class Tail:
 
 
 class SeenBefore:
-    """What a tail that starts from now leaves out: ids up to `head` that do not lie in one of the `gaps`."""
+    """What a tail from now, or from a time, leaves out: ids up to `head` that do not lie in one of the `gaps`."""
 
     def __init__(self, head: int, gaps: list[tuple[int, int]]) -> None:
         self.head = head
@@ -373,9 +387,9 @@ def expired(position: int, collected_through: int) -> CursorExpired:
 
 
 def lag_document(conn: Connection[Any], outbox: Outbox, position: int) -> dict[str, Any]:
-    """How far behind a position is: events that wait, the last id drawn, and who may hold one that is not seen yet."""
+    """How far behind a position is: events that wait, the last in sight, and who may hold one that is not seen yet."""
     with mapped_errors():
-        bounds = Bounds(*(conn.execute(sql("tail", "bounds"), [outbox.table]).fetchone() or (0, 0)))
+        bounds = Bounds(*(conn.execute(sql("tail", f"{outbox.noun}_bounds")).fetchone() or (0, 0)))
         check_position(position, bounds)
         (waiting,) = conn.execute(sql("tail", f"{outbox.noun}_count"), [position]).fetchone() or (0,)
     holders = [holder._asdict() for holder in list_holders(conn, outbox)]

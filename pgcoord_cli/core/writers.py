@@ -1,7 +1,7 @@
 """Which of the transactions that were writing at one moment are still at it. Pure.
 
-PostgreSQL's lock table names a transaction by its virtual id, and a prepared one by another name than it had
-before, so whoever waits for some of them to end counts every prepared one among them.
+PostgreSQL's lock table names a transaction by its virtual id. A prepared one keeps it until the server is restarted,
+and goes by another kind of name from then on; so whoever waits for some to end counts all of that kind among them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 PREPARED = "-1/"
-"""How the names of prepared transactions begin in pg_locks."""
+"""How the names of transactions that were prepared before the last restart begin in pg_locks."""
 
 
 class Writers:

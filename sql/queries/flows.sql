@@ -29,16 +29,19 @@ SELECT $1::uuid, upstream_id, downstream_id
 SELECT pg_notify(current_schema() || '.executions', '') AS announced;
 
 -- name: lock_group
--- Locks the edge group of an execution, for a new edge below something.
-SELECT state, policy, required, success_count, fail_count, skip_count, running_count
-  FROM edge_groups WHERE downstream_id = $1::uuid FOR UPDATE;
+-- Locks the edge group of an execution that still waits, and the execution, for a new edge above it.
+SELECT downstream_id
+  FROM edge_groups
+  JOIN executions ON execution_id = downstream_id
+ WHERE downstream_id = $1::uuid AND edge_groups.state = 'pending' AND executions.state = 'blocked'
+   FOR UPDATE OF edge_groups, executions;
 
 -- name: upstream_state
 -- The state of an execution that an edge is to leave from, which does not end before this transaction does.
 SELECT state, flow_id FROM executions WHERE execution_id = $1::uuid FOR SHARE;
 
 -- name: insert_edge
--- Adds an edge; the outcome is that of an upstream that has ended already.
+-- Adds an edge unless it is there; the outcome is that of an upstream that has ended already.
 INSERT INTO edges (flow_id, upstream_id, downstream_id, outcome)
 SELECT flow_id, $1::uuid, $2::uuid, $3::text FROM edge_groups WHERE downstream_id = $2::uuid
 RETURNING edge_id;

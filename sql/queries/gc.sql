@@ -79,7 +79,7 @@ SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bi
   FROM oldest;
 
 -- name: delete_completion_events
--- The same of completion events; one that was not dispatched stays, whatever its age.
+-- The same of completion events, up to the first that was not dispatched.
 WITH announced AS (
     SELECT coalesce(bool_or(activity.xact_start IS NULL), false) AS is_unknown, min(activity.xact_start) AS since
       FROM pg_locks AS held
@@ -94,7 +94,8 @@ WITH announced AS (
            (SELECT min(last_position) FROM subscriptions WHERE outbox = 'completion_events') AS passed_by_all
       FROM announced
 ), oldest AS MATERIALIZED (
-    SELECT event_id, committed_at_ms < committed_before_ms AND event_id <= coalesce(passed_by_all, event_id) AS is_over
+    SELECT event_id, committed_at_ms < committed_before_ms AND event_id <= coalesce(passed_by_all, event_id)
+                     AND dispatched_at_ms IS NOT NULL AS is_over
       FROM completion_events, bound
      WHERE event_id > $1::bigint
      ORDER BY event_id
@@ -102,7 +103,7 @@ WITH announced AS (
 ), doomed AS (
     SELECT event_id
       FROM completion_events
-     WHERE event_id IN (SELECT event_id FROM oldest WHERE is_over) AND dispatched_at_ms IS NOT NULL
+     WHERE event_id IN (SELECT event_id FROM oldest WHERE is_over)
        AND event_id < coalesce((SELECT min(event_id) FROM oldest WHERE NOT is_over), 9223372036854775807)
        FOR UPDATE SKIP LOCKED
 ), raised AS (

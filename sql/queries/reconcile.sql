@@ -58,7 +58,7 @@ WITH lost AS MATERIALIZED (
        AND ($3::text IS NULL OR execution.instance_tag = $3::text)
      ORDER BY execution.execution_id
      LIMIT $1::integer
-       FOR UPDATE OF execution SKIP LOCKED
+       FOR UPDATE OF execution, lease SKIP LOCKED
 )
 SELECT cardinality(ARRAY(SELECT execution_id FROM lost)) AS scanned,
        end_leases(ARRAY(SELECT execution_id FROM lost), 'expired', $4::integer) AS expired;

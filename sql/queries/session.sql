@@ -1,12 +1,19 @@
 -- name: prepare_session
--- Sets the session's schema, timeouts (milliseconds) and isolation and says what kind of server this is.
-SELECT set_config('search_path', quote_ident($1::text) || ', pg_temp', false) AS search_path,
-       set_config('statement_timeout', $2::text, false) AS statement_timeout,
-       set_config('lock_timeout', $3::text, false) AS lock_timeout,
-       set_config('default_transaction_isolation', 'read committed', false) AS default_transaction_isolation,
+-- Sets the session's schema, timeouts (milliseconds) and isolation, unless it runs in another backend ($4) than it was told; says in which, and what kind of server this is.
+SELECT pg_backend_pid() AS backend_pid,
+       CASE WHEN pg_backend_pid() = $4::integer THEN
+           set_config('search_path', quote_ident($1::text) || ', pg_temp', false)
+           || set_config('statement_timeout', $2::text, false)
+           || set_config('lock_timeout', $3::text, false)
+           || set_config('default_transaction_isolation', 'read committed', false)
+       END IS NOT NULL AS is_prepared,
        current_setting('server_version_num')::integer AS version_number,
        pg_is_in_recovery() AS in_recovery,
        to_regclass(quote_ident($1::text) || '.schema_migrations') IS NOT NULL AS has_ledger;
+
+-- name: backend
+-- The backend that runs this statement.
+SELECT pg_backend_pid() AS backend_pid;
 
 -- name: other_schemas
 -- Names the schemas of this database, other than the session's own, that hold a pgcoord ledger.

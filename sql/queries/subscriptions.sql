@@ -21,6 +21,10 @@ SELECT EXISTS (SELECT FROM saved) AS is_saved;
 -- Takes a session's advisory lock if nobody holds it.
 SELECT pg_try_advisory_lock($1::bigint) AS is_taken;
 
+-- name: end_session
+-- Ends another session of the same role.
+SELECT pg_terminate_backend($1::integer) AS is_ended;
+
 -- name: checkpoint
 -- Where a subscription stands.
 SELECT outbox, last_position FROM subscriptions WHERE subscription_name = $1::text;

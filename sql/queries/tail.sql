@@ -31,10 +31,17 @@ SELECT nextval(($1::text || '_asleep')::regclass) AS ticket;
 -- Says that the tail with this ticket is awake, and, if no later one went to sleep, that nobody needs to wake it.
 SELECT setval(($1::text || '_awake')::regclass, $2::bigint) AS ticket;
 
--- name: bounds
--- The last id that was drawn in an outbox, and up to which garbage collection has deleted.
-SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence($1::text, 'event_id')::regclass), 0) AS head,
-       (SELECT collected_through FROM outbox_floors WHERE outbox = $1::text) AS collected_through;
+-- name: lease_bounds
+-- The last lease event in sight, and up to which garbage collection has deleted.
+SELECT greatest((SELECT max(event_id) FROM lease_events), collected_through) AS head, collected_through
+  FROM outbox_floors
+ WHERE outbox = 'lease_events';
+
+-- name: completion_bounds
+-- The last completion event in sight, and up to which garbage collection has deleted.
+SELECT greatest((SELECT max(event_id) FROM completion_events), collected_through) AS head, collected_through
+  FROM outbox_floors
+ WHERE outbox = 'completion_events';
 
 -- name: holders
 -- Who the announced writers of an outbox are: session or prepared transaction, and since when.
@@ -42,8 +49,10 @@ SELECT held.pid, coalesce(activity.application_name, prepared.gid) AS applicatio
        coalesce(activity.xact_start, prepared.prepared) AS since
   FROM pg_locks AS held
   LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
-  LEFT JOIN pg_prepared_xacts AS prepared
-    ON held.pid IS NULL AND held.virtualtransaction = '-1/' || prepared.transaction::text
+  LEFT JOIN pg_locks AS own
+    ON held.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid' AND own.mode = 'ExclusiveLock'
+   AND own.virtualtransaction = held.virtualtransaction
+  LEFT JOIN pg_prepared_xacts AS prepared ON prepared.transaction = own.transactionid
  WHERE held.locktype = 'advisory' AND held.classid = ($1::text)::regclass::oid AND held.objid = 0
    AND held.objsubid = 2
    AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())

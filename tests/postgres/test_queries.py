@@ -61,11 +61,7 @@ EXPECTED = {
     "flows.insert_groups": Shape("uuid, jsonb", ""),
     "flows.insert_edges": Shape("uuid, uuid[], uuid[]", ""),
     "flows.announce": Shape("", "announced void"),
-    "flows.lock_group": Shape(
-        "uuid",
-        "state text, policy jsonb, required integer, success_count integer, fail_count integer, "
-        "skip_count integer, running_count integer",
-    ),
+    "flows.lock_group": Shape("uuid", "downstream_id uuid"),
     "flows.upstream_state": Shape("uuid", "state text, flow_id uuid"),
     "flows.insert_edge": Shape("uuid, uuid, text", "edge_id uuid"),
     "flows.count_new_edge": Shape("uuid, text", ""),
@@ -114,7 +110,8 @@ EXPECTED = {
     "tail.writers": Shape("text", "writers text[]"),
     "tail.fall_asleep": Shape("text", "ticket bigint"),
     "tail.stay_awake": Shape("text, bigint", "ticket bigint"),
-    "tail.bounds": Shape("text", "head bigint, collected_through bigint"),
+    "tail.lease_bounds": Shape("", "head bigint, collected_through bigint"),
+    "tail.completion_bounds": Shape("", "head bigint, collected_through bigint"),
     "tail.holders": Shape("text", "pid integer, application text, since timestamptz"),
     "tail.lease_gaps": Shape("bigint, bigint", "first_id bigint, last_id bigint"),
     "tail.completion_gaps": Shape("bigint, bigint", "first_id bigint, last_id bigint"),
@@ -124,6 +121,7 @@ EXPECTED = {
     "tail.completion_count": Shape("bigint", "events bigint"),
     "subscriptions.acquire": Shape("text, text", "fence bigint, last_position bigint, outbox text"),
     "subscriptions.save": Shape("text, bigint, bigint", "is_saved boolean"),
+    "subscriptions.end_session": Shape("integer", "is_ended boolean"),
     "subscriptions.try_lock": Shape("bigint", "is_taken boolean"),
     "subscriptions.checkpoint": Shape("text", "outbox text, last_position bigint"),
     "gc.delete_lease_events": Shape(
@@ -223,10 +221,10 @@ EXPECTED = {
     "migrations.wait_for_lock": Shape("bigint", "pg_advisory_lock void"),
     "migrations.unlock": Shape("bigint", "unlocked boolean"),
     "session.prepare_session": Shape(
-        "text, text, text",
-        "search_path text, statement_timeout text, lock_timeout text, default_transaction_isolation text, "
-        "version_number integer, in_recovery boolean, has_ledger boolean",
+        "text, text, text, integer",
+        "backend_pid integer, is_prepared boolean, version_number integer, in_recovery boolean, has_ledger boolean",
     ),
+    "session.backend": Shape("", "backend_pid integer"),
     "session.plan_once": Shape(
         "",
         "plan_cache_mode text, jit text, enable_seqscan text, enable_hashjoin text, enable_mergejoin text",
@@ -247,6 +245,7 @@ ALLOWED = {
     ("core/migrations.py", "BEGIN;"),
     ("core/migrations.py", "COMMIT;"),
     ("commands/kv.py", "BEGIN"),  # the name of an argument
+    ("core/poolers.py", "BEGIN; "),
     ("core/grants.py", "CREATE ROLE"),  # of a hint
 }
 
