@@ -7,7 +7,7 @@ _pgcoord_command() {
     valued='--dsn --schema -o --output --color'
     case $1 in
         'pgcoord')
-            commands='migrate leader kv commit flow execution worker reconcile tail gc dev bench demo'
+            commands='migrate leader kv commit flow execution worker reconcile tail lock subscription gc dev bench demo'
             ;;
         'pgcoord migrate')
             commands='up status sql verify grant'
@@ -148,6 +148,25 @@ _pgcoord_command() {
         'pgcoord tail completion')
             options="--from --from-start --since --until --max --no-follow --partition --namespace --instance-tag --outcome --cursor-file --subscription --lag --max-lag $options"
             valued="--from --since --until --max --partition --namespace --instance-tag --outcome --cursor-file --subscription --max-lag $valued"
+            ;;
+        'pgcoord lock')
+            commands='run list who break'
+            ;;
+        'pgcoord lock run')
+            options="--wait --conflict-exit-code --kill-grace --fence $options"
+            valued="--wait --conflict-exit-code --kill-grace $valued"
+            ;;
+        'pgcoord lock break')
+            options="-y --yes $options"
+            ;;
+        'pgcoord subscription')
+            commands='list show set reset'
+            ;;
+        'pgcoord subscription set')
+            options="--force $options"
+            ;;
+        'pgcoord subscription reset')
+            options="--force $options"
             ;;
         'pgcoord gc')
             commands='commit-requests lease-events completion-events all'

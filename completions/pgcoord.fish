@@ -47,6 +47,16 @@ function __pgcoord_is_command
         'pgcoord tail' \
         'pgcoord tail lease' \
         'pgcoord tail completion' \
+        'pgcoord lock' \
+        'pgcoord lock run' \
+        'pgcoord lock list' \
+        'pgcoord lock who' \
+        'pgcoord lock break' \
+        'pgcoord subscription' \
+        'pgcoord subscription list' \
+        'pgcoord subscription show' \
+        'pgcoord subscription set' \
+        'pgcoord subscription reset' \
         'pgcoord gc' \
         'pgcoord gc commit-requests' \
         'pgcoord gc lease-events' \
@@ -137,6 +147,9 @@ function __pgcoord_takes_value
         'pgcoord tail completion --cursor-file' \
         'pgcoord tail completion --subscription' \
         'pgcoord tail completion --max-lag' \
+        'pgcoord lock run --wait' \
+        'pgcoord lock run --conflict-exit-code' \
+        'pgcoord lock run --kill-grace' \
         'pgcoord gc commit-requests --older-than' \
         'pgcoord gc commit-requests --batch-size' \
         'pgcoord gc commit-requests --max-runtime' \
@@ -208,6 +221,8 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'execution' -d 'Claim executi
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'worker' -d 'Run commands for executions as they become eligible.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'reconcile' -d 'Repair what crashes left behind.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'tail' -d 'Follow the event outboxes from a cursor on, without missing an event.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'lock' -d 'Run a command while holding a lock, and see who holds which.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'subscription' -d 'Look at the checkpoints of subscriptions, and set them.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'gc' -d 'Collect garbage: settled requests and old events that nobody can ask for any more.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'dev' -d 'Keep a PostgreSQL of your own to try things on.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'bench' -d 'Measure how many commits a second this database does.'
@@ -344,6 +359,21 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l cursor-file -
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l subscription -r -f -d 'Resume from the database\'s checkpoint NAME.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l lag -d 'Only say how far behind the given cursor is.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l max-lag -r -f -d 'With --lag: exit 3 when more events wait.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord lock'" -a 'run' -d 'Run a command while holding a lock, so that it never runs twice at once, on whichever machines.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord lock'" -a 'list' -d 'List the locks that are held, by whom, and who waits for them.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord lock'" -a 'who' -d 'Say who holds a lock; exit 3 when nobody does.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord lock'" -a 'break' -d 'End the session that holds a lock, and with it the lock; exit 3 when nobody does.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord lock run'" -l wait -r -f -d 'Wait for the lock. [default: not at all]'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord lock run'" -l conflict-exit-code -r -f -d 'When somebody else holds it.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord lock run'" -l kill-grace -r -f -d 'From TERM to KILL, when the lock is lost.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord lock run'" -l fence -d 'Give the command a number in PGCOORD_FENCE that grows each time.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord lock break'" -s y -l yes -d 'Do not ask for the name to be typed.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord subscription'" -a 'list' -d 'List subscriptions: where each stands, and how many events of its outbox lie ahead.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord subscription'" -a 'show' -d 'Show one subscription and who owns it; exit 3 when there is none.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord subscription'" -a 'set' -d 'Move a checkpoint; exit 5 while somebody owns it.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord subscription'" -a 'reset' -d 'Forget a subscription: the next one of that name begins anew, and garbage collection no longer waits for it.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord subscription set'" -l force -d 'Also backwards: what lies between comes again.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord subscription reset'" -l force -d 'It cannot be undone; this says that you know.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord gc'" -a 'commit-requests' -d 'Delete settled commit requests that are older than the retention.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord gc'" -a 'lease-events' -d 'Delete lease events that are older than the retention and that every subscription has passed.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord gc'" -a 'completion-events' -d 'Delete dispatched completion events that are older than the retention and that every subscription has passed.'

@@ -43,6 +43,8 @@ CATALOGUE = {
     "worker": "Run commands for executions as they become eligible.",
     "reconcile": "Repair what crashes left behind.",
     "tail": "Follow the event outboxes from a cursor on, without missing an event.",
+    "lock": "Run a command while holding a lock, and see who holds which.",
+    "subscription": "Look at the checkpoints of subscriptions, and set them.",
     "gc": "Collect garbage: settled requests and old events that nobody can ask for any more.",
     "dev": "Keep a PostgreSQL of your own to try things on.",
     "bench": "Measure how many commits a second this database does.",

@@ -16,7 +16,11 @@
     ├── ConditionFalse          3   what was asked is not so
     │   └── NoLeader                nobody holds an unexpired lease
     ├── ConnectionFailed        4   PostgreSQL cannot be reached, or went away
+    │   └── CoordinationError       while taking or holding a lock
+    │       └── LockLost            the connection that held it is gone
     ├── Busy                    5   a lock is held by someone else
+    │   └── LockNotAcquired         of a subscription name
+    ├── KeyCollision            1   two names share one lock key
     ├── Fenced                  6   another leadership has superseded this one
     ├── SchemaMissing           7   not migrated, or not migrated far enough
     ├── SchemaUnknown           7   migrated by a newer pgcoord in a way this one cannot serve
@@ -143,11 +147,37 @@ class ConnectionFailed(PgcoordError):
     exit_code = 4
 
 
+class CoordinationError(ConnectionFailed):
+    """Trouble with the database while a lock was taken: says nothing about who holds it."""
+
+
+class LockLost(CoordinationError):
+    """The connection that held the lock is gone, and the lock with it."""
+
+    code = "lock_lost"
+
+
 class Busy(PgcoordError):
     """Somebody else holds the lock; the message names them."""
 
     code = "busy"
     exit_code = 5
+
+
+class LockNotAcquired(Busy):
+    """Somebody else owns the subscription name at this moment."""
+
+    code = "lock_not_acquired"
+
+    def __init__(self, subscription_name: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.subscription_name = subscription_name
+
+
+class KeyCollision(PgcoordError):
+    """Another name has the same 64-bit lock key; one of the two has to be called otherwise."""
+
+    code = "key_collision"
 
 
 class Fenced(PgcoordError):

@@ -546,6 +546,13 @@ ALTER TABLE pgcoord.lease_events ALTER COLUMN event_id ADD GENERATED ALWAYS AS I
     CACHE 1
 );
 
+CREATE TABLE pgcoord.lock_names (
+    lock_key bigint NOT NULL,
+    lock_name text NOT NULL
+);
+
+COMMENT ON TABLE pgcoord.lock_names IS 'Which name each advisory lock key stands for: so that two names with one key are found out.';
+
 CREATE TABLE pgcoord.outbox_floors (
     outbox text NOT NULL,
     collected_through bigint DEFAULT 0 NOT NULL
@@ -620,6 +627,9 @@ ALTER TABLE ONLY pgcoord.leader_lease
 
 ALTER TABLE ONLY pgcoord.lease_events
     ADD CONSTRAINT lease_events_pkey PRIMARY KEY (event_id);
+
+ALTER TABLE ONLY pgcoord.lock_names
+    ADD CONSTRAINT lock_names_pkey PRIMARY KEY (lock_key);
 
 ALTER TABLE ONLY pgcoord.outbox_floors
     ADD CONSTRAINT outbox_floors_pkey PRIMARY KEY (outbox);

@@ -214,7 +214,8 @@ def _check(call: Call) -> None:
 
 def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call) -> Checkpoint | None:
     from pgcoord_cli.core.cursor_file import CursorFile
-    from pgcoord_cli.core.subscriptions import Subscription, check_name
+    from pgcoord_cli.core.leadership import check_name
+    from pgcoord_cli.core.subscriptions import Subscription
 
     if call.cursor_file:
         return CursorFile(call.cursor_file)

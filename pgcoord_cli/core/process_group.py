@@ -33,6 +33,10 @@ class ProcessGroup:
         """Its exit code, negative for a signal; None while it runs."""
         return self._child.returncode
 
+    def fileno(self) -> int:
+        """Becomes readable when the command has ended."""
+        return self._ended.fileno()
+
     def wait(self, wakeup: Wakeup, seconds: float) -> None:
         """Waits until the command has ended, somebody sets the wakeup, or the time is up."""
         poll = select.poll()
@@ -44,11 +48,12 @@ class ProcessGroup:
 
     def end(self, grace: float = GRACE_SECONDS) -> None:
         """Asks the whole group to end, and kills what is left of it after the grace."""
-        self._signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
         self._ended.wait(grace)
-        self._signal(signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         self._child.wait()
 
-    def _signal(self, number: signal.Signals) -> None:
+    def signal(self, number: int) -> None:
+        """Sends a signal to the whole group, or to what is left of it."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._child.pid, number)

@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from psycopg import AsyncConnection, Connection
+from psycopg import AsyncConnection, Connection, RawCursor
 
 from pgcoord_cli.core.migrations import check_ledger, mending_command, read_ledger, read_ledger_async
 from pgcoord_cli.core.poolers import require_own_backend
@@ -62,9 +62,16 @@ def migration_session(settings: Settings, *, read_only: bool) -> Iterator[tuple[
 
 def open_session(settings: Settings, command: str, *, writes: bool) -> Connection[Any]:
     """A synchronous session on a migrated schema. Raises what the module's docstring lists, and ConnectionFailed."""
-    conn, server = open_bare_session(settings, command)
+    return adopt_session(connect(settings, command), settings, writes=writes)
+
+
+def adopt_session(conn: Connection[Any], settings: Settings, *, writes: bool) -> Connection[Any]:
+    """Makes a connection that the caller hands over what `open_session` would return. Closes it when that fails."""
     try:
+        conn.autocommit = True
+        conn.cursor_factory = RawCursor
         with mapped_errors():
+            server = _prepare(conn, settings)
             require_primary(server, writes=writes)
             require_ledger(conn, server, settings)
             check_ledger(settings.schema, read_ledger(conn))
@@ -100,15 +107,19 @@ def open_bare_session(settings: Settings, command: str) -> tuple[Connection[Any]
     conn = connect(settings, command)
     try:
         with mapped_errors():
-            row = conn.execute(*_preparation(settings, conn.info.backend_pid)).fetchone()
-            if row is not None and not row[1]:
-                require_own_backend(settings, conn.pgconn)
-                row = conn.execute(*_preparation(settings, row[0])).fetchone()
-            server = _server(row)
+            server = _prepare(conn, settings)
     except BaseException:
         conn.close()
         raise
     return conn, server
+
+
+def _prepare(conn: Connection[Any], settings: Settings) -> Server:
+    row = conn.execute(*_preparation(settings, conn.info.backend_pid)).fetchone()
+    if row is not None and not row[1]:
+        require_own_backend(settings, conn.pgconn)
+        row = conn.execute(*_preparation(settings, row[0])).fetchone()
+    return _server(row)
 
 
 def require_primary(server: Server, *, writes: bool) -> None:

@@ -1,13 +1,10 @@
-"""Subscriptions: named checkpoints, one owner each.
+"""Subscriptions: the checkpoints of tails, each owned as `core.leadership` tells, and looked at and set by operators.
 
-**Owner.** Whoever wants to move a checkpoint takes the advisory lock of that name over a connection of its own, at
-once or not at all, and holds it as long as that connection lives. Nothing is renewed, and nobody waits.
+**A tail's subscription** outlives its connections. When a save finds the connection lost, it takes the lock anew, which
+ends the session that the server may still keep of the lost one; if somebody else has taken the lock meanwhile, that is
+the end. A subscription that tails an outbox belongs to it: positions of another would mean nothing.
 
-**Fence.** With the lock, the owner draws the next fence, and every save names it. An owner whose connection was ended
-without its knowing loses the lock to another; from then on the other's fence is in force, and the first one's saves
-change nothing (rule I13). Positions only grow.
-
-**Outbox.** A subscription that tails an outbox belongs to it: positions of another would mean nothing.
+**Setting** a position takes the lock too, so that it cannot happen under an owner's feet.
 """
 
 from __future__ import annotations
@@ -18,7 +15,8 @@ from psycopg import Connection
 
 from pgcoord_cli.core.backoff import jittered
 from pgcoord_cli.core.cursor import to_cursor
-from pgcoord_cli.core.locks import lock_holder, lock_key
+from pgcoord_cli.core.leadership import draw_fence, subscription_lock, take_lock
+from pgcoord_cli.core.locks import lock_holder
 from pgcoord_cli.core.outbox import Outbox
 from pgcoord_cli.core.session import open_session
 from pgcoord_cli.core.tail import Notice, Report, silently
@@ -27,28 +25,13 @@ from pgcoord_cli.db.binary import int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import Busy, ConnectionFailed, Fenced, UsageError
+from pgcoord_cli.errors import ConditionFalse, ConnectionFailed, Fenced, LockNotAcquired, UsageError
 from pgcoord_cli.settings import Settings
-
-MAX_NAME = 200
-"""Characters."""
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 PATIENCE_SECONDS = 8.0
 """How long a save may go unanswered before the connection is taken for dead."""
-
-
-def check_name(name: str, option: str) -> str:
-    """`name`, or UsageError when it cannot be one."""
-    if not 0 < len(name) <= MAX_NAME or "\0" in name:
-        raise UsageError(f"{option}: a name has 1 to {MAX_NAME} characters")
-    return name
-
-
-def subscription_lock(schema: str, name: str) -> int:
-    """The advisory lock key of a subscription's owner."""
-    return lock_key(schema, f"subscription {name}")
 
 
 class Subscription:
@@ -112,25 +95,19 @@ class Subscription:
         self._backend_pid = self._conn.info.backend_pid
 
     def _take_lock(self) -> None:
-        key = subscription_lock(self._settings.schema, self._name)
-        row = self._conn.execute(sql("subscriptions", "try_lock"), [key]).fetchone()
-        if row and row[0]:
-            return
-        holder = lock_holder(self._conn, key)
-        if self._backend_pid is not None and (holder is None or holder.pid == self._backend_pid):
-            # It has just ended, or is what the server still keeps of the session that we lost.
+        try:
+            take_lock(self._conn, self._settings.schema, self._name)
+        except LockNotAcquired:
+            holder = lock_holder(self._conn, subscription_lock(self._settings.schema, self._name))
+            if self._backend_pid is None or (holder and holder.pid != self._backend_pid):
+                raise
+            # The lock has just become free, or is held by what the server still keeps of the session that we lost.
             if holder:
-                self._conn.execute(sql("subscriptions", "end_session"), [holder.pid])
-            raise ConnectionFailed(f"the lock of subscription {self._name!r} is not free yet")
-        raise Busy(
-            f"subscription {self._name!r} is in use by {holder}",
-            hint="one tail at a time can use a subscription; choose another name for a second one",
-        )
+                self._conn.execute(sql("locks", "end_session"), [holder.pid])
+            raise ConnectionFailed(f"the lock of subscription {self._name!r} is not free yet") from None
 
     def _draw_fence(self) -> tuple[int, int | None]:
-        row = self._conn.execute(sql("subscriptions", "acquire"), [self._name, self._outbox.table]).fetchone()
-        assert row is not None
-        fence, position, table = row
+        fence, position, table = draw_fence(self._conn, self._name, self._outbox.table)
         check_outbox(self._name, table, self._outbox)
         return fence, position
 
@@ -159,3 +136,45 @@ def check_outbox(name: str, table: str | None, outbox: Outbox) -> None:
             f"--subscription: {name!r} is a subscription of {table or 'no outbox'}, not of {outbox.table}",
             hint="choose another name",
         )
+
+
+def list_subscriptions(conn: Connection[Any], name: str | None = None) -> list[dict[str, Any]]:
+    """Every subscription, or the one of that name: where it stands, and how many events of its outbox lie ahead."""
+    cursor = conn.execute(sql("subscriptions", "list"), [name])
+    names = [column.name for column in cursor.description or ()]
+    records = [dict(zip(names, row, strict=True)) for row in cursor]
+    for record in records:
+        position = record["last_position"]
+        record["cursor"] = None if position is None else to_cursor(position)
+    return records
+
+
+def subscription_record(conn: Connection[Any], schema: str, name: str) -> dict[str, Any]:
+    """One subscription and who owns it. ConditionFalse when there is none."""
+    records = list_subscriptions(conn, name)
+    if not records:
+        raise ConditionFalse(f"there is no subscription {name!r}", hint="see: pgcoord subscription list")
+    holder = lock_holder(conn, subscription_lock(schema, name))
+    return records[0] | {"owner": holder._asdict() if holder else None}
+
+
+def set_position(conn: Connection[Any], schema: str, name: str, position: int, *, force: bool) -> int | None:
+    """Moves a checkpoint that nobody owns; returns where it was. UsageError: backwards, without `force`."""
+    subscription_record(conn, schema, name)
+    take_lock(conn, schema, name)
+    fence, before, _ = draw_fence(conn, name, None)
+    if before is not None and position < before and not force:
+        raise UsageError(
+            f"{name!r} stands at {to_cursor(before)}; {to_cursor(position)} lies before that",
+            hint="with --force it goes back, and what lies between is delivered again",
+        )
+    conn.execute(sql("subscriptions", "set_position"), [name, fence, position])
+    return before
+
+
+def remove(conn: Connection[Any], schema: str, name: str) -> None:
+    """Forgets a subscription that nobody owns."""
+    subscription_record(conn, schema, name)
+    take_lock(conn, schema, name)
+    fence, _, _ = draw_fence(conn, name, None)
+    conn.execute(sql("subscriptions", "remove"), [name, fence])

@@ -12,3 +12,45 @@ SELECT activity.pid,
    AND held.objid::bigint = $1::bigint & 4294967295
  ORDER BY activity.backend_start
  LIMIT 1;
+
+-- name: name_key
+-- Notes which name a key stands for, unless that is known.
+INSERT INTO lock_names (lock_key, lock_name) VALUES ($1::bigint, $2::text) ON CONFLICT (lock_key) DO NOTHING;
+
+-- name: name_of_key
+-- Which name a key stands for.
+SELECT lock_name FROM lock_names WHERE lock_key = $1::bigint;
+
+-- name: try_lock
+-- Takes a session's advisory lock if nobody holds it.
+SELECT pg_try_advisory_lock($1::bigint) AS is_taken;
+
+-- name: wait_for_lock
+-- Takes a session's advisory lock, in its turn, within the session's lock timeout.
+SELECT pg_advisory_lock($1::bigint) IS NOT NULL AS is_taken;
+
+-- name: set_lock_timeout
+-- How long the session waits for a lock, in milliseconds.
+SELECT set_config('lock_timeout', $1::text, false) AS lock_timeout;
+
+-- name: heartbeat
+-- A sign of life.
+SELECT true AS alive;
+
+-- name: list
+-- Who holds and who waits for the locks that have a name here; holders first.
+SELECT names.lock_name AS name, NOT held.granted AS is_waiting, activity.pid,
+       activity.application_name AS application,
+       CASE WHEN activity.backend_start IS NOT NULL THEN coalesce(activity.client_addr::text, 'local') END AS client,
+       coalesce(held.waitstart, activity.backend_start) AS since
+  FROM pg_locks AS held
+  JOIN lock_names AS names
+    ON held.classid::bigint = (names.lock_key >> 32) & 4294967295 AND held.objid::bigint = names.lock_key & 4294967295
+  LEFT JOIN pg_stat_activity AS activity USING (pid)
+ WHERE held.locktype = 'advisory' AND held.objsubid = 1
+   AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+ ORDER BY names.lock_name, held.granted DESC, held.waitstart;
+
+-- name: end_session
+-- Ends another session.
+SELECT pg_terminate_backend($1::integer) AS is_ended;

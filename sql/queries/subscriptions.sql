@@ -17,14 +17,28 @@ WITH saved AS (
 )
 SELECT EXISTS (SELECT FROM saved) AS is_saved;
 
--- name: try_lock
--- Takes a session's advisory lock if nobody holds it.
-SELECT pg_try_advisory_lock($1::bigint) AS is_taken;
-
--- name: end_session
--- Ends another session of the same role.
-SELECT pg_terminate_backend($1::integer) AS is_ended;
-
 -- name: checkpoint
 -- Where a subscription stands.
 SELECT outbox, last_position FROM subscriptions WHERE subscription_name = $1::text;
+
+-- name: list
+-- Subscriptions with how many events of their outbox lie ahead of them.
+SELECT subscription_name, outbox, last_position, fence, updated_at,
+       CASE outbox
+           WHEN 'lease_events' THEN (SELECT count(*) FROM lease_events WHERE event_id > coalesce(last_position, 0))
+           WHEN 'completion_events' THEN (SELECT count(*) FROM completion_events
+                                           WHERE event_id > coalesce(last_position, 0))
+       END AS lag
+  FROM subscriptions
+ WHERE $1::text IS NULL OR subscription_name = $1::text
+ ORDER BY subscription_name;
+
+-- name: set_position
+-- Moves a checkpoint to wherever, under the fence of whoever does so; null: nowhere yet.
+UPDATE subscriptions
+   SET last_position = $3::bigint, updated_at = clock_timestamp()
+ WHERE subscription_name = $1::text AND fence = $2::bigint;
+
+-- name: remove
+-- Forgets a subscription, under the fence of whoever does so.
+DELETE FROM subscriptions WHERE subscription_name = $1::text AND fence = $2::bigint;

@@ -32,7 +32,9 @@ ARGUMENTS = {
     "flow create": ("docs/flow.yaml",), "flow show": (REQUEST_ID,), "flow cancel": (REQUEST_ID,),
     "execution renew": (REQUEST_ID, "--epoch", "1"), "execution complete": (REQUEST_ID, "--epoch", "1"),
     "execution fail": (REQUEST_ID, "--epoch", "1"), "execution revoke": (REQUEST_ID,),
-    "execution show": (REQUEST_ID,), "worker run": ("--once",),
+    "execution show": (REQUEST_ID,), "worker run": ("--once",), "lock run": ("name", "true"), "lock who": ("name",),
+    "lock break": ("name", "--yes"), "subscription show": ("name",), "subscription set": ("name", "1"),
+    "subscription reset": ("name", "--force"),
     "commit show": (REQUEST_ID,), "commit explain": (REQUEST_ID,),
     "migrate grant": ("--reader", "postgres", "--dry-run"), "dev up": ("--server-version", "9"),
 }  # fmt: skip
@@ -41,16 +43,17 @@ ARGUMENTS = {
 STREAMS = {"demo", "leader run", "kv export"}
 """Commands that print a line for each thing that happens."""
 
-LEFT_OUT = {"bench", "leader step-down", "tail lease", "tail completion", "worker run"}
+LEFT_OUT = {"bench", "leader step-down", "tail lease", "tail completion", "worker run", "lock run"}
 """Commands that take long, leave the calls after them without a leader, or have nothing to print."""
 
-TAKES_ANY_WORDS = {"worker run"}
+TAKES_ANY_WORDS = {"worker run", "lock run"}
 
 NEED_NO_SERVER = {"migrate sql", "dev up", "dev down", "dev dsn", "dev status"}
 
 CODES = {
     "dev up": 1, "dev dsn": 3, "dev status": 3, "flow show": 3, "flow cancel": 3, "execution show": 3,
     "execution revoke": 3, "execution renew": 6, "execution complete": 6, "execution fail": 6,
+    "lock who": 3, "lock break": 3, "subscription show": 3, "subscription set": 3, "subscription reset": 3,
 }  # fmt: skip
 """What the calls end in on a database with a leader; all others end in 0."""
 

@@ -48,6 +48,9 @@ NEED_A_SCHEMA = {
     "execution claim": (), "execution show": (str(uuid.uuid4()),), "execution revoke": (str(uuid.uuid4()),),
     "execution renew": (str(uuid.uuid4()), "--epoch", "1"), "execution complete": (str(uuid.uuid4()), "--epoch", "1"),
     "execution fail": (str(uuid.uuid4()), "--epoch", "1"), "worker run": ("--once",), "reconcile": (),
+    "lock run": ("name", "true"), "lock list": (), "lock who": ("name",), "lock break": ("name", "--yes"),
+    "subscription list": (), "subscription show": ("name",), "subscription set": ("name", "1"),
+    "subscription reset": ("name", "--force"),
     "tail lease": ("--no-follow",), "tail completion": ("--no-follow",),
 }  # fmt: skip
 """Every command that works on a schema, with the arguments it cannot do without."""
@@ -198,7 +201,8 @@ def test_every_command_works_beside_an_unknown_migration_that_is_not_breaking(
     start_leader("one").wait_for("elected epoch")
     special = {
         "leader run", "leader step-down", "leader assert", "commit show", "commit explain", "kv get", "bench",
-        "flow show", "flow cancel", "worker run", *(name for name in NEED_A_SCHEMA if name.startswith("execution ")),
+        "flow show", "flow cancel", "worker run", "lock who", "lock break", "subscription show", "subscription set",
+        "subscription reset", *(name for name in NEED_A_SCHEMA if name.startswith("execution ")),
     }  # fmt: skip
     assert codes(call, settings, without=special) == dict.fromkeys(NEED_A_SCHEMA.keys() - special, 0)
     assert call(settings, "kv", "set", "key", "value").code == 0

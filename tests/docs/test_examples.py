@@ -35,6 +35,12 @@ def test_the_tail_example_prints_what_the_page_says(settings: Settings) -> None:
     assert run(program, settings) == printed
 
 
+def test_the_lock_example_prints_what_the_page_says(settings: Settings) -> None:
+    (program,) = blocks("docs/locks.md", "python")
+    (printed,) = blocks("docs/locks.md", "text")
+    assert run(program, settings) == printed
+
+
 def run(program: str, settings: Settings) -> str:
     """What a program prints, which has nothing to complain about."""
     done = subprocess.run(
@@ -44,7 +50,7 @@ def run(program: str, settings: Settings) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/tails.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/tails.md", "docs/locks.md"])
 def test_python_in_the_documentation_compiles(document: str) -> None:
     assert blocks(document, "python")
     for program in blocks(document, "python"):

@@ -39,6 +39,23 @@ REQUEST = (
 )
 
 EXPECTED = {
+    "locks.name_key": Shape("bigint, text", ""),
+    "locks.name_of_key": Shape("bigint", "lock_name text"),
+    "locks.try_lock": Shape("bigint", "is_taken boolean"),
+    "locks.wait_for_lock": Shape("bigint", "is_taken boolean"),
+    "locks.set_lock_timeout": Shape("text", "lock_timeout text"),
+    "locks.heartbeat": Shape("", "alive boolean"),
+    "locks.list": Shape(
+        "",
+        "name text, is_waiting boolean, pid integer, application text, client text, since timestamptz",
+    ),
+    "locks.end_session": Shape("integer", "is_ended boolean"),
+    "subscriptions.list": Shape(
+        "text",
+        "subscription_name text, outbox text, last_position bigint, fence bigint, updated_at timestamptz, lag bigint",
+    ),
+    "subscriptions.set_position": Shape("text, bigint, bigint", ""),
+    "subscriptions.remove": Shape("text, bigint", ""),
     "executions.claim": Shape(
         "text, double precision, integer, text, text",
         "execution_id uuid, lease_id uuid, lease_epoch bigint, flow_id uuid, name text, command text[], "
@@ -121,8 +138,6 @@ EXPECTED = {
     "tail.completion_count": Shape("bigint", "events bigint"),
     "subscriptions.acquire": Shape("text, text", "fence bigint, last_position bigint, outbox text"),
     "subscriptions.save": Shape("text, bigint, bigint", "is_saved boolean"),
-    "subscriptions.end_session": Shape("integer", "is_ended boolean"),
-    "subscriptions.try_lock": Shape("bigint", "is_taken boolean"),
     "subscriptions.checkpoint": Shape("text", "outbox text, last_position bigint"),
     "gc.delete_lease_events": Shape(
         "bigint, double precision, integer", "deleted bigint, last_id bigint, is_last boolean"
@@ -246,6 +261,7 @@ ALLOWED = {
     ("core/migrations.py", "COMMIT;"),
     ("commands/kv.py", "BEGIN"),  # the name of an argument
     ("core/poolers.py", "BEGIN; "),
+    ("core/leadership.py", "UPDATE"),  # a word that is replaced in a statement
     ("core/grants.py", "CREATE ROLE"),  # of a hint
 }
 
