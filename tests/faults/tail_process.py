@@ -97,7 +97,7 @@ class TailProcess:
                 return line
         raise AssertionError(f"it ended without ever saying {text!r}")
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
     def freeze(self) -> None:
@@ -111,7 +111,7 @@ class TailProcess:
         assert "Traceback" not in err
         return self.process.wait(PATIENCE), out, err
 
-    def end(self, number: signal.Signals) -> tuple[int, list[str], str]:
+    def end(self, number: int) -> tuple[int, list[str], str]:
         """The same, after a signal."""
         self.signal(number)
         return self.ended()
