@@ -167,8 +167,6 @@ class Busy(PgcoordError):
 class LockNotAcquired(Busy):
     """Somebody else owns the subscription name at this moment."""
 
-    code = "lock_not_acquired"
-
     def __init__(self, subscription_name: str, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.subscription_name = subscription_name

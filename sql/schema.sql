@@ -18,6 +18,25 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION pgcoord.collection_bound(outbox_name text, older_than double precision, OUT committed_before_ms bigint, OUT passed_by_all bigint) RETURNS record
+    LANGUAGE plpgsql STABLE
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $$
+BEGIN
+    SELECT CASE WHEN coalesce(bool_or(activity.xact_start IS NULL), false) THEN 0 -- prepared, or not ours to see
+                ELSE (extract(epoch FROM least(min(activity.xact_start),
+                                               clock_timestamp() - make_interval(secs => older_than))) * 1000)::bigint
+           END
+      INTO committed_before_ms
+      FROM pg_locks AS held
+      LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
+     WHERE held.locktype = 'advisory' AND held.classid = outbox_name::regclass::oid AND held.objid = 0
+       AND held.objsubid = 2
+       AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database());
+    SELECT min(last_position) INTO passed_by_all FROM subscriptions WHERE outbox = outbox_name;
+END
+$$;
+
 CREATE FUNCTION pgcoord.dispatch_completions(ids bigint[]) RETURNS TABLE(claimed_id bigint, counted integer)
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'

@@ -95,86 +95,65 @@ class Checkpoint(Protocol):
         """Gives back what it holds."""
 
 
-@command(app, "lease")
-def lease(
-    ctx: typer.Context,
-    from_cursor: FromOption = None,
-    from_start: FromStart = False,
-    since: Since = None,
-    until: Until = None,
-    most: Max = None,
-    no_follow: NoFollow = False,
-    partition: Partition = None,
-    namespace: Namespace = None,
-    instance_tag: InstanceTag = None,
-    event_type: Annotated[
-        list[str] | None, typer.Option("--event-type", metavar="TYPE", help="Only these; repeatable.")
-    ] = None,
-    cursor_file: CursorFileOption = None,
-    subscription: SubscriptionOption = None,
-    lag: Lag = False,
-    max_lag: MaxLag = None,
-) -> None:
-    """Follow the lease events: acquired, renewed, expired, reclaimed, revoked. A line each, with its cursor.
+LEASE_HELP = """Follow the lease events: acquired, renewed, expired, reclaimed, revoked. A line each, with its cursor.
 
-    Ctrl-C and SIGTERM finish the batch in hand and say how to resume. Each event is shown at least once, in order;
-    lost connections are mended. A stored cursor (--cursor-file, --subscription) goes before --from.
+Ctrl-C and SIGTERM finish the batch in hand and say how to resume. Each event is shown at least once, in order;
+lost connections are mended. A stored cursor (--cursor-file, --subscription) goes before --from.
 
-    \b
-    Examples:
-      pgcoord tail lease
-      pgcoord tail lease --from-start --no-follow -o jsonl > leases.jsonl
-      pgcoord tail lease --since 10m --event-type expired --event-type reclaimed
-      pgcoord tail lease --cursor-file /var/lib/app/lease.cursor -o jsonl | app-import
-      pgcoord tail lease --lag --subscription importer --max-lag 1000
-    """
-    from pgcoord_cli.core.outbox import LEASE
+\b
+Examples:
+  pgcoord tail lease
+  pgcoord tail lease --from-start --no-follow -o jsonl > leases.jsonl
+  pgcoord tail lease --since 10m --event-type expired --event-type reclaimed
+  pgcoord tail lease --cursor-file /var/lib/app/lease.cursor -o jsonl | app-import
+  pgcoord tail lease --lag --subscription importer --max-lag 1000
+"""
 
-    _tail(ctx, LEASE, Call(
-        from_cursor, from_start, since, until, most, no_follow, partition or [], namespace or [], instance_tag or [],
-        event_type or [], cursor_file, subscription, lag, max_lag,
-    ))  # fmt: skip
+COMPLETION_HELP = """Follow the completion events: success, failed, cancelled, skipped. A line each, with its cursor.
+
+\b
+Examples:
+  pgcoord tail completion
+  pgcoord tail completion --from 02000000000000002a --max 10 -o json
+  pgcoord tail completion --namespace deploys --outcome failed
+  pgcoord tail completion --subscription mailer --from-start -o jsonl | send-mails
+  pgcoord tail completion --lag --cursor-file mailer.cursor
+"""
 
 
-@command(app, "completion")
-def completion(
-    ctx: typer.Context,
-    from_cursor: FromOption = None,
-    from_start: FromStart = False,
-    since: Since = None,
-    until: Until = None,
-    most: Max = None,
-    no_follow: NoFollow = False,
-    partition: Partition = None,
-    namespace: Namespace = None,
-    instance_tag: InstanceTag = None,
-    outcome: Annotated[
-        list[str] | None, typer.Option("--outcome", metavar="OUTCOME", help="Only these; repeatable.")
-    ] = None,
-    cursor_file: CursorFileOption = None,
-    subscription: SubscriptionOption = None,
-    lag: Lag = False,
-    max_lag: MaxLag = None,
-) -> None:
-    """Follow the completion events: success, failed, cancelled, skipped. A line each, with its cursor.
+def _register(name: str, kind_option: str, metavar: str, text: str) -> None:
+    """The two commands differ in the outbox, in what they call the kind of an event, and in their help."""
 
-    Ctrl-C and SIGTERM finish the batch in hand and say how to resume. Each event is shown at least once, in order;
-    lost connections are mended. A stored cursor (--cursor-file, --subscription) goes before --from.
+    def follow(
+        ctx: typer.Context,
+        from_cursor: FromOption = None,
+        from_start: FromStart = False,
+        since: Since = None,
+        until: Until = None,
+        most: Max = None,
+        no_follow: NoFollow = False,
+        partition: Partition = None,
+        namespace: Namespace = None,
+        instance_tag: InstanceTag = None,
+        kind: list[str] | None = typer.Option(None, kind_option, metavar=metavar, help="Only these; repeatable."),  # noqa: B008
+        cursor_file: CursorFileOption = None,
+        subscription: SubscriptionOption = None,
+        lag: Lag = False,
+        max_lag: MaxLag = None,
+    ) -> None:
+        from pgcoord_cli.core.outbox import OUTBOXES
 
-    \b
-    Examples:
-      pgcoord tail completion
-      pgcoord tail completion --from 02000000000000002a --max 10 -o json
-      pgcoord tail completion --namespace deploys --outcome failed
-      pgcoord tail completion --subscription mailer --from-start -o jsonl | send-mails
-      pgcoord tail completion --lag --cursor-file mailer.cursor
-    """
-    from pgcoord_cli.core.outbox import COMPLETION
+        _tail(ctx, OUTBOXES[name], Call(
+            from_cursor, from_start, since, until, most, no_follow, partition or [], namespace or [],
+            instance_tag or [], kind or [], cursor_file, subscription, lag, max_lag,
+        ))  # fmt: skip
 
-    _tail(ctx, COMPLETION, Call(
-        from_cursor, from_start, since, until, most, no_follow, partition or [], namespace or [], instance_tag or [],
-        outcome or [], cursor_file, subscription, lag, max_lag,
-    ))  # fmt: skip
+    follow.__doc__ = text
+    command(app, name)(follow)
+
+
+_register("lease", "--event-type", "TYPE", LEASE_HELP)
+_register("completion", "--outcome", "OUTCOME", COMPLETION_HELP)
 
 
 def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:

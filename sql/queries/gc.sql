@@ -41,20 +41,9 @@ SELECT count(*) AS deletable
 SELECT created_at FROM commit_requests ORDER BY id LIMIT 1;
 
 -- name: delete_lease_events
--- Deletes of one batch of lease events after a position those that are older than a number of seconds, were passed by every subscription and have no writer before them; says how many, where the batch ended and whether it is the last.
-WITH announced AS (
-    SELECT coalesce(bool_or(activity.xact_start IS NULL), false) AS is_unknown, min(activity.xact_start) AS since
-      FROM pg_locks AS held
-      LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
-     WHERE held.locktype = 'advisory' AND held.classid = 'lease_events'::regclass::oid AND held.objid = 0
-       AND held.objsubid = 2
-       AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-), bound AS (
-    SELECT CASE WHEN is_unknown THEN 0
-                ELSE (extract(epoch FROM least(since, clock_timestamp() - make_interval(secs => $2::double precision)))
-                      * 1000)::bigint END AS committed_before_ms,
-           (SELECT min(last_position) FROM subscriptions WHERE outbox = 'lease_events') AS passed_by_all
-      FROM announced
+-- Deletes one batch of lease events after a position, up to the first that has to stay; says how many, where the batch ended and whether it is the last.
+WITH bound AS (
+    SELECT committed_before_ms, passed_by_all FROM collection_bound('lease_events', $2::double precision)
 ), oldest AS MATERIALIZED (
     SELECT event_id, committed_at_ms < committed_before_ms AND event_id <= coalesce(passed_by_all, event_id) AS is_over
       FROM lease_events, bound
@@ -79,20 +68,9 @@ SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bi
   FROM oldest;
 
 -- name: delete_completion_events
--- The same of completion events, up to the first that was not dispatched.
-WITH announced AS (
-    SELECT coalesce(bool_or(activity.xact_start IS NULL), false) AS is_unknown, min(activity.xact_start) AS since
-      FROM pg_locks AS held
-      LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
-     WHERE held.locktype = 'advisory' AND held.classid = 'completion_events'::regclass::oid AND held.objid = 0
-       AND held.objsubid = 2
-       AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-), bound AS (
-    SELECT CASE WHEN is_unknown THEN 0
-                ELSE (extract(epoch FROM least(since, clock_timestamp() - make_interval(secs => $2::double precision)))
-                      * 1000)::bigint END AS committed_before_ms,
-           (SELECT min(last_position) FROM subscriptions WHERE outbox = 'completion_events') AS passed_by_all
-      FROM announced
+-- The same of completion events, of which those have to stay that were not dispatched.
+WITH bound AS (
+    SELECT committed_before_ms, passed_by_all FROM collection_bound('completion_events', $2::double precision)
 ), oldest AS MATERIALIZED (
     SELECT event_id, committed_at_ms < committed_before_ms AND event_id <= coalesce(passed_by_all, event_id)
                      AND dispatched_at_ms IS NOT NULL AS is_over
