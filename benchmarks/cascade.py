@@ -82,7 +82,7 @@ def one_by_one(dsn: str, workers: int, number: int) -> float:
     """Events a second of one SERIALIZABLE transaction each, on several connections."""
     with psycopg.connect(dsn) as conn:
         pending = [row[0] for row in conn.execute(
-            "SELECT event_id FROM pgcoord.completion_events WHERE dispatched_at_ms IS NULL ORDER BY 1 LIMIT %s", [number]
+            "SELECT event_id FROM pgcoord.completion_events WHERE dispatched_at_ms IS NULL LIMIT %s", [number]
         )]  # fmt: skip
     total = len(pending)
     lock = threading.Lock()

@@ -7,6 +7,7 @@ never be reached.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
@@ -74,12 +75,17 @@ class _Reader:
         import yaml
 
         try:
-            return yaml.compose(text, Loader=yaml.SafeLoader)
+            return yaml.compose(_without_tabs(text), Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise UsageError(f"{self._source}:{line}: not YAML: {error.problem}") from None
-        except yaml.YAMLError as error:
-            raise UsageError(f"{self._source}: not YAML: {str(error).splitlines()[0]}") from None
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            raise UsageError(f"{self._source}:{line}: not YAML: {error.reason}") from None
+        except RecursionError:
+            raise UsageError(
+                f"{self._source}:{_deepest_line(text)}: not a flow file: brackets within brackets"
+            ) from None
 
     def _wrong(self, node: Any, message: str, hint: str | None = None) -> UsageError:
         return UsageError(f"{self._source}:{node.start_mark.line + 1}: {message}", hint=hint)
@@ -88,7 +94,11 @@ class _Reader:
 
     def _executions(self, root: Any, fields: Mapping[str, Any]) -> list[PlannedExecution]:
         if "executions" not in fields or not fields["executions"].value:
-            raise self._wrong(root, "there are no executions", hint="write executions: and a list with a name in each")
+            raise self._wrong(
+                fields.get("executions", root),
+                "there are no executions",
+                hint="write executions: and a list with a name in each",
+            )
         found: dict[str, PlannedExecution] = {}
         for node in self._sequence(fields["executions"]):
             execution = self._execution(node)
@@ -168,6 +178,8 @@ class _Reader:
             raise self._wrong(node, "here belongs a mapping, name: value")
         seen: set[str] = set()
         for key, value in node.value:
+            if key.id != "scalar":
+                raise self._wrong(key, "here belongs a name")
             if key.value in seen:
                 raise self._wrong(key, f"{key.value!r} is there twice")
             seen.add(key.value)
@@ -191,15 +203,18 @@ class _Reader:
             raise self._wrong(node, "here belongs a text")
         if "\0" in node.value:
             raise self._wrong(node, "a text cannot hold a zero byte")
-        return str(node.value)
+        try:
+            return str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")  # JSON's pairs are one character
+        except UnicodeDecodeError:
+            raise self._wrong(node, "half a character: a surrogate without its other") from None
 
     def _optional_text(self, fields: Mapping[str, Any], name: str) -> str | None:
         return self._text(fields[name]) if name in fields else None
 
     def _number(self, node: Any, name: str, least: int) -> int:
         text = self._text(node)
-        if not text.isdecimal() or not least <= int(text) <= 2**31 - 1:
-            raise self._wrong(node, f"{name}: {text!r} is not a number from {least} on")
+        if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= 2**31 - 1:
+            raise self._wrong(node, f"{name}: {text[:20]!r} is not a number from {least} on")
         return int(text)
 
     def _choice(self, node: Any, choices: Sequence[str]) -> str:
@@ -213,3 +228,18 @@ class _Reader:
         if name not in names:
             raise self._wrong(node, f"there is no execution {name!r}")
         return name
+
+
+def _without_tabs(text: str) -> str:
+    """JSON may be indented by tabs, which YAML refuses; within its strings it has none."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text.replace("\t", " ")
+
+
+def _deepest_line(text: str) -> int:
+    """The line with the most opening brackets."""
+    counts = [line.count("[") + line.count("{") for line in text.splitlines()]
+    return counts.index(max(counts)) + 1

@@ -21,6 +21,7 @@ from pgcoord_cli.core.policy import OnSatisfied, Policy
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
+FINAL = frozenset({"success", "failed", "cancelled", "skipped"})
 PARTITIONS = 16
 """A flow's executions and events share a partition key below this."""
 
@@ -82,11 +83,12 @@ def add_edge(conn: Connection[Any], upstream_id: UUID, downstream_id: UUID) -> U
     it that they do not close a circle.
     """
     with conn.transaction():
-        upstream = conn.execute(sql("flows", "upstream_state"), [upstream_id]).fetchone()
+        # In the order in which a dispatch takes its locks: the group, then executions by their ids.
         group = conn.execute(sql("flows", "lock_group"), [downstream_id]).fetchone()
-        if upstream is None or group is None:
+        states = dict(conn.execute(sql("flows", "hold_ends"), [[upstream_id, downstream_id]]).fetchall())
+        if group is None or upstream_id not in states or states[downstream_id] != "blocked":
             raise UsageError("the upstream does not exist, or the downstream waits for nothing (any more)")
-        outcome = upstream[0] if upstream[0] in ("success", "failed", "cancelled", "skipped") else None
+        outcome = states[upstream_id] if states[upstream_id] in FINAL else None
         edge = conn.execute(sql("flows", "insert_edge"), [upstream_id, downstream_id, outcome]).fetchone()
         if edge is None:
             raise UsageError("there is such an edge already")

@@ -100,15 +100,17 @@ def collect_events(
     deleted = batches = last_id = 0
     is_last = False
     while not is_last and progress(deleted):
+        before_ms, passed = conn.execute(sql("gc", "event_bound"), [outbox.table, older_than]).fetchone() or (0, 0)
         statement = sql("gc", f"delete_{outbox.table}")
-        count, last_id, is_last = conn.execute(statement, [last_id, older_than, batch_size]).fetchone() or (0, 0, True)
+        found = conn.execute(statement, [last_id, before_ms, batch_size, passed]).fetchone()
+        count, last_id, is_last = found or (0, 0, True)
         deleted += count
         batches += count > 0
     return CollectedEvents(outbox.table, deleted, batches, *_oldest_event(conn, outbox), False)
 
 
 def count_events(conn: Connection[Any], outbox: Outbox, older_than: float) -> CollectedEvents:
-    """What `collect_events` would delete at this moment, if no open transaction is in the way."""
+    """What `collect_events` would delete at this moment."""
     row = conn.execute(sql("gc", f"count_{outbox.table}"), [older_than]).fetchone() or (0,)
     return CollectedEvents(outbox.table, row[0], 0, *_oldest_event(conn, outbox), True)
 

@@ -71,12 +71,12 @@ class LockRun:
             if order.fence:
                 environment["PGCOORD_FENCE"] = str(draw_fence(conn, order.name, None)[0])
             started()
-            group = self._start(environment)
-            try:
-                self._guard(conn, group)
-            finally:
-                if group.exit_code is None:
-                    group.end(order.grace_seconds)
+            with closing(self._start(environment)) as group:
+                try:
+                    self._guard(conn, group)
+                finally:
+                    if group.exit_code is None:
+                        group.end(order.grace_seconds)
         code = group.exit_code
         assert code is not None
         return code if code >= 0 else 128 - code

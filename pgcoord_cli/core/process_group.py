@@ -22,7 +22,8 @@ class ProcessGroup:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._child = subprocess.Popen(command, env=dict(environment), start_new_session=True)
         self._ended = Wakeup()
-        Thread(target=self._reap, daemon=True).start()
+        self._reaper = Thread(target=self._reap, daemon=True)
+        self._reaper.start()
 
     def _reap(self) -> None:
         self._child.wait()
@@ -45,6 +46,13 @@ class ProcessGroup:
         if self.exit_code is None:
             poll.poll(max(0.0, seconds) * 1000)
         wakeup.clear()
+
+    def close(self) -> None:
+        """Ends what is left of the group at once, and gives back what this process holds of it."""
+        if self.exit_code is None:
+            self.end(0.0)
+        self._reaper.join()
+        self._ended.close()
 
     def end(self, grace: float = GRACE_SECONDS) -> None:
         """Asks the whole group to end, and kills what is left of it after the grace."""

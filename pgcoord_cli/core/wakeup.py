@@ -46,9 +46,11 @@ class Wakeup:
                 pass
 
     def close(self) -> None:
-        """Gives the pipe back."""
-        os.close(self._reader)
-        os.close(self._writer)
+        """Gives the pipe back; more than once is no harm."""
+        for descriptor in (self._reader, self._writer):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._reader = self._writer = -1
 
 
 class Notifications:

@@ -139,6 +139,8 @@ class Slot:
         conn.execute(sql("session", "plan_once"))
         notifications = listen(conn, [channels.executions(self._settings.schema)], self._wakeup)
         order = self._order
+        if order.once:
+            dispatch_everything(conn)
         while not self._stopping:
             claims = executions.claim(
                 conn, order.owner, order.lease_seconds, namespace=order.namespace, instance_tag=order.instance_tag
@@ -163,7 +165,9 @@ class Slot:
             self._end(claim, f"cannot start: {error}", conn)
             return
         self._say("started", claim, command[0])
-        if self._keep_lease(claim, claimed_at, group):
+        with closing(group):
+            is_mine = self._keep_lease(claim, claimed_at, group)
+        if is_mine:
             code = group.exit_code
             self._end(claim, None if code == 0 else f"exit status {code}", conn)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from typing import Any
 
 from pgcoord_cli.render import paint, scalar
@@ -63,7 +64,7 @@ def mermaid_lines(document: Document) -> Iterator[str]:
     numbers = _numbers(document)
     yield "flowchart TD"
     for execution in document["executions"]:
-        label = scalar(execution["name"]).replace('"', "&quot;")
+        label = escape(scalar(execution["name"]))
         yield f'  n{numbers[execution["name"]]}["{label}<br/>{execution["state"]}"]:::{execution["state"]}'
     for edge in document["edges"]:
         yield f"  n{numbers[edge['upstream']]} --> n{numbers[edge['downstream']]}"

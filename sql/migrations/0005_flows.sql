@@ -102,6 +102,9 @@ CREATE TABLE dispatch_failures (
 
 COMMENT ON TABLE dispatch_failures IS 'Completion events that could not be carried on: when they are tried again, or that they are not.';
 
+-- Rows are locked FOR NO KEY UPDATE: a row that is changed twice in a transaction has its foreign keys looked at again,
+-- and that must not wait for, or be waited for by, somebody who changes no key.
+--
 -- The functions below look rows up by index, whatever the statistics say of tables that were empty a moment ago.
 
 -- Ends executions: state, lease, completion event, in the caller's transaction. `ending` is one of the final states.
@@ -161,7 +164,7 @@ BEGIN
 
     -- Everything that is about to change is locked in one order, whoever else does the same.
     PERFORM FROM executions
-      WHERE execution_id = ANY (satisfied || impossible || siblings) ORDER BY execution_id FOR UPDATE;
+      WHERE execution_id = ANY (satisfied || impossible || siblings) ORDER BY execution_id FOR NO KEY UPDATE;
     UPDATE executions SET state = 'eligible' WHERE execution_id = ANY (satisfied) AND state = 'blocked';
     PERFORM end_executions(
         array(SELECT execution_id FROM executions WHERE execution_id = ANY (impossible) AND state = 'blocked'),
@@ -188,7 +191,7 @@ BEGIN
     WITH mine AS (
         SELECT event_id FROM completion_events
          WHERE event_id = ANY (ids) AND dispatched_at_ms IS NULL
-         ORDER BY event_id FOR UPDATE SKIP LOCKED
+         ORDER BY event_id FOR NO KEY UPDATE SKIP LOCKED
     ), marked AS (
         UPDATE completion_events AS event
            SET dispatched_at_ms = (extract(epoch FROM clock_timestamp()) * 1000)::bigint
@@ -204,7 +207,7 @@ BEGIN
     SELECT array_agg(downstream_id) INTO touched
       FROM (SELECT downstream_id FROM edge_groups
              WHERE downstream_id IN (SELECT downstream_id FROM edges WHERE upstream_id = ANY (upstreams))
-             ORDER BY downstream_id FOR UPDATE) AS locked;
+             ORDER BY downstream_id FOR NO KEY UPDATE) AS locked;
 
     RETURN QUERY
     WITH first_event AS (
@@ -254,7 +257,7 @@ BEGIN
     END IF;
     UPDATE executions
        SET state = 'eligible', reason = why,
-           eligible_from = clock_timestamp() + least(interval '1 second' * 2 ^ (failures - 1), interval '10 minutes')
+           eligible_from = clock_timestamp() + least(interval '1 second' * 2 ^ least(failures - 1, 20), interval '10 minutes')
      WHERE execution_id = id;
     DELETE FROM execution_leases WHERE execution_id = id;
     RETURN 'eligible';

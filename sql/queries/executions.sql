@@ -7,7 +7,7 @@ WITH chosen AS (
        AND ($4::text IS NULL OR namespace = $4::text) AND ($5::text IS NULL OR instance_tag = $5::text)
      ORDER BY queue_position
      LIMIT $3::integer
-       FOR UPDATE SKIP LOCKED
+       FOR NO KEY UPDATE SKIP LOCKED
 ), started AS (
     UPDATE executions AS execution
        SET state = 'running', lease_epoch = lease_epoch + 1
@@ -50,7 +50,7 @@ WITH mine AS MATERIALIZED (
     SELECT execution_id
       FROM executions
      WHERE execution_id = $1::uuid AND lease_epoch = $2::bigint AND state = 'running'
-       FOR UPDATE
+       FOR NO KEY UPDATE
 )
 SELECT count(*) AS ended FROM end_executions(ARRAY(SELECT execution_id FROM mine), 'success', NULL);
 
@@ -61,7 +61,7 @@ SELECT fail_execution($1::uuid, $2::bigint, $3::text) AS state;
 -- name: revoke
 -- Takes an execution away from whoever runs it, for somebody else to run.
 WITH locked AS MATERIALIZED (
-    SELECT execution_id FROM executions WHERE execution_id = $1::uuid AND state = 'running' FOR UPDATE
+    SELECT execution_id FROM executions WHERE execution_id = $1::uuid AND state = 'running' FOR NO KEY UPDATE
 )
 SELECT end_leases(ARRAY(SELECT execution_id FROM locked), 'revoked', 2147483647) AS revoked;
 

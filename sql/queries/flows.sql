@@ -29,21 +29,18 @@ SELECT $1::uuid, upstream_id, downstream_id
 SELECT pg_notify(current_schema() || '.executions', '') AS announced;
 
 -- name: lock_group
--- Locks the edge group of an execution that still waits, and the execution, for a new edge above it.
-SELECT downstream_id
-  FROM edge_groups
-  JOIN executions ON execution_id = downstream_id
- WHERE downstream_id = $1::uuid AND edge_groups.state = 'pending' AND executions.state = 'blocked'
-   FOR UPDATE OF edge_groups, executions;
+-- Locks the edge group of an execution, if that still waits for something.
+SELECT downstream_id FROM edge_groups WHERE downstream_id = $1::uuid AND state = 'pending' FOR NO KEY UPDATE;
 
--- name: upstream_state
--- The state of an execution that an edge is to leave from, which does not end before this transaction does.
-SELECT state, flow_id FROM executions WHERE execution_id = $1::uuid FOR SHARE;
+-- name: hold_ends
+-- The states of the executions that an edge is to join, which do not change before this transaction ends.
+SELECT execution_id, state FROM executions WHERE execution_id = ANY ($1::uuid[]) ORDER BY execution_id FOR SHARE;
 
 -- name: insert_edge
 -- Adds an edge unless it is there; the outcome is that of an upstream that has ended already.
 INSERT INTO edges (flow_id, upstream_id, downstream_id, outcome)
 SELECT flow_id, $1::uuid, $2::uuid, $3::text FROM edge_groups WHERE downstream_id = $2::uuid
+ON CONFLICT (upstream_id, downstream_id) DO NOTHING
 RETURNING edge_id;
 
 -- name: count_new_edge
@@ -102,7 +99,7 @@ WITH cancelled AS (
 ), locked AS MATERIALIZED (
     SELECT execution_id FROM executions
      WHERE flow_id = (SELECT flow_id FROM cancelled) AND ended_at IS NULL
-     ORDER BY execution_id FOR UPDATE
+     ORDER BY execution_id FOR NO KEY UPDATE
 )
 SELECT EXISTS (SELECT FROM cancelled) AS is_found,
        (SELECT count(*) FROM end_executions(ARRAY(SELECT execution_id FROM locked), 'cancelled', 'the flow was cancelled'))

@@ -40,13 +40,15 @@ SELECT count(*) AS deletable
 -- When the oldest request that is still stored was made.
 SELECT created_at FROM commit_requests ORDER BY id LIMIT 1;
 
+-- name: event_bound
+-- How far events of an outbox may be collected: those that came before a time and up to a position. To be asked before the deletion begins, so that whoever is not in the way by then has committed what the deletion sees.
+SELECT committed_before_ms, passed_by_all FROM collection_bound($1::text, $2::double precision);
+
 -- name: delete_lease_events
 -- Deletes one batch of lease events after a position, up to the first that has to stay; says how many, where the batch ended and whether it is the last.
-WITH bound AS (
-    SELECT committed_before_ms, passed_by_all FROM collection_bound('lease_events', $2::double precision)
-), oldest AS MATERIALIZED (
-    SELECT event_id, committed_at_ms < committed_before_ms AND event_id <= coalesce(passed_by_all, event_id) AS is_over
-      FROM lease_events, bound
+WITH oldest AS MATERIALIZED (
+    SELECT event_id, committed_at_ms < $2::bigint AND event_id <= coalesce($4::bigint, event_id) AS is_over
+      FROM lease_events
      WHERE event_id > $1::bigint
      ORDER BY event_id
      LIMIT $3::integer
@@ -69,12 +71,9 @@ SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bi
 
 -- name: delete_completion_events
 -- The same of completion events, of which those have to stay that were not dispatched.
-WITH bound AS (
-    SELECT committed_before_ms, passed_by_all FROM collection_bound('completion_events', $2::double precision)
-), oldest AS MATERIALIZED (
-    SELECT event_id, committed_at_ms < committed_before_ms AND event_id <= coalesce(passed_by_all, event_id)
-                     AND dispatched_at_ms IS NOT NULL AS is_over
-      FROM completion_events, bound
+WITH oldest AS MATERIALIZED (
+    SELECT event_id, committed_at_ms < $2::bigint AND event_id <= coalesce($4::bigint, event_id) AND dispatched_at_ms IS NOT NULL AS is_over
+      FROM completion_events
      WHERE event_id > $1::bigint
      ORDER BY event_id
      LIMIT $3::integer
@@ -110,16 +109,20 @@ SELECT (SELECT to_timestamp(committed_at_ms / 1000.0) FROM completion_events ORD
          ORDER BY last_position LIMIT 1) AS furthest_behind;
 
 -- name: count_lease_events
--- How many lease events are older than a number of seconds and were passed by every subscription.
+-- How many lease events come before the first that has to stay.
 SELECT count(*) AS deletable
   FROM lease_events
- WHERE committed_at_ms < (extract(epoch FROM clock_timestamp() - make_interval(secs => $1::double precision)) * 1000)::bigint
-   AND event_id <= coalesce((SELECT min(last_position) FROM subscriptions WHERE outbox = 'lease_events'), event_id);
+ WHERE event_id < coalesce((SELECT min(event_id)
+                              FROM lease_events, collection_bound('lease_events', $1::double precision)
+                             WHERE committed_at_ms >= committed_before_ms OR event_id > passed_by_all),
+                           9223372036854775807);
 
 -- name: count_completion_events
--- How many dispatched completion events are older than a number of seconds and were passed by every subscription.
+-- How many completion events come before the first that has to stay.
 SELECT count(*) AS deletable
   FROM completion_events
- WHERE committed_at_ms < (extract(epoch FROM clock_timestamp() - make_interval(secs => $1::double precision)) * 1000)::bigint
-   AND dispatched_at_ms IS NOT NULL
-   AND event_id <= coalesce((SELECT min(last_position) FROM subscriptions WHERE outbox = 'completion_events'), event_id);
+ WHERE event_id < coalesce((SELECT min(event_id)
+                              FROM completion_events, collection_bound('completion_events', $1::double precision)
+                             WHERE committed_at_ms >= committed_before_ms OR event_id > passed_by_all
+                                OR dispatched_at_ms IS NULL),
+                           9223372036854775807);

@@ -30,7 +30,7 @@ INSERT INTO dispatch_failures AS failure (event_id, last_error, retry_at)
 VALUES ($1::bigint, $2::text, clock_timestamp() + interval '1 second')
 ON CONFLICT (event_id) DO UPDATE
    SET attempts = failure.attempts + 1, last_error = excluded.last_error,
-       retry_at = clock_timestamp() + least(interval '1 second' * 2 ^ failure.attempts, interval '1 hour'),
+       retry_at = clock_timestamp() + least(interval '1 second' * 2 ^ least(failure.attempts, 20), interval '1 hour'),
        quarantined_at = CASE WHEN failure.attempts + 1 >= $3::integer THEN clock_timestamp() END
 RETURNING attempts, quarantined_at IS NOT NULL AS is_quarantined;
 
@@ -58,7 +58,7 @@ WITH lost AS MATERIALIZED (
        AND ($3::text IS NULL OR execution.instance_tag = $3::text)
      ORDER BY execution.execution_id
      LIMIT $1::integer
-       FOR UPDATE OF execution, lease SKIP LOCKED
+       FOR NO KEY UPDATE OF execution, lease SKIP LOCKED
 )
 SELECT cardinality(ARRAY(SELECT execution_id FROM lost)) AS scanned,
        end_leases(ARRAY(SELECT execution_id FROM lost), 'expired', $4::integer) AS expired;
@@ -76,7 +76,7 @@ WITH needless AS MATERIALIZED (
                       AND edge_groups.cancel_siblings)
      ORDER BY execution.execution_id
      LIMIT $1::integer
-       FOR UPDATE OF execution SKIP LOCKED
+       FOR NO KEY UPDATE OF execution SKIP LOCKED
 )
 SELECT cardinality(ARRAY(SELECT execution_id FROM needless)) AS scanned,
        (SELECT count(*) FROM end_executions(

@@ -79,7 +79,7 @@ EXPECTED = {
     "flows.insert_edges": Shape("uuid, uuid[], uuid[]", ""),
     "flows.announce": Shape("", "announced void"),
     "flows.lock_group": Shape("uuid", "downstream_id uuid"),
-    "flows.upstream_state": Shape("uuid", "state text, flow_id uuid"),
+    "flows.hold_ends": Shape("uuid[]", "execution_id uuid, state text"),
     "flows.insert_edge": Shape("uuid, uuid, text", "edge_id uuid"),
     "flows.count_new_edge": Shape("uuid, text", ""),
     "flows.judge": Shape("uuid", "moved integer"),
@@ -139,11 +139,12 @@ EXPECTED = {
     "subscriptions.acquire": Shape("text, text", "fence bigint, last_position bigint, outbox text"),
     "subscriptions.save": Shape("text, bigint, bigint", "is_saved boolean"),
     "subscriptions.checkpoint": Shape("text", "outbox text, last_position bigint"),
+    "gc.event_bound": Shape("text, double precision", "committed_before_ms bigint, passed_by_all bigint"),
     "gc.delete_lease_events": Shape(
-        "bigint, double precision, integer", "deleted bigint, last_id bigint, is_last boolean"
+        "bigint, bigint, integer, bigint", "deleted bigint, last_id bigint, is_last boolean"
     ),
     "gc.delete_completion_events": Shape(
-        "bigint, double precision, integer", "deleted bigint, last_id bigint, is_last boolean"
+        "bigint, bigint, integer, bigint", "deleted bigint, last_id bigint, is_last boolean"
     ),
     "gc.oldest_lease_event": Shape("", "oldest_kept timestamptz, furthest_behind text"),
     "gc.oldest_completion_event": Shape("", "oldest_kept timestamptz, furthest_behind text"),

@@ -1,0 +1,1076 @@
+"""Tails on a real database: writers that end in every order, and what a tail may deliver meanwhile (rule I10).
+
+How long a tail needs is never asked. It draws a ticket from a sequence whenever it looks, so a test can wait until it
+has looked so often (`let_look`), and then ask what it delivered and what it did not.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import permutations, product, takewhile
+from threading import Barrier, Condition, Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+from psycopg.sql import SQL, Identifier, Literal
+
+from pgcoord_cli.core import tail as tail_module
+from pgcoord_cli.core.cursor import from_cursor, to_cursor
+from pgcoord_cli.core.embedded import EmbeddedServer, StopMode
+from pgcoord_cli.core.feed import BATCH_LIMIT
+from pgcoord_cli.core.gc import collect_events
+from pgcoord_cli.core.outbox import (
+    COMPLETION,
+    LEASE,
+    CompletionEvent,
+    Event,
+    LeaseEvent,
+    Outbox,
+    append_completion_event,
+    append_lease_event,
+)
+from pgcoord_cli.core.session import command_session
+from pgcoord_cli.core.tail import Batch, Filters, From, Notice, Tail, tail
+from pgcoord_cli.errors import ConnectionFailed, CursorExpired, PgcoordError, SchemaMissing, UsageError
+from pgcoord_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from pytest_postgresql.executors import NoopExecutor
+
+PATIENCE = 30.0
+"""Seconds after which a test gives up waiting."""
+
+MANY = BATCH_LIMIT * 5 // 2
+"""More events than fit into two batches."""
+
+LONG_BEFORE = 100_000_000
+"""Milliseconds: more than a day."""
+
+Conn = psycopg.Connection[Any]
+
+
+# -- a tail under observation
+
+
+class Reader:
+    """A tail in a thread of its own: what it has delivered and said so far."""
+
+    def __init__(self, settings: Settings, outbox: Outbox = LEASE, **how: Any) -> None:
+        self.batches: list[Batch] = []
+        self.notices: list[Notice] = []
+        self.error: PgcoordError | None = None
+        self.has_ended = False
+        self._news = Condition()
+        self.tail = Tail(settings, outbox, report=self._hear, **how)
+        self._thread = Thread(target=self._read)
+        self._thread.start()
+        self.until(lambda: self.batches or self.has_ended)
+
+    def _read(self) -> None:
+        try:
+            for batch in self.tail.batches():
+                self._note(partial(self.batches.append, batch))
+        except PgcoordError as error:
+            self.error = error
+        finally:
+            self._note(partial(setattr, self, "has_ended", True))
+
+    def _hear(self, notice: Notice) -> None:
+        self._note(partial(self.notices.append, notice))
+
+    def _note(self, change: Callable[[], object]) -> None:
+        with self._news:
+            change()
+            self._news.notify_all()
+
+    @property
+    def events(self) -> list[Event]:
+        return [event for batch in list(self.batches) for event in batch.events]
+
+    @property
+    def ids(self) -> list[int]:
+        return [event.event_id for event in self.events]
+
+    @property
+    def said(self) -> list[str]:
+        return [notice.type for notice in list(self.notices)]
+
+    def until(self, condition: Callable[[], object]) -> None:
+        with self._news:
+            assert self._news.wait_for(condition, PATIENCE), (self.ids[-10:], self.notices, self.error)
+
+    def wait_for(self, ids: list[int]) -> None:
+        """Waits until as many events have been delivered, which then have to be these."""
+        self.until(lambda: len(self.ids) >= len(ids) or self.has_ended)
+        assert self.ids == ids
+
+    def wait_for_end(self) -> None:
+        self.until(lambda: self.has_ended)
+
+    def end(self) -> None:
+        self.tail.stop()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+        self.tail.close()
+
+
+StartReader = Callable[..., Reader]
+
+
+@pytest.fixture
+def start_reader(request: pytest.FixtureRequest) -> Iterator[StartReader]:
+    """Starts tails, on the test's database unless told; ends those that are left when the test is over."""
+    started: list[Reader] = []
+
+    def start(*args: Any, settings: Settings | None = None, **how: Any) -> Reader:
+        started.append(Reader(settings or request.getfixturevalue("settings"), *args, **how))
+        return started[-1]
+
+    yield start
+    for reader in started:
+        reader.end()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+
+
+def let_look(sql: Conn, looks: int = 3) -> None:
+    """Returns when the tail of the lease events has looked so often, and has done with it what it does."""
+
+    def tickets(nudge: bool = True) -> int:
+        query = "SELECT coalesce(pg_sequence_last_value('lease_events_asleep'), 0)"
+        row = sql.execute(f"{query}, pg_notify('pgcoord.lease_events', '')" if nudge else query).fetchone()
+        assert row
+        return int(row[0])
+
+    # The look after the last of them shows that the last is over.
+    enough = tickets(nudge=False) + looks + 1
+    until(lambda: tickets() >= enough)
+
+
+def connect(settings: Settings, **options: Any) -> Conn:
+    """A session of somebody's; one that waits for a lock for too long fails, so that no test stands still."""
+    conn = psycopg.connect(make_conninfo(settings.dsn, **options), autocommit=True)
+    conn.execute("SELECT set_config('lock_timeout', %s, false)", [f"{PATIENCE:g}s"])
+    return conn
+
+
+def path_to(settings: Settings) -> Conn:
+    """A connection like the fixture `sql`."""
+    return connect(settings, options="-c search_path=pgcoord")
+
+
+@pytest.fixture
+def writer(settings: Settings) -> Iterator[Conn]:
+    """Some service's session."""
+    with connect(settings, application_name="a service") as conn:
+        yield conn
+
+
+@pytest.fixture
+def prepares(sql: Conn) -> Iterator[None]:
+    """Leaves no prepared transaction behind, which would keep the test's database from being dropped."""
+    yield
+    for (gid,) in sql.execute("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()").fetchall():
+        sql.execute(SQL("ROLLBACK PREPARED {}").format(Literal(gid)))
+
+
+def write(conn: Conn, count: int = 1, **columns: Any) -> list[int]:
+    """Lease events in one statement, in the transaction that `conn` is in or one of their own; their ids."""
+    columns = {"execution_id": str(uuid4()), "event_type": "acquired"} | columns
+    statement = SQL("INSERT INTO pgcoord.lease_events ({}) SELECT {} FROM generate_series(1, {}) RETURNING event_id")
+    names, values = SQL(", ").join(map(Identifier, columns)), SQL(", ").join(map(Literal, columns.values()))
+    return [row[0] for row in conn.execute(statement.format(names, values, count))]
+
+
+def roll_back(conn: Conn, count: int = 1) -> list[int]:
+    """Draws ids that will never come."""
+    with conn.transaction(force_rollback=True):
+        return write(conn, count)
+
+
+def write_before(conn: Conn, milliseconds: int) -> list[int]:
+    """An event that came so long ago."""
+    ids = write(conn)
+    conn.execute(
+        "UPDATE pgcoord.lease_events SET committed_at_ms = committed_at_ms - %s WHERE event_id = ANY (%s)",
+        [milliseconds, ids],
+    )
+    return ids
+
+
+@contextmanager
+def under_way(conn: Conn) -> Iterator[int]:
+    """Within the block the event of this id is written but not committed; it is committed when the block ends."""
+    with conn.transaction():
+        (event_id,) = write(conn)
+        yield event_id
+
+
+def prepare(conn: Conn, gid: str, *, writes: Callable[[Conn], list[int]] = write) -> list[int]:
+    """A transaction that wrote and was prepared; the ids of its events."""
+    conn.execute("BEGIN")
+    conn.execute("SET LOCAL pgcoord.notify = off")
+    ids = writes(conn)
+    conn.execute(SQL("PREPARE TRANSACTION {}").format(Literal(gid)))
+    return ids
+
+
+def tail_pid(sql: Conn) -> int:
+    """The backend of the tail, once there is one."""
+    query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/tail' AND datname = current_database()"
+    until(lambda: sql.execute(query).fetchone())
+    (pid,) = sql.execute(query).fetchone() or (0,)
+    return int(pid)
+
+
+def is_waiting(sql: Conn, pid: int) -> bool:
+    """Whether a session waits for a lock."""
+    return sql.execute("SELECT FROM pg_locks WHERE pid = %s AND NOT granted", [pid]).fetchone() is not None
+
+
+# -- five writers, every order, every outcome
+
+
+class Ending(NamedTuple):
+    """How a writer's transaction ends, and whether and when it is prepared before: `early` is before any ends."""
+
+    commits: bool
+    prepared: bool = False
+    early: bool = False
+
+    @property
+    def verb(self) -> str:
+        return "COMMIT" if self.commits else "ROLLBACK"
+
+
+class Case(NamedTuple):
+    """In which order the five end, and how each of them does."""
+
+    order: tuple[int, ...]
+    endings: tuple[Ending, ...]
+
+
+ORDERS = list(permutations(range(5)))
+PLAIN = [Ending(True), Ending(False)]
+PREPARED = [Ending(commits, True, early) for commits in (True, False) for early in (True, False)]
+ALL_PLAIN = [Case(order, endings) for order, endings in product(ORDERS, product(PLAIN, repeat=5))]
+
+
+def sample(number: int, seed: int) -> list[Case]:
+    """Plain endings and prepared ones, mixed."""
+    chance = random.Random(seed)
+    return [Case(chance.choice(ORDERS), tuple(chance.choices(PLAIN + PREPARED, k=5))) for _ in range(number)]
+
+
+class Five:
+    """Five writers, each with one event that is written and not committed, and a tail that is looking on."""
+
+    def __init__(self, sql: Conn, writers: list[Conn], reader: Reader, case: Case) -> None:
+        self._sql = sql
+        self._reader = reader
+        self._case = case
+        # Delivered before the five begin, so that no gap of earlier ones is left.
+        (first,) = write(sql)
+        reader.until(lambda: reader.ids[-1:] == [first])
+        self._before = len(reader.ids)
+        self._writers = writers
+        self._ids = [self._begin(*each) for each in zip(writers, case.endings, strict=True)]
+        self._committed: set[int] = set()
+        self._open = set(self._ids)
+
+    def play(self) -> None:
+        """Ends one after the other, and looks after each step at what has been delivered."""
+        self._check()
+        for place, ending in enumerate(self._case.endings):
+            if ending.early:
+                self._prepare(place)
+        for place in self._case.order:
+            ending = self._case.endings[place]
+            if ending.prepared and not ending.early:
+                self._prepare(place)
+            self._end(place, ending)
+            self._check()
+        self._reader.until(lambda: self._delivered == sorted(self._committed))
+
+    def _begin(self, conn: Conn, ending: Ending) -> int:
+        conn.execute("BEGIN")
+        if ending.prepared:
+            conn.execute("SET LOCAL pgcoord.notify = off")
+        return write(conn)[0]
+
+    def _prepare(self, place: int) -> None:
+        self._writers[place].execute(SQL("PREPARE TRANSACTION {}").format(self._gid(place)))
+        self._check()
+
+    def _end(self, place: int, ending: Ending) -> None:
+        gid = self._gid(place)
+        if ending.prepared:
+            self._sql.execute(SQL("{} PREPARED {}").format(SQL(ending.verb), gid))
+        else:
+            self._writers[place].execute(ending.verb)
+        self._open.remove(self._ids[place])
+        if ending.commits:
+            self._committed.add(self._ids[place])
+
+    def _gid(self, place: int) -> Literal:
+        return Literal(f"{self._sql.info.dbname} {self._ids[place]}")
+
+    @property
+    def _delivered(self) -> list[int]:
+        return self._reader.ids[self._before :]
+
+    def _check(self) -> None:
+        let_look(self._sql)
+        delivered = self._delivered
+        may_come = min(self._open, default=max(self._ids) + 1)
+        allowed = sorted(event_id for event_id in self._committed if event_id < may_come)
+        assert delivered == allowed[: len(delivered)], self._case
+        # Where nothing is missing, nobody has to be waited for.
+        contiguous = list(takewhile(self._committed.__contains__, self._ids))
+        assert delivered[: len(contiguous)] == contiguous, self._case
+
+
+PlayAll = Callable[[list[Case]], None]
+
+
+@pytest.fixture
+def play_all(settings: Settings, sql: Conn, start_reader: StartReader, prepares: None) -> Iterator[PlayAll]:
+    """Plays cases one after the other on one database under one tail, which starts from now."""
+    writers = [connect(settings) for _ in range(5)]
+
+    def play(cases: list[Case]) -> None:
+        reader = start_reader()
+        for case in cases:
+            Five(sql, writers, reader, case).play()
+        stored = [row[0] for row in sql.execute("SELECT event_id FROM lease_events ORDER BY event_id")]
+        assert reader.ids == stored
+        assert set(reader.said) <= {"held_up"}
+
+    yield play
+    for conn in writers:
+        conn.close()
+
+
+def test_i10_five_writers_that_end_in_any_order_and_way(play_all: PlayAll) -> None:
+    play_all(random.Random(5).sample(ALL_PLAIN, 20) + sample(25, seed=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(5))
+def test_i10_five_writers_that_end_in_every_order_and_way(play_all: PlayAll, first: int) -> None:
+    play_all([case for case in ALL_PLAIN if case.order[0] == first])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_i10_five_writers_of_which_some_prepare(play_all: PlayAll, seed: int) -> None:
+    play_all(sample(400, seed))
+
+
+def isolate(sql: Conn, isolation: str) -> None:
+    """Gives the database another default, for connections to come."""
+    statement = SQL("ALTER DATABASE {} SET default_transaction_isolation = {}")
+    sql.execute(statement.format(Identifier(sql.info.dbname), Literal(isolation)))
+
+
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_i10_five_writers_on_a_database_that_isolates_by_default(
+    sql: Conn, isolation: str, request: pytest.FixtureRequest
+) -> None:
+    isolate(sql, isolation)
+    play_all: PlayAll = request.getfixturevalue("play_all")  # connects after the setting
+    play_all(sample(8, seed=8))
+
+
+@pytest.mark.parametrize("isolation", ["read committed", "repeatable read", "serializable"])
+def test_i10_a_writer_that_ends_while_a_tail_is_about_to_list_the_writers(
+    settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader, isolation: str
+) -> None:
+    """What the tail then reads has to be as new as its list. Somebody keeps it from drawing its ticket until then."""
+    isolate(sql, isolation)
+    writer.execute("SET pgcoord.notify = off")  # so that it leaves the tickets alone
+    reader = start_reader()
+    pid = tail_pid(sql)
+    with connect(settings) as obstacle:
+        with under_way(writer) as held:
+            (seen,) = write(sql)
+            let_look(sql)
+            obstacle.execute("BEGIN")
+            obstacle.execute("ALTER SEQUENCE pgcoord.lease_events_asleep CACHE 1")
+            until(lambda: is_waiting(sql, pid))
+        obstacle.execute("COMMIT")
+        reader.wait_for([held, seen])
+
+
+def test_i10_many_writers_at_once(settings: Settings, sql: Conn, start_reader: StartReader) -> None:
+    reader = start_reader()
+    together = Barrier(8)
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        with connect(settings) as conn:
+            together.wait(PATIENCE)
+            for _ in range(60):
+                with conn.transaction(force_rollback=chance.random() < 0.1):
+                    for _ in range(chance.randint(1, 3)):
+                        write(conn)
+
+    threads = [Thread(target=work, args=[seed]) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    reader.wait_for([row[0] for row in sql.execute("SELECT event_id FROM lease_events ORDER BY event_id")])
+
+
+# -- who holds a tail up and who does not
+
+
+def gap_and_event(conn: Conn) -> list[int]:
+    """A rolled-back id and an event beyond it, for which the tail has to ask who may still write; the event's id."""
+    roll_back(conn)
+    return write(conn)
+
+
+@pytest.fixture
+def twin(migrated_template: NoopExecutor, settings: Settings, sql: Conn) -> Iterator[Conn]:
+    """Another database that is a copy of the same template, so that its tables have the same oids."""
+    name = f"{sql.info.dbname}_twin"
+    template = Identifier(str(migrated_template.template_dbname))
+    sql.execute(SQL("CREATE DATABASE {} TEMPLATE {}").format(Identifier(name), template))
+    with connect(settings, dbname=name) as conn:
+        yield conn
+    sql.execute(SQL("DROP DATABASE {} WITH (FORCE)").format(Identifier(name)))
+
+
+def test_i10_a_transaction_in_another_database_holds_nothing_up(
+    sql: Conn, twin: Conn, start_reader: StartReader
+) -> None:
+    oid = "SELECT 'pgcoord.lease_events'::regclass::oid"
+    assert sql.execute(oid).fetchone() == twin.execute(oid).fetchone()
+    with twin.transaction():
+        write(twin)
+        reader = start_reader(start=From.beginning())
+        reader.wait_for(gap_and_event(sql))
+        reader.wait_for([2, *gap_and_event(sql)])
+        assert reader.said == []
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        pytest.param(["CREATE TABLE unrelated (number int)", "INSERT INTO unrelated VALUES (1)"], id="another table"),
+        pytest.param(["LOCK pgcoord.kv IN ACCESS EXCLUSIVE MODE"], id="a lock"),
+        pytest.param(["SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", "TABLE pgcoord.lease_events"], id="a reader"),
+        pytest.param(["INSERT INTO pgcoord.completion_events (execution_id, outcome)"
+                      " VALUES (gen_random_uuid(), 'success')"], id="a writer of the other outbox"),
+        pytest.param(["SELECT pg_advisory_xact_lock_shared('pgcoord.lease_events'::regclass::bigint << 32)"],
+                     id="an advisory lock of one key with the same bits"),
+        pytest.param(["SELECT pg_advisory_xact_lock_shared('pgcoord.lease_events'::regclass::integer, 1)"],
+                     id="an advisory lock beside"),
+        pytest.param(["SAVEPOINT one", "INSERT INTO pgcoord.lease_events (execution_id, event_type) VALUES ('', '')",
+                      "ROLLBACK TO SAVEPOINT one"], id="a savepoint that was rolled back to"),
+    ],
+)  # fmt: skip
+def test_i10_an_unrelated_transaction_holds_nothing_up(
+    sql: Conn, writer: Conn, start_reader: StartReader, statements: list[str]
+) -> None:
+    with writer.transaction():
+        for statement in statements:
+            writer.execute(statement.encode())
+        reader = start_reader(start=From.beginning())
+        first = gap_and_event(sql)
+        reader.wait_for(first)
+        reader.wait_for([*first, *gap_and_event(sql)])
+        assert reader.said == []
+
+
+def test_i10_a_writer_that_began_after_the_gap_was_seen_holds_nothing_up(
+    settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    reader = start_reader()
+    with connect(settings) as late:
+        with writer.transaction(force_rollback=True):
+            write(writer)
+            (second,) = write(sql)
+            let_look(sql)
+            late.execute("BEGIN")
+            write(late)
+        reader.wait_for([second])
+
+
+def test_i10_every_event_of_a_transaction_that_writes_often_comes(
+    sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    reader = start_reader()
+    with writer.transaction():
+        for _ in range(3):
+            write(writer)
+            write(sql)
+            let_look(sql)
+            assert reader.ids == []
+    reader.wait_for([1, 2, 3, 4, 5, 6])
+
+
+# -- held up
+
+
+@pytest.fixture
+def without_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tail says at its first wait that it is held up, not after two seconds."""
+    monkeypatch.setattr(tail_module, "HELD_UP_AFTER", 0.0)
+
+
+def test_a_tail_that_does_not_follow_ends_at_a_gap_and_names_the_writer(
+    sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    (first,) = write(sql)
+    with under_way(writer) as missing:
+        write(sql)
+        reader = start_reader(start=From.beginning(), follow=False)
+        reader.wait_for_end()
+        since = sql.execute("SELECT xact_start FROM pg_stat_activity WHERE pid = %s", [writer.info.backend_pid])
+        (notice,) = reader.notices
+        assert (notice.type, notice.held_event_id, notice.cursor) == ("held_up", missing, to_cursor(first))
+        assert notice.holders == ((writer.info.backend_pid, "a service", *(since.fetchone() or ())),)
+    assert f"event {missing} may still come: pid {writer.info.backend_pid} (a service), open since " in notice.message
+    assert reader.ids == [first]
+
+
+def test_a_tail_that_is_held_up_by_a_prepared_transaction_names_it(
+    sql: Conn, writer: Conn, start_reader: StartReader, prepares: None
+) -> None:
+    gid = f"{sql.info.dbname} transfer"
+    (missing,) = prepare(writer, gid)
+    write(sql)
+    reader = start_reader(start=From.beginning(), follow=False)
+    reader.wait_for_end()
+    since = sql.execute("SELECT prepared FROM pg_prepared_xacts WHERE gid = %s", [gid]).fetchone() or ()
+    (notice,) = reader.notices
+    assert notice.held_event_id == missing
+    assert notice.holders == ((None, gid, *since),)
+    assert f"prepared transaction {gid}, open since " in notice.message
+
+
+def test_several_holders_are_named_longest_first(
+    settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    with connect(settings, application_name="another") as later, under_way(writer), under_way(later):
+        write(sql)
+        reader = start_reader(start=From.beginning(), follow=False)
+        reader.wait_for_end()
+    assert [holder.application for holder in reader.notices[0].holders] == ["a service", "another"]
+
+
+def test_a_following_tail_says_once_that_it_is_held_up_and_goes_on_when_it_is_not(
+    sql: Conn, writer: Conn, start_reader: StartReader, without_patience: None
+) -> None:
+    reader = start_reader()
+    with under_way(writer) as missing:
+        write(sql)
+        reader.until(lambda: reader.notices)
+        let_look(sql, looks=5)
+        assert reader.said == ["held_up"]
+        assert reader.notices[0].held_event_id == missing
+        assert reader.ids == []
+    reader.wait_for([1, 2])
+
+
+def test_a_writer_that_hides_nothing_in_sight_is_not_said_to_hold_up(
+    sql: Conn, writer: Conn, start_reader: StartReader, without_patience: None
+) -> None:
+    reader = start_reader()
+    written = write(sql)
+    with under_way(writer):
+        let_look(sql, looks=5)
+        assert (reader.ids, reader.said) == (written, [])
+
+
+def test_rolled_back_ids_hold_nobody_up(sql: Conn, start_reader: StartReader) -> None:
+    roll_back(sql, 3)
+    written = [*write(sql), *gap_and_event(sql)]
+    roll_back(sql)
+    reader = start_reader(start=From.beginning(), follow=False)
+    reader.wait_for_end()
+    assert (reader.ids, reader.said) == (written, [])
+
+
+# -- where a tail starts
+
+
+def test_from_now_leaves_out_what_was_there(sql: Conn, start_reader: StartReader) -> None:
+    write(sql, 3)
+    reader = start_reader()
+    assert reader.batches[0] == Batch([], 3)
+    reader.wait_for(write(sql))
+
+
+@pytest.mark.parametrize("how", ["committed", "prepared"])
+def test_i10_from_now_delivers_what_writers_under_way_held_and_not_what_was_in_sight(
+    sql: Conn, writer: Conn, start_reader: StartReader, prepares: None, how: str
+) -> None:
+    write(sql, 3)
+    gid = f"{sql.info.dbname} under way"
+    if how == "prepared":
+        (held,) = prepare(writer, gid)
+    else:
+        writer.execute("BEGIN")
+        (held,) = write(writer)
+    write(sql, 2)
+    reader = start_reader()
+    assert reader.batches[0] == Batch([], held - 1)
+    (new,) = write(sql)
+    let_look(sql)
+    assert reader.ids == []
+    sql.execute(SQL("COMMIT PREPARED {}").format(Literal(gid))) if how == "prepared" else writer.execute("COMMIT")
+    reader.wait_for([held, new])
+
+
+def test_i10_from_now_skips_gaps_that_a_rollback_left_beside_a_writer_under_way(
+    sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    write(sql)
+    roll_back(sql)
+    write(sql)
+    with under_way(writer) as held:
+        write(sql)
+        reader = start_reader()
+    reader.wait_for([held])
+    reader.wait_for([held, *write(sql)])
+
+
+def test_from_now_begins_at_the_head_where_nobody_is_writing(sql: Conn, start_reader: StartReader) -> None:
+    (last,) = gap_and_event(sql)
+    roll_back(sql)
+    assert start_reader().batches[0] == Batch([], last)
+
+
+def test_from_the_beginning_and_from_a_position(sql: Conn, start_reader: StartReader) -> None:
+    ids = write(sql, 5)
+    for start, expected in ((From.beginning(), ids), (From.position(3), ids[3:]), (From.position(5), [])):
+        reader = start_reader(start=start, follow=False)
+        reader.wait_for_end()
+        assert reader.ids == expected
+
+
+def test_from_the_beginning_starts_at_the_oldest_that_is_kept(
+    settings: Settings, sql: Conn, start_reader: StartReader
+) -> None:
+    write_before(sql, LONG_BEFORE)
+    kept = write(sql)
+    collect(settings)
+    reader = start_reader(start=From.beginning(), follow=False)
+    reader.wait_for_end()
+    assert (reader.batches[0].position, reader.ids) == (1, kept)
+
+
+@pytest.mark.parametrize(
+    ("start", "first"),
+    [
+        pytest.param(timedelta(hours=3), 1, id="before all"),
+        pytest.param(timedelta(minutes=90), 2, id="in between"),
+        pytest.param(timedelta(0), 4, id="after all"),
+        pytest.param(datetime(2020, 1, 1, tzinfo=UTC), 1, id="a time before all"),
+        pytest.param(datetime(2120, 1, 1, tzinfo=UTC), 4, id="a time to come, which is now"),
+    ],
+)
+def test_from_a_time(sql: Conn, start_reader: StartReader, start: datetime | timedelta, first: int) -> None:
+    for hours in (2, 1, 0.5):
+        write_before(sql, round(hours * 3_600_000))
+    reader = start_reader(start=From.time(start))
+    write(sql)
+    reader.wait_for(list(range(first, 5)))
+
+
+@pytest.mark.parametrize("clock", [0.0, 4e9], ids=["1970", "2096"])
+def test_i12_so_long_ago_is_by_the_clock_of_the_server(
+    sql: Conn, start_reader: StartReader, monkeypatch: pytest.MonkeyPatch, clock: float
+) -> None:
+    write_before(sql, 3_600_000)
+    young = write(sql)
+    monkeypatch.setattr(time, "time", lambda: clock)
+    reader = start_reader(start=From.time(timedelta(minutes=10)), follow=False)
+    reader.wait_for_end()
+    assert reader.ids == young
+
+
+def test_i10_from_a_time_delivers_what_a_writer_under_way_holds_below_the_first_in_sight(
+    sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    write_before(sql, LONG_BEFORE)
+    with under_way(writer) as held:
+        (seen,) = write(sql)
+        reader = start_reader(start=From.time(timedelta(hours=1)))
+        let_look(sql)
+    reader.until(lambda: seen in reader.ids)
+    assert reader.ids == [held, seen]
+
+
+def test_a_cursor_ahead_of_the_head_is_a_usage_error(sql: Conn, settings: Settings) -> None:
+    write(sql, 3)
+    with pytest.raises(UsageError, match=f"{to_cursor(4)} is ahead of the outbox, which ends at {to_cursor(3)}"):
+        list(tail(settings, "lease", start=From.position(4), follow=False))
+
+
+# -- where it ends
+
+
+def test_until_a_position_ends_a_following_tail(sql: Conn, start_reader: StartReader) -> None:
+    ids = write(sql, 5)
+    reader = start_reader(start=From.beginning(), until=From.position(3))
+    reader.wait_for_end()
+    assert reader.ids == ids[:3]
+
+
+def test_until_a_position_to_come_waits_for_it(sql: Conn, start_reader: StartReader) -> None:
+    write(sql, 2)
+    reader = start_reader(start=From.beginning(), until=From.position(4))
+    let_look(sql)
+    assert reader.ids == [1, 2]
+    assert not reader.has_ended
+    write(sql, 3)
+    reader.wait_for_end()
+    assert reader.ids == [1, 2, 3, 4]
+
+
+def test_until_an_id_that_was_rolled_back_ends_with_the_first_event_beyond(
+    sql: Conn, start_reader: StartReader
+) -> None:
+    ids = write(sql, 2)
+    roll_back(sql, 3)
+    reader = start_reader(start=From.beginning(), until=From.position(5))
+    let_look(sql)
+    assert not reader.has_ended
+    write(sql)
+    reader.wait_for_end()
+    assert reader.ids == ids
+
+
+def test_i10_until_an_id_that_may_still_come_waits_for_it(sql: Conn, writer: Conn, start_reader: StartReader) -> None:
+    write(sql)
+    with under_way(writer) as last:
+        reader = start_reader(start=From.beginning(), until=From.position(last))
+        let_look(sql)
+        assert reader.ids == [1]
+        assert not reader.has_ended
+    reader.wait_for_end()
+    assert reader.ids == [1, last]
+
+
+@pytest.mark.parametrize(
+    ("end", "last"),
+    [
+        pytest.param(timedelta(hours=3), 0, id="before all"),
+        pytest.param(timedelta(minutes=90), 1, id="in between"),
+        pytest.param(timedelta(minutes=10), 3, id="after all, and after a rollback"),
+        pytest.param(datetime(2120, 1, 1, tzinfo=UTC), 3, id="a time to come, which is now"),
+    ],
+)
+def test_until_a_time(sql: Conn, start_reader: StartReader, end: datetime | timedelta, last: int) -> None:
+    for hours in (2, 1, 0.5):
+        write_before(sql, round(hours * 3_600_000))
+    roll_back(sql)
+    reader = start_reader(start=From.beginning(), until=From.time(end))
+    write(sql)
+    reader.wait_for_end()
+    assert reader.ids == list(range(1, last + 1))
+
+
+# -- filters
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        pytest.param(Filters(), [1, 2, 3, 4], id="none"),
+        pytest.param(Filters(partitions=frozenset({0})), [1, 4], id="partition 0 is a partition"),
+        pytest.param(Filters(partitions=frozenset({7, 8})), [2, 3], id="several partitions"),
+        pytest.param(Filters(namespaces=frozenset({"deploys"})), [2], id="namespace; a row without one never matches"),
+        pytest.param(Filters(namespaces=frozenset({""})), [4], id="the empty namespace is not the missing one"),
+        pytest.param(Filters(instance_tags=frozenset({"blue", "green"})), [2, 3], id="instance tags"),
+        pytest.param(Filters(kinds=frozenset({"expired"})), [3], id="event type"),
+        pytest.param(Filters(frozenset({7}), frozenset({"deploys"}), frozenset({"green"})), [], id="all must pass"),
+    ],
+)
+def test_filters_choose_and_the_position_passes_the_rest(
+    sql: Conn, start_reader: StartReader, filters: Filters, expected: list[int]
+) -> None:
+    write(sql)
+    write(sql, partition_key=7, namespace="deploys", instance_tag="blue", event_type="acquired")
+    write(sql, partition_key=8, namespace="builds", instance_tag="green", event_type="expired")
+    write(sql, namespace="", instance_tag="")
+    reader = start_reader(start=From.beginning(), follow=False, filters=filters)
+    reader.wait_for_end()
+    assert reader.ids == expected
+    assert reader.batches[-1].position == 4
+
+
+def test_outcomes_of_completion_events_are_filtered_too(sql: Conn, settings: Settings) -> None:
+    for outcome in ("success", "failed", "success"):
+        append_completion_event(sql, uuid4(), outcome)
+    wanted = Filters(kinds=frozenset({"success"}))
+    events = list(tail(settings, "completion", start=From.beginning(), follow=False, filters=wanted))
+    assert [(event.event_id, event.kind) for event in events] == [(1, "success"), (3, "success")]
+
+
+# -- garbage collection
+
+
+def collect(settings: Settings) -> int:
+    """Deletes lease events of more than an hour."""
+    with command_session(settings, "gc", writes=True) as conn:
+        return collect_events(conn, LEASE, 3_600, 1_000, lambda _: True).deleted
+
+
+def test_i10_a_cursor_older_than_what_is_kept_says_where_to_resume(settings: Settings, sql: Conn) -> None:
+    for _ in range(3):
+        write_before(sql, LONG_BEFORE)
+    kept = write(sql)
+    collect(settings)
+    for position in (0, 2):
+        with (
+            closing(Tail(settings, LEASE, start=From.position(position))) as expired,
+            pytest.raises(CursorExpired) as caught,
+        ):
+            next(expired.batches())  # before anything is said to have been dealt with
+        assert (caught.value.exit_code, to_cursor(position) in caught.value.message) == (8, True)
+    assert caught.value.hint
+    resume = From.position(from_cursor(caught.value.hint.split()[-1], "hint"))
+    assert [event.event_id for event in tail(settings, "lease", start=resume, follow=False)] == kept
+
+
+def test_i10_a_tail_at_a_gap_that_collection_overtakes_says_so(
+    settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    reader = start_reader()
+    with under_way(writer):
+        # Older than the transaction that is open, as only a clock that was set back makes it.
+        write_before(sql, LONG_BEFORE)
+        let_look(sql)
+        assert collect(settings) == 1
+        reader.wait_for_end()
+    assert isinstance(reader.error, CursorExpired)
+    assert reader.ids == []
+
+
+def test_collection_behind_a_tail_does_not_disturb_it(settings: Settings, sql: Conn, start_reader: StartReader) -> None:
+    reader = start_reader()
+    old = write_before(sql, LONG_BEFORE)
+    reader.wait_for(old)
+    assert collect(settings) == 1
+    reader.wait_for([*old, *write(sql)])
+
+
+# -- batches
+
+
+def test_batches_are_bounded(sql: Conn, start_reader: StartReader) -> None:
+    ids = write(sql, MANY)
+    reader = start_reader(start=From.beginning(), follow=False)
+    reader.wait_for_end()
+    assert [len(batch.events) for batch in reader.batches] == [0, BATCH_LIMIT, BATCH_LIMIT, BATCH_LIMIT // 2]
+    assert reader.ids == ids
+
+
+@pytest.mark.parametrize("place", [0, BATCH_LIMIT - 1, MANY // 2])
+def test_i10_a_gap_that_is_filled_before_more_than_a_batch_of_events(
+    sql: Conn, writer: Conn, start_reader: StartReader, place: int
+) -> None:
+    reader = start_reader()
+    reader.wait_for(write(sql, place))
+    with under_way(writer):
+        write(sql, MANY)
+        let_look(sql)
+    (last,) = write(sql)
+    reader.until(lambda: last in reader.ids)
+    assert reader.ids == list(range(1, last + 1))
+
+
+def test_i10_an_end_far_beyond_a_rolled_back_id(sql: Conn, start_reader: StartReader) -> None:
+    roll_back(sql)
+    ids = write(sql, MANY)
+    reader = start_reader(start=From.beginning(), until=From.position(MANY + 1))
+    reader.wait_for_end()
+    assert reader.ids == ids
+
+
+def test_i10_many_rolled_back_ids_before_many_events(sql: Conn, start_reader: StartReader) -> None:
+    ids = write(sql)
+    roll_back(sql, MANY)
+    ids += write(sql, MANY)
+    reader = start_reader(start=From.beginning(), follow=False)
+    reader.wait_for_end()
+    assert reader.ids == ids
+
+
+# -- notifications and connections that get lost
+
+
+def test_i7_without_any_notification_a_tail_gets_everything(
+    settings: Settings, sql: Conn, start_reader: StartReader
+) -> None:
+    sql.execute(SQL("ALTER DATABASE {} SET pgcoord.notify = off").format(Identifier(sql.info.dbname)))
+    reader = start_reader()
+    with connect(settings) as silent:
+        ids = write(silent)
+        reader.wait_for(ids)
+        roll_back(silent)
+        ids += write(silent)
+        reader.wait_for(ids)
+
+
+def test_i10_a_backend_that_is_terminated_leaves_no_gap_and_no_event_twice(
+    sql: Conn, start_reader: StartReader
+) -> None:
+    reader = start_reader()
+    ids: list[int] = []
+
+    def is_disconnected(times: int) -> bool:
+        return reader.said.count("disconnected") == times
+
+    for number in range(3):
+        ids += write(sql)
+        reader.wait_for(ids)
+        with sql.transaction():  # its events become visible in one moment with nobody reading them
+            sql.execute("SELECT pg_terminate_backend(%s)", [tail_pid(sql)])
+            ids += write(sql, 2)
+            reader.until(partial(is_disconnected, number + 1))
+        reader.wait_for(ids)
+    reader.until(lambda: len(reader.notices) == 6)
+    assert reader.said == ["disconnected", "connected"] * 3
+    assert [notice.cursor for notice in reader.notices[::2]] == [to_cursor(position) for position in (1, 4, 7)]
+
+
+def test_i10_a_backend_that_is_terminated_at_a_gap_stands_at_it_again(
+    sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    reader = start_reader()
+    with under_way(writer) as held:
+        (seen,) = write(sql)
+        let_look(sql)
+        sql.execute("SELECT pg_terminate_backend(%s)", [tail_pid(sql)])
+        reader.until(lambda: "connected" in reader.said)
+        let_look(sql)
+        assert reader.ids == []
+    reader.wait_for([held, seen])
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_i10_a_prepared_transaction_holds_the_tail_up_across_a_restart_that_renames_it(
+    own_server: EmbeddedServer, own_settings: Settings, start_reader: StartReader, mode: StopMode
+) -> None:
+    reader = start_reader(settings=own_settings)
+    with path_to(own_settings) as sql:
+        (held,) = prepare(sql, "transfer")
+        (seen,) = write(sql)
+        let_look(sql)
+    own_server.stop(mode)
+    own_server.start()
+    reader.until(lambda: "connected" in reader.said)
+    with path_to(own_settings) as sql:
+        let_look(sql)
+        assert reader.ids == []
+        sql.execute("COMMIT PREPARED 'transfer'")
+        (new,) = write(sql)
+    reader.wait_for([held, seen, new])
+
+
+def test_a_query_that_cannot_succeed_any_more_ends_the_tail(sql: Conn, start_reader: StartReader) -> None:
+    reader = start_reader()
+    sql.execute("ALTER TABLE lease_events RENAME COLUMN namespace TO hidden")
+    sql.execute("SELECT pg_notify('pgcoord.lease_events', '')")
+    reader.until(lambda: reader.has_ended or "disconnected" in reader.said)
+    assert isinstance(reader.error, SchemaMissing), "which does not get better by connecting again"
+
+
+def test_a_statement_that_is_cancelled_is_tried_again(sql: Conn, start_reader: StartReader) -> None:
+    reader = start_reader()
+    pid = tail_pid(sql)
+    with sql.transaction():
+        sql.execute("LOCK lease_events IN ACCESS EXCLUSIVE MODE")
+        until(lambda: is_waiting(sql, pid))
+        sql.execute("SELECT pg_cancel_backend(%s)", [pid])
+        reader.until(lambda: "disconnected" in reader.said)
+    reader.wait_for(write(sql))
+    assert reader.said[:2] == ["disconnected", "connected"]
+
+
+def test_what_is_wrong_at_the_very_beginning_is_raised(settings: Settings, empty_settings: Settings) -> None:
+    with pytest.raises(SchemaMissing):
+        next(tail(empty_settings, "lease"))
+    with pytest.raises(ConnectionFailed):
+        next(tail(Settings(dsn="host=/nowhere"), "lease"))
+
+
+# -- what is delivered
+
+
+def test_unknown_types_and_ids_that_are_no_uuids_are_delivered_as_they_are(sql: Conn, settings: Settings) -> None:
+    write(sql, execution_id="job 7 \u00e4\n", event_type="teleported", lease_id="", namespace="", partition_key=-1)
+    (event,) = tail(settings, "lease", start=From.beginning(), follow=False)
+    assert isinstance(event, LeaseEvent)
+    assert event[:4] == (1, "job 7 \u00e4\n", "", "teleported")
+    assert (event.kind, event.partition_key, event.namespace, event.instance_tag) == ("teleported", -1, "", None)
+
+
+def test_the_values_of_a_completion_event_are_those_that_were_written(sql: Conn, settings: Settings) -> None:
+    execution, flow = uuid4(), uuid4()
+    then = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    append_completion_event(
+        sql, execution, "odd", flow_id=flow, partition_key=3, namespace="n", instance_tag="t", occurred_at=then
+    )
+    (event,) = tail(settings, "completion", start=From.beginning(), follow=False)
+    assert isinstance(event, CompletionEvent)
+    written = (1, str(execution), str(flow), "odd", round(then.timestamp() * 1000), 3, "n", "t")
+    assert event[:-1] == written
+    assert event.committed_at_ms > event.occurred_at_ms
+
+
+def test_the_two_outboxes_are_apart(sql: Conn, settings: Settings) -> None:
+    append_lease_event(sql, "job", "acquired")
+    append_completion_event(sql, uuid4(), "success")
+    append_completion_event(sql, uuid4(), "failed")
+    counts = {noun: len(list(tail(settings, noun, start=From.beginning(), follow=False)))
+              for noun in ("lease", "completion")}  # fmt: skip
+    assert counts == {"lease": 1, "completion": 2}
+
+
+def test_i10_the_cursor_of_any_event_resumes_after_it(sql: Conn, settings: Settings) -> None:
+    write(sql, 3)
+    gap_and_event(sql)
+    events = list(tail(settings, "lease", start=From.beginning(), follow=False))
+    for place, event in enumerate(events, start=1):
+        start = From.position(from_cursor(event.cursor, "--from"))
+        assert list(tail(settings, "lease", start=start, follow=False)) == events[place:]
+
+
+def test_a_tail_that_is_left_gives_its_connection_back(sql: Conn, settings: Settings) -> None:
+    write(sql)
+    with closing(tail(settings, "lease", start=From.beginning())) as events:  # type: ignore[type-var]
+        assert next(events).event_id == 1
+        pid = tail_pid(sql)
+    until(lambda: not sql.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone())
+
+
+def test_stop_ends_a_tail_that_sleeps_or_has_not_begun(
+    settings: Settings, sql: Conn, start_reader: StartReader
+) -> None:
+    reader = start_reader(COMPLETION)
+    reader.tail.stop()
+    reader.wait_for_end()
+    with closing(Tail(settings, LEASE)) as stopped:
+        stopped.stop()
+        assert list(stopped.batches()) == []
