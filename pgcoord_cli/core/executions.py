@@ -78,9 +78,12 @@ def fail(conn: Connection[Any], execution_id: UUID, lease_epoch: int, reason: st
     return str(row[0])
 
 
-def revoke(conn: Connection[Any], execution_id: UUID) -> None:
-    """Takes a running execution away from its worker, for another to run. ConditionFalse when it is not running."""
-    row = conn.execute(sql("executions", "revoke"), [execution_id]).fetchone()
+def revoke(conn: Connection[Any], execution_id: UUID, lease_epoch: int | None = None) -> None:
+    """Takes a running execution away from its worker, for another to run. ConditionFalse when it is not running.
+
+    With a `lease_epoch`, from that lease alone.
+    """
+    row = conn.execute(sql("executions", "revoke"), [execution_id, lease_epoch]).fetchone()
     if not (row and row[0]):
         state = execution_record(conn, execution_id)["state"]
         raise ConditionFalse(f"execution {execution_id} is not running: it is {state}")

@@ -253,7 +253,7 @@ class LeaseKeeper:
         with suppress(PgcoordError, psycopg.Error):
             self._open()
             if self._conn:
-                executions.revoke(self._conn, self._claim.execution_id)
+                executions.revoke(self._conn, self._claim.execution_id, self._claim.lease_epoch)
 
     def close(self) -> None:
         """Ends the connection."""

@@ -59,9 +59,12 @@ SELECT count(*) AS ended FROM end_executions(ARRAY(SELECT execution_id FROM mine
 SELECT fail_execution($1::uuid, $2::bigint, $3::text) AS state;
 
 -- name: revoke
--- Takes an execution away from whoever runs it, for somebody else to run.
+-- Takes an execution away from whoever runs it, or from the lease of one epoch only, for somebody else to run.
 WITH locked AS MATERIALIZED (
-    SELECT execution_id FROM executions WHERE execution_id = $1::uuid AND state = 'running' FOR NO KEY UPDATE
+    SELECT execution_id
+      FROM executions
+     WHERE execution_id = $1::uuid AND state = 'running' AND lease_epoch = coalesce($2::bigint, lease_epoch)
+       FOR NO KEY UPDATE
 )
 SELECT end_leases(ARRAY(SELECT execution_id FROM locked), 'revoked', 2147483647) AS revoked;
 

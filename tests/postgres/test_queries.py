@@ -64,7 +64,7 @@ EXPECTED = {
     "executions.renew": Shape("uuid, bigint, double precision", "expires_at timestamptz"),
     "executions.complete": Shape("uuid, bigint", "ended bigint"),
     "executions.fail": Shape("uuid, bigint, text", "state text"),
-    "executions.revoke": Shape("uuid", "revoked integer"),
+    "executions.revoke": Shape("uuid, bigint", "revoked integer"),
     "executions.show": Shape(
         "uuid",
         "execution_id uuid, flow_id uuid, name text, state text, partition_key smallint, namespace text, "

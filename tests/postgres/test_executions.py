@@ -1,0 +1,436 @@
+"""Claims, leases and the fence: who runs what, and that a worker which lost its lease changes nothing any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from pgcoord_cli.core import executions, flows, reconcile
+from pgcoord_cli.core.executions import Claim
+from pgcoord_cli.core.flow_file import FlowPlan
+from pgcoord_cli.errors import ConditionFalse, Fenced
+from pgcoord_cli.settings import Settings
+from tests.postgres.flow_world import (
+    PATIENCE,
+    Conn,
+    Flow,
+    column,
+    everything,
+    plan,
+    sessions,
+    until_waiting,
+    uuid_of,
+    value,
+)
+
+Make = Callable[[FlowPlan], Flow]
+
+
+@pytest.fixture
+def conn(settings: Settings) -> Iterator[Conn]:
+    with sessions(settings, 1) as (one,):
+        yield one
+
+
+@pytest.fixture
+def make(conn: Conn, sql: Conn) -> Make:
+    return lambda plan: Flow(conn, sql, plan)
+
+
+def names(claims: list[Claim]) -> list[str]:
+    return [claim.name for claim in claims]
+
+
+VERBS: dict[str, Callable[[Conn, Claim], object]] = {
+    "renew": lambda conn, claim: executions.renew(conn, claim.execution_id, claim.lease_epoch, 60),
+    "complete": lambda conn, claim: executions.complete(conn, claim.execution_id, claim.lease_epoch),
+    "fail": lambda conn, claim: executions.fail(conn, claim.execution_id, claim.lease_epoch, "trouble"),
+}
+"""What a worker does with a lease."""
+
+every_verb = pytest.mark.parametrize("verb", VERBS)
+
+
+def lease_events(sql: Conn) -> list[str]:
+    return column(sql, "SELECT event_type FROM lease_events ORDER BY event_id")
+
+
+def completions(sql: Conn) -> list[str]:
+    return column(sql, "SELECT outcome FROM completion_events ORDER BY event_id")
+
+
+def run_out(sql: Conn) -> None:
+    sql.execute("UPDATE execution_leases SET expires_at = clock_timestamp() - interval '1 ms'")
+
+
+def end_back_offs(sql: Conn) -> None:
+    sql.execute("UPDATE executions SET eligible_from = '-infinity'")
+
+
+# -- claiming
+
+
+def test_a_claim_takes_the_oldest_that_is_eligible(make: Make, conn: Conn) -> None:
+    flow = make(plan("late early blocked last", "last>blocked"))
+    make(plan("younger"))
+    assert names(executions.claim(conn, "me")) == ["late"]
+    assert names(executions.claim(conn, "me", limit=2)) == ["early", "last"]
+    assert names(executions.claim(conn, "me", limit=9)) == ["younger"]
+    assert executions.claim(conn, "me") == []
+    assert flow.states() == dict.fromkeys(("late", "early", "last"), "running") | {"blocked": "blocked"}
+
+
+def test_a_claim_says_all_that_a_worker_needs(make: Make, conn: Conn, sql: Conn) -> None:
+    flow = make(plan("a"))
+    (claim,) = executions.claim(conn, "me")
+    lease = sql.execute("SELECT lease_id, expires_at, owner, lease_epoch FROM execution_leases").fetchone()
+    assert lease == (claim.lease_id, claim.expires_at, "me", 1)
+    assert claim[:1] + claim[2:7] == (flow.ids["a"], 1, flow.flow_id, "a", ["true"], 1)
+
+
+def test_a_claim_keeps_to_its_namespace_and_tag(make: Make, conn: Conn) -> None:
+    for number, (namespace, tag) in enumerate([("x", "1"), ("x", "2"), ("y", "1"), (None, None)]):
+        make(plan(f"e{number}", namespace=namespace, tag=tag))
+    assert executions.claim(conn, "me", limit=9, namespace="z") == []
+    assert names(executions.claim(conn, "me", limit=9, namespace="x", instance_tag="2")) == ["e1"]
+    assert names(executions.claim(conn, "me", limit=9, instance_tag="1")) == ["e0", "e2"]
+    assert names(executions.claim(conn, "me", limit=9)) == ["e3"]
+
+
+def test_a_claim_passes_over_what_somebody_else_is_just_claiming(settings: Settings, make: Make, conn: Conn) -> None:
+    make(plan("a b c"))
+    with sessions(settings, 1) as (other,):
+        with other.transaction(force_rollback=True):
+            assert names(executions.claim(other, "other")) == ["a"]
+            assert names(executions.claim(conn, "me")) == ["b"]
+        assert names(executions.claim(conn, "me", limit=9)) == ["a", "c"]
+
+
+def test_of_many_who_claim_at_once_no_two_get_the_same(settings: Settings, make: Make) -> None:
+    wanted = [f"e{number}" for number in range(60)]
+    make(plan(" ".join(wanted)))
+    together = Barrier(4)
+
+    def claim_all(conn: Conn) -> list[str]:
+        got: list[str] = []
+        together.wait(PATIENCE)
+        while claims := executions.claim(conn, "me", limit=2):
+            got += names(claims)
+        return got
+
+    with sessions(settings, 4) as conns, ThreadPoolExecutor(4) as pool:
+        got = [name for each in pool.map(claim_all, conns) for name in each]
+    assert sorted(got) == sorted(wanted)
+
+
+def test_i7_whoever_waits_for_work_is_woken_when_something_becomes_eligible(make: Make, sql: Conn) -> None:
+    flow = make(plan("a b", "a>b"))
+    flow.end("a")
+    sql.execute('LISTEN "pgcoord.executions"')
+    flow.settle()
+    assert len(list(sql.notifies(timeout=PATIENCE, stop_after=1))) == 1
+
+
+# -- the lease
+
+
+def assert_lasts(sql: Conn, column_: str, seconds: int, move: Callable[[], object]) -> None:
+    """The move sets that time to so many seconds from now, by the server's clock."""
+    before = value(sql, "SELECT clock_timestamp()")
+    move()
+    query = f"""SELECT {column_} BETWEEN %s + make_interval(secs => %s)
+                   AND clock_timestamp() + make_interval(secs => %s) FROM executions LEFT JOIN execution_leases
+                 USING (execution_id)"""
+    assert value(sql, query, before, seconds, seconds)
+
+
+@pytest.mark.parametrize("client_clock", [0.0, 2e9])
+def test_i12_a_lease_lasts_from_now_on_by_the_servers_clock(
+    make: Make, conn: Conn, sql: Conn, monkeypatch: pytest.MonkeyPatch, client_clock: float
+) -> None:
+    flow = make(plan("a"))
+    monkeypatch.setattr(time, "time", lambda: client_clock)
+    assert_lasts(sql, "expires_at", 600, lambda: executions.claim(conn, "me", 600))
+    assert_lasts(sql, "expires_at", 20, lambda: executions.renew(conn, flow.ids["a"], 1, 20))
+
+
+def test_a_renewal_returns_until_when(make: Make, conn: Conn, sql: Conn) -> None:
+    claim = make(plan("a")).claim("a")
+    until = executions.renew(conn, claim.execution_id, claim.lease_epoch, 600)
+    assert value(sql, "SELECT expires_at FROM execution_leases") == until > claim.expires_at
+
+
+def test_a_lease_that_has_run_out_is_its_workers_until_somebody_takes_it(make: Make, conn: Conn, sql: Conn) -> None:
+    flow = make(plan(" ".join(VERBS)))
+    for name, verb in VERBS.items():
+        flow.claim(name)
+        run_out(sql)
+        verb(conn, flow.claims[name])
+
+
+def test_a_lease_that_is_renewed_while_it_is_being_taken_back_stays(
+    settings: Settings, make: Make, conn: Conn, sql: Conn
+) -> None:
+    """Its worker is told that it has the lease until then, so it has to have it."""
+    flow = make(plan("a"))
+    claim = flow.claim("a")
+    run_out(sql)
+    with sessions(settings, 1) as (other,), ThreadPoolExecutor(1) as pool:
+        with other.transaction():
+            executions.renew(other, claim.execution_id, claim.lease_epoch, 600)
+            expiring = pool.submit(reconcile.lease_expiry, conn, reconcile.Scope(), lambda *_: None)
+            until_waiting(sql, conn, expiring)
+        expiring.result(PATIENCE)
+    assert flow.state("a") == "running"
+    executions.complete(conn, claim.execution_id, claim.lease_epoch)
+
+
+# -- the fence
+
+
+Step = Callable[[Flow, Claim], object]
+
+
+def give_to_another(flow: Flow, _: Claim) -> None:
+    """Has what is eligible claimed by somebody else."""
+    end_back_offs(flow.sql)
+    assert executions.claim(flow.conn, "another")
+
+
+def take_back(flow: Flow, _: Claim) -> None:
+    """Has leases that have run out noticed."""
+    run_out(flow.sql)
+    reconcile.lease_expiry(flow.conn, reconcile.Scope(), lambda *_: None)
+
+
+STEPS: dict[str, Step] = {
+    "claim": give_to_another,
+    "renew": lambda flow, claim: VERBS["renew"](flow.conn, claim),
+    "complete": lambda flow, claim: VERBS["complete"](flow.conn, claim),
+    "fail": lambda flow, claim: VERBS["fail"](flow.conn, claim),
+    "revoke": lambda flow, claim: executions.revoke(flow.conn, claim.execution_id),
+    "expire": take_back,
+    "cancel": lambda flow, _: flows.cancel(flow.conn, flow.flow_id),
+}
+"""What can happen to the lease of a claim, or beside it."""
+
+LOSSES = ["revoke", "revoke claim", "expire", "expire claim", "cancel", "complete", "fail", "fail claim"]
+"""How a lease can be over."""
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_worker_whose_lease_is_over_is_fenced_and_changes_nothing(
+    make: Make, conn: Conn, sql: Conn, loss: str
+) -> None:
+    flow = make(plan("a b", "a>b", max_attempts=2))
+    claim = flow.claim("a")
+    for step in loss.split():
+        STEPS[step](flow, claim)
+    assert_fenced(conn, sql, claim)
+
+
+def test_any_other_epoch_is_fenced_and_changes_nothing(make: Make, conn: Conn, sql: Conn) -> None:
+    claim = make(plan("a")).claim("a")
+    for wrong in ({"lease_epoch": 0}, {"lease_epoch": 2}, {"execution_id": uuid_of(1)}):
+        assert_fenced(conn, sql, claim._replace(**wrong))
+
+
+def assert_fenced(conn: Conn, sql: Conn, claim: Claim) -> None:
+    """Whatever a worker tries with that claim, it is told off, and not one row is another than before."""
+    before = everything(sql)
+    for verb in VERBS.values():
+        with pytest.raises(Fenced) as caught:
+            verb(conn, claim)
+        assert caught.value.exit_code == 6
+        assert everything(sql) == before
+
+
+@every_verb
+@pytest.mark.parametrize("ending", ["COMMIT", "ROLLBACK"])
+def test_a_worker_whose_lease_is_just_being_revoked_waits_to_hear_of_it(
+    settings: Settings, make: Make, conn: Conn, sql: Conn, verb: str, ending: str
+) -> None:
+    flow = make(plan("a", max_attempts=2))
+    claim = flow.claim("a")
+    with sessions(settings, 1) as (other,), ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN")
+        executions.revoke(other, claim.execution_id)
+        working = pool.submit(VERBS[verb], conn, claim)
+        until_waiting(sql, conn)
+        other.execute(ending.encode())
+        assert isinstance(working.exception(PATIENCE), Fenced) == (ending == "COMMIT")
+    if ending == "COMMIT":
+        assert (flow.state("a"), lease_events(sql), completions(sql)) == ("eligible", ["acquired", "revoked"], [])
+
+
+@pytest.mark.parametrize("verb", ["complete", "fail"])
+def test_an_execution_that_is_just_being_reported_on_is_not_reclaimed(
+    settings: Settings, make: Make, conn: Conn, sql: Conn, verb: str
+) -> None:
+    flow = make(plan("a"))
+    claim = flow.claim("a")
+    run_out(sql)
+    with sessions(settings, 1) as (other,), other.transaction():
+        VERBS[verb](other, claim)
+        assert reconcile.lease_expiry(conn, reconcile.Scope(), lambda *_: None).reconciled == 0
+    assert completions(sql) == ["success" if verb == "complete" else "failed"]
+    assert flow.state("a") in ("success", "failed")
+
+
+# -- events
+
+
+def test_every_transition_of_a_lease_is_told(make: Make, conn: Conn, sql: Conn) -> None:
+    flow = make(plan("a", namespace="ns", tag="blue", max_attempts=9))
+    first = flow.claim("a")
+    VERBS["renew"](conn, first)
+    executions.revoke(conn, first.execution_id)
+    (second,) = executions.claim(conn, "me")
+    take_back(flow, second)
+    (third,) = executions.claim(conn, "me")
+    VERBS["fail"](conn, third)
+    end_back_offs(sql)
+    (fourth,) = executions.claim(conn, "me")
+    flows.cancel(conn, flow.flow_id)
+    leases = [str(claim.lease_id) for claim in (first, second, third, fourth)]
+    assert len(set(leases)) == 4
+    rows = sql.execute("SELECT lease_id, event_type FROM lease_events ORDER BY event_id").fetchall()
+    assert rows == [
+        (leases[0], "acquired"), (leases[0], "renewed"), (leases[0], "revoked"),
+        (leases[1], "acquired"), (leases[1], "expired"),
+        (leases[2], "reclaimed"),
+        (leases[3], "acquired"), (leases[3], "revoked"),
+    ]  # fmt: skip
+    labels = "SELECT DISTINCT execution_id, partition_key, namespace, instance_tag FROM lease_events"
+    assert sql.execute(labels.encode()).fetchall() == [
+        (str(flow.ids["a"]), flow.flow_id.int % flows.PARTITIONS, "ns", "blue")
+    ]
+
+
+@pytest.mark.parametrize("verb", ["complete", "fail"])
+def test_every_end_is_told_with_the_labels_of_the_execution(make: Make, conn: Conn, sql: Conn, verb: str) -> None:
+    flow = make(plan("a", namespace="ns", tag="blue"))
+    VERBS[verb](conn, flow.claim("a"))
+    query = """SELECT execution_id, flow_id, outcome, partition_key, namespace, instance_tag, dispatched_at_ms
+                 FROM completion_events"""
+    outcome = "success" if verb == "complete" else "failed"
+    partition = flow.flow_id.int % flows.PARTITIONS
+    assert sql.execute(query.encode()).fetchall() == [
+        (flow.ids["a"], flow.flow_id, outcome, partition, "ns", "blue", None)
+    ]
+    assert (flow.state("a"), value(sql, "SELECT count(*) FROM execution_leases")) == (outcome, 0)
+
+
+@pytest.mark.parametrize("transition", STEPS)
+def test_a_transition_that_is_rolled_back_leaves_neither_event_nor_state(
+    make: Make, conn: Conn, sql: Conn, transition: str
+) -> None:
+    flow = make(plan("a b"))
+    claim = flow.claim("a")
+    run_out(sql)
+    before = everything(sql)
+    with conn.transaction(force_rollback=True):
+        flow.sql = conn  # so that all of it is one transaction
+        STEPS[transition](flow, claim)
+        inside = everything(conn)
+    assert inside != before
+    assert len(inside["lease_events"] + inside["completion_events"]) > 1, "it did write its event"
+    assert everything(sql) == before
+
+
+# -- attempts
+
+
+def test_i12_an_attempt_that_failed_is_made_again_after_a_pause_that_doubles(
+    make: Make, conn: Conn, sql: Conn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    flow = make(plan("a", max_attempts=13))
+    for attempt in range(1, 13):
+        (claim,) = executions.claim(conn, "me")
+        assert claim.attempt == attempt
+        assert_lasts(sql, "eligible_from", min(2 ** (attempt - 1), 600), lambda: VERBS["fail"](conn, claim))  # noqa: B023
+        assert flow.state("a") == "eligible"
+        sql.execute("UPDATE executions SET eligible_from = clock_timestamp() + interval '1 hour'")
+        assert executions.claim(conn, "me") == []
+        assert 3_000 < (executions.seconds_to_next(conn, None, None) or 0) <= 3_600
+        end_back_offs(sql)
+        assert executions.seconds_to_next(conn, None, None) is None
+    assert executions.fail(conn, *give_up(conn), "for good") == "failed"
+    row = sql.execute("SELECT state, failures, reason, ended_at IS NOT NULL FROM executions").fetchone()
+    assert row == ("failed", 13, "for good", True)
+    assert completions(sql) == ["failed"]
+
+
+def test_the_hundredth_attempt_can_fail_like_any_other(make: Make, conn: Conn, sql: Conn) -> None:
+    flow = make(plan("a", max_attempts=200))
+    sql.execute("UPDATE executions SET failures = 99")
+    claim = flow.claim("a")
+    assert_lasts(sql, "eligible_from", 600, lambda: VERBS["fail"](conn, claim))
+
+
+def give_up(conn: Conn) -> tuple[Any, int]:
+    """Claims what there is; what a verb asks for."""
+    (claim,) = executions.claim(conn, "me")
+    return claim.execution_id, claim.lease_epoch
+
+
+def test_an_attempt_that_will_be_made_again_is_no_completion(make: Make, conn: Conn, sql: Conn) -> None:
+    flow = make(plan("a b", "a>b", max_attempts=2))
+    assert VERBS["fail"](conn, flow.claim("a")) == "eligible"
+    assert completions(sql) == []
+    end_back_offs(sql)
+    executions.complete(conn, *give_up(conn))
+    assert completions(sql) == ["success"]
+
+
+def test_the_pause_is_that_of_the_executions_that_somebody_asks_for(make: Make, conn: Conn, sql: Conn) -> None:
+    make(plan("a", namespace="ns", tag="blue"))
+    sql.execute("UPDATE executions SET eligible_from = clock_timestamp() + interval '1 hour'")
+    asked = [("ns", "blue"), ("ns", None), (None, "blue"), ("other", None), (None, "green")]
+    found = [executions.seconds_to_next(conn, *labels) is not None for labels in asked]
+    assert found == [True, True, True, False, False]
+
+
+# -- revoking, and looking
+
+
+def test_what_was_revoked_is_for_anybody_to_claim_at_once(make: Make, conn: Conn) -> None:
+    flow = make(plan("a b"))
+    claim = flow.claim("a")
+    executions.revoke(conn, claim.execution_id)
+    assert flow.state("a") == "eligible"
+    (again,) = executions.claim(conn, "another")
+    assert (again.name, again.lease_epoch, again.attempt) == ("a", 2, 1)
+    assert again.lease_id != claim.lease_id
+
+
+@pytest.mark.parametrize("state", ["eligible", "blocked", "success", "skipped"])
+def test_what_does_not_run_cannot_be_revoked(make: Make, conn: Conn, sql: Conn, state: str) -> None:
+    flow = make(plan("success bad eligible blocked skipped", "bad>skipped eligible>blocked"))
+    flow.end("success")
+    flow.end("bad", "failed")
+    flow.settle()
+    before = everything(sql)
+    with pytest.raises(ConditionFalse, match=f"is not running: it is {state}"):
+        executions.revoke(conn, flow.ids[state])
+    assert everything(sql) == before
+
+
+def test_what_does_not_exist_cannot_be_revoked(conn: Conn) -> None:
+    with pytest.raises(ConditionFalse, match="there is no execution"):
+        executions.revoke(conn, uuid_of(1))
+
+
+def test_an_executions_record_says_who_runs_it(make: Make, conn: Conn) -> None:
+    flow = make(plan("a", namespace="ns"))
+    assert executions.execution_record(conn, flow.ids["a"])["owner"] is None
+    claim = flow.claim("a")
+    record = executions.execution_record(conn, flow.ids["a"])
+    shown = [record[name] for name in ("name", "state", "namespace", "owner", "lease_id", "lease_epoch", "expires_at")]
+    assert shown == ["a", "running", "ns", "tester", claim.lease_id, 1, claim.expires_at]
