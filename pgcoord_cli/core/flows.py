@@ -107,15 +107,14 @@ def cancel(conn: Connection[Any], flow_id: UUID) -> int:
 
 def flow_document(conn: Connection[Any], flow_id: UUID) -> dict[str, Any]:
     """A flow with its executions and edges. ConditionFalse: there is no such flow."""
-    cursor = conn.execute(sql("flows", "show"), [flow_id])
-    flow = _records(cursor)
+    with conn.transaction():
+        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")  # one snapshot of all of it
+        flow = _records(conn.execute(sql("flows", "show"), [flow_id]))
+        executions = _records(conn.execute(sql("flows", "executions"), [flow_id]))
+        edges = _records(conn.execute(sql("flows", "edges"), [flow_id]))
     if not flow:
         raise _missing(flow_id)
-    return {
-        **flow[0],
-        "executions": _records(conn.execute(sql("flows", "executions"), [flow_id])),
-        "edges": _records(conn.execute(sql("flows", "edges"), [flow_id])),
-    }
+    return {**flow[0], "executions": executions, "edges": edges}
 
 
 def list_flows(conn: Connection[Any], namespace: str | None, limit: int) -> list[dict[str, Any]]:
