@@ -49,6 +49,8 @@ def _has_own_backend(settings: Settings, pgconn: pq.abc.PGconn) -> bool:
             except ConnectionFailed:
                 break  # no connection is left: in session mode that is a full pool
             theirs = _ask(other.pgconn, "BEGIN; " + sql("session", "backend"))
+            if theirs is not None:
+                held.callback(_ask, other.pgconn, "COMMIT;")  # a pooler ends backends that it gets back half way
             if theirs is not None and theirs == ours:
                 return False
             if _ask(pgconn, sql("session", "backend")) != ours:

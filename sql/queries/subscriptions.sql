@@ -30,7 +30,7 @@ SELECT subscription_name, outbox, last_position, fence, updated_at,
                                            WHERE event_id > coalesce(last_position, 0))
        END AS lag
   FROM subscriptions
- WHERE $1::text IS NULL OR subscription_name = $1::text
+ WHERE (outbox IS NOT NULL OR last_position IS NOT NULL) AND ($1::text IS NULL OR subscription_name = $1::text)
  ORDER BY subscription_name;
 
 -- name: set_position
@@ -40,5 +40,7 @@ UPDATE subscriptions
  WHERE subscription_name = $1::text AND fence = $2::bigint;
 
 -- name: remove
--- Forgets a subscription, under the fence of whoever does so.
-DELETE FROM subscriptions WHERE subscription_name = $1::text AND fence = $2::bigint;
+-- Forgets where a subscription stands, under the fence of whoever does so. The fence stays: it must never go back.
+UPDATE subscriptions
+   SET last_position = NULL, outbox = NULL, updated_at = clock_timestamp()
+ WHERE subscription_name = $1::text AND fence = $2::bigint;

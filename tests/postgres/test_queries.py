@@ -262,6 +262,7 @@ ALLOWED = {
     ("core/migrations.py", "COMMIT;"),
     ("commands/kv.py", "BEGIN"),  # the name of an argument
     ("core/poolers.py", "BEGIN; "),
+    ("core/poolers.py", "COMMIT;"),
     ("core/leadership.py", "UPDATE"),  # a word that is replaced in a statement
     ("core/grants.py", "CREATE ROLE"),  # of a hint
 }
