@@ -29,7 +29,7 @@ class Wakeup:
 
     def set(self) -> None:
         """Wakes the waiter, now or when it next waits."""
-        with suppress(BlockingIOError):  # the pipe is full of wake-ups already
+        with suppress(OSError):  # the pipe is full of wake-ups already, or nobody waits any more
             os.write(self._writer, b"!")
 
     def wait(self, seconds: float) -> None:
@@ -47,10 +47,10 @@ class Wakeup:
 
     def close(self) -> None:
         """Gives the pipe back; more than once is no harm."""
-        for descriptor in (self._reader, self._writer):
+        descriptors, self._reader, self._writer = (self._reader, self._writer), -1, -1
+        for descriptor in descriptors:
             if descriptor >= 0:
                 os.close(descriptor)
-        self._reader = self._writer = -1
 
 
 class Notifications:
