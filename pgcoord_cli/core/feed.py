@@ -10,6 +10,7 @@ began: the session is READ COMMITTED whatever the server's default.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from pgcoord_cli.db.binary import int4, int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline, Statement
 from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import PgcoordError
 from pgcoord_cli.settings import Settings
 
 BATCH_LIMIT = 4_000
@@ -79,7 +81,10 @@ class Feed:
         self._pipeline = Pipeline(self._conn, PATIENCE_SECONDS)
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection; while that works, no writer needs to wake this tail any more."""
+        if self._ticket is not None and not self._conn.closed:
+            with suppress(PgcoordError):
+                self._run([(sql("tail", "stay_awake"), [self._table, int8(self._ticket)])])
         self._conn.close()
 
     def wait(self, seconds: float) -> None:
