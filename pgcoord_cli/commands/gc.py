@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,19 +12,12 @@ from pgcoord_cli.commands.framework import command, duration, noun, output_of, r
 from pgcoord_cli.settings import LONGEST_DURATION
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pgcoord_cli.core.gc import Progress
 
 app = noun("Collect garbage: settled requests and old events that nobody can ask for any more.")
 
 REQUESTS, LEASES, COMPLETIONS = "commit_requests", "lease_events", "completion_events"
 
-OlderThan = Annotated[str, typer.Option("--older-than", metavar="DURATION", help="Keep what is younger; at least 60s.")]
-OlderThanOrDefault = Annotated[
-    str | None,
-    typer.Option("--older-than", metavar="DURATION", help="Keep what is younger. [default: requests 10m, events 1d]"),
-]
 BatchSize = Annotated[
     int,
     typer.Option("--batch-size", metavar="N", min=1, callback=row_count("--batch-size"), help="Rows a transaction."),
@@ -34,79 +28,64 @@ MaxRuntime = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted; change nothing.")]
 
 
-@command(app, "commit-requests")
-def commit_requests(
-    ctx: typer.Context,
-    older_than: OlderThan = "10m",
-    batch_size: BatchSize = 1000,
-    max_runtime: MaxRuntime = "30s",
-    dry_run: DryRun = False,
-) -> None:
-    """Delete settled commit requests that are older than the retention. Pending ones are never deleted.
+REQUESTS_HELP = """Delete settled commit requests that are older than the retention. Pending ones are never deleted.
 
-    \b
-    Examples:
-      pgcoord gc commit-requests
-      pgcoord gc commit-requests --older-than 1h --dry-run
-      pgcoord gc commit-requests -q --max-runtime 5m
-    """
-    _collect(ctx, [REQUESTS], older_than, batch_size, max_runtime, dry_run=dry_run)
+\b
+Examples:
+  pgcoord gc commit-requests
+  pgcoord gc commit-requests --older-than 1h --dry-run
+  pgcoord gc commit-requests -q --max-runtime 5m
+"""
 
+LEASES_HELP = """Delete lease events that are older than the retention and that every subscription has passed.
 
-@command(app, "lease-events")
-def lease_events(
-    ctx: typer.Context,
-    older_than: OlderThan = "1d",
-    batch_size: BatchSize = 1000,
-    max_runtime: MaxRuntime = "30s",
-    dry_run: DryRun = False,
-) -> None:
-    """Delete lease events that are older than the retention and that every subscription has passed.
+A tail that resumes from an older cursor is told so (exit 8), and from where it can resume.
 
-    A tail that resumes from an older cursor is told so (exit 8), and from where it can resume.
+\b
+Examples:
+  pgcoord gc lease-events --older-than 7d
+  pgcoord gc lease-events -o json | jq .lease_events.furthest_behind
+"""
 
-    \b
-    Examples:
-      pgcoord gc lease-events --older-than 7d
-      pgcoord gc lease-events -o json | jq .lease_events.furthest_behind
-    """
-    _collect(ctx, [LEASES], older_than, batch_size, max_runtime, dry_run=dry_run)
+COMPLETIONS_HELP = """\
+Delete dispatched completion events that are older than the retention and that every subscription has passed.
+
+\b
+Examples:
+  pgcoord gc completion-events --older-than 7d
+  pgcoord gc completion-events --dry-run
+"""
+
+ALL_HELP = """Delete all of that: settled commit requests, lease events, completion events.
+
+\b
+Examples:
+  pgcoord gc all
+  pgcoord gc all -q --max-runtime 5m
+"""
 
 
-@command(app, "completion-events")
-def completion_events(
-    ctx: typer.Context,
-    older_than: OlderThan = "1d",
-    batch_size: BatchSize = 1000,
-    max_runtime: MaxRuntime = "30s",
-    dry_run: DryRun = False,
-) -> None:
-    """Delete dispatched completion events that are older than the retention and that every subscription has passed.
+def _register(name: str, tables: Sequence[str], default: str, text: str) -> None:
+    """The commands differ in the tables, in how long those keep their rows, and in their help."""
+    help_of_retention = f"Keep what is younger; at least 60s. [default: {default}]"
 
-    \b
-    Examples:
-      pgcoord gc completion-events --older-than 7d
-      pgcoord gc completion-events --dry-run
-    """
-    _collect(ctx, [COMPLETIONS], older_than, batch_size, max_runtime, dry_run=dry_run)
+    def collect(
+        ctx: typer.Context,
+        older_than: str | None = typer.Option(None, "--older-than", metavar="DURATION", help=help_of_retention),
+        batch_size: BatchSize = 1000,
+        max_runtime: MaxRuntime = "30s",
+        dry_run: DryRun = False,
+    ) -> None:
+        _collect(ctx, tables, older_than, batch_size, max_runtime, dry_run=dry_run)
+
+    collect.__doc__ = text
+    command(app, name)(collect)
 
 
-@command(app, "all")
-def all_tables(
-    ctx: typer.Context,
-    older_than: OlderThanOrDefault = None,
-    batch_size: BatchSize = 1000,
-    max_runtime: MaxRuntime = "30s",
-    dry_run: DryRun = False,
-) -> None:
-    """Delete all of that: settled commit requests, lease events, completion events.
-
-    \b
-    Examples:
-      pgcoord gc all
-      pgcoord gc all -q --max-runtime 5m
-    """
-    _collect(ctx, [REQUESTS, LEASES, COMPLETIONS], older_than, batch_size, max_runtime, dry_run=dry_run)
+_register("commit-requests", [REQUESTS], "10m", REQUESTS_HELP)
+_register("lease-events", [LEASES], "1d", LEASES_HELP)
+_register("completion-events", [COMPLETIONS], "1d", COMPLETIONS_HELP)
+_register("all", [REQUESTS, LEASES, COMPLETIONS], "requests 10m, events 1d", ALL_HELP)
 
 
 def _collect(
