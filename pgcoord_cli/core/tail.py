@@ -10,6 +10,10 @@ lists the writers that may have missed that, and reads once more (`core.feed`, `
 for a notification, or for the poll interval; for moments where a writer is on its way. `core.frontier` decides what of
 a round may be delivered: a gap is stepped over only when nobody is left who could fill it.
 
+**Woken** by one event, the tail reads it and waits again: whoever writes still wakes it. Where events come in company,
+writers that had to notify one after the other would lose most of their pace. So then the tail says that it is awake
+and reads on every five milliseconds, until a reading brings no more than one.
+
 **Held up.** When a gap stays for longer than two seconds, the tail names the transactions that may fill it.
 
 **From now** means: whatever becomes visible from now on. Writers that are under way may hold ids below the last one
@@ -32,9 +36,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import datetime, timedelta
+from enum import Enum
 from typing import Any, NamedTuple
 
 from psycopg import Connection
@@ -60,6 +65,9 @@ from pgcoord_cli.settings import Settings
 
 LOOK_BACK = 100_000
 """How many ids before the head may still be under way when a tail starts from now."""
+
+PACE_SECONDS = 0.005
+"""How long a tail that has company to read lets it gather."""
 
 HELD_UP_AFTER = 2.0
 FIRST_RECHECK = 0.005
@@ -119,6 +127,16 @@ class Filters(NamedTuple):
 
 NOW = From.now()
 EVERYTHING = Filters()
+
+
+class Step(Enum):
+    """How a tail reads next, or that it waits."""
+
+    GO_ON = "read at once; no writer needs to wake this tail"
+    PACED = "the same after a moment, with a look at who may fill a gap"
+    BEFORE_WAITING = "read after asking to be woken, with a look at who may have missed that"
+    WOKEN = "read; whoever writes from now on still wakes this tail"
+    WAIT = "wait for news"
 
 
 class Batch(NamedTuple):
@@ -267,22 +285,42 @@ class Tail:
 
     def _read_on(self, feed: Feed, frontier: Frontier) -> Iterator[Batch]:
         patience = Patience()
-        busy = True
+        step = Step.GO_ON
         while not self._stopping:
-            reading = feed.read(frontier.position) if busy else feed.read_before_waiting(frontier.position)
+            reading = self._read(feed, frontier, step)
             batch = self._advance(frontier, reading)
             if batch:
+                patience.renew()
                 yield batch
             if self._end is not None and frontier.position >= self._end:
                 return
-            if batch or busy or frontier.wants_list:
-                busy = len(reading.events) == BATCH_LIMIT and not frontier.is_at_gap
-                patience.renew()
-                continue
-            if not self._follow:
-                self._say_held_up(feed, frontier)
-                return
-            self._await_news(feed, frontier, patience, is_somebody_writing=bool(reading.writers))
+            step = self._next_step(step, len(reading.events), frontier, has_moved=batch is not None)
+            if step is Step.PACED:
+                feed.pause(PACE_SECONDS)
+            elif step is Step.WAIT:
+                if not self._follow:
+                    self._say_held_up(feed, frontier)
+                    return
+                step = self._await_news(feed, frontier, patience, reading.writers)
+
+    def _read(self, feed: Feed, frontier: Frontier, step: Step) -> Reading:
+        if step is Step.WOKEN:
+            return feed.read(frontier.position)
+        if step is Step.BEFORE_WAITING:
+            return feed.read_before_waiting(frontier.position)
+        return feed.read_awake(frontier.position, looking=step is Step.PACED)
+
+    def _next_step(self, step: Step, events: int, frontier: Frontier, *, has_moved: bool) -> Step:
+        """What to do after a step that brought so many events."""
+        if events == BATCH_LIMIT and not frontier.is_at_gap:
+            return Step.GO_ON
+        if has_moved and events > 1 and self._follow and step is not Step.GO_ON:
+            return Step.PACED
+        if step is Step.WOKEN and has_moved and not frontier.is_at_gap:
+            return Step.WAIT
+        if step is Step.BEFORE_WAITING and not has_moved and not frontier.wants_list:
+            return Step.WAIT
+        return Step.BEFORE_WAITING
 
     def _advance(self, frontier: Frontier, reading: Reading) -> Batch | None:
         """What of a reading may be delivered now; None when that moves nothing."""
@@ -312,11 +350,14 @@ class Tail:
 
     # -- waiting
 
-    def _await_news(self, feed: Feed, frontier: Frontier, patience: Patience, *, is_somebody_writing: bool) -> None:
+    def _await_news(self, feed: Feed, frontier: Frontier, patience: Patience, writers: Sequence[str] | None) -> Step:
         """Until there may be something new. Who is on the way now may not have been told that this tail sleeps."""
         if frontier.is_at_gap and patience.is_over():
             self._say_held_up(feed, frontier)
-        feed.wait(patience.next_recheck() if frontier.is_at_gap or is_somebody_writing else POLL_SECONDS)
+        if frontier.is_at_gap or writers:
+            feed.wait(patience.next_recheck())
+            return Step.BEFORE_WAITING
+        return Step.WOKEN if feed.wait(POLL_SECONDS) else Step.BEFORE_WAITING
 
     def _say_held_up(self, feed: Feed, frontier: Frontier) -> None:
         if not frontier.is_at_gap:

@@ -73,6 +73,11 @@ class Notifications:
         self._wakeup.clear()
         return self._taken()
 
+    def pause(self, seconds: float) -> None:
+        """Waits for a wake-up or the deadline; what is notified until then is forgotten."""
+        self._wakeup.wait(seconds)
+        self._taken()
+
     def _taken(self) -> set[str]:
         """What cursors heard, and what lies in the connection unread; raises when that is closed."""
         heard, self._arrived = self._arrived | received(self._conn), set()

@@ -35,6 +35,9 @@ _KIND_STYLES = {
 }  # fmt: skip
 
 
+MANY_TEXTS = 1_000
+
+
 class EventStream:
     """Writes events of one outbox, `lease` or `completion`, to stdout in the wanted format."""
 
@@ -98,28 +101,39 @@ def watch_reader(gone: Callable[[], None]) -> None:
     gone()
 
 
-def _json_maker(noun: str, quoted: Callable[[str], str]) -> Callable[[Any], str]:
+class Quoted(dict[str | None, str]):
+    """JSON of texts that come again and again; forgets all of them when they turn out to be many."""
+
+    def __init__(self, quote: Callable[[str], str]) -> None:
+        self._quote = quote
+
+    def __missing__(self, text: str | None) -> str:
+        if len(self) >= MANY_TEXTS:
+            self.clear()
+        found = self[text] = "null" if text is None else self._quote(text)
+        return found
+
+
+def _json_maker(noun: str, quote: Callable[[str], str]) -> Callable[[Any], str]:
     """Four times as fast as json.dumps of a dict, which would take most of the time of a catch-up."""
-    null = "null"
+    quoted, null = Quoted(quote), "null"
 
     def lease(event: Any) -> str:
         event_id, execution, link, kind, occurred, partition, namespace, tag, committed = event
         return (
-            f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "event_type": {quoted(kind)}, '
-            f'"execution_id": {quoted(execution)}, "lease_id": {null if link is None else quoted(link)}, '
+            f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "event_type": {quoted[kind]}, '
+            f'"execution_id": {quote(execution)}, "lease_id": {null if link is None else quote(link)}, '
             f'"occurred_at_ms": {occurred}, "committed_at_ms": {committed}, "partition_key": {partition}, '
-            f'"namespace": {null if namespace is None else quoted(namespace)}, '
-            f'"instance_tag": {null if tag is None else quoted(tag)}}}\n'
+            f'"namespace": {quoted[namespace]}, "instance_tag": {quoted[tag]}}}\n'
         )
 
     def completion(event: Any) -> str:
         event_id, execution, link, kind, occurred, partition, namespace, tag, committed = event
         return (
-            f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "outcome": {quoted(kind)}, '
-            f'"execution_id": {quoted(execution)}, "flow_id": {null if link is None else quoted(link)}, '
+            f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "outcome": {quoted[kind]}, '
+            f'"execution_id": {quote(execution)}, "flow_id": {null if link is None else quote(link)}, '
             f'"occurred_at_ms": {occurred}, "committed_at_ms": {committed}, "partition_key": {partition}, '
-            f'"namespace": {null if namespace is None else quoted(namespace)}, '
-            f'"instance_tag": {null if tag is None else quoted(tag)}}}\n'
+            f'"namespace": {quoted[namespace]}, "instance_tag": {quoted[tag]}}}\n'
         )
 
     return {"lease": lease, "completion": completion}[noun]
