@@ -34,9 +34,7 @@ from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
 from pgcoord_cli.core.programs import Programs, find_programs
 from pgcoord_cli.core.session import migration_session
 from pgcoord_cli.settings import Settings
-
-PATIENCE = 30.0
-"""Seconds after which a test that waits for something gives up. Nothing is asserted about shorter times."""
+from tests.asking import PATIENCE
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -204,9 +202,9 @@ Call = Callable[..., Answer]
 def offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
     """Runs `pgcoord …` in this process, where there is no server unless the call names one; stdout is no terminal.
 
-    What goes by keyword is an environment variable of this one call.
+    What goes by keyword is an environment variable of this one call. A command that goes on is broken off.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     monkeypatch.setenv("PGCOORD_DSN", "host=/nowhere")
     monkeypatch.delenv("NO_COLOR", raising=False)
 
@@ -215,11 +213,20 @@ def offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
-            return Answer(program.run(words), *capsys.readouterr())
+            signal.alarm(int(PATIENCE))
+            code = program.run(words)
+            signal.alarm(0)
+            return Answer(code, *capsys.readouterr())
 
+    signal.signal(signal.SIGALRM, give_up)
     yield run
+    signal.alarm(0)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def give_up(*_: Any) -> None:
+    raise AssertionError(f"the command goes on for more than {PATIENCE} s")
 
 
 @pytest.fixture
@@ -227,6 +234,29 @@ def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> 
     """The same, on the test's database."""
     monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
     return offline
+
+
+StartProgram = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start_program(request: pytest.FixtureRequest) -> Iterator[StartProgram]:
+    """Starts `pgcoord …` in a process of its own, with pipes; kills those that are left when the test is over."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str, settings: Settings | None = None) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pgcoord_cli", *words],
+            env=environment(settings or request.getfixturevalue("settings")),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @dataclass

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from typer._click.core import Command, Context
-from typer.core import TyperGroup
 
-from pgcoord_cli import cli as program
 from pgcoord_cli import errors
 from pgcoord_cli.commands.framework import EXIT_CODES
 from pgcoord_cli.errors import PgcoordError
 from pgcoord_cli.settings import Settings
+from tests.cli.command_tree import NAMES
 
 if TYPE_CHECKING:
-    from tests.conftest import Cli, StartLeader
+    from tests.conftest import Answer, Call, Cli, StartLeader
 
 REQUEST_ID = str(uuid.uuid4())
 
@@ -61,58 +59,14 @@ LEADER_KEYS = {"held", "leader_addr", "epoch", "durable_version", "expires_at", 
 QUEUE_KEYS = {"pending", "oldest_pending_seconds"}
 
 
-class Answer(NamedTuple):
-    """What a call came to."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        """What is on stdout, which has to be one JSON document."""
-        return json.loads(self.out)
-
-
-Call = Callable[..., Answer]
-
-
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    """Runs `pgcoord …` in this process."""
+def offline(offline: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
+    """The same, and `pgcoord dev` has a directory of the test's own."""
     monkeypatch.setenv("PGCOORD_DEV_DIR", str(tmp_path))
-
-    def run(*words: str) -> Answer:
-        capsys.readouterr()
-        return Answer(program.run(words), *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """The same, on the test's database."""
-    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
     return offline
 
 
-def commands(command: Command, words: tuple[str, ...] = (), parent: Context | None = None) -> Iterator[str]:
-    """The names of all commands below."""
-    ctx = Context(command, parent=parent, info_name=" ".join(words))
-    if isinstance(command, TyperGroup):
-        for name in command.list_commands(ctx):
-            child = command.get_command(ctx, name)
-            assert child is not None
-            yield from commands(child, (*words, name), ctx)
-    else:
-        yield " ".join(words)
-
-
-CALLS = {
-    name: (*name.split(), *ARGUMENTS.get(name, ()))
-    for name in commands(program.root())
-    if name not in STREAMS
-}  # fmt: skip
+CALLS = {name: (*name.split(), *ARGUMENTS.get(name, ())) for name in NAMES if name not in STREAMS}
 
 
 # Success

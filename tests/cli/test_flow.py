@@ -12,7 +12,8 @@ from uuid import uuid4
 
 import pytest
 
-from tests.postgres.flow_world import Conn, everything, value
+from tests.asking import value
+from tests.postgres.flow_world import Conn, everything
 
 if TYPE_CHECKING:
     from tests.conftest import Answer, Call

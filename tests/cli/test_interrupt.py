@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,39 +15,17 @@ import psycopg
 import pytest
 
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE
 
 if TYPE_CHECKING:
-    from tests.conftest import LeaderProcess, StartLeader
+    from tests.conftest import LeaderProcess, StartLeader, StartProgram
 
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
 
 ENDINGS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 
 both = pytest.mark.parametrize(("number", "code", "word"), ENDINGS, ids=["SIGINT", "SIGTERM"])
 
 Session = psycopg.Connection[Any]
-Start = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def start(settings: Settings) -> Iterator[Start]:
-    """Starts `pgcoord …` in a process of its own; kills those that are left."""
-    started: list[subprocess.Popen[str]] = []
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-
-    def run(*words: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pgcoord_cli", *words], env=clean | {"PGCOORD_DSN": settings.dsn},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture
@@ -109,9 +86,9 @@ def test_a_leader_releases_its_lease(
 
 @both
 def test_a_candidate_that_waits_gives_up(
-    number: signal.Signals, code: int, word: str, leader: LeaderProcess, start: Start, sql: Session
+    number: signal.Signals, code: int, word: str, leader: LeaderProcess, start_program: StartProgram, sql: Session
 ) -> None:
-    candidate = start("leader", "run", "--node-id", "n2", "-o", "json")
+    candidate = start_program("leader", "run", "--node-id", "n2", "-o", "json")
     until(sql, session("leader keeper", "wait_event_type = 'Lock'"))
     candidate.send_signal(number)
     ended, out, err = ending(candidate)
@@ -123,9 +100,9 @@ def test_a_candidate_that_waits_gives_up(
 
 @both
 def test_a_second_signal_breaks_off_at_once(
-    number: signal.Signals, code: int, word: str, start: Start, sql: Session, settings: Settings
+    number: signal.Signals, code: int, word: str, start_program: StartProgram, sql: Session, settings: Settings
 ) -> None:
-    candidate = start("leader", "run", "--ttl", "60s", "-o", "json")
+    candidate = start_program("leader", "run", "--ttl", "60s", "-o", "json")
     assert candidate.stdout
     while json.loads(candidate.stdout.readline())["event"] != "elected":
         pass
@@ -145,9 +122,9 @@ def test_a_second_signal_breaks_off_at_once(
 
 @both
 def test_i3_nothing_is_enqueued_by_a_write_that_still_waits_for_a_leader(
-    number: signal.Signals, code: int, word: str, start: Start, sql: Session
+    number: signal.Signals, code: int, word: str, start_program: StartProgram, sql: Session
 ) -> None:
-    write = start("kv", "set", "a", "b", "--timeout", "1h", "-o", "json")
+    write = start_program("kv", "set", "a", "b", "--timeout", "1h", "-o", "json")
     until(sql, session("kv set", "state = 'idle' AND query LIKE '%AS held%'"))
     write.send_signal(number)
     ended, out, err = ending(write)
@@ -157,10 +134,10 @@ def test_i3_nothing_is_enqueued_by_a_write_that_still_waits_for_a_leader(
 
 @both
 def test_i3_a_write_that_waits_for_its_outcome_never_says_that_it_did_not_happen(
-    number: signal.Signals, code: int, word: str, start: Start, sql: Session, leader: LeaderProcess
+    number: signal.Signals, code: int, word: str, start_program: StartProgram, sql: Session, leader: LeaderProcess
 ) -> None:
     freeze(leader)
-    write = start("kv", "set", "a", "b", "--timeout", "1h", "-o", "json")
+    write = start_program("kv", "set", "a", "b", "--timeout", "1h", "-o", "json")
     until(sql, "EXISTS (SELECT FROM commit_requests)")
     write.send_signal(number)
     ended, out, err = ending(write)
@@ -203,9 +180,9 @@ def held_up(sql: Session) -> Iterator[None]:
 @both
 @pytest.mark.usefixtures("held_up")
 def test_i11_the_batches_that_are_done_stay_and_the_rest_is_untouched(
-    number: signal.Signals, code: int, word: str, start: Start, sql: Session
+    number: signal.Signals, code: int, word: str, start_program: StartProgram, sql: Session
 ) -> None:
-    collecting = start("gc", "commit-requests", "--batch-size", "2", "-o", "json")
+    collecting = start_program("gc", "commit-requests", "--batch-size", "2", "-o", "json")
     until(sql, session("gc", "wait_event = 'advisory'"))
     collecting.send_signal(number)
     ended, out, err = ending(collecting)
@@ -214,13 +191,13 @@ def test_i11_the_batches_that_are_done_stay_and_the_rest_is_untouched(
     until(sql, f"NOT {session('gc')}")
     assert [row[0] for row in sql.execute("SELECT id FROM commit_requests ORDER BY id")] == [5, 6, 7, 8, 9, 10]
     sql.execute("SELECT pg_advisory_unlock_all()")
-    _, out, _ = ending(start("gc", "commit-requests", "-o", "json"))
+    _, out, _ = ending(start_program("gc", "commit-requests", "-o", "json"))
     assert json.loads(out)["commit_requests"]["deleted"] == 6
 
 
 @pytest.mark.usefixtures("held_up")
-def test_ctrl_c_again_ends_a_command_whose_server_does_not_answer(start: Start, sql: Session) -> None:
-    collecting = start("gc", "commit-requests")
+def test_ctrl_c_again_ends_a_command_whose_server_does_not_answer(start_program: StartProgram, sql: Session) -> None:
+    collecting = start_program("gc", "commit-requests")
     until(sql, session("gc", "wait_event = 'advisory'"))
     backend = sql.execute("SELECT pid FROM pg_stat_activity WHERE wait_event = 'advisory'").fetchall()[0][0]
     os.kill(backend, signal.SIGSTOP)
@@ -238,7 +215,8 @@ def press_until_it_ends(process: subprocess.Popen[str]) -> int:
     """Presses Ctrl-C as a person does who gets impatient; returns how often that took."""
     for presses in range(1, 100):
         process.send_signal(signal.SIGINT)
+        # Python may need a while to end once it has been told to, and a press in that time would kill it.
         with suppress(subprocess.TimeoutExpired):
-            process.wait(0.3)
+            process.wait(2.0)
             return presses
     raise AssertionError("it goes on")

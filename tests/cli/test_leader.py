@@ -21,12 +21,11 @@ import psycopg
 import pytest
 
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE
 
 if TYPE_CHECKING:
     from tests.conftest import Cli, StartLeader
 
-PATIENCE = 30.0
-"""Seconds after which a test that waits for something gives up."""
 
 FOREVER = "24d"
 """An interval at which a watch would not look again by itself."""

@@ -17,8 +17,10 @@ import pytest
 
 from pgcoord_cli.core.leadership import Leadership, acquire_leadership, subscription_lock
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, until, value
 from tests.faults.lock_process import StartLock, lock_starter, until_free, until_waiting
-from tests.faults.tail_process import PATIENCE, Sql, environment, until, value
+from tests.faults.program_process import environment
+from tests.faults.tail_process import Sql
 
 if TYPE_CHECKING:
     from tests.conftest import Call, Cli

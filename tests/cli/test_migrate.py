@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import json
 import runpy
-import signal
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from typer._click.core import Command, Context
-from typer.core import TyperGroup
 
-from pgcoord_cli import cli as program
 from pgcoord_cli.core.locks import lock_key
 from pgcoord_cli.core.migrations import migration_files
 from pgcoord_cli.core.programs import find_programs
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.settings import Settings
+from tests.cli.command_tree import NAMES
+from tests.conftest import Answer
 
 if TYPE_CHECKING:
-    from tests.conftest import Cli, StartLeader
+    from tests.conftest import Call, Cli, StartLeader
 
-PATIENCE = 30.0
-"""Seconds after which a command that goes on is broken off."""
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = migration_files()
@@ -58,46 +53,15 @@ NEED_A_SCHEMA = {
 NEED_NONE = {"migrate sql", "dev up", "dev down", "dev dsn", "dev status", "demo"}
 
 
-class Answer(NamedTuple):
-    """What a call came to."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Call = Callable[..., Answer]
-
-
-def give_up(*_: Any) -> None:
-    raise AssertionError(f"the command goes on for more than {PATIENCE} s")
-
-
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+def call(offline: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Runs `pgcoord …` on the database of `settings`, in this process: hundreds of starts would take minutes."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    monkeypatch.delenv("PGCOORD_SCHEMA", raising=False)
 
-    def run(settings: Settings, *words: str, **environment: str) -> Answer:
-        with monkeypatch.context() as patch:
-            patch.delenv("PGCOORD_SCHEMA", raising=False)
-            for name, value in {"PGCOORD_DSN": settings.dsn, **environment}.items():
-                patch.setenv(name, value)
-            capsys.readouterr()
-            signal.alarm(int(PATIENCE))
-            code = program.run(words)
-            signal.alarm(0)
-            return Answer(code, *capsys.readouterr())
+    def run(settings: Settings, *words: str, **variables: str) -> Answer:
+        return offline(*words, **{"PGCOORD_DSN": settings.dsn, **variables})
 
-    signal.signal(signal.SIGALRM, give_up)
-    yield run
-    signal.alarm(0)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def connect(settings: Settings, **options: Any) -> psycopg.Connection[Any]:
@@ -126,22 +90,11 @@ def picture(settings: Settings) -> dict[str, Any]:
         return {**rows, "rights": rights.fetchall()}
 
 
-def all_commands(command: Command, words: tuple[str, ...] = (), parent: Context | None = None) -> Iterator[str]:
-    ctx = Context(command, parent=parent, info_name=" ".join(words))
-    if isinstance(command, TyperGroup):
-        for name in command.list_commands(ctx):
-            child = command.get_command(ctx, name)
-            assert child is not None
-            yield from all_commands(child, (*words, name), ctx)
-    else:
-        yield " ".join(words)
-
-
 # Every command and every schema
 
 
 def test_i14_no_command_is_missing_from_these_tests() -> None:
-    assert set(all_commands(program.root())) == NEED_A_SCHEMA.keys() | NEED_NONE
+    assert set(NAMES) == NEED_A_SCHEMA.keys() | NEED_NONE
 
 
 def codes(call: Call, settings: Settings, *words: str, without: set[str] | None = None) -> dict[str, int]:

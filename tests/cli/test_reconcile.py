@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pgcoord_cli.core import executions
-from pgcoord_cli.core.flow_file import FlowPlan
 from pgcoord_cli.core.reconcile import QUARANTINE_AFTER
 from pgcoord_cli.settings import Settings
-from tests.faults.tail_process import Lines, environment, until
-from tests.postgres.flow_world import PATIENCE, Conn, Flow, chain, everything, plan, sessions, value
+from tests.asking import PATIENCE, until, value
+from tests.faults.program_process import Lines, environment
+from tests.postgres.flow_world import Conn, Flow, Make, chain, everything, plan, sessions
 
 if TYPE_CHECKING:
     from tests.conftest import Call
@@ -34,9 +34,6 @@ NOW = ["--stale-threshold-ms", "0"]
 def reconcile(call: Call) -> Call:
     """`pgcoord reconcile …` in this process, for which no event is too young."""
     return partial(call, "reconcile", *NOW)
-
-
-Make = Callable[[FlowPlan], Flow]
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from pgcoord_cli.core.cursor import to_cursor
 from pgcoord_cli.core.leadership import Leadership, acquire_leadership
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
+from tests.asking import value
 from tests.faults.lock_process import end_holder
-from tests.faults.tail_process import Sql, add, value
+from tests.faults.tail_process import Sql, add
 
 if TYPE_CHECKING:
     from tests.conftest import Call

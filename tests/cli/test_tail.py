@@ -18,20 +18,18 @@ import pytest
 
 from pgcoord_cli.core.feed import BATCH_LIMIT
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, until, value
+from tests.faults.program_process import environment
 from tests.faults.tail_process import (
     EXECUTION,
-    PATIENCE,
     Record,
     Sql,
     StartTail,
     add,
     add_and_roll_back,
-    environment,
     tail_starter,
-    until,
     until_asleep,
     until_gone,
-    value,
 )
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import pytest
 
 from docs.generate import REPOSITORY, Command, Parameter, Program, bash, fish, read_program
 from pgcoord_cli.settings import ColorMode, OutputFormat
+from tests.needs import needs
 
 COMPLETIONS = REPOSITORY / "completions"
 
@@ -17,7 +18,7 @@ PROGRAM = read_program()
 GLOBAL_NAMES = [name for option in PROGRAM.everywhere for name in option.names]
 COMMANDS = list(PROGRAM.root.walk())
 GROUPS = [command for command in COMMANDS if command.commands]
-needs_fish = pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+needs_fish = needs("fish", "check the fish completion")
 
 BASH_CALL = """
 source "$1"
@@ -153,7 +154,7 @@ def test_bash_offers_values_and_files_for_arguments_and_options(folder: Path) ->
     assert offer("--into", "=", "s") == ["sub"]
 
 
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+@needs("zsh", "check the zsh completion")
 def test_zsh_can_read_its_completion() -> None:
     assert run("zsh", "-f", "-n", str(COMPLETIONS / "_pgcoord")) == ""
 

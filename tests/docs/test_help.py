@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
-from typer._click.core import Command, Context
+from typer._click.core import Command
 from typer._click.exceptions import ClickException
 from typer.core import TyperArgument, TyperGroup, TyperOption
 
@@ -18,6 +17,7 @@ from pgcoord_cli.cli import CATALOGUE, root
 from pgcoord_cli.commands.framework import global_options
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import resolve_settings
+from tests.cli.command_tree import LEAVES, TREE
 
 GLOBAL_NAMES = {option.name for option in global_options()}
 
@@ -25,21 +25,6 @@ SEPARATORS = "();|&"
 
 BEFORE_A_COMMAND = re.compile(r"!|if|elif|while|until|then|else|do|\w+=.*", re.DOTALL)
 """Words that may stand before the command in a line of shell: reserved words and assignments."""
-
-
-def walk(command: Command, words: tuple[str, ...], parent: Context | None = None) -> Iterator[tuple[str, Command]]:
-    """Every command below, with what is typed to call it."""
-    ctx = Context(command, parent=parent, info_name=words[-1])
-    if isinstance(command, TyperGroup):
-        for name in command.list_commands(ctx):
-            child = command.get_command(ctx, name)
-            assert child is not None
-            yield " ".join([*words, name]), child
-            yield from walk(child, (*words, name), ctx)
-
-
-TREE = dict(walk(root(), ("pgcoord",)))
-LEAVES = {path: command for path, command in TREE.items() if not isinstance(command, TyperGroup)}
 
 
 def first_paragraph(command: Command) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +24,7 @@ from docs.generate import (
 )
 from pgcoord_cli.cli import CATALOGUE
 from pgcoord_cli.commands.framework import command, noun
+from tests.needs import needs
 
 PAGES = sorted((REPOSITORY / "man").glob("*.1"))
 
@@ -142,7 +142,7 @@ def test_repeated_arguments_end_in_dots_that_end_no_sentence() -> None:
     assert "\\fIFILE\\fR...\\&" in page_of(trial("Try it.", arguments=(files_argument,)))
 
 
-@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+@needs("groff", "check the manual pages with it")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_groff_finds_nothing_to_warn_of(path: Path) -> None:
     done = subprocess.run(
@@ -151,7 +151,7 @@ def test_groff_finds_nothing_to_warn_of(path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not installed")
+@needs("mandoc", "check the manual pages with it")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_mandoc_finds_nothing_to_warn_of_but_the_date(path: Path) -> None:
     done = subprocess.run(["mandoc", "-T", "lint", str(path)], capture_output=True, text=True, check=False, timeout=60)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from os import killpg
 from pathlib import Path
 from signal import SIGKILL
 
 from pgcoord_cli.settings import Settings
-from tests.faults.tail_process import PATIENCE, Lines, Sql, TailProcess, environment, until, value
+from tests.asking import PATIENCE, until, value
+from tests.faults.program_process import ProgramProcess, starter
+from tests.faults.tail_process import Sql
 
 FAMILY = ("sh", "-c", "sleep 600 & echo $$ $!; wait")
 """A command with a child of its own: it prints the process ids of both."""
@@ -22,20 +22,15 @@ STUBBORN = ("sh", "-c", "trap '' TERM; sleep 600 & echo $$ $!; while :; do wait;
 HERE = "database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND locktype = 'advisory'"
 
 
-class LockProcess(TailProcess):
+class LockProcess(ProgramProcess):
     """A running `pgcoord lock run …`; what its command prints comes out of its stdout.
 
     Its stdout ends when nobody has it open any more: neither the command nor anything that the command started.
     """
 
-    def __init__(self, words: Sequence[str], settings: Settings) -> None:
+    def __init__(self, words: Sequence[str], environment: dict[str, str]) -> None:
+        super().__init__(words, environment)
         self.family: tuple[int, ...] = ()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pgcoord_cli", "lock", "run", *words],
-            env=environment(settings.dsn), stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert self.process.stdout and self.process.stderr
-        self.stdout, self.stderr = Lines(self.process.stdout), Lines(self.process.stderr)
 
     def has_family(self) -> tuple[int, ...]:
         """The process ids of FAMILY, once it runs."""
@@ -53,20 +48,9 @@ class LockProcess(TailProcess):
 StartLock = Callable[..., LockProcess]
 
 
-@contextmanager
-def lock_starter(settings: Callable[[], Settings]) -> Iterator[StartLock]:
-    """Starts `pgcoord lock run` on the test's database unless the call names another; ends those that are left."""
-    started: list[LockProcess] = []
-
-    def start(*words: str, settings_: Settings | None = None) -> LockProcess:
-        started.append(LockProcess(words, settings_ or settings()))
-        return started[-1]
-
-    try:
-        yield start
-    finally:
-        for process in started:
-            process.remove()
+def lock_starter(settings: Callable[[], Settings]) -> AbstractContextManager[StartLock]:
+    """Starts `pgcoord lock run …`."""
+    return starter(LockProcess, ["lock", "run"], settings)
 
 
 def is_running(pid: int) -> bool:

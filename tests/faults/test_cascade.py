@@ -21,14 +21,15 @@ from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.policy import Kind, Policy
 from pgcoord_cli.core.reconcile import Scope, dependency
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, until, value
 from tests.conftest import environment
 from tests.postgres.flow_world import (
     ANY,
     ANY_CANCEL,
-    PATIENCE,
     TABLES,
     Conn,
     Flow,
+    Make,
     assert_sound,
     chain,
     column,
@@ -37,26 +38,11 @@ from tests.postgres.flow_world import (
     mortal_session,
     plan,
     sessions,
-    until,
-    value,
 )
 
 HOPS = 10
 KILLS = 2
 """Of the dispatcher, at each place of each hop."""
-
-Make = Callable[[FlowPlan], Flow]
-
-
-@pytest.fixture
-def conn(settings: Settings) -> Iterator[Conn]:
-    with sessions(settings, 1) as (one,):
-        yield one
-
-
-@pytest.fixture
-def make(conn: Conn, sql: Conn) -> Make:
-    return lambda plan: Flow(conn, sql, plan)
 
 
 def tick(conn: Conn, limit: int = 1_000) -> int:
@@ -276,12 +262,6 @@ def dispatch_shuffled(conn: Conn, events: list[int]) -> None:
     """One transaction for each event, in an order of one's own."""
     for event in random.sample(events, len(events)):
         dispatch_completion(conn, event)
-
-
-@pytest.fixture
-def no_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a deadlock show itself, which would otherwise be tried again."""
-    monkeypatch.setattr("pgcoord_cli.core.dispatch.TRIES", 1)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,11 +19,11 @@ from pgcoord_cli.core.grants import grant
 from pgcoord_cli.core.session import command_session
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, until, until_async, value
 
 if TYPE_CHECKING:
     from tests.conftest import LeaderProcess, StartLeader, TwoLeaders
 
-PATIENCE = 30.0
 Sql = psycopg.Connection[Any]
 T = TypeVar("T")
 
@@ -54,28 +53,6 @@ async def _set(tr: Transaction, key: bytes) -> None:
     tr.set(key, b"v")
 
 
-def one(sql: Sql, text: str, *parameters: object) -> Any:
-    """The one value that a query gives."""
-    row = sql.execute(text, parameters).fetchone()
-    assert row
-    return row[0]
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-
-
-async def until_async(condition: Callable[[], object]) -> None:
-    """The same, and lets the others run in between."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        await asyncio.sleep(0)
-
-
 def ends(sql: Sql) -> list[tuple[int, str, str | None]]:
     """Epoch, who, and how each leadership ended."""
     return sql.execute("SELECT epoch, leader_addr, end_reason FROM leader_history ORDER BY epoch").fetchall()
@@ -91,7 +68,7 @@ def leader_sessions(sql: Sql) -> set[int]:
 
 
 def any_alive(sql: Sql, pids: set[int]) -> bool:
-    return bool(one(sql, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY (%s))", list(pids)))
+    return bool(value(sql, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY (%s))", list(pids)))
 
 
 def written(sql: Sql) -> list[Any]:
@@ -117,7 +94,7 @@ def a_batch_waits(sql: Sql) -> bool:
         "SELECT EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)"
         " WHERE NOT granted AND relation = 'kv'::regclass AND application_name = 'pgcoord/leader run')"
     )
-    return bool(one(sql, text))
+    return bool(value(sql, text))
 
 
 def commit_held_up(
@@ -187,9 +164,9 @@ def test_i8_a_kill_under_load_costs_no_commit_and_causes_no_reject(
         return done
 
     assert play(settings, scenario) == 400
-    assert one(sql, "SELECT durable_version FROM leader_lease") == 400
-    assert one(sql, "SELECT count(*) FROM commit_requests WHERE status <> 'committed'") == 0
-    assert one(sql, "SELECT epoch FROM leader_lease") == 2
+    assert value(sql, "SELECT durable_version FROM leader_lease") == 400
+    assert value(sql, "SELECT count(*) FROM commit_requests WHERE status <> 'committed'") == 0
+    assert value(sql, "SELECT epoch FROM leader_lease") == 2
 
 
 def test_i2_a_frozen_leader_is_replaced_when_its_lease_runs_out_and_writes_nothing_after_it_thaws(
@@ -220,10 +197,10 @@ def test_i2_a_leader_frozen_in_the_middle_of_a_batch_leaves_nothing_of_it(
     """Its transaction waits for a lock, on the server, when it freezes; the successor ends it and does the work."""
     first, second = two_leaders("1s", "10s")
     assert commit_held_up(settings, sql, lambda: freeze_until_replaced(first, second)) == 2
-    assert one(sql, "SELECT epoch FROM leader_lease WHERE leader_addr = 'second'") == 2
+    assert value(sql, "SELECT epoch FROM leader_lease WHERE leader_addr = 'second'") == 2
     first.signal(signal.SIGCONT)
     first.wait_for("lost")
-    assert one(sql, "SELECT count(*) FROM commit_requests WHERE status = 'committed'") == 2
+    assert value(sql, "SELECT count(*) FROM commit_requests WHERE status = 'committed'") == 2
 
 
 @contextmanager
@@ -253,7 +230,7 @@ def test_i2_a_batch_that_a_frozen_leader_had_sent_is_fenced_on_the_server(
         assert commit_held_up(settings, sql, lambda: freeze_until_replaced(first, second)) == 2
         assert leader_sessions(sql) > old_sessions, "nobody ended them"
         until(lambda: not any_busy(sql, old_sessions))
-        assert one(sql, "SELECT durable_version FROM leader_lease") == 2, "it was the successor that committed"
+        assert value(sql, "SELECT durable_version FROM leader_lease") == 2, "it was the successor that committed"
         before = written(sql)
         first.signal(signal.SIGCONT)
         first.wait_for("fenced epoch 1")
@@ -266,7 +243,7 @@ def test_i2_a_batch_that_a_frozen_leader_had_sent_is_fenced_on_the_server(
 def any_busy(sql: Sql, pids: set[int]) -> bool:
     """Whether any of the sessions still works at something, or has a transaction open."""
     text = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY (%s) AND state <> 'idle')"
-    return bool(one(sql, text, list(pids)))
+    return bool(value(sql, text, list(pids)))
 
 
 def test_of_many_standbys_one_replaces_a_frozen_leader_and_disturbs_no_other(
@@ -277,11 +254,11 @@ def test_of_many_standbys_one_replaces_a_frozen_leader_and_disturbs_no_other(
     frozen = keeper_sessions(sql)
     for number in range(3):
         start_leader(f"standby {number}", "--ttl", "10s").wait_for("standing")
-    until(lambda: one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == 3)
+    until(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == 3)
     standbys = keeper_sessions(sql) - frozen
     assert len(standbys) == 3
     first.signal(signal.SIGSTOP)
-    until(lambda: one(sql, "SELECT epoch FROM leader_lease") == 2)
+    until(lambda: value(sql, "SELECT epoch FROM leader_lease") == 2)
     assert commit(settings, b"k") == 1
     assert keeper_sessions(sql) == standbys
     assert ends(sql)[0] == (1, "first", "expired")
@@ -318,7 +295,7 @@ def test_a_candidate_that_waits_for_a_leader_ends_when_it_is_asked_to(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
     _, second = two_leaders()
-    until(lambda: one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+    until(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
     second.signal(signal.SIGTERM)
     assert second.process.wait(PATIENCE) == 143
     assert ends(sql) == [(1, "first", None)]
@@ -371,7 +348,7 @@ def test_i2_a_batch_whose_fate_is_unknown_is_never_applied_twice(
             sql.execute("SELECT pg_terminate_backend(%s)", [pid])
 
     assert commit_held_up(settings, sql, end_its_sessions, append) == 2
-    assert one(sql, "SELECT value FROM kv WHERE key = 'k'") == b"once"
+    assert value(sql, "SELECT value FROM kv WHERE key = 'k'") == b"once"
 
 
 def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledged_commit_is_lost(
@@ -416,7 +393,7 @@ def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledge
             "SELECT commit_version FROM commit_requests WHERE status = 'committed' ORDER BY commit_version"
         ).fetchall()
         assert [version for (version,) in versions] == list(range(1, total + 1)), "rule I5: dense"
-        assert one(sql, "SELECT durable_version FROM leader_lease") == total
+        assert value(sql, "SELECT durable_version FROM leader_lease") == total
 
 
 def test_a_candidate_stands_again_when_the_server_is_back_however_long_it_was_away(
@@ -441,9 +418,9 @@ def test_a_leader_goes_on_leading_while_a_batch_takes_longer_than_its_lease(
     two_leaders("1s", "1s")
 
     def outlast_the_lease() -> None:
-        ran_out = one(sql, "SELECT expires_at FROM leader_lease")
+        ran_out = value(sql, "SELECT expires_at FROM leader_lease")
         # Renewed, and renewed again after the lease would have run out without.
-        until(lambda: one(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
+        until(lambda: value(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
 
     assert commit_held_up(settings, sql, outlast_the_lease) == 2
     assert ends(sql) == [(1, "first", None)]

@@ -22,6 +22,7 @@ from pgcoord_cli.core.embedded import EmbeddedServer
 from pgcoord_cli.core.leadership import acquire_leadership
 from pgcoord_cli.errors import LockLost
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, until, value
 from tests.faults.lock_process import (
     FAMILY,
     STUBBORN,
@@ -33,7 +34,7 @@ from tests.faults.lock_process import (
     until_waiting,
 )
 from tests.faults.stalling_proxy import StallingProxy
-from tests.faults.tail_process import PATIENCE, Sql, terminate, until, value
+from tests.faults.tail_process import Sql, terminate
 
 
 @pytest.fixture
@@ -242,10 +243,10 @@ CONTENDERS = 8
 ROUNDS = 40
 
 CONTENDER = """
-import os, random, sys, time
+import os, random, sys
 import psycopg
-from pgcoord_cli.core.leadership import acquire_leadership
-from pgcoord_cli.errors import Fenced, PgcoordError
+from pgcoord_cli.core.leadership import acquire_leadership, subscription_lock
+from pgcoord_cli.errors import Fenced, LockNotAcquired, PgcoordError
 
 dsn, chance = sys.argv[1], random.Random(sys.argv[2])
 me = f"contender {os.getpid()}"
@@ -262,8 +263,12 @@ def lives(conn):
     except psycopg.Error:
         return False
 
-def own_and_save():
+def connect_in_turn():
     lock = connect()
+    lock.execute("SELECT pg_advisory_lock(%s)", [subscription_lock("pgcoord", "mailer")])
+    return lock
+
+def own_and_save(lock):
     with acquire_leadership(lock, "mailer") as owner, connect() as service:
         position = owner.checkpoint.load() or 0
         for _ in range(chance.randint(1, 20)):
@@ -276,11 +281,15 @@ def own_and_save():
                 note(service, "two owners" if lives(lock) else "refusal", owner.fence, position)
                 raise
 
+come = connect
 while True:
     try:
-        own_and_save()
+        own_and_save(come())
+        come = connect
+    except LockNotAcquired:
+        come = connect_in_turn  # PostgreSQL hands the lock on; who has it already acquires the name at once
     except (PgcoordError, psycopg.Error):
-        time.sleep(chance.random() / 20)  # as any service would before it tries again
+        come = connect
 """
 
 HISTORY = """

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
@@ -21,9 +19,10 @@ from pgcoord_cli.core.locks import lock_key
 from pgcoord_cli.core.migrations import migration_files
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE
 
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
+if TYPE_CHECKING:
+    from tests.conftest import StartProgram
 
 VERSIONS = [migration.version for migration in migration_files()]
 
@@ -40,27 +39,11 @@ IN_THE_MIDDLE = """
 """
 """Sessions that wait for a lock while they run the text of a migration."""
 
-Start = Callable[..., "subprocess.Popen[str]"]
-
 
 @pytest.fixture
-def start(empty_settings: Settings) -> Iterator[Start]:
-    """Starts `pgcoord migrate up …` in a process of its own; kills those that are left."""
-    started: list[subprocess.Popen[str]] = []
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-
-    def run(*words: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pgcoord_cli", "migrate", "up", *words],
-            env=kept | {"PGCOORD_DSN": empty_settings.dsn}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
+def start(start_program: StartProgram, empty_settings: Settings) -> StartProgram:
+    """Starts `pgcoord migrate up …` in a process of its own."""
+    return partial(start_program, "migrate", "up", settings=empty_settings)
 
 
 @pytest.fixture
@@ -113,7 +96,7 @@ def test_twenty_runs_at_once_all_succeed_and_apply_each_migration_once(
     assert versions(admin) == VERSIONS
 
 
-def test_processes_that_queue_for_the_lock_all_succeed(admin: psycopg.Connection[Any], start: Start) -> None:
+def test_processes_that_queue_for_the_lock_all_succeed(admin: psycopg.Connection[Any], start: StartProgram) -> None:
     admin.execute("SELECT pg_advisory_lock(%s)", [lock_key("pgcoord", "migrate")])
     processes = [start() for _ in range(6)]
     until(admin, WAITING_RUNS, lambda rows: rows == [6])
@@ -131,7 +114,7 @@ def test_processes_that_queue_for_the_lock_all_succeed(admin: psycopg.Connection
 
 @pytest.mark.parametrize(("words", "told"), [((), ""), (("-o", "json"), '"interrupted"')])
 def test_ctrl_c_while_waiting_for_the_lock_ends_at_once_with_nothing_written(
-    words: tuple[str, ...], told: str, admin: psycopg.Connection[Any], start: Start
+    words: tuple[str, ...], told: str, admin: psycopg.Connection[Any], start: StartProgram
 ) -> None:
     admin.execute("SELECT pg_advisory_lock(%s)", [lock_key("pgcoord", "migrate")])
     process = start(*words)
@@ -152,7 +135,7 @@ def test_ctrl_c_while_waiting_for_the_lock_ends_at_once_with_nothing_written(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_a_signal_in_the_middle_leaves_neither_row_nor_objects(
-    number: signal.Signals, code: int, empty_settings: Settings, admin: psycopg.Connection[Any], start: Start
+    number: signal.Signals, code: int, empty_settings: Settings, admin: psycopg.Connection[Any], start: StartProgram
 ) -> None:
     with migration_two_held_up(empty_settings):
         process = start()
@@ -172,7 +155,7 @@ def test_a_signal_in_the_middle_leaves_neither_row_nor_objects(
 
 
 def test_a_session_that_is_ended_in_the_middle_leaves_neither_row_nor_objects(
-    empty_settings: Settings, admin: psycopg.Connection[Any], start: Start
+    empty_settings: Settings, admin: psycopg.Connection[Any], start: StartProgram
 ) -> None:
     with migration_two_held_up(empty_settings):
         process = start()

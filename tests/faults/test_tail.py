@@ -25,17 +25,17 @@ from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
 from pgcoord_cli.core.programs import Programs
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.settings import Settings
+from tests.asking import until
+from tests.faults.program_process import environment
 from tests.faults.stalling_proxy import StallingProxy
 from tests.faults.tail_process import (
     Sql,
     StartTail,
     add,
     add_and_roll_back,
-    environment,
     tail_starter,
     terminate,
     ticket,
-    until,
     until_asleep,
     until_gone,
 )

@@ -6,8 +6,6 @@ import os
 import resource
 import select
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,48 +16,24 @@ from pgcoord_cli.core import executions, flows
 from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.reconcile import Scope, lease_expiry
 from pgcoord_cli.settings import Settings
-from tests.faults.tail_process import PATIENCE, Lines, TailProcess, environment, terminate, until, value
-from tests.postgres.flow_world import Conn, Flow, column, everything, sessions
+from tests.asking import PATIENCE, until, value
+from tests.faults.program_process import ProgramProcess, starter
+from tests.faults.tail_process import terminate
+from tests.postgres.flow_world import Conn, Flow, column, everything
 
 if TYPE_CHECKING:
     from tests.conftest import StartLeader
 
 WORKER = "pgcoord/worker"
 
-
-class WorkerProcess(TailProcess):
-    """A running `pgcoord worker run …`; what its commands print comes out of its stdout."""
-
-    def __init__(self, words: tuple[str, ...], settings: Settings) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pgcoord_cli", "worker", "run", *words],
-            env=environment(settings.dsn), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        assert self.process.stdout and self.process.stderr
-        self.stdout, self.stderr = Lines(self.process.stdout), Lines(self.process.stderr)
-
-
-StartWorker = Callable[..., WorkerProcess]
+StartWorker = Callable[..., ProgramProcess]
 
 
 @pytest.fixture
 def start(settings: Settings) -> Iterator[StartWorker]:
-    """Starts workers on the test's database; ends those that are left."""
-    started: list[WorkerProcess] = []
-
-    def start(*words: str) -> WorkerProcess:
-        started.append(WorkerProcess(words, settings))
-        return started[-1]
-
-    yield start
-    for worker in started:
-        worker.remove()
-
-
-@pytest.fixture
-def conn(settings: Settings) -> Iterator[Conn]:
-    with sessions(settings, 1) as (one,):
-        yield one
+    """Starts workers on the test's database; what their commands print comes out of their stdout."""
+    with starter(ProgramProcess, ["worker", "run"], lambda: settings) as start:
+        yield start
 
 
 Make = Callable[..., Flow]

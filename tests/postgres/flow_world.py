@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -12,37 +11,23 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import psycopg
+import pytest
 
-from pgcoord_cli.core import executions, flows
+from pgcoord_cli.core import dispatch, executions, flows
 from pgcoord_cli.core.dispatch import dispatch_all
 from pgcoord_cli.core.executions import Claim
 from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.policy import Kind, OnSatisfied, Policy, Verdict, judge
 from pgcoord_cli.core.session import command_session
 from pgcoord_cli.settings import Settings
-
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
+from tests.asking import until, value
 
 Conn = psycopg.Connection[Any]
+Make = Callable[[FlowPlan], "Flow"]
 
 ANY = Policy(Kind.ANY_OF)
 ANY_CANCEL = Policy(Kind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING)
 FINAL = {"success", "failed", "cancelled", "skipped"}
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-
-
-def value(sql: Conn, text: str, *parameters: object) -> Any:
-    """The one value that a query gives."""
-    row = sql.execute(text.encode(), parameters).fetchone()
-    assert row
-    return row[0]
 
 
 def column(sql: Conn, text: str, *parameters: object) -> list[Any]:
@@ -70,6 +55,28 @@ def mortal_session(settings: Settings, **variables: str) -> Conn:
     """A session that may be cut off, with variables of its own."""
     options = " ".join(f"-c {name}={text}" for name, text in ({"search_path": settings.schema} | variables).items())
     return psycopg.connect(settings.dsn, autocommit=True, cursor_factory=psycopg.RawCursor, options=options)
+
+
+# -- fixtures, which the folders that use them name in their conftest
+
+
+@pytest.fixture
+def conn(settings: Settings) -> Iterator[Conn]:
+    """A session as workers and dispatchers have it."""
+    with sessions(settings, 1) as (one,):
+        yield one
+
+
+@pytest.fixture
+def make(conn: Conn, sql: Conn) -> Make:
+    """Creates a flow over that session."""
+    return lambda plan: Flow(conn, sql, plan)
+
+
+@pytest.fixture
+def no_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a deadlock show itself, which would otherwise be tried again."""
+    monkeypatch.setattr(dispatch, "TRIES", 1)
 
 
 # -- plans

@@ -22,9 +22,7 @@ from typing import Protocol
 import pytest
 
 from pgcoord_cli.errors import CoordinationError, LockNotAcquired
-
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
+from tests.asking import PATIENCE
 
 CONTENDERS = 50
 HERE, ELSEWHERE = "pgcoord", "elsewhere"
@@ -57,12 +55,10 @@ Acquire = Callable[..., Owner]
 
 
 class LeadershipContract:
-    """One owner a name, at every moment."""
+    """One owner a name, at every moment.
 
-    @pytest.fixture
-    def implementation(self) -> Implementation:
-        """What is tested."""
-        raise NotImplementedError("a subclass has to say")
+    There is no `implementation` here, so that pytest names what a subclass lacks; abstract ones it would pass over.
+    """
 
     @pytest.fixture
     def acquire(self, implementation: Implementation) -> Iterator[Acquire]:

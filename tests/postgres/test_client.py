@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -32,11 +31,11 @@ from pgcoord_cli.core.submissions import Submission, Submitter
 from pgcoord_cli.core.wakeup import Notifications, Wakeup
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, until_async, value
 
 if TYPE_CHECKING:
     from tests.conftest import StartLeader, TwoLeaders
 
-PATIENCE = 30.0
 T = TypeVar("T")
 Sql = psycopg.Connection[Any]
 Data = dict[bytes, bytes]
@@ -98,28 +97,13 @@ def played(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 async def put(db: Database, **values: bytes) -> int:
     """Commits some keys, each named like its argument."""
     tr = db.transaction()
-    for name, value in values.items():
-        tr.set(name.encode(), value)
+    for name, written in values.items():
+        tr.set(name.encode(), written)
     return await tr.commit()
 
 
 def data(sql: Sql) -> Data:
     return dict(sql.execute("SELECT key, value FROM kv").fetchall())
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Asks until the answer is yes, and lets the others run in between."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        await asyncio.sleep(0)
-
-
-def one(sql: Sql, text: str, *parameters: object) -> Any:
-    """The one value that a query gives."""
-    row = sql.execute(text, parameters).fetchone()
-    assert row
-    return row[0]
 
 
 def requests(sql: Sql) -> list[tuple[str, int | None]]:
@@ -398,9 +382,9 @@ async def test_a_snapshot_read_makes_no_conflict(db: Database) -> None:
 def test_i1_of_two_that_read_and_write_the_same_key_one_conflicts(settings: Settings, sql: Sql) -> None:
     async def scenario(db: Database) -> None:
         first, second = db.transaction(), db.transaction()
-        for tr, value in ((first, b"1"), (second, b"2")):
+        for tr, written in ((first, b"1"), (second, b"2")):
             await tr.get(b"k")
-            tr.set(b"k", value)
+            tr.set(b"k", written)
         assert await first.commit() == 1
         with pytest.raises(Conflict):
             await second.commit()
@@ -543,7 +527,7 @@ def test_no_request_is_sent_twice_without_need(settings: Settings, sql: Sql) -> 
         await asyncio.gather(*(worker(number) for number in range(60)))
 
     play(settings, scenario)
-    assert one(sql, "SELECT max(id) - count(*) FROM commit_requests") == 0
+    assert value(sql, "SELECT max(id) - count(*) FROM commit_requests") == 0
 
 
 @needs_leader
@@ -588,9 +572,9 @@ def test_i3_sessions_ended_while_a_commit_is_waited_for_do_not_change_its_outcom
         with psycopg.connect(settings.dsn) as holder:
             holder.execute("LOCK TABLE pgcoord.kv IN EXCLUSIVE MODE")
             winner = asyncio.create_task(put(db, k=b"2"))
-            await until(lambda: one(sql, "SELECT count(*) FROM commit_requests WHERE status = 'pending'") == 1)
+            await until_async(lambda: value(sql, "SELECT count(*) FROM commit_requests WHERE status = 'pending'") == 1)
             lost = asyncio.create_task(loser.commit())
-            await until(lambda: one(sql, "SELECT count(*) FROM commit_requests WHERE status = 'pending'") == 2)
+            await until_async(lambda: value(sql, "SELECT count(*) FROM commit_requests WHERE status = 'pending'") == 2)
             assert end_sessions(sql) >= 2, "the listener and at least one of the pool"
         assert await winner == 2
         with pytest.raises(Conflict):
@@ -610,7 +594,7 @@ def test_i3_a_session_ended_in_the_middle_of_sending_is_replaced_and_the_request
         with psycopg.connect(settings.dsn) as holder:
             holder.execute("LOCK TABLE pgcoord.commit_requests IN EXCLUSIVE MODE")
             commit = asyncio.create_task(put(db, k=b"1"))
-            await until(lambda: one(sql, "SELECT count(*) FROM pg_locks WHERE NOT granted"))
+            await until_async(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE NOT granted"))
             end_sessions(sql)
         assert await commit == 2
 
@@ -653,7 +637,7 @@ def test_i3_a_request_whose_arrival_was_not_heard_of_is_sent_again_and_applies_o
     settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def settled() -> None:
-        await until(lambda: requests(sql) == [("committed", 1)])
+        await until_async(lambda: requests(sql) == [("committed", 1)])
 
     lose_first_answer(monkeypatch, settled)
 
@@ -674,7 +658,7 @@ def test_i3_a_commit_that_was_forgotten_before_it_was_sent_again_is_never_called
     """Nobody heard of the commit, and its row was collected as garbage while the client could not reach the server."""
 
     async def settled_and_collected() -> None:
-        await until(lambda: requests(sql) == [("committed", 1)])
+        await until_async(lambda: requests(sql) == [("committed", 1)])
         sql.execute("DELETE FROM commit_requests")
         monkeypatch.setattr(resolver, "CONFLICT_WINDOW", timedelta(0))
 
@@ -694,9 +678,9 @@ def test_i3_a_commit_that_was_forgotten_before_it_was_sent_again_is_never_called
 def test_i3_a_request_that_a_crash_lost_is_submitted_again(settings: Settings, sql: Sql) -> None:
     async def scenario(db: Database) -> int:
         commit = asyncio.create_task(put(db, k=b"v"))
-        await until(lambda: requests(sql))
+        await until_async(lambda: requests(sql))
         sql.execute("DELETE FROM commit_requests")
-        await until(lambda: requests(sql))
+        await until_async(lambda: requests(sql))
         with leading(settings):
             return await commit
 
@@ -727,7 +711,7 @@ def test_i3_without_a_leader_the_outcome_is_unknown_and_can_be_asked_for_later(s
         found = find_request(conn, request_id)
         assert found and found.status == "pending"
         with leading(settings):
-            asyncio.run(until(lambda: (row := find_request(conn, request_id)) and row.status != "pending"))
+            asyncio.run(until_async(lambda: (row := find_request(conn, request_id)) and row.status != "pending"))
         found = find_request(conn, request_id)
         assert found and (found.status, found.commit_version) == ("committed", 1)
 
@@ -735,7 +719,7 @@ def test_i3_without_a_leader_the_outcome_is_unknown_and_can_be_asked_for_later(s
 @played
 async def test_a_client_that_is_closed_tells_those_who_still_wait(db: Database, sql: Sql) -> None:
     commit = asyncio.create_task(put(db, k=b"v"))
-    await until(lambda: requests(sql))
+    await until_async(lambda: requests(sql))
     await db.close()
     with pytest.raises(OutcomeUnknown, match="closed"):
         await commit
@@ -746,7 +730,7 @@ async def test_i3_the_reason_of_an_unknown_outcome_names_the_servers_trouble(db:
     tr = db.transaction(commit_seconds=1.5)
     tr.set(b"k", b"v")
     commit = asyncio.create_task(tr.commit())
-    await until(lambda: requests(sql))
+    await until_async(lambda: requests(sql))
     sql.execute("ALTER TABLE commit_requests RENAME TO elsewhere")
     with pytest.raises(OutcomeUnknown, match="commit_requests"):
         await commit
@@ -767,7 +751,7 @@ async def test_a_client_can_be_closed_while_the_server_is_down(db: Database) -> 
     db._listener._opener = Unreachable()
     await tr.commit()  # it wrote nothing, and waits for nobody
     commit = asyncio.create_task(put(db, k=b"v"))
-    await until(lambda: db._submitter._trouble or db._submitter._sender)
+    await until_async(lambda: db._submitter._trouble or db._submitter._sender)
     await asyncio.wait_for(db.close(), PATIENCE)
     assert watch.changed.cancelled()
     with pytest.raises(OutcomeUnknown, match="closed"):
@@ -787,7 +771,7 @@ def test_i3_a_request_that_may_have_arrived_and_cannot_be_sent_again_has_an_unkn
             await put(db, k=b"v")
 
     play(settings, scenario)
-    assert one(sql, "SELECT count(*) FROM elsewhere") == 1
+    assert value(sql, "SELECT count(*) FROM elsewhere") == 1
 
 
 # -- rule I7
@@ -966,8 +950,8 @@ def replay(records: Sequence[Recorded]) -> Data:
     for record in records:
         # A writer read what the commits before it left; one that only read, what its version left.
         state = Model(states[record.version - 1] if record.writes else states[record.version])
-        for key, value in record.reads:
-            assert state.data.get(key) == value, record
+        for key, found in record.reads:
+            assert state.data.get(key) == found, record
         for (begin, end), rows in record.ranges:
             assert state.rows(begin, end) == rows, record
     return model.data
@@ -981,10 +965,10 @@ def test_i1_what_concurrent_transactions_saw_is_what_one_after_the_other_would_h
     async def scenario(db: Database) -> Recorder:
         recorder = Recorder(db)
         tasks = [asyncio.create_task(recorder.task(seed, 40)) for seed in range(10)]
-        await until(lambda: len(recorder.records) >= 100)
+        await until_async(lambda: len(recorder.records) >= 100)
         first.signal(signal.SIGKILL)
         await asyncio.to_thread(second.wait_for, "elected epoch")
-        await until(lambda: len(recorder.records) >= 200)
+        await until_async(lambda: len(recorder.records) >= 200)
         second.signal(signal.SIGKILL)
         await asyncio.to_thread(start_leader("third", "--ttl", "60s").wait_for, "elected epoch")
         await asyncio.gather(*tasks)
@@ -992,6 +976,6 @@ def test_i1_what_concurrent_transactions_saw_is_what_one_after_the_other_would_h
 
     recorder = play(settings, scenario)
     assert replay(recorder.records) == data(sql)
-    assert one(sql, "SELECT max(epoch) FROM leader_history") == 3
+    assert value(sql, "SELECT max(epoch) FROM leader_history") == 3
     assert len(recorder.records) > 200
     assert recorder.conflicts > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -13,20 +13,21 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pgcoord_cli.core import dispatch, executions
+from pgcoord_cli.core import executions
 from pgcoord_cli.core.dispatch import TRIES, Advanced, NoOp, dispatch_all, dispatch_completion
 from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.outbox import append_completion_event
 from pgcoord_cli.core.policy import Kind, OnSatisfied, Policy
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, value
 from tests.postgres.flow_world import (
     ANY,
     ANY_CANCEL,
-    PATIENCE,
     Conn,
     Flow,
     Group,
+    Make,
     assert_sound,
     column,
     duplicate,
@@ -37,23 +38,8 @@ from tests.postgres.flow_world import (
     sessions,
     until_waiting,
     uuid_of,
-    value,
     work,
 )
-
-Make = Callable[[FlowPlan], Flow]
-
-
-@pytest.fixture
-def conn(settings: Settings) -> Iterator[Conn]:
-    with sessions(settings, 1) as (one,):
-        yield one
-
-
-@pytest.fixture
-def make(conn: Conn, sql: Conn) -> Make:
-    return lambda plan: Flow(conn, sql, plan)
-
 
 # -- one event
 
@@ -277,12 +263,6 @@ def test_i9_two_dispatchers_with_one_downstream_wait_for_each_other_and_lose_no_
         assert dispatch_completion(flow.conn, first) == Advanced(1)
     assert flow.group("c") == Group("satisfied", successes=2)
     assert flow.state("c") == "eligible"
-
-
-@pytest.fixture
-def no_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a deadlock show itself, which would otherwise be tried again."""
-    monkeypatch.setattr(dispatch, "TRIES", 1)
 
 
 @pytest.mark.usefixtures("no_second_try")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -12,34 +12,10 @@ import pytest
 
 from pgcoord_cli.core import executions, flows, reconcile
 from pgcoord_cli.core.executions import Claim
-from pgcoord_cli.core.flow_file import FlowPlan
 from pgcoord_cli.errors import ConditionFalse, Fenced
 from pgcoord_cli.settings import Settings
-from tests.postgres.flow_world import (
-    PATIENCE,
-    Conn,
-    Flow,
-    column,
-    everything,
-    plan,
-    sessions,
-    until_waiting,
-    uuid_of,
-    value,
-)
-
-Make = Callable[[FlowPlan], Flow]
-
-
-@pytest.fixture
-def conn(settings: Settings) -> Iterator[Conn]:
-    with sessions(settings, 1) as (one,):
-        yield one
-
-
-@pytest.fixture
-def make(conn: Conn, sql: Conn) -> Make:
-    return lambda plan: Flow(conn, sql, plan)
+from tests.asking import PATIENCE, value
+from tests.postgres.flow_world import Conn, Flow, Make, column, everything, plan, sessions, until_waiting, uuid_of
 
 
 def names(claims: list[Claim]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
@@ -17,13 +16,13 @@ from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.policy import Kind, OnSatisfied, Policy, judge
 from pgcoord_cli.errors import ConditionFalse, Fenced, UsageError
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, value
 from tests.postgres.flow_world import (
     ANY,
     ANY_CANCEL,
-    PATIENCE,
     Conn,
-    Flow,
     Group,
+    Make,
     assert_sound,
     column,
     everything,
@@ -32,22 +31,7 @@ from tests.postgres.flow_world import (
     sessions,
     until_waiting,
     uuid_of,
-    value,
 )
-
-Make = Callable[[FlowPlan], Flow]
-
-
-@pytest.fixture
-def conn(settings: Settings) -> Iterator[Conn]:
-    with sessions(settings, 1) as (one,):
-        yield one
-
-
-@pytest.fixture
-def make(conn: Conn, sql: Conn) -> Make:
-    return lambda plan: Flow(conn, sql, plan)
-
 
 # -- creating
 

@@ -18,9 +18,7 @@ from pgcoord_cli.core.retention import SHORTEST_RETENTION
 from pgcoord_cli.core.session import command_session
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import Settings
-
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
+from tests.asking import PATIENCE
 
 HOUR, DAY, YEAR = 3_600, 86_400, 31_536_000
 TERMINAL = [status for status in Status if status is not Status.PENDING]

@@ -23,9 +23,7 @@ from pgcoord_cli.core.session import command_session
 from pgcoord_cli.core.tail import From, tail
 from pgcoord_cli.errors import CursorExpired
 from pgcoord_cli.settings import Settings
-
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
+from tests.asking import PATIENCE
 
 HOUR, DAY = 3_600, 86_400
 

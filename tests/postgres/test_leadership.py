@@ -29,7 +29,7 @@ from pgcoord_cli.errors import (
     UsageError,
 )
 from pgcoord_cli.settings import Settings
-from tests.faults.tail_process import until, value
+from tests.asking import until, value
 from tests.postgres.leadership_contract import ELSEWHERE, Implementation, LeadershipContract, Owner
 
 Conn = psycopg.Connection[Any]

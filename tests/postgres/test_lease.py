@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -24,8 +24,8 @@ from pgcoord_cli.core.session import open_session
 from pgcoord_cli.core.wakeup import Wakeup, listen
 from pgcoord_cli.db.sqlfiles import sql_root
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, until, value
 
-PATIENCE = 30.0
 Conn = psycopg.Connection[Any]
 
 
@@ -72,13 +72,6 @@ def waits_for(sql: Conn, waiting: int, holder: int) -> bool:
     """Whether one session waits for a lock of another; both are named by their pids."""
     row = sql.execute("SELECT %s = ANY (pg_blocking_pids(%s))", [holder, waiting]).fetchone()
     return row is not None and bool(row[0])
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
 
 
 # -- taking over
@@ -307,10 +300,10 @@ def test_i12_no_decision_about_the_lease_depends_on_the_clients_clock(conn: Conn
 def test_i12_a_keeper_with_a_wrong_clock_is_elected_and_keeps_its_lease(settings: Settings, sql: Conn) -> None:
     with keeper_of(settings, ttl=1.0) as keeper:
         for _ in range(3):
-            renewed_at = one(sql, "SELECT renewed_at FROM leader_lease")
-            until(partial(one, sql, "SELECT renewed_at > %s FROM leader_lease", renewed_at))
+            renewed_at = value(sql, "SELECT renewed_at FROM leader_lease")
+            until(partial(value, sql, "SELECT renewed_at > %s FROM leader_lease", renewed_at))
         assert keeper.over is None
-        assert one(sql, "SELECT epoch FROM leader_lease") == 1
+        assert value(sql, "SELECT epoch FROM leader_lease") == 1
 
 
 def test_i12_nothing_reads_the_clients_calendar_or_the_start_of_a_transaction_for_the_time() -> None:
@@ -323,13 +316,6 @@ def test_i12_nothing_reads_the_clients_calendar_or_the_start_of_a_transaction_fo
 
 
 # -- the keeper: election lock, lease, and the sessions of whoever led before
-
-
-def one(sql: Conn, text: str, *parameters: object) -> Any:
-    """The one value that a query gives."""
-    row = sql.execute(text, parameters).fetchone()
-    assert row
-    return row[0]
 
 
 @contextmanager
@@ -357,7 +343,7 @@ def keeper_pid(sql: Conn) -> int | None:
 
 
 def is_alive(sql: Conn, pid: int) -> bool:
-    return bool(one(sql, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)", pid))
+    return bool(value(sql, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)", pid))
 
 
 def test_a_keeper_whose_lock_is_free_leads_at_once_however_long_the_old_lease_has_to_run(
@@ -368,7 +354,7 @@ def test_a_keeper_whose_lock_is_free_leads_at_once_however_long_the_old_lease_ha
     with keeper_of(settings):
         assert ends(conn) == [(1, "dead", "lost"), (2, "keeper", None)]
     assert ends(conn)[-1] == (2, "keeper", "released")
-    until(lambda: one(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0)
+    until(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0)
 
 
 def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(
@@ -427,7 +413,7 @@ def test_a_keeper_leaves_a_faster_candidate_alone(settings: Settings, conn: Conn
     election_lock(conn)
     with keeper_of(settings):
         assert is_alive(sql, conn.info.backend_pid)
-        assert one(sql, "SELECT leader_addr FROM leader_lease") == "keeper"
+        assert value(sql, "SELECT leader_addr FROM leader_lease") == "keeper"
 
 
 def test_a_keeper_elected_without_the_lock_takes_it_when_it_becomes_free(
@@ -438,7 +424,7 @@ def test_a_keeper_elected_without_the_lock_takes_it_when_it_becomes_free(
         pid = keeper_pid(sql)
         conn.close()
         until(
-            lambda: one(
+            lambda: value(
                 sql,
                 "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid = %s"
                 " AND mode = 'ExclusiveLock'",

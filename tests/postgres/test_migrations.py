@@ -22,9 +22,7 @@ from pgcoord_cli.core.session import migration_session
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.errors import Busy, MigrationEdited, PgcoordError, SchemaMissing, SchemaUnknown, UsageError
 from pgcoord_cli.settings import Settings
-
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
+from tests.asking import PATIENCE
 
 VERSIONS = [migration.version for migration in migration_files()]
 

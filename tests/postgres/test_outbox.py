@@ -28,9 +28,7 @@ from pgcoord_cli.core.migrations import apply
 from pgcoord_cli.core.outbox import COMPLETION, LEASE, OUTBOXES, Outbox, append_completion_event, append_lease_event
 from pgcoord_cli.core.session import command_session, migration_session
 from pgcoord_cli.settings import Settings
-
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
+from tests.asking import PATIENCE, until
 
 EVENT_ID = {"lease_events": "lease_events_event_id_seq", "completion_events": "completion_events_event_id_seq"}
 """The sequence that each outbox draws its ids from."""
@@ -85,13 +83,6 @@ def announced(conn: Conn, outbox: Outbox, schema: str = "pgcoord") -> dict[int, 
            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
     """
     return dict(conn.execute(query, [f"{schema}.{outbox.table}"]).fetchall())
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
 
 
 # -- plain INSERTs

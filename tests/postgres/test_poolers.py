@@ -20,7 +20,9 @@ from pgcoord_cli.core.programs import identity, server_account
 from pgcoord_cli.core.session import open_session, open_session_async
 from pgcoord_cli.errors import UnsuitableServer
 from pgcoord_cli.settings import Settings
-from tests.faults.tail_process import PATIENCE, Lines, add, until, value
+from tests.asking import PATIENCE, until, value
+from tests.faults.program_process import Lines
+from tests.faults.tail_process import add
 
 if TYPE_CHECKING:
     from tests.conftest import Call, StartLeader

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -30,12 +29,13 @@ from pgcoord_cli.core.reconcile import (
 )
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, value
 from tests.postgres.flow_world import (
     ANY_CANCEL,
-    PATIENCE,
     Conn,
     Flow,
     Group,
+    Make,
     assert_sound,
     chain,
     column,
@@ -44,24 +44,10 @@ from tests.postgres.flow_world import (
     mortal_session,
     plan,
     sessions,
-    value,
 )
-
-Make = Callable[[FlowPlan], Flow]
 
 NOW = Scope(stale_threshold_ms=0)
 HOUR_MS = 3_600_000
-
-
-@pytest.fixture
-def conn(settings: Settings) -> Iterator[Conn]:
-    with sessions(settings, 1) as (one,):
-        yield one
-
-
-@pytest.fixture
-def make(conn: Conn, sql: Conn) -> Make:
-    return lambda plan: Flow(conn, sql, plan)
 
 
 class Complaints:

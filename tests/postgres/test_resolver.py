@@ -29,8 +29,8 @@ from pgcoord_cli.core.session import migration_session, open_session
 from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE
 
-PATIENCE = 30.0
 Sql = psycopg.Connection[Any]
 
 INSERT = """

@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pgcoord_cli import cli as program
 from pgcoord_cli.core import session
 from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
 from pgcoord_cli.core.locks import lock_key
@@ -29,52 +27,22 @@ from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.db import connection
 from pgcoord_cli.errors import Busy, ConnectionFailed, PgcoordError, TimedOut, UnsuitableServer, UsageError
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE
 
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
+if TYPE_CHECKING:
+    from tests.conftest import Call
 
 SECRET = "hunter2"
 
 REQUEST_ID = "7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f"
 
 
-class Answer(NamedTuple):
-    """What a call came to."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Answer]
-
-
-def give_up(*_: Any) -> None:
-    raise AssertionError(f"the command goes on for more than {PATIENCE} s")
-
-
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+def call(offline: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
     """Runs `pgcoord …` in this process, with the environment variables that are given and no others of PostgreSQL's."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-
-    def run(*words: str, **environment: str) -> Answer:
-        with monkeypatch.context() as patch:
-            for name in [name for name in os.environ if name.startswith("PG")]:
-                patch.delenv(name)
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            capsys.readouterr()
-            signal.alarm(int(PATIENCE))
-            code = program.run(words)
-            signal.alarm(0)
-            return Answer(code, *capsys.readouterr())
-
-    signal.signal(signal.SIGALRM, give_up)
-    yield run
-    signal.alarm(0)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        monkeypatch.delenv(name)
+    return offline
 
 
 @pytest.fixture

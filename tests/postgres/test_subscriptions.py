@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -24,9 +23,7 @@ from pgcoord_cli.core.session import command_session, migration_session
 from pgcoord_cli.core.subscriptions import Subscription, checkpoint
 from pgcoord_cli.errors import Busy, Fenced, UsageError
 from pgcoord_cli.settings import Settings
-
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
+from tests.asking import PATIENCE, until
 
 Conn = psycopg.Connection[Any]
 
@@ -54,13 +51,6 @@ def acquire(settings: Settings) -> Iterator[Owners]:
     owners = Owners(settings)
     yield owners
     owners.give_back()
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
 
 
 def row_of(sql: Conn, name: str = "mailer") -> tuple[Any, ...] | None:

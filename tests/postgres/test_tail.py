@@ -41,12 +41,11 @@ from pgcoord_cli.core.session import command_session
 from pgcoord_cli.core.tail import Batch, Filters, From, Notice, Tail, tail
 from pgcoord_cli.errors import ConnectionFailed, CursorExpired, PgcoordError, SchemaMissing, UsageError
 from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, until
 
 if TYPE_CHECKING:
     from pytest_postgresql.executors import NoopExecutor
 
-PATIENCE = 30.0
-"""Seconds after which a test gives up waiting."""
 
 MANY = BATCH_LIMIT * 5 // 2
 """More events than fit into two batches."""
@@ -137,13 +136,6 @@ def start_reader(request: pytest.FixtureRequest) -> Iterator[StartReader]:
     yield start
     for reader in started:
         reader.end()
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
 
 
 def let_look(sql: Conn, looks: int = 3) -> None:

@@ -1,0 +1,7 @@
+"""The fixtures of flows, for the tests of this folder."""
+
+from __future__ import annotations
+
+from tests.postgres.flow_world import conn, make, no_second_try
+
+__all__ = ["conn", "make", "no_second_try"]
