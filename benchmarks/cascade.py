@@ -12,20 +12,17 @@ several workers in one process. The published rate of FlowFabric's Rust referenc
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg import IsolationLevel
-from tabulate import tabulate
 
+from benchmarks.measuring import Record, call_parser, run_parts
 from pgcoord_cli.core import executions, flows, reconcile
 from pgcoord_cli.core.dispatch import dispatch_all
 from pgcoord_cli.core.embedded import throw_away_server
@@ -37,7 +34,6 @@ from pgcoord_cli.settings import Settings
 
 PUBLISHED_FLOWS_PER_SECOND = 48.2
 
-Record = dict[str, Any]
 
 BACKLOG = """
 SET search_path = pgcoord;
@@ -228,15 +224,11 @@ def run_line(conn: psycopg.Connection[Any], owner: str) -> None:
 
 def main() -> None:
     """Parses the call, runs the measurements, prints and writes them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server-version", type=int, default=18)
-    parser.add_argument("--only", choices=("backlog", "flows"), action="append")
+    parser = call_parser(__doc__, "backlog", "flows")
     parser.add_argument("--events", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found: dict[str, list[Record]] = {}
     with throw_away_server(find_programs(options.server_version)) as server:
         settings = Settings(dsn=server.dsn)
         upgrade(settings)
@@ -244,11 +236,7 @@ def main() -> None:
             "backlog": lambda: measure_backlog(settings, options.events, options.workers),
             "flows": lambda: measure_flows(settings, options.workers, options.seconds),
         }
-        for name in options.only or parts:
-            found[name] = parts[name]()
-            print(f"{name}\n{tabulate(found[name], headers='keys')}\n", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+        run_parts(parts, options)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""Counting and timing what runs for a while: rates, percentiles, and memory of a process."""
+"""Counting and timing what runs for a while: rates, percentiles, memory of a process; and calls with several parts."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
+
+Record = dict[str, Any]
 
 
 @dataclass
@@ -57,3 +64,22 @@ def resident_bytes(pid: int) -> int:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def call_parser(description: str | None, *parts: str) -> argparse.ArgumentParser:
+    """The options of every benchmark that has several parts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server-version", type=int, default=18)
+    parser.add_argument("--only", choices=parts, action="append")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def run_parts(parts: Mapping[str, Callable[[], list[Record]]], options: argparse.Namespace) -> None:
+    """Runs what the call asks for, prints a table of each as soon as it is there, and writes them all."""
+    found: dict[str, list[Record]] = {}
+    for name in options.only or parts:
+        found[name] = parts[name]()
+        print(f"{name}\n{tabulate(found[name], headers='keys')}\n", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2))

@@ -13,8 +13,6 @@ beside the same table without anything: and beside one whose trigger always noti
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import select
@@ -29,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from tabulate import tabulate
 
+from benchmarks.measuring import Record, call_parser, run_parts
 from pgcoord_cli.core.embedded import throw_away_server
 from pgcoord_cli.core.programs import find_programs
 from pgcoord_cli.core.upgrade import upgrade
@@ -51,8 +49,8 @@ LISTEN_LOOP = """
 import json, sys, psycopg
 conn = psycopg.connect(sys.argv[1], autocommit=True)
 conn.execute("LISTEN loud_events")
+last = conn.execute("SELECT coalesce(max(event_id), 0) FROM loud_events").fetchone()[0]
 print("ready", flush=True)
-last = 0
 while True:
     for _ in conn.notifies(stop_after=1):
         pass
@@ -77,7 +75,6 @@ with psycopg.connect(sys.argv[1]) as conn, conn.cursor().copy("COPY pgcoord.leas
 """
 
 PGCOORD = [sys.executable, "-m", "pgcoord_cli"]
-Record = dict[str, Any]
 
 
 # -- latency
@@ -108,25 +105,11 @@ def delay(conn: psycopg.Connection[Any], table: str, process: subprocess.Popen[b
 
 
 def measure_latency(dsn: str, rounds: int) -> list[Record]:
-    """The two in turn, on an otherwise idle server."""
-    with (
-        psycopg.connect(dsn, autocommit=True) as conn,
-        reader([*PGCOORD, "tail", "lease", "-o", "jsonl"], dsn) as tail,
-        reader([sys.executable, "-c", LISTEN_LOOP, dsn], dsn) as loop,
-    ):
-        assert loop.stdout
-        loop.stdout.readline()
-        while not conn.execute("SELECT 1 FROM pg_stat_activity WHERE application_name = 'pgcoord/tail'").fetchone():
-            time.sleep(0.1)
-        time.sleep(1.5)
-        delays: dict[str, list[float]] = {"pgcoord tail": [], "LISTEN loop": []}
-        for number in range(rounds + 20):
-            for name, table, process in (
-                ("pgcoord tail", "pgcoord.lease_events", tail), ("LISTEN loop", "loud_events", loop),
-            ):  # fmt: skip
-                found = delay(conn, table, process)
-                if number >= 20:
-                    delays[name].append(found)
+    """The two in turn, on an otherwise idle server; new processes each round, for much depends on where they run."""
+    delays: dict[str, list[float]] = {"pgcoord tail": [], "LISTEN loop": []}
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        for _ in range(rounds):
+            measure_pair(conn, dsn, delays)
     ours = statistics.median(delays["pgcoord tail"])
     return [
         {
@@ -137,6 +120,26 @@ def measure_latency(dsn: str, rounds: int) -> list[Record]:
         }
         for who, found in delays.items()
     ]
+
+
+def measure_pair(conn: psycopg.Connection[Any], dsn: str, delays: dict[str, list[float]]) -> None:
+    """A hundred inserts for each of the two, after twenty to warm up."""
+    with (
+        reader([*PGCOORD, "tail", "lease", "-o", "jsonl"], dsn) as tail,
+        reader([sys.executable, "-c", LISTEN_LOOP, dsn], dsn) as loop,
+    ):
+        assert loop.stdout
+        loop.stdout.readline()
+        while not conn.execute("SELECT 1 FROM pg_stat_activity WHERE application_name = 'pgcoord/tail'").fetchone():
+            time.sleep(0.1)
+        time.sleep(1.5)
+        for number in range(120):
+            for name, table, process in (
+                ("pgcoord tail", "pgcoord.lease_events", tail), ("LISTEN loop", "loud_events", loop),
+            ):  # fmt: skip
+                found = delay(conn, table, process)
+                if number >= 20:
+                    delays[name].append(found)
 
 
 # -- catch-up
@@ -243,31 +246,23 @@ def drain(descriptor: int) -> None:
 
 def main() -> None:
     """Parses the call, runs the measurements, prints and writes them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server-version", type=int, default=18)
-    parser.add_argument("--only", choices=("latency", "catch-up", "inserts"), action="append")
+    parser = call_parser(__doc__, "latency", "catch-up", "inserts")
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     programs = find_programs(options.server_version)
-    found: dict[str, list[Record]] = {}
     with throw_away_server(programs) as server:
         upgrade(Settings(dsn=server.dsn))
         with psycopg.connect(server.dsn, autocommit=True) as conn:
             conn.execute(RIVALS)
         parts: dict[str, Callable[[], list[Record]]] = {
-            "latency": lambda: measure_latency(server.dsn, 200 * options.rounds),
+            "latency": lambda: measure_latency(server.dsn, 3 * options.rounds),
             "catch-up": lambda: [
                 *measure_catch_up(server.dsn, 10_000), *measure_catch_up(server.dsn, options.events),
             ],
             "inserts": lambda: measure_inserts(programs.bin_dir, server.dsn, 3, options.rounds),
         }  # fmt: skip
-        for name in options.only or parts:
-            found[name] = parts[name]()
-            print(f"{name}\n{tabulate(found[name], headers='keys')}\n", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+        run_parts(parts, options)
 
 
 if __name__ == "__main__":
