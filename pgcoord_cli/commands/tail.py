@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 import sys
@@ -275,6 +276,7 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Che
 
     received = stop_on_signals(stop)
     _stop_without_reader(tail)
+    _spare_the_collector()
     stream.begin()
     left = call.most
     position = None
@@ -291,6 +293,12 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Che
     if received:
         _say_how_to_resume(out, outbox, call, position)
         raise typer.Exit(128 + received[0])
+
+
+def _spare_the_collector() -> None:
+    """Events form no cycles. To look for some in them, and in all that was imported, took a fifth of a catch-up."""
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def _stop_without_reader(tail: Tail) -> None:
