@@ -9,6 +9,7 @@ began: the session is READ COMMITTED whatever the server's default.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -29,6 +30,9 @@ from pgcoord_cli.errors import PgcoordError
 from pgcoord_cli.settings import Settings
 
 BATCH_LIMIT = 4_000
+WAKE_SECONDS = 3
+"""How long writers go on waking a tail that has not asked anew: some poll intervals."""
+
 PATIENCE_SECONDS = 8.0
 """How long an answer may take before the connection is taken for dead."""
 
@@ -67,7 +71,8 @@ class Feed:
     def __init__(self, settings: Settings, outbox: Outbox, wakeup: Wakeup) -> None:
         self._outbox = outbox
         self._table = outbox.table.encode()
-        self._ticket: int | None = None
+        self._wake_until: int | None = None
+        self._is_woken_until = 0.0
         self._conn = open_session(settings, "tail", writes=True)
         try:
             with mapped_errors():
@@ -83,9 +88,9 @@ class Feed:
 
     def close(self) -> None:
         """Ends the connection; while that works, no writer needs to wake this tail any more."""
-        if self._ticket is not None and not self._conn.closed:
+        if not self._conn.closed:
             with suppress(PgcoordError):
-                self._run([(sql("tail", "stay_awake"), [self._table, int8(self._ticket)])])
+                self._run(self._staying_awake())
         self._conn.close()
 
     def wait(self, seconds: float) -> bool:
@@ -106,19 +111,27 @@ class Feed:
 
     def read_awake(self, position: int, *, looking: bool) -> Reading:
         """The next events, or a look at them; no writer needs to wake this tail from now on."""
-        statements: list[Statement] = []
-        if self._ticket is not None:
-            statements.append((sql("tail", "stay_awake"), [self._table, int8(self._ticket)]))
-            self._ticket = None
+        first = self._staying_awake()
         wanted = self._look(position) if looking else [self._rows(position)]
-        found = self._run([*statements, *wanted])[len(statements) :]
+        found = self._run([*first, *wanted])[len(first) :]
         return self._looked(found) if looking else Reading(self._events(found[0]))
+
+    def _staying_awake(self) -> list[Statement]:
+        """Takes back what `read_before_waiting` asked for, if it did."""
+        asked, self._wake_until, self._is_woken_until = self._wake_until, None, 0.0
+        return [] if asked is None else [(sql("tail", "stay_awake"), [self._table, int8(asked)])]
 
     def read_before_waiting(self, position: int) -> Reading:
         """Has the writers wake this tail from now on; lists those who may have missed that; reads."""
-        ticket, *found = self._run([(sql("tail", "fall_asleep"), [self._table]), *self._look(position)])
-        self._ticket = ticket[0][0]
+        woken_until = time.monotonic() + WAKE_SECONDS
+        asking = sql("tail", "ask_to_be_woken"), [self._table, int4(WAKE_SECONDS)]
+        wake_until, *found = self._run([asking, *self._look(position)])
+        self._wake_until, self._is_woken_until = wake_until[0][0], woken_until
         return self._looked(found)
+
+    def is_woken_for(self, seconds: float) -> bool:
+        """Whether the writers wake this tail for at least so long; of those that `read_before_waiting` did not list."""
+        return time.monotonic() + seconds < self._is_woken_until
 
     def _look(self, position: int) -> list[Statement]:
         """The bounds come last: what was collected as garbage before the reading shows in them."""

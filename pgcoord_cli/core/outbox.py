@@ -6,15 +6,17 @@ before the statement draws its first id (`announce_events` in the migration):
 
 1. It takes a shared advisory lock that ends with the transaction. Whoever holds it may have drawn an id that
    nobody sees yet; whoever does not hold it has not. `core.frontier` builds on that and on nothing else.
-2. It looks whether a tail sleeps, and if so has PostgreSQL notify the tails at the commit, once a transaction.
+2. It looks whether a tail waits, and if so has PostgreSQL notify the tails at the commit, once a transaction.
 
-**Sleeping tails.** PostgreSQL lets transactions that notify commit one at a time only, so that writers would pay for
-every notification, and most of those would go to tails that are awake. So a tail that has nothing to do draws a
-ticket (a sequence, outside of all transactions) and a busy one says which ticket it is awake from; writers notify
-while the two differ. Between a writer's look and its commit a tail may go to sleep. It would miss that writer, were
-it not that the writer announced itself before it looked: a tail lists the announced writers after it drew its ticket,
-and while there are any it looks again after moments rather than after the poll interval. What a notification
-does is only ever to wake (rule I7), and a tail that is never notified is right, but late.
+**Waiting tails.** PostgreSQL lets transactions that notify commit one at a time only, so that writers would pay for
+every notification, and most of those would go to tails that are awake. So a tail that has nothing to do says until
+when writers are to wake it (in a sequence, outside of all transactions), and says it anew before that time has come;
+a busy one takes it back, and one that was killed or cut off is forgotten after that. Between a writer's look and its
+commit a tail may begin to wait. It would miss that writer, were it not that the writer announced itself before it
+looked: a tail lists the announced writers after it asked to be woken, and while there are any it looks again after
+moments rather than after the poll interval. What a notification does is only ever to wake (rule I7), and a tail that
+is never notified is right, but late: where two tails wait and the later one takes back what it asked, the earlier one
+may be, until it asks again.
 
 **Prepared transactions.** PostgreSQL refuses to prepare a transaction that notifies. Who uses two-phase commit says
 `SET LOCAL pgcoord.notify = off` in it; its events are noticed when the tails look by themselves.

@@ -294,7 +294,7 @@ class Tail:
                 yield batch
             if self._end is not None and frontier.position >= self._end:
                 return
-            step = self._next_step(step, len(reading.events), frontier, has_moved=batch is not None)
+            step = self._next_step(feed, step, len(reading.events), frontier, has_moved=batch is not None)
             if step is Step.PACED:
                 feed.pause(PACE_SECONDS)
             elif step is Step.WAIT:
@@ -310,13 +310,13 @@ class Tail:
             return feed.read_before_waiting(frontier.position)
         return feed.read_awake(frontier.position, looking=step is Step.PACED)
 
-    def _next_step(self, step: Step, events: int, frontier: Frontier, *, has_moved: bool) -> Step:
+    def _next_step(self, feed: Feed, step: Step, events: int, frontier: Frontier, *, has_moved: bool) -> Step:
         """What to do after a step that brought so many events."""
         if events == BATCH_LIMIT and not frontier.is_at_gap:
             return Step.GO_ON
         if has_moved and events > 1 and self._follow and step is not Step.GO_ON:
             return Step.PACED
-        if step is Step.WOKEN and has_moved and not frontier.is_at_gap:
+        if step is Step.WOKEN and has_moved and not frontier.is_at_gap and feed.is_woken_for(POLL_SECONDS):
             return Step.WAIT
         if step is Step.BEFORE_WAITING and not has_moved and not frontier.wants_list:
             return Step.WAIT

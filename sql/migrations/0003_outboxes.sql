@@ -45,25 +45,26 @@ COMMENT ON TABLE outbox_floors IS 'Up to which event garbage collection has dele
 
 INSERT INTO outbox_floors (outbox) VALUES ('lease_events'), ('completion_events');
 
--- Two counters an outbox, outside of all transactions: the last ticket of a tail that went to sleep, and the last
--- of one that said it is awake. While they differ, somebody wants to be woken.
-CREATE UNLOGGED SEQUENCE lease_events_asleep;
-CREATE UNLOGGED SEQUENCE lease_events_awake;
-CREATE UNLOGGED SEQUENCE completion_events_asleep;
-CREATE UNLOGGED SEQUENCE completion_events_awake;
+-- Until when writers wake the tails of an outbox, in microseconds since 1970. A sequence lies outside of all
+-- transactions; a tail that is going to wait sets it a few seconds ahead, so that one that was killed costs no more.
+CREATE UNLOGGED SEQUENCE lease_events_wake_until;
+CREATE UNLOGGED SEQUENCE completion_events_wake_until;
 
-GRANT SELECT ON SEQUENCE
-    lease_events_asleep, lease_events_awake, completion_events_asleep, completion_events_awake TO PUBLIC;
+GRANT SELECT ON SEQUENCE lease_events_wake_until, completion_events_wake_until TO PUBLIC;
 
 -- Before a statement draws its first id: announces the writer by a shared lock that ends with its transaction, and
--- wakes the tails at the commit if any sleeps. In this order: the lock, the look at the tickets, the id.
+-- wakes the tails at the commit if any waits. In this order: the lock, the look whether one waits, the id.
 CREATE FUNCTION announce_events() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM pg_catalog.pg_advisory_xact_lock_shared(TG_RELID::integer, 0);
+    -- It never is null, but PERFORM would be a query, which costs several times what an expression does.
+    IF pg_catalog.pg_advisory_xact_lock_shared(TG_RELID::integer, 0) IS NULL THEN
+        RETURN NULL;
+    END IF;
     IF pg_catalog.current_setting('pgcoord.notify', true) IS DISTINCT FROM 'off'
-       AND pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_asleep')::regclass)
-           IS DISTINCT FROM
-           pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_awake')::regclass) THEN
+       AND pg_catalog.to_timestamp(
+               pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_wake_until')::regclass)
+               / 1000000.0::double precision
+           ) > pg_catalog.clock_timestamp() THEN
         PERFORM pg_catalog.pg_notify(TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME, '');
     END IF;
     RETURN NULL;

@@ -13,8 +13,7 @@ SELECT format(template, current_schema(), $1::text) AS statement
     (4, 'GRANT SELECT ON %1$I.lease_events, %1$I.completion_events, %1$I.outbox_floors, %1$I.subscriptions TO %2$I'),
     (5, 'GRANT SELECT ON %1$I.flows, %1$I.executions, %1$I.execution_leases, %1$I.edge_groups, %1$I.edges, '
         '%1$I.dispatch_failures, %1$I.lock_names TO %2$I'),
-    (6, 'GRANT UPDATE ON SEQUENCE %1$I.lease_events_asleep, %1$I.lease_events_awake, '
-        '%1$I.completion_events_asleep, %1$I.completion_events_awake TO %2$I')
+    (6, 'GRANT UPDATE ON SEQUENCE %1$I.lease_events_wake_until, %1$I.completion_events_wake_until TO %2$I')
   ) AS grants (position, template)
  ORDER BY position;
 

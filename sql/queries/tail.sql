@@ -23,13 +23,15 @@ SELECT coalesce(array_agg(virtualtransaction), '{}') AS writers
  WHERE locktype = 'advisory' AND classid = ($1::text)::regclass::oid AND objid = 0 AND objsubid = 2
    AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
--- name: fall_asleep
--- Draws a ticket: from now on whoever writes to the outbox wakes the tails.
-SELECT nextval(($1::text || '_asleep')::regclass) AS ticket;
+-- name: ask_to_be_woken
+-- From now on, and for a number of seconds, whoever writes to the outbox wakes the tails.
+SELECT setval(($1::text || '_wake_until')::regclass,
+              (extract(epoch FROM clock_timestamp()) * 1000000)::bigint + $2::integer * 1000000) AS wake_until;
 
 -- name: stay_awake
--- Says that the tail with this ticket is awake, and, if no later one went to sleep, that nobody needs to wake it.
-SELECT setval(($1::text || '_awake')::regclass, $2::bigint) AS ticket;
+-- Unless another tail has asked since, nobody needs to wake the one that asked until then.
+SELECT setval(($1::text || '_wake_until')::regclass, 1) AS wake_until
+ WHERE pg_sequence_last_value(($1::text || '_wake_until')::regclass) = $2::bigint;
 
 -- name: lease_bounds
 -- The last lease event in sight, and up to which garbage collection has deleted.

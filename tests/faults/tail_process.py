@@ -64,15 +64,15 @@ def add_and_roll_back(sql: Sql, number: int = 1, table: str = "lease_events") ->
         return add(sql, number, table)
 
 
-def ticket(sql: Sql) -> int | None:
-    """What the last tail of the lease events that went to sleep has drawn; None when none ever did."""
-    number: int | None = value(sql, "SELECT pg_sequence_last_value('pgcoord.lease_events_asleep')")
-    return number
+def wake_until(sql: Sql) -> int | None:
+    """Until when the tails of the lease events have asked to be woken, in microseconds; None when none ever did."""
+    microseconds: int | None = value(sql, "SELECT pg_sequence_last_value('pgcoord.lease_events_wake_until')")
+    return microseconds
 
 
 def until_asleep(sql: Sql) -> None:
     """Returns when the first tail has shown everything and waits: where it starts has been settled by then."""
-    until(lambda: ticket(sql) is not None)
+    until(lambda: wake_until(sql) is not None)
 
 
 def terminate(sql: Sql, application: str) -> int:

@@ -35,9 +35,9 @@ from tests.faults.tail_process import (
     add_and_roll_back,
     tail_starter,
     terminate,
-    ticket,
     until_asleep,
     until_gone,
+    wake_until,
 )
 
 TAIL = "pgcoord/tail"
@@ -340,10 +340,10 @@ class Reader:
         self.runs.append([])
         with connected(self._settings) as sql:
             until_gone(sql, "pgcoord/subscription")
-            before = ticket(sql)
+            before = wake_until(sql)
             self._tail = self._start()
             # A tail that has not begun yet may give up where it cannot connect.
-            until(lambda: self._tail.stdout.is_waiting() or ticket(sql) != before)
+            until(lambda: self._tail.stdout.is_waiting() or wake_until(sql) != before)
 
     def _take(self, line: str) -> int | None:
         record = json.loads(line)

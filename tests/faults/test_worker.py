@@ -138,7 +138,7 @@ def take_back(conn: Conn) -> None:
 
 def until_followed(sql: Conn) -> None:
     """Returns when somebody follows the completion events: those that come from now on are carried on."""
-    until(lambda: value(sql, "SELECT pg_sequence_last_value('pgcoord.completion_events_asleep')") is not None)
+    until(lambda: value(sql, "SELECT pg_sequence_last_value('pgcoord.completion_events_wake_until')") is not None)
 
 
 # -- what it runs

@@ -27,8 +27,9 @@ from pgcoord_cli.core import grants
 from pgcoord_cli.core.migrations import apply
 from pgcoord_cli.core.outbox import COMPLETION, LEASE, OUTBOXES, Outbox, append_completion_event, append_lease_event
 from pgcoord_cli.core.session import command_session, migration_session
+from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until
+from tests.asking import PATIENCE, until, value
 
 EVENT_ID = {"lease_events": "lease_events_event_id_seq", "completion_events": "completion_events_event_id_seq"}
 """The sequence that each outbox draws its ids from."""
@@ -251,17 +252,16 @@ def open_ear(settings: Settings) -> Iterator[Callable[..., Ear]]:
         yield lambda *channel: Ear(free.pop(), *channel)
 
 
-def fall_asleep(conn: Conn, outbox: Outbox, schema: str = "pgcoord") -> int:
-    """What a tail does that is going to wait; its ticket."""
-    (ticket,) = conn.execute("SELECT nextval(%s::text::regclass)", [f"{schema}.{outbox.table}_asleep"]).fetchone() or (
-        0,
-    )
-    return int(ticket)
+def fall_asleep(conn: Conn, outbox: Outbox, schema: str = "pgcoord", seconds: float = 3600) -> int:
+    """What a tail does that is going to wait; until when it asks to be woken."""
+    query = "SELECT setval(%s::text::regclass, ((extract(epoch FROM clock_timestamp()) + %s) * 1000000)::bigint)"
+    return int(value(conn, query, f"{schema}.{outbox.table}_wake_until", seconds))
 
 
-def stay_awake(conn: Conn, outbox: Outbox, ticket: int) -> None:
-    """What a tail does that has been woken."""
-    conn.execute("SELECT setval(%s::text::regclass, %s)", [f"pgcoord.{outbox.table}_awake", ticket])
+def stay_awake(conn: Conn, outbox: Outbox, asked: int) -> None:
+    """What a tail does that reads on."""
+    with psycopg.RawCursor(conn) as cursor:
+        cursor.execute(statement("tail", "stay_awake"), [outbox.table, asked])
 
 
 OpenEar = Callable[..., Ear]
@@ -275,11 +275,11 @@ def test_i7_writers_notify_only_while_a_tail_sleeps(
     insert(service, outbox)
     assert ear.heard() == [], "no tail has ever slept"
     for _ in range(2):
-        ticket = fall_asleep(sql, outbox)
+        asked = fall_asleep(sql, outbox)
         insert(service, outbox)
         insert(service, outbox)
         assert ear.heard() == [(pid, ""), (pid, "")]
-        stay_awake(sql, outbox, ticket)
+        stay_awake(sql, outbox, asked)
         insert(service, outbox)
         assert ear.heard() == []
 
@@ -292,6 +292,16 @@ def test_i7_a_tail_that_is_awake_again_does_not_speak_for_one_that_fell_asleep_l
     stay_awake(sql, LEASE, first)
     insert(service, LEASE)
     assert len(ear.heard()) == 1
+
+
+@both
+def test_i7_a_tail_that_has_not_asked_anew_is_forgotten(
+    sql: Conn, service: Conn, open_ear: OpenEar, outbox: Outbox
+) -> None:
+    ear = open_ear(outbox)
+    fall_asleep(sql, outbox, seconds=-0.001)
+    insert(service, outbox)
+    assert ear.heard() == []
 
 
 def test_i7_a_transaction_notifies_once_and_without_a_payload_however_much_it_writes(

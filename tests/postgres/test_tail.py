@@ -1,7 +1,7 @@
 """Tails on a real database: writers that end in every order, and what a tail may deliver meanwhile (rule I10).
 
-How long a tail needs is never asked. It draws a ticket from a sequence whenever it looks, so a test can wait until it
-has looked so often (`let_look`), and then ask what it delivered and what it did not.
+How long a tail needs is never asked. It sets a sequence whenever it looks, so a test can wait until it has looked so
+often (`let_look`), and then ask what it delivered and what it did not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from psycopg.sql import SQL, Identifier, Literal
 from pgcoord_cli.core import tail as tail_module
 from pgcoord_cli.core.cursor import from_cursor, to_cursor
 from pgcoord_cli.core.embedded import EmbeddedServer, StopMode
-from pgcoord_cli.core.feed import BATCH_LIMIT
+from pgcoord_cli.core.feed import BATCH_LIMIT, WAKE_SECONDS
 from pgcoord_cli.core.gc import collect_events
 from pgcoord_cli.core.outbox import (
     COMPLETION,
@@ -41,7 +41,8 @@ from pgcoord_cli.core.session import command_session
 from pgcoord_cli.core.tail import Batch, Filters, From, Notice, Tail, tail
 from pgcoord_cli.errors import ConnectionFailed, CursorExpired, PgcoordError, SchemaMissing, UsageError
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until
+from tests.asking import PATIENCE, until, value
+from tests.faults.tail_process import wake_until
 
 if TYPE_CHECKING:
     from pytest_postgresql.executors import NoopExecutor
@@ -141,15 +142,14 @@ def start_reader(request: pytest.FixtureRequest) -> Iterator[StartReader]:
 def let_look(sql: Conn, looks: int = 3) -> None:
     """Returns when the tail of the lease events has looked so often, and has done with it what it does."""
 
-    def tickets(nudge: bool = True) -> int:
-        query = "SELECT coalesce(pg_sequence_last_value('lease_events_asleep'), 0)"
-        row = sql.execute(f"{query}, pg_notify('pgcoord.lease_events', '')" if nudge else query).fetchone()
-        assert row
-        return int(row[0])
+    def next_look(last: int | None) -> int | None:
+        query = "SELECT pg_sequence_last_value('lease_events_wake_until'), pg_notify('pgcoord.lease_events', '')"
+        until(lambda: value(sql, query) != last)
+        return wake_until(sql)
 
-    # The look after the last of them shows that the last is over.
-    enough = tickets(nudge=False) + looks + 1
-    until(lambda: tickets() >= enough)
+    asked = wake_until(sql)
+    for _ in range(looks + 1):  # the look after the last of them shows that the last is over
+        asked = next_look(asked)
 
 
 def connect(settings: Settings, **options: Any) -> Conn:
@@ -391,9 +391,9 @@ def test_i10_five_writers_on_a_database_that_isolates_by_default(
 def test_i10_a_writer_that_ends_while_a_tail_is_about_to_list_the_writers(
     settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader, isolation: str
 ) -> None:
-    """What the tail then reads has to be as new as its list. Somebody keeps it from drawing its ticket until then."""
+    """What the tail then reads has to be as new as its list. Somebody keeps it from asking to be woken until then."""
     isolate(sql, isolation)
-    writer.execute("SET pgcoord.notify = off")  # so that it leaves the tickets alone
+    writer.execute("SET pgcoord.notify = off")  # so that it leaves the sequence alone
     reader = start_reader()
     pid = tail_pid(sql)
     with connect(settings) as obstacle:
@@ -401,7 +401,7 @@ def test_i10_a_writer_that_ends_while_a_tail_is_about_to_list_the_writers(
             (seen,) = write(sql)
             let_look(sql)
             obstacle.execute("BEGIN")
-            obstacle.execute("ALTER SEQUENCE pgcoord.lease_events_asleep CACHE 1")
+            obstacle.execute("ALTER SEQUENCE pgcoord.lease_events_wake_until CACHE 1")
             until(lambda: is_waiting(sql, pid))
         obstacle.execute("COMMIT")
         reader.wait_for([held, seen])
@@ -909,6 +909,39 @@ def test_i10_many_rolled_back_ids_before_many_events(sql: Conn, start_reader: St
 
 
 # -- notifications and connections that get lost
+
+
+def test_i7_a_tail_that_is_woken_again_and_again_asks_anew_in_time(sql: Conn, start_reader: StartReader) -> None:
+    reader, written, asked = start_reader(), [], set()
+    let_look(sql)
+    wakes: list[psycopg.Notify] = []
+    sql.execute('LISTEN "pgcoord.lease_events"')
+    sql.add_notify_handler(wakes.append)
+
+    def has_asked_anew() -> bool:
+        written.extend(write(sql))
+        reader.wait_for(written)
+        asked.add(wake_until(sql))
+        return len(asked) > 4  # the first of them may be from before
+
+    until(has_asked_anew)
+    assert len(wakes) == len(written), "nobody took it for one that is gone"
+    assert len(written) > len(asked), "it does not ask after every event"
+
+
+def test_i7_a_tail_asks_to_be_woken_for_no_longer_than_it_says(sql: Conn, start_reader: StartReader) -> None:
+    start_reader()
+    let_look(sql)
+    asked = wake_until(sql)
+    now = value(sql, "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+    assert asked and asked <= now + WAKE_SECONDS * 1_000_000
+
+
+def test_i7_a_tail_that_ends_takes_back_what_it_asked(sql: Conn, start_reader: StartReader) -> None:
+    reader = start_reader()
+    let_look(sql)
+    reader.end()
+    assert wake_until(sql) == 1
 
 
 def test_i7_without_any_notification_a_tail_gets_everything(
