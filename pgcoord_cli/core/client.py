@@ -9,7 +9,8 @@
 A Database is a few connections that many transactions share: reads and submissions that come up while a statement is
 in flight go out together in the next one, and nothing holds a connection while it waits. `core.transaction` says what
 a transaction sees, `core.submissions` how it is committed. One that wrote nothing needs no leader: what it saw was
-consistent, and it commits as of then.
+consistent, and it commits as of then. Those of one Database that `run` the same read-modify-write of a contended
+key take turns (`core.turns`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pgcoord_cli.core.session import open_session_async
 from pgcoord_cli.core.snapshots import SnapshotReader
 from pgcoord_cli.core.submissions import Submitter
 from pgcoord_cli.core.transaction import KeySelector, Transaction
+from pgcoord_cli.core.turns import Turn, Turns
 from pgcoord_cli.core.watches import Watch, Watcher
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
@@ -60,6 +62,7 @@ class Database:
         self._reader = SnapshotReader(self._pool)
         self._listener = Listener(self._open_connection)
         self._submitter = Submitter(settings.schema, self._pool, self._listener)
+        self._turns = Turns()
         self._watcher = Watcher(settings.schema, self._reader, self._listener)
 
     async def __aenter__(self) -> Self:
@@ -118,13 +121,25 @@ class Database:
         backoff = Backoff(0.001, 0.25)
         retries = 0
         while True:
-            transaction = self.transaction(commit_seconds=commit_seconds)
             try:
-                result = await work(transaction)
-                await transaction.commit()
-                return result
+                return await self._attempt(work, commit_seconds)
             except (Conflict, TooOld):
                 if retries == retry_limit:
                     raise
             retries += 1
             await backoff.pause()
+
+    async def _attempt(self, work: Callable[[Transaction], Awaitable[T]], commit_seconds: float) -> T:
+        turn = Turn(self._turns)
+        transaction = Transaction(self._reader, self._submitter, self._watcher, commit_seconds, turn)
+        conflicted = False
+        try:
+            result = await work(transaction)
+            await transaction.commit()
+            return result
+        except Conflict:
+            conflicted = True
+            raise
+        finally:
+            if turn.key is not None:
+                turn.end(wrote_key=transaction.writes_to(turn.key), conflicted=conflicted)

@@ -28,6 +28,7 @@ from pgcoord_cli.core.codec import Mutation, Op, Range, Request, Undecodable
 from pgcoord_cli.core.mutations import WriteSet, covers, fold, versionstamp
 from pgcoord_cli.core.snapshots import RangeRead, Rows, Snapshot, SnapshotReader, Wanted
 from pgcoord_cli.core.submissions import Outcome, Submission, Submitter, new_request_id
+from pgcoord_cli.core.turns import Turn
 from pgcoord_cli.core.watches import Watch, Watcher
 from pgcoord_cli.errors import (
     CommitRefused,
@@ -84,11 +85,19 @@ class KeySelector(NamedTuple):
 class Transaction:
     """Reads and writes that commit together or not at all. Not for use by several tasks at once."""
 
-    def __init__(self, reader: SnapshotReader, submitter: Submitter, watcher: Watcher, commit_seconds: float) -> None:
+    def __init__(
+        self,
+        reader: SnapshotReader,
+        submitter: Submitter,
+        watcher: Watcher,
+        commit_seconds: float,
+        turn: Turn | None = None,
+    ) -> None:
         self._reader = reader
         self._submitter = submitter
         self._watcher = watcher
         self._commit_seconds = commit_seconds
+        self._turn = turn
         self._snapshot: Snapshot | None = None
         self._began = 0.0
         self._values: dict[bytes, bytes | None] = {}
@@ -131,6 +140,8 @@ class Transaction:
                 codec.check_key(key)
             except Undecodable as error:
                 raise refusal(error) from None
+            if self._turn and self._snapshot is None and not snapshot:
+                await self._turn.take(key)
             await self._extend((key,), ())
         if not snapshot:
             self._read_keys[key] = None
@@ -322,6 +333,10 @@ class Transaction:
             self._unreadable = {other for other in self._unreadable if not covers((key, operand), other)}
         if op < Op.SET_VERSIONSTAMPED_KEY and self._write_set is not None:
             self._write_set.add(mutation)
+
+    def writes_to(self, key: bytes) -> bool:
+        """Whether it wrote this very key so far; a range that holds it does not count."""
+        return any(mutation.key == key for mutation in self._mutations)
 
     # -- ending
 

@@ -501,6 +501,25 @@ def test_i1_concurrent_increments_add_up_exactly(settings: Settings, sql: Sql) -
 
 
 @needs_leader
+def test_those_who_increment_one_key_all_the_time_take_turns(settings: Settings, sql: Sql) -> None:
+    async def increment(tr: Transaction) -> None:
+        tr.set(b"n", b"%d" % (int(await tr.get(b"n") or 0) + 1))
+
+    async def scenario(db: Database) -> None:
+        async def increment_often() -> None:
+            for _ in range(20):
+                await db.run(increment)
+
+        await asyncio.gather(*(increment_often() for _ in range(20)))
+
+    play(settings, scenario)
+    assert data(sql) == {b"n": b"400"}
+    statuses = dict(sql.execute("SELECT status, count(*) FROM commit_requests GROUP BY status").fetchall())
+    assert statuses["committed"] == 400
+    assert statuses["conflict"] < 100, "all but one of the first twenty, and hardly any after them"
+
+
+@needs_leader
 def test_one_connection_is_enough_for_many_commits_at_once(settings: Settings, sql: Sql) -> None:
     async def scenario(db: Database) -> None:
         async def work(number: int, tr: Transaction) -> None:
