@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pgcoord_cli.commands.framework import Limit, command, duration, noun, output_of, stop_on_signals
+from pgcoord_cli.commands.framework import (
+    Limit,
+    command,
+    duration,
+    noun,
+    output_of,
+    spare_the_collector,
+    stop_on_signals,
+)
 from pgcoord_cli.errors import ConditionFalse, interruption
 from pgcoord_cli.settings import Settings, check_text
 
@@ -61,6 +69,7 @@ def run(
     seconds = duration("--ttl", minimum=MIN_TTL - 0.001)(ttl) or 0
     candidate = Candidate(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
     received = stop_on_signals(candidate.stop)
+    spare_the_collector()
     with _companions(settings, out, beside or []):
         candidate.run()
     raise typer.Exit(128 + received[0] if received else 0)

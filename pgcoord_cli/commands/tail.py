@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import stat
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 import typer
 
-from pgcoord_cli.commands.framework import command, noun, output_of, stop_on_signals
+from pgcoord_cli.commands.framework import command, noun, output_of, spare_the_collector, stop_on_signals
 from pgcoord_cli.errors import ConditionFalse, UsageError
 from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_duration
 
@@ -276,7 +275,7 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Che
 
     received = stop_on_signals(stop)
     _stop_without_reader(tail)
-    _spare_the_collector()
+    spare_the_collector()
     stream.begin()
     left = call.most
     position = None
@@ -293,12 +292,6 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Che
     if received:
         _say_how_to_resume(out, outbox, call, position)
         raise typer.Exit(128 + received[0])
-
-
-def _spare_the_collector() -> None:
-    """Events form no cycles. To look for some in them, and in all that was imported, took a fifth of a catch-up."""
-    gc.freeze()
-    gc.set_threshold(20_000)
 
 
 def _stop_without_reader(tail: Tail) -> None:
