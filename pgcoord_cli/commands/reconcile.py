@@ -76,8 +76,10 @@ def reconcile(
     for option, text in (("--namespace", namespace), ("--instance-tag", instance_tag)):
         check_text(text, option)
     seconds = duration("--interval")(interval) or 0
-    if list_quarantined or retry is not None:
-        _tend_quarantine(settings, out, retry)
+    if list_quarantined:
+        _list_quarantined(settings, out)
+    elif retry is not None:
+        _retry_quarantined(settings, out, _event_id(retry))
     elif loop:
         _loop(settings, out, which, Scope(batch_limit, stale_threshold_ms, namespace, instance_tag), seconds)
     else:
@@ -142,15 +144,19 @@ def _say(out: Output, ticks: dict[str, Tick]) -> None:
             out.note(f"{name}: {tick.reconciled} repaired, {tick.errors} errors")
 
 
-def _tend_quarantine(settings: Settings, out: Output, retry: str | None) -> None:
+def _list_quarantined(settings: Settings, out: Output) -> None:
     from pgcoord_cli.core import reconcile, session
 
-    with session.command_session(settings, "reconcile", writes=retry is not None) as conn:
-        if retry is None:
-            columns = ["event_id", "execution_id", "flow_id", "outcome", "attempts", "last_error", "quarantined_at"]
-            out.rows(columns, reconcile.list_quarantined(conn), empty="no event is quarantined")
-        else:
-            out.document({"retried": reconcile.retry_quarantined(conn, _event_id(retry))})
+    columns = ["event_id", "execution_id", "flow_id", "outcome", "attempts", "last_error", "quarantined_at"]
+    with session.command_session(settings, "reconcile", writes=False) as conn:
+        out.rows(columns, reconcile.list_quarantined(conn), empty="no event is quarantined")
+
+
+def _retry_quarantined(settings: Settings, out: Output, event_id: int | None) -> None:
+    from pgcoord_cli.core import reconcile, session
+
+    with session.command_session(settings, "reconcile", writes=True) as conn:
+        out.document({"retried": reconcile.retry_quarantined(conn, event_id)})
 
 
 def _event_id(text: str) -> int | None:

@@ -21,7 +21,7 @@ from uuid import UUID
 from psycopg import Connection
 
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import ConditionFalse, Fenced
+from pgcoord_cli.errors import ConditionFalse, Fenced, PgcoordError
 
 DEFAULT_LEASE_SECONDS = 30.0
 
@@ -59,7 +59,7 @@ def renew(conn: Connection[Any], execution_id: UUID, lease_epoch: int, seconds: 
     """Prolongs a lease from now on; returns until when. Fenced when it is over."""
     row = conn.execute(sql("executions", "renew"), [execution_id, lease_epoch, seconds]).fetchone()
     if row is None:
-        raise _fenced(execution_id, lease_epoch)
+        raise _fenced(conn, execution_id, lease_epoch)
     return row[0]  # type: ignore[no-any-return]
 
 
@@ -67,14 +67,14 @@ def complete(conn: Connection[Any], execution_id: UUID, lease_epoch: int) -> Non
     """Ends an execution as a success. Fenced when the lease is over."""
     row = conn.execute(sql("executions", "complete"), [execution_id, lease_epoch]).fetchone()
     if not (row and row[0]):
-        raise _fenced(execution_id, lease_epoch)
+        raise _fenced(conn, execution_id, lease_epoch)
 
 
 def fail(conn: Connection[Any], execution_id: UUID, lease_epoch: int, reason: str | None = None) -> str:
     """Ends an attempt as a failure; `eligible` when there will be another, `failed` when not. Fenced as above."""
     row = conn.execute(sql("executions", "fail"), [execution_id, lease_epoch, reason]).fetchone()
     if row is None or row[0] is None:
-        raise _fenced(execution_id, lease_epoch)
+        raise _fenced(conn, execution_id, lease_epoch)
     return str(row[0])
 
 
@@ -104,7 +104,12 @@ def seconds_to_next(conn: Connection[Any], namespace: str | None, instance_tag: 
     return row[0] if row else None
 
 
-def _fenced(execution_id: UUID, lease_epoch: int) -> Fenced:
+def _fenced(conn: Connection[Any], execution_id: UUID, lease_epoch: int) -> PgcoordError:
+    """What to raise when nothing was changed: that it is fenced, or that there is no such execution."""
+    try:
+        execution_record(conn, execution_id)
+    except ConditionFalse as error:
+        return error
     return Fenced(
         f"the lease of epoch {lease_epoch} on execution {execution_id} is over; nothing was changed",
         hint="it ran out, was revoked, or the execution has ended; see: pgcoord execution show",

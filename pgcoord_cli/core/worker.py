@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext, suppress
-from threading import Thread
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from threading import Lock, Thread
 from typing import Any, NamedTuple
 
 import psycopg
@@ -41,7 +41,7 @@ from pgcoord_cli.db.binary import float8, int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import ConnectionFailed, Fenced, PgcoordError
+from pgcoord_cli.errors import ConditionFalse, ConnectionFailed, Fenced, PgcoordError
 from pgcoord_cli.settings import Settings
 
 RENEW_AFTER = 1 / 3
@@ -81,7 +81,8 @@ class Worker:
     """Runs commands for executions. `run` blocks; `stop` may be called from a signal handler or another thread."""
 
     def __init__(self, settings: Settings, order: WorkOrder, report: Report) -> None:
-        self._slots = [Slot(settings, order, report) for _ in range(order.concurrency)]
+        company = Company()
+        self._slots = [Slot(settings, order, report, company) for _ in range(order.concurrency)]
         self._follower = (
             None
             if order.once
@@ -107,14 +108,50 @@ class Worker:
                 thread.join()
 
 
+class Company:
+    """The slots of one worker. With `once`, what one of them ends may be what another waits for."""
+
+    def __init__(self) -> None:
+        self._wakeups: list[Wakeup] = []
+        self._mutex = Lock()
+        self._busy = 0
+
+    def join(self, wakeup: Wakeup) -> None:
+        """One more slot, and how to wake it."""
+        self._wakeups.append(wakeup)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within the block, a slot looks for work, or has some."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._mutex:
+            self._busy += change
+
+    def is_done(self) -> bool:
+        """To be asked by a slot that found nothing: whether nobody else has any work either. The others hear of it."""
+        with self._mutex:
+            is_done = self._busy == 0
+        for wakeup in self._wakeups if is_done else ():
+            wakeup.set()
+        return is_done
+
+
 class Slot:
     """One command at a time."""
 
-    def __init__(self, settings: Settings, order: WorkOrder, report: Report) -> None:
+    def __init__(self, settings: Settings, order: WorkOrder, report: Report, company: Company) -> None:
         self._settings = settings
         self._order = order
         self._report = report
+        self._company = company
         self._wakeup = Wakeup()
+        company.join(self._wakeup)
         self._stopping = False
         self._stopping_at_once = False
 
@@ -139,21 +176,27 @@ class Slot:
         conn.execute(sql("session", "plan_once"))
         notifications = listen(conn, [channels.executions(self._settings.schema)], self._wakeup)
         order = self._order
-        if order.once:
-            dispatch_everything(conn)
         while not self._stopping:
-            claims = executions.claim(
-                conn, order.owner, order.lease_seconds, namespace=order.namespace, instance_tag=order.instance_tag
-            )
-            if claims:
-                self._carry_out(claims[0], time.monotonic(), conn)
-                if order.once:
-                    dispatch_everything(conn)
+            with self._company.at_work():
+                is_something_done = self._work_once(conn)
+            if is_something_done:
                 continue
             next_in = executions.seconds_to_next(conn, order.namespace, order.instance_tag)
-            if order.once and next_in is None:
+            if order.once and next_in is None and self._company.is_done():
                 return
             notifications.wait(min(channels.POLL_SECONDS, next_in or channels.POLL_SECONDS))
+
+    def _work_once(self, conn: Connection[Any]) -> bool:
+        """Claims one execution and carries it out; False when there is none."""
+        order = self._order
+        if order.once:
+            dispatch_everything(conn)
+        claims = executions.claim(
+            conn, order.owner, order.lease_seconds, namespace=order.namespace, instance_tag=order.instance_tag
+        )
+        if claims:
+            self._carry_out(claims[0], time.monotonic(), conn)
+        return bool(claims)
 
     def _carry_out(self, claim: Claim, claimed_at: float, conn: Connection[Any]) -> None:
         command = claim.command or self._order.command
@@ -193,19 +236,22 @@ class Slot:
 
     def _end(self, claim: Claim, trouble: str | None, conn: Connection[Any]) -> None:
         """Reports how the command ended, over a new connection if need be, until it is known to have arrived."""
-        while True:
-            try:
-                with mapped_errors():
-                    self._report_end(claim, trouble, conn)
-                return
-            except Fenced as error:
-                self._say("lost", claim, error.message)
-                return
-            except ConnectionFailed as error:
-                self._report(WorkEvent("trouble", claim.name, str(claim.execution_id), claim.attempt, error.message))
-                self._wakeup.wait(jittered(RECONNECT_SECONDS))
-                with suppress(PgcoordError):
-                    conn = open_session(self._settings, "worker", writes=True)
+        with ExitStack() as opened:
+            while True:
+                try:
+                    with mapped_errors():
+                        self._report_end(claim, trouble, conn)
+                    return
+                except (Fenced, ConditionFalse) as error:
+                    self._say("lost", claim, error.message)
+                    return
+                except ConnectionFailed as error:
+                    self._report(
+                        WorkEvent("trouble", claim.name, str(claim.execution_id), claim.attempt, error.message)
+                    )
+                    self._wakeup.wait(jittered(RECONNECT_SECONDS))
+                    with suppress(PgcoordError):
+                        conn = opened.enter_context(closing(open_session(self._settings, "worker", writes=True)))
 
     def _report_end(self, claim: Claim, trouble: str | None, conn: Connection[Any]) -> None:
         if trouble is None:

@@ -50,7 +50,7 @@ NEED_NO_SERVER = {"migrate sql", "dev up", "dev down", "dev dsn", "dev status"}
 
 CODES = {
     "dev up": 1, "dev dsn": 3, "dev status": 3, "flow show": 3, "flow cancel": 3, "execution show": 3,
-    "execution revoke": 3, "execution renew": 6, "execution complete": 6, "execution fail": 6,
+    "execution revoke": 3, "execution renew": 3, "execution complete": 3, "execution fail": 3,
     "lock who": 3, "lock break": 3, "subscription show": 3, "subscription set": 3, "subscription reset": 3,
 }  # fmt: skip
 """What the calls end in on a database with a leader; all others end in 0."""

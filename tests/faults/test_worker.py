@@ -195,6 +195,23 @@ def test_two_slots_run_two_commands_at_once(start: StartWorker, make: Make, tmp_
     assert flow.states() == {"a": "success", "b": "success"}
 
 
+def test_a_slot_that_found_nothing_takes_up_what_another_one_sets_off(
+    start: StartWorker, make: Make, sql: Conn, gate: Path, tmp_path: Path
+) -> None:
+    for name in ("there", "back"):
+        os.mkfifo(tmp_path / name)
+    # Each waits for the other one: opening a FIFO does.
+    together = {"b": "echo x > there; cat back", "c": "cat there; echo y > back"}
+    commands = {name: f"cd {tmp_path}; timeout 60 sh -c '{command}'" for name, command in together.items()}
+    flow = make("a>b a>c", a=" ".join(passage(gate)), **commands)
+    worker = start("--once", "-q", "--concurrency", "2")
+    found_nothing = "state = 'idle' AND strpos(query, 'min(eligible_from)') > 0"
+    until(lambda: value(sql, f"SELECT count(*) FROM pg_stat_activity WHERE {found_nothing}"))
+    open_gate(gate)
+    assert worker.ended()[:2] == (0, ["x\n", "y\n"])
+    assert set(flow.states().values()) == {"success"}
+
+
 def test_only_its_namespace_is_touched(start: StartWorker, make: Make) -> None:
     mine, other = make(a="true", namespace="mine"), make(a="true", namespace="other")
     assert start("--once", "--namespace", "mine").ended()[0] == 0

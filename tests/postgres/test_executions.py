@@ -212,8 +212,17 @@ def test_a_worker_whose_lease_is_over_is_fenced_and_changes_nothing(
 
 def test_any_other_epoch_is_fenced_and_changes_nothing(make: Make, conn: Conn, sql: Conn) -> None:
     claim = make(plan("a")).claim("a")
-    for wrong in ({"lease_epoch": 0}, {"lease_epoch": 2}, {"execution_id": uuid_of(1)}):
-        assert_fenced(conn, sql, claim._replace(**wrong))
+    for wrong_epoch in (0, 2):
+        assert_fenced(conn, sql, claim._replace(lease_epoch=wrong_epoch))
+
+
+@every_verb
+def test_of_an_execution_that_is_not_there_a_worker_hears_that(make: Make, conn: Conn, sql: Conn, verb: str) -> None:
+    claim = make(plan("a")).claim("a")
+    before = everything(sql)
+    with pytest.raises(ConditionFalse, match="there is no execution"):
+        VERBS[verb](conn, claim._replace(execution_id=uuid_of(1)))
+    assert everything(sql) == before
 
 
 def assert_fenced(conn: Conn, sql: Conn, claim: Claim) -> None:
