@@ -1,5 +1,17 @@
-"""`python -m pgcoord_cli` is `pgcoord`."""
+"""`python -m pgcoord_cli` is `pgcoord`. It may be interrupted while it is still loading."""
 
-from pgcoord_cli.cli import main
+import sys
+from typing import NoReturn
 
-main()
+
+def main() -> NoReturn:
+    """The `pgcoord` program."""
+    try:
+        from pgcoord_cli import cli
+    except KeyboardInterrupt:
+        sys.exit(130)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

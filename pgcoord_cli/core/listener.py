@@ -44,6 +44,8 @@ class Listener:
     """Listens to channels, and calls what belongs to one when it is notified and after every (re)connect."""
 
     def __init__(self, opener: Opener) -> None:
+        self.trouble: str | None = None
+        """Why there is no connection at the moment, once that has been tried."""
         self._opener = opener
         self._wanted: dict[str, Wanted] = {}
         self._listening: set[str] = set()
@@ -71,8 +73,8 @@ class Listener:
         while True:
             try:
                 await self._connect_and_serve(backoff)
-            except (psycopg.OperationalError, ConnectionFailed, TimeoutError):
-                pass
+            except (psycopg.OperationalError, ConnectionFailed, TimeoutError) as error:
+                self.trouble = str(error) or "the server does not answer"
             except (psycopg.Error, PgcoordError) as error:
                 self._refuse_waiting(error)
                 if not self._wanted:
@@ -90,6 +92,7 @@ class Listener:
         lane = Lane(await self._opener(), on_notify=self._on_notify, on_lost=self._wake.set)
         try:
             backoff.reset()
+            self.trouble = None
             await self._serve(lane)
         finally:
             self._listening.clear()

@@ -82,12 +82,13 @@ def new_request_id() -> bytes:
 class Undecided:
     """A request whose outcome is waited for. Until it is `enqueued`, it means nothing that the table lacks it."""
 
-    __slots__ = ("deadline", "doubtful", "enqueued", "first_enqueued_at", "outcome", "submission")
+    __slots__ = ("deadline", "doubtful", "enqueued", "first_enqueued_at", "outcome", "sent", "submission")
 
     def __init__(self, submission: Submission, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         self.submission = submission
         self.outcome: asyncio.Future[Outcome] = loop.create_future()
         self.deadline = loop.time() + seconds
+        self.sent = False
         self.enqueued = False
         self.first_enqueued_at: datetime | None = None
         self.doubtful = False
@@ -142,7 +143,10 @@ class Submitter:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def submit(self, submission: Submission, seconds: float) -> Outcome:
-        """Enqueues a request and waits until it is settled; OutcomeUnknown when that is not known in `seconds`."""
+        """Enqueues a request and waits until it is settled; OutcomeUnknown when that is not known in `seconds`.
+
+        ConnectionFailed when it could not even be sent in that time: then it never will be.
+        """
         undecided = Undecided(submission, asyncio.get_running_loop(), seconds)
         self._undecided[submission.request_id] = undecided
         self._unsent.append(undecided)
@@ -153,6 +157,8 @@ class Submitter:
             del self._undecided[submission.request_id]
         if outcome.status is not None:
             return outcome
+        if not undecided.sent:
+            raise ConnectionFailed(f"the commit was not sent: {outcome.reason}", hint="nothing was written")
         request_id = UUID(bytes=submission.request_id)
         raise OutcomeUnknown(
             f"request {request_id} was sent, but what became of it is not known: {outcome.reason}",
@@ -181,7 +187,7 @@ class Submitter:
         self._clock = None
         now = asyncio.get_running_loop().time()
         late = [undecided for undecided in self._undecided.values() if undecided.deadline <= now]
-        self._give_up(late, self._trouble or "no leader settled it in time")
+        self._give_up(late, self._trouble or self._listener.trouble or "no leader settled it in time")
         self._look_at_all = True
         self._news.set()
         if self._undecided and not self._closed:
@@ -208,7 +214,7 @@ class Submitter:
             try:
                 await self._listener.listen(self._reply_channel, self._news.set)
                 again = any(undecided.sent_before for undecided in group)
-                enqueued_at = await self._enqueue_group([undecided.submission for undecided in group], again=again)
+                enqueued_at = await self._enqueue_group(group, again=again)
             except Exception as error:  # noqa: BLE001 - it is raised again where the commit is waited for
                 self._not_sent(group, self._note_trouble(error))
                 await backoff.pause()
@@ -226,11 +232,14 @@ class Submitter:
                 group.append(undecided)
         return group
 
-    async def _enqueue_group(self, group: Sequence[Submission], *, again: bool) -> datetime:
-        request_ids, epochs, read_versions, payloads = zip(*group, strict=True)
+    async def _enqueue_group(self, group: Sequence[Undecided], *, again: bool) -> datetime:
+        submissions = [undecided.submission for undecided in group]
+        request_ids, epochs, read_versions, payloads = zip(*submissions, strict=True)
         columns = [uuid_array(request_ids), int8_array(epochs), int8_array(read_versions), bytea_array(payloads)]
         async with self._pool.lane() as lane:
             statement = sql("commits", "enqueue_again" if again else "enqueue")
+            for undecided in group:
+                undecided.sent = True
             rows = await lane.fetch(statement, [*columns, self._reply_channel.encode(), self._queue_channel])
         return timestamp(rows[0][1])
 
@@ -241,7 +250,7 @@ class Submitter:
         """
         for undecided in group:
             if isinstance(trouble, ConnectionFailed):
-                undecided.doubtful = True
+                undecided.doubtful = undecided.sent
             elif undecided.sent_before:
                 undecided.settle(Outcome(None, None, self._trouble))
             elif not undecided.outcome.done():

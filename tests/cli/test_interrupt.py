@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -220,3 +221,20 @@ def press_until_it_ends(process: subprocess.Popen[str]) -> int:
             process.wait(2.0)
             return presses
     raise AssertionError("it goes on")
+
+
+def test_ctrl_c_while_the_program_is_still_loading_ends_it_without_a_word() -> None:
+    interrupted_while_loading = (
+        "import signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'typer':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from pgcoord_cli.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", interrupted_while_loading], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

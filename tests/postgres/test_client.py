@@ -773,8 +773,19 @@ async def test_a_client_can_be_closed_while_the_server_is_down(db: Database) -> 
     await until_async(lambda: db._submitter._trouble or db._submitter._sender)
     await asyncio.wait_for(db.close(), PATIENCE)
     assert watch.changed.cancelled()
-    with pytest.raises(OutcomeUnknown, match="closed"):
+    with pytest.raises(ConnectionFailed, match="not sent"):
         await commit
+
+
+@needs_leader
+@played
+async def test_i3_what_could_not_be_sent_in_time_certainly_did_not_happen(db: Database) -> None:
+    tr = db.transaction(commit_seconds=0.2)
+    await tr.get(b"k")
+    tr.set(b"k", b"v")
+    db._listener._opener = Unreachable()
+    with pytest.raises(ConnectionFailed, match="not sent: the server is down"):
+        await tr.commit()
 
 
 def test_i3_a_request_that_may_have_arrived_and_cannot_be_sent_again_has_an_unknown_outcome(
