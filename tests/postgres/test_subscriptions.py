@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 from uuid import uuid4
 
@@ -15,13 +15,15 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL, Identifier
 
-from pgcoord_cli.core import grants
+from pgcoord_cli.core import grants, subscriptions
+from pgcoord_cli.core.cursor import from_cursor
 from pgcoord_cli.core.locks import lock_key
 from pgcoord_cli.core.migrations import apply
 from pgcoord_cli.core.outbox import COMPLETION, LEASE, Outbox
 from pgcoord_cli.core.session import command_session, migration_session
 from pgcoord_cli.core.subscriptions import Subscription, checkpoint
-from pgcoord_cli.errors import Busy, Fenced, UsageError
+from pgcoord_cli.core.tail import Notice
+from pgcoord_cli.errors import Busy, ConnectionFailed, Fenced, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until
 
@@ -29,15 +31,19 @@ Conn = psycopg.Connection[Any]
 
 
 class Owners:
-    """Ownerss subscriptions and gives each back once."""
+    """Owns subscriptions and gives each back once."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._owners: list[Subscription] = []
+        self.said: list[str] = []
 
     def __call__(self, name: str = "mailer", outbox: Outbox = LEASE, settings: Settings | None = None) -> Subscription:
-        self._owners.append(Subscription(settings or self._settings, name, outbox))
+        self._owners.append(Subscription(settings or self._settings, name, outbox, self._hear))
         return self._owners[-1]
+
+    def _hear(self, notice: Notice) -> None:
+        self.said.append(f"{notice.type} {from_cursor(notice.cursor, '')}")
 
     def give_back(self) -> None:
         """All of them."""
@@ -47,7 +53,7 @@ class Owners:
 
 @pytest.fixture
 def acquire(settings: Settings) -> Iterator[Owners]:
-    """Ownerss a subscription; gives back those that are left when the test is over."""
+    """Owns a subscription; gives back those that are left when the test is over."""
     owners = Owners(settings)
     yield owners
     owners.give_back()
@@ -179,6 +185,7 @@ def test_i13_an_owner_that_was_cut_off_takes_its_free_name_again_under_a_new_fen
     owner.save(3)
     cut_off(sql)
     owner.save(4)
+    assert acquire.said == ["disconnected 4", "connected 4"]
     assert row_of(sql) == (2, 4)
     assert owner_pid(sql)
     with pytest.raises(Busy):
@@ -195,6 +202,28 @@ def test_i13_an_owner_that_was_cut_off_does_not_move_back_what_another_did_meanw
     until(lambda: owner_pid(sql) is None)
     first.save(4)
     assert row_of(sql) == (3, 7)
+
+
+def test_a_save_that_waits_for_a_server_gives_up_when_told_to_stop(
+    sql: Conn, acquire: Owners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, tried = acquire(), Event()
+
+    def unreachable(*_args: object, **_named: object) -> None:
+        tried.set()
+        raise ConnectionFailed("the server is down")
+
+    monkeypatch.setattr(subscriptions, "open_session", unreachable)
+    cut_off(sql)
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(owner.save, 4)
+        assert tried.wait(PATIENCE)
+        owner.stop()
+        try:
+            assert isinstance(saving.exception(PATIENCE), ConnectionFailed)
+        finally:
+            monkeypatch.undo()  # one that does not give up would keep the test from ending
+    assert row_of(sql) == (1, None)
 
 
 # -- one outbox

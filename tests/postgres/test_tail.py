@@ -911,6 +911,23 @@ def test_i10_many_rolled_back_ids_before_many_events(sql: Conn, start_reader: St
 # -- notifications and connections that get lost
 
 
+def test_a_tail_that_has_seen_what_a_crash_then_lost_delivers_those_ids_again(
+    sql: Conn, start_reader: StartReader
+) -> None:
+    reader = start_reader()
+    kept, *lost = write(sql, 3)
+    reader.wait_for([kept, *lost])
+    let_look(sql)
+    # What writers without synchronous_commit leave of a server that crashes: neither their events nor their ids.
+    sql.execute("DELETE FROM lease_events WHERE event_id > %s", [kept])
+    sql.execute(SQL("ALTER TABLE lease_events ALTER event_id RESTART WITH {}").format(Literal(lost[0])))
+    sql.execute("SELECT pg_terminate_backend(%s)", [tail_pid(sql)])
+    reader.until(lambda: "connected" in reader.said)
+    assert f"lost the events up to {lost[-1]}" in reader.notices[-1].message
+    assert write(sql) == lost[:1]
+    reader.wait_for([kept, *lost, lost[0]])
+
+
 def test_i7_a_tail_that_is_woken_again_and_again_asks_anew_in_time(sql: Conn, start_reader: StartReader) -> None:
     reader, written, asked = start_reader(), [], set()
     let_look(sql)
