@@ -115,9 +115,8 @@ def append_lease_event(
     schema: str = "pgcoord",
 ) -> int:
     """Writes a lease event in the transaction that `conn` is in; returns its id. It occurred now by default."""
-    lease = None if lease_id is None else str(lease_id)
-    labels = [partition_key, namespace, instance_tag, _milliseconds(occurred_at)]
-    return _append(conn, schema, LEASE, [str(execution_id), lease, event_type, *labels])
+    labels = partition_key, namespace, instance_tag
+    return _append(conn, schema, LEASE, execution_id, lease_id, event_type, labels, occurred_at)
 
 
 def append_completion_event(
@@ -133,18 +132,18 @@ def append_completion_event(
     schema: str = "pgcoord",
 ) -> int:
     """Writes a completion event in the transaction that `conn` is in; returns its id. It occurred now by default."""
-    flow = None if flow_id is None else str(flow_id)
-    labels = [partition_key, namespace, instance_tag, _milliseconds(occurred_at)]
-    return _append(conn, schema, COMPLETION, [str(execution_id), flow, outcome, *labels])
+    labels = partition_key, namespace, instance_tag
+    return _append(conn, schema, COMPLETION, execution_id, flow_id, outcome, labels, occurred_at)
 
 
-def _append(conn: Connection[Any], schema: str, outbox: Outbox, values: list[Any]) -> int:
+def _append(
+    conn: Connection[Any], schema: str, outbox: Outbox, execution_id: UUID | str, link: UUID | str | None, kind: str,
+    labels: tuple[int, str | None, str | None], occurred_at: datetime | None,
+) -> int:  # fmt: skip
     """The caller's search path is the caller's own, so the table is named in full."""
     text = sql("outbox", f"append_{outbox.noun}_event").replace(outbox.table, f"{schema}.{outbox.table}", 1)
+    milliseconds = None if occurred_at is None else round(occurred_at.timestamp() * 1000)
+    values = [str(execution_id), None if link is None else str(link), kind, *labels, milliseconds]
     row = RawCursor(conn).execute(text, values).fetchone()
     assert row is not None
     return int(row[0])
-
-
-def _milliseconds(moment: datetime | None) -> int | None:
-    return None if moment is None else round(moment.timestamp() * 1000)

@@ -44,7 +44,7 @@ class EventStream:
     def __init__(self, out: Output, noun: str) -> None:
         self._out = out
         self._columns = COLUMNS[noun]
-        self._line = self._line_maker(noun)
+        self._line = self._line_maker()
 
     def begin(self) -> None:
         """What stands above the first line."""
@@ -57,10 +57,10 @@ class EventStream:
         """The events, a line each; they have been handed to whoever reads stdout when this returns."""
         _write_whole_lines(map(self._line, events))
 
-    def _line_maker(self, noun: str) -> Callable[[Any], str]:
+    def _line_maker(self) -> Callable[[Any], str]:
         if self._out.is_json:
             speaks_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-            return _json_maker(noun, encode_basestring if speaks_unicode else encode_basestring_ascii)
+            return _json_maker(self._columns, encode_basestring if speaks_unicode else encode_basestring_ascii)
         if self._out.format == OutputFormat.CSV:
             return lambda event: _csv_line([plain_scalar(value) for value in self._values(event)])
         if self._out.format == OutputFormat.MARKDOWN:
@@ -114,29 +114,21 @@ class Quoted(dict[str | None, str]):
         return found
 
 
-def _json_maker(noun: str, quote: Callable[[str], str]) -> Callable[[Any], str]:
+def _json_maker(columns: Sequence[str], quote: Callable[[str], str]) -> Callable[[Any], str]:
     """Four times as fast as json.dumps of a dict, which would take most of the time of a catch-up."""
     quoted, null = Quoted(quote), "null"
+    kind_column, link_column = f'"{columns[2]}": ', f'"{columns[4]}": '
 
-    def lease(event: Any) -> str:
+    def line(event: Any) -> str:
         event_id, execution, link, kind, occurred, partition, namespace, tag, committed = event
         return (
-            f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "event_type": {quoted[kind]}, '
-            f'"execution_id": {quote(execution)}, "lease_id": {null if link is None else quote(link)}, '
+            f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", {kind_column}{quoted[kind]}, '
+            f'"execution_id": {quote(execution)}, {link_column}{null if link is None else quote(link)}, '
             f'"occurred_at_ms": {occurred}, "committed_at_ms": {committed}, "partition_key": {partition}, '
             f'"namespace": {quoted[namespace]}, "instance_tag": {quoted[tag]}}}\n'
         )
 
-    def completion(event: Any) -> str:
-        event_id, execution, link, kind, occurred, partition, namespace, tag, committed = event
-        return (
-            f'{{"type": "event", "event_id": {event_id}, "cursor": "02{event_id:016x}", "outcome": {quoted[kind]}, '
-            f'"execution_id": {quote(execution)}, "flow_id": {null if link is None else quote(link)}, '
-            f'"occurred_at_ms": {occurred}, "committed_at_ms": {committed}, "partition_key": {partition}, '
-            f'"namespace": {quoted[namespace]}, "instance_tag": {quoted[tag]}}}\n'
-        )
-
-    return {"lease": lease, "completion": completion}[noun]
+    return line
 
 
 def _clock_time(milliseconds: int) -> str:
