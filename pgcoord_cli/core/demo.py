@@ -21,10 +21,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pgcoord_cli.core import demo_flow, gc, leader, session
 from pgcoord_cli.core.client import Database, Transaction, connect
+from pgcoord_cli.core.narrator import Narrator
 from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.errors import PgcoordError
 from pgcoord_cli.settings import Settings
@@ -36,19 +37,6 @@ TRANSFERS = 4_000
 TTL = "5s"
 ELECTION_SECONDS = 15.0
 """How long the demo waits for a leader: the lease's time to live, and then some for a slow machine."""
-
-
-class Narrator(Protocol):
-    """Hears what happens."""
-
-    def step(self, title: str) -> None:
-        """A new part of the story begins."""
-
-    def say(self, text: str) -> None:
-        """A detail of the part."""
-
-    def progress(self, done: int, total: int) -> None:
-        """So many transfers of so many have been acknowledged."""
 
 
 class DemoResult(NamedTuple):

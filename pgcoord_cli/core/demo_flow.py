@@ -12,18 +12,15 @@ import os
 import subprocess
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING
 from uuid import UUID
 
 from pgcoord_cli.core import flows, reconcile, session
 from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
+from pgcoord_cli.core.narrator import Narrator
 from pgcoord_cli.core.policy import Kind, Policy
 from pgcoord_cli.core.wakeup import Wakeup
 from pgcoord_cli.errors import PgcoordError
 from pgcoord_cli.settings import Settings
-
-if TYPE_CHECKING:
-    from pgcoord_cli.core.demo import Narrator
 
 PLAN = FlowPlan(
     namespace="demo",
