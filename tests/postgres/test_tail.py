@@ -935,15 +935,14 @@ def test_i7_a_tail_that_is_woken_again_and_again_asks_anew_in_time(sql: Conn, st
     sql.execute('LISTEN "pgcoord.lease_events"')
     sql.add_notify_handler(wakes.append)
 
-    def has_asked_anew() -> bool:
+    def has_asked_anew_but_not_every_time() -> bool:
         written.extend(write(sql))
         reader.wait_for(written)
         asked.add(wake_until(sql))
-        return len(asked) > 4  # the first of them may be from before
+        return len(asked) > 4 and len(written) > 3 * len(asked)  # now and then one comes as it asks, which asks again
 
-    until(has_asked_anew)
+    until(has_asked_anew_but_not_every_time)
     assert len(wakes) == len(written), "nobody took it for one that is gone"
-    assert len(written) > len(asked), "it does not ask after every event"
 
 
 def test_i7_a_tail_asks_to_be_woken_for_no_longer_than_it_says(sql: Conn, start_reader: StartReader) -> None:
