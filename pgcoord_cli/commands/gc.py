@@ -95,7 +95,9 @@ def _collect(
     from pgcoord_cli.core import gc, session
 
     settings, out = output_of(ctx)
-    retention = older_than and gc.check_retention(duration("--older-than", longest=LONGEST_DURATION)(older_than) or 0)
+    retention = None
+    if older_than is not None:
+        retention = gc.check_retention(duration("--older-than", longest=LONGEST_DURATION)(older_than) or 0)
     seconds = duration("--max-runtime")(max_runtime) or 0
     document: dict[str, dict[str, Any]] = {}
     with session.command_session(settings, "gc", writes=not dry_run) as conn:
@@ -106,7 +108,7 @@ def _collect(
                 out.detail(f"{table}: {deleted} deleted")
                 return time.monotonic() < ends_at
 
-            document[table] = _collect_table(conn, table, retention or None, None if dry_run else batch_size, go_on)
+            document[table] = _collect_table(conn, table, retention, None if dry_run else batch_size, go_on)
     is_something_done = any(found["deleted"] or found.get("orphaned") for found in document.values())
     if is_something_done or out.is_json or not settings.quiet:
         out.document(document)

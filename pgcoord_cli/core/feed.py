@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from pgcoord_cli.db.binary import int4, int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline, Statement
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import PgcoordError
 from pgcoord_cli.settings import Settings
 
 BATCH_LIMIT = 4_000
@@ -87,10 +85,10 @@ class Feed:
         self._pipeline = Pipeline(self._conn, PATIENCE_SECONDS)
 
     def close(self) -> None:
-        """Ends the connection; while that works, no writer needs to wake this tail any more."""
-        if not self._conn.closed:
-            with suppress(PgcoordError):
-                self._run(self._staying_awake())
+        """Ends the connection.
+
+        What it asked for runs out by itself: to take it back would speak for other tails that wait.
+        """
         self._conn.close()
 
     def wait(self, seconds: float) -> bool:

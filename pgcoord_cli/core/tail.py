@@ -14,7 +14,11 @@ a round may be delivered: a gap is stepped over only when nobody is left who cou
 writers that had to notify one after the other would lose most of their pace. So then the tail says that it is awake
 and reads on every five milliseconds, until a reading brings no more than one.
 
-**Held up.** When a gap stays for longer than two seconds, the tail names the transactions that may fill it.
+**Held up.** When a gap stays for longer than two seconds, the tail names the transactions that may fill it. At a gap it
+looks again after moments, up to a tenth of a second; it does not listen, since most who notify do not fill it.
+
+**Without follow** it ends once it has passed what was in sight when it began, or when a gap before that holds it up. It
+never asks to be woken.
 
 **From now** means: whatever becomes visible from now on. Writers that are under way may hold ids below the last one
 in sight; so the tail begins before the first such gap and leaves out what was in sight already. It looks back
@@ -34,6 +38,7 @@ steps over it, so that it cannot take collected events for rolled-back ones: Cur
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +76,7 @@ PACE_SECONDS = 0.005
 
 HELD_UP_AFTER = 2.0
 FIRST_RECHECK = 0.005
+LONGEST_RECHECK_AT_GAP = 0.1
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 
@@ -207,6 +213,7 @@ class Tail:
         self._wakeup = Wakeup()
         self._frontier: Frontier | None = None
         self._end: int | None = None
+        self._head_at_start = 0
         self._seen_before = SeenBefore(0, [])
         self._stopping = False
 
@@ -257,6 +264,7 @@ class Tail:
 
     def _begin(self, feed: Feed) -> Frontier:
         bounds = feed.bounds()
+        self._head_at_start = bounds.head
         position = self._resolve_start(feed, bounds)
         if self._until:
             self._end = self._resolve_end(feed, self._until, bounds)
@@ -289,26 +297,29 @@ class Tail:
         while not self._stopping:
             reading = self._read(feed, frontier, step)
             batch = self._advance(frontier, reading)
+            patience.note(has_moved=batch is not None, is_at_gap=frontier.is_at_gap)
             if batch:
-                patience.renew()
                 yield batch
-            if self._end is not None and frontier.position >= self._end:
+            if self._is_at_end(frontier):
                 return
             step = self._next_step(feed, step, len(reading.events), frontier, has_moved=batch is not None)
             if step is Step.PACED:
                 feed.pause(PACE_SECONDS)
             elif step is Step.WAIT:
-                if not self._follow:
-                    self._say_held_up(feed, frontier)
+                if not self._is_worth_waiting(feed, frontier, patience):
                     return
                 step = self._await_news(feed, frontier, patience, reading.writers)
+
+    def _is_at_end(self, frontier: Frontier) -> bool:
+        ends = [self._end, None if self._follow else self._head_at_start]
+        return any(end is not None and frontier.position >= end for end in ends)
 
     def _read(self, feed: Feed, frontier: Frontier, step: Step) -> Reading:
         if step is Step.WOKEN:
             return feed.read(frontier.position)
-        if step is Step.BEFORE_WAITING:
+        if step is Step.BEFORE_WAITING and self._follow:
             return feed.read_before_waiting(frontier.position)
-        return feed.read_awake(frontier.position, looking=step is Step.PACED)
+        return feed.read_awake(frontier.position, looking=step is not Step.GO_ON)
 
     def _next_step(self, feed: Feed, step: Step, events: int, frontier: Frontier, *, has_moved: bool) -> Step:
         """What to do after a step that brought so many events."""
@@ -334,7 +345,8 @@ class Tail:
                 frontier.saw(self._end)
         if frontier.position == before:
             return None
-        return Batch(self._wanted(reading.events[:count]), frontier.position)
+        position = frontier.position if self._end is None else min(frontier.position, max(before, self._end))
+        return Batch(self._wanted(reading.events[:count]), position)
 
     def _wanted(self, events: list[Event]) -> list[Event]:
         if self._end is None and self._filters == EVERYTHING and events and events[0].event_id > self._seen_before.head:
@@ -350,18 +362,24 @@ class Tail:
 
     # -- waiting
 
+    def _is_worth_waiting(self, feed: Feed, frontier: Frontier, patience: Patience) -> bool:
+        """Without follow, only for what fills a gap, and not for long. Says so where something holds this tail up."""
+        if patience.is_over():
+            self._say_held_up(feed, frontier)
+            return self._follow
+        return self._follow or frontier.is_at_gap
+
     def _await_news(self, feed: Feed, frontier: Frontier, patience: Patience, writers: Sequence[str] | None) -> Step:
         """Until there may be something new. Who is on the way now may not have been told that this tail sleeps."""
-        if frontier.is_at_gap and patience.is_over():
-            self._say_held_up(feed, frontier)
-        if frontier.is_at_gap or writers:
+        if frontier.is_at_gap:
+            feed.pause(min(patience.next_recheck(), LONGEST_RECHECK_AT_GAP))  # most who notify do not fill it
+        elif writers:
             feed.wait(patience.next_recheck())
-            return Step.BEFORE_WAITING
-        return Step.WOKEN if feed.wait(POLL_SECONDS) else Step.BEFORE_WAITING
+        else:
+            return Step.WOKEN if feed.wait(POLL_SECONDS) else Step.BEFORE_WAITING
+        return Step.BEFORE_WAITING
 
     def _say_held_up(self, feed: Feed, frontier: Frontier) -> None:
-        if not frontier.is_at_gap:
-            return
         holders = tuple(feed.holders())
         missing = frontier.position + 1
         who = "; ".join(map(str, holders)) or "a transaction that has just ended"
@@ -388,12 +406,17 @@ class Patience:
     """How long a tail has been waiting for the same thing: looks come more rarely, and once it is held up for long."""
 
     def __init__(self) -> None:
-        self.renew()
-
-    def renew(self) -> None:
-        """Something moved."""
         self._recheck = FIRST_RECHECK
-        self._over_at: float | None = time.monotonic() + HELD_UP_AFTER
+        self._over_at: float | None = None
+
+    def note(self, *, has_moved: bool, is_at_gap: bool) -> None:
+        """After each reading: what came of it."""
+        if has_moved:
+            self._recheck = FIRST_RECHECK
+        if has_moved or not is_at_gap:
+            self._over_at = None
+        if is_at_gap and self._over_at is None:
+            self._over_at = time.monotonic() + HELD_UP_AFTER
 
     def next_recheck(self) -> float:
         """Seconds until the next look."""
@@ -401,10 +424,10 @@ class Patience:
         return seconds
 
     def is_over(self) -> bool:
-        """Whether it is time to say so; true once."""
+        """Whether it is time to say that a gap holds this tail up; true once a gap."""
         over = self._over_at is not None and time.monotonic() >= self._over_at
         if over:
-            self._over_at = None
+            self._over_at = math.inf
         return over
 
 

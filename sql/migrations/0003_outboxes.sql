@@ -74,6 +74,7 @@ $$;
 CREATE TRIGGER announce BEFORE INSERT ON lease_events FOR EACH STATEMENT EXECUTE FUNCTION announce_events();
 CREATE TRIGGER announce BEFORE INSERT ON completion_events FOR EACH STATEMENT EXECUTE FUNCTION announce_events();
 
--- In a session that applies replicated changes as well: without the lock, a tail would step over its events.
+-- Where session_replication_role is replica as well: without the lock, a tail would step over those events. (The
+-- workers of logical replication fire no triggers of this kind: an outbox cannot be what they write to.)
 ALTER TABLE lease_events ENABLE ALWAYS TRIGGER announce;
 ALTER TABLE completion_events ENABLE ALWAYS TRIGGER announce;

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import permutations, product, takewhile
@@ -953,11 +953,45 @@ def test_i7_a_tail_asks_to_be_woken_for_no_longer_than_it_says(sql: Conn, start_
     assert asked and asked <= now + WAKE_SECONDS * 1_000_000
 
 
-def test_i7_a_tail_that_ends_takes_back_what_it_asked(sql: Conn, start_reader: StartReader) -> None:
+def test_i7_a_tail_that_ends_does_not_speak_for_another_that_waits(sql: Conn, start_reader: StartReader) -> None:
     reader = start_reader()
     let_look(sql)
     reader.end()
-    assert wake_until(sql) == 1
+    now = value(sql, "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+    asked = wake_until(sql)
+    assert asked and asked > now
+
+
+def test_i7_without_follow_a_tail_never_asks_to_be_woken(sql: Conn, start_reader: StartReader) -> None:
+    roll_back(sql)  # so that it has to look
+    written = write(sql, 3)
+    reader = start_reader(start=From.beginning(), follow=False)
+    reader.wait_for_end()
+    assert (reader.ids, wake_until(sql)) == (written, None)
+
+
+def test_i10_without_follow_a_gap_that_nobody_fills_is_passed_although_others_write_all_the_time(
+    settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    roll_back(sql)
+    seen = write(sql)
+    has_looked = "SELECT state = 'idle' AND strpos(query, 'outbox_floors') > 0 FROM pg_stat_activity WHERE pid = %s"
+    with connect(settings) as next_writer, ExitStack() as later:
+        with under_way(writer):
+            reader = start_reader(start=From.beginning(), follow=False)
+            until(lambda: reader.has_ended or value(sql, has_looked, tail_pid(sql)))
+            held = later.enter_context(under_way(next_writer))
+        reader.wait_for_end()
+    assert reader.ids[:1] == seen
+    assert held not in reader.ids
+    assert reader.said == []
+
+
+def test_i10_what_lies_behind_the_end_is_not_counted_as_passed(sql: Conn, start_reader: StartReader) -> None:
+    written = write(sql, 10)
+    reader = start_reader(start=From.beginning(), until=From.position(written[4]))
+    reader.wait_for_end()
+    assert (reader.ids, reader.batches[-1].position) == (written[:5], written[4])
 
 
 def test_i7_without_any_notification_a_tail_gets_everything(
