@@ -28,7 +28,7 @@ from pgcoord_cli.core.session import open_session_async
 from pgcoord_cli.core.snapshots import SnapshotReader
 from pgcoord_cli.core.submissions import Submitter
 from pgcoord_cli.core.transaction import KeySelector, Transaction
-from pgcoord_cli.core.turns import Turn, Turns
+from pgcoord_cli.core.turns import Turns
 from pgcoord_cli.core.watches import Watch, Watcher
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
@@ -130,16 +130,23 @@ class Database:
             await backoff.pause()
 
     async def _attempt(self, work: Callable[[Transaction], Awaitable[T]], commit_seconds: float) -> T:
-        turn = Turn(self._turns)
+        turn = self._turns.turn(work)
         transaction = Transaction(self._reader, self._submitter, self._watcher, commit_seconds, turn)
-        conflicted = False
-        try:
-            result = await work(transaction)
-            await transaction.commit()
+        if turn is None:
+            return await _work_and_commit(work, transaction)
+        with turn.running():
+            try:
+                result = await _work_and_commit(work, transaction)
+            except Conflict:
+                if transaction.wrote_key_of_turn:
+                    turn.lost()
+                raise
+            if not transaction.wrote_key_of_turn:
+                turn.was_not_needed()
             return result
-        except Conflict:
-            conflicted = True
-            raise
-        finally:
-            if turn.key is not None:
-                turn.end(wrote_key=transaction.writes_to(turn.key), conflicted=conflicted)
+
+
+async def _work_and_commit(work: Callable[[Transaction], Awaitable[T]], transaction: Transaction) -> T:
+    result = await work(transaction)
+    await transaction.commit()
+    return result

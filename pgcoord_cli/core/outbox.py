@@ -11,8 +11,8 @@ before the statement draws its first id (`announce_events` in the migration):
 **Waiting tails.** PostgreSQL lets transactions that notify commit one at a time only, so that writers would pay for
 every notification, and most of those would go to tails that are awake. So a tail that has nothing to do says until
 when writers are to wake it (in a sequence, outside of all transactions), and says it anew before that time has come;
-a busy one takes it back, and one that has ended, however it did, is forgotten after that. Between a writer's look and its
-commit a tail may begin to wait. It would miss that writer, were it not that the writer announced itself before it
+a busy one takes it back, and one that has ended, however it did, is forgotten after that. Between a writer's look and
+its commit a tail may begin to wait. It would miss that writer, were it not that the writer announced itself before it
 looked: a tail lists the announced writers after it asked to be woken, and while there are any it looks again after
 moments rather than after the poll interval. What a notification does is only ever to wake (rule I7), and a tail that
 is never notified is right, but late: where two tails wait and the later one takes back what it asked, the earlier one

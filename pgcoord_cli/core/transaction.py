@@ -334,9 +334,10 @@ class Transaction:
         if op < Op.SET_VERSIONSTAMPED_KEY and self._write_set is not None:
             self._write_set.add(mutation)
 
-    def writes_to(self, key: bytes) -> bool:
-        """Whether it wrote this very key so far; a range that holds it does not count."""
-        return any(mutation.key == key for mutation in self._mutations)
+    @property
+    def wrote_key_of_turn(self) -> bool:
+        """Whether it wrote the very key that it read first; a range that holds it does not count."""
+        return self._turn is not None and any(mutation.key == self._turn.key for mutation in self._mutations)
 
     # -- ending
 

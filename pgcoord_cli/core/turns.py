@@ -3,15 +3,15 @@
 Optimistic transactions that all change one key at once win one at a time, and every loser has cost as much as a
 winner. A process cannot help what others do, but its own need not compete.
 
-**Hot.** A key is hot for a second after a transaction that read it first, and wrote it, conflicted. It stays hot while
-somebody waits for it.
+**Hot.** A key is hot for a second after a transaction that read it first, and wrote it, conflicted; for transactions
+that run the same work. What merely reads the key is other work, and never waits. It stays hot while somebody waits.
 
-**Taking a turn.** A transaction whose first read is of a hot key waits, in order of arrival, until the one before it
-has ended; so it reads what that one wrote. It has one turn at most, and takes it before it has anything, so that no two
-ever wait for each other. A turn lasts half a second at most: after that the next one goes, whatever became of it.
+**Taking a turn.** A transaction of such work whose first read is of the hot key waits, in order of arrival, until the
+one before it has ended; so it reads what that one wrote. It waits half a second at most, and a turn lasts that long at
+most: then the next one goes, whatever became of it. Within a turn, a transaction inside a transaction takes none.
 
-**Not needed.** A transaction that had a turn and succeeded without writing the key was only reading. The key is cold
-from then on, and everybody who waits goes: readers of a key that is rarely written must not queue for it.
+**Not needed.** A transaction that had a turn and committed without writing the key was only reading, although it ran
+the same work. The key is cold from then on, and everybody who waits goes.
 
 None of this decides anything: a turn that is missing, or passed on too early, costs a conflict, never a lost update.
 """
@@ -20,38 +20,56 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
 HOT_SECONDS = 1.0
 TURN_SECONDS = 0.5
 MANY_KEYS = 1_000
 
+_is_inside = ContextVar("pgcoord.turn", default=False)
+
 
 class Turn:
-    """The part of one attempt at a transaction in this. It has to be ended."""
+    """The part of one attempt at a transaction in this. `kind` is the same for those that run the same work."""
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: Turns, kind: object) -> None:
         self._turns = turns
         self._queue: Queue | None = None
+        self.kind = kind
         self.key: bytes | None = None
         """What the transaction read first, if that was a single key."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around the attempt: what runs inside takes no turn, and in the end this one's is passed on."""
+        token = _is_inside.set(True)
+        try:
+            yield
+        finally:
+            _is_inside.reset(token)
+            if self._queue:
+                self._queue.leave(self)
 
     async def take(self, key: bytes) -> None:
         """Before the first read: waits for the turn if the key is hot."""
         self.key = key
-        queue = self._turns.queue_of(key)
+        queue = self._turns.queue_of(key, self.kind)
         if queue and await queue.wait_for(self):
             self._queue = queue
 
-    def end(self, *, wrote_key: bool, conflicted: bool) -> None:
-        """The attempt is over; it wrote the key of the turn or not, and it conflicted or not."""
-        if self.key is None:
-            return
-        if conflicted and wrote_key:
-            self._turns.heat(self.key)
-        elif self._queue and not conflicted and not wrote_key:
+    def lost(self) -> None:
+        """The attempt conflicted, and had written the key."""
+        if self.key is not None:
+            self._turns.heat(self.key, self.kind)
+
+    def was_not_needed(self) -> None:
+        """The attempt succeeded without writing the key."""
+        if self.key is not None and self._queue:
             self._turns.cool(self.key)
-        if self._queue:
-            self._queue.leave(self)
 
 
 class Turns:
@@ -60,19 +78,31 @@ class Turns:
     def __init__(self) -> None:
         self._queues: dict[bytes, Queue] = {}
 
-    def queue_of(self, key: bytes) -> Queue | None:
-        """The queue of a key, as long as it is hot."""
+    def turn(self, work: Callable[..., Any]) -> Turn | None:
+        """The part of an attempt at this work; None for one inside of another."""
+        return None if _is_inside.get() else Turn(self, kind_of(work))
+
+    def queue_of(self, key: bytes, kind: object) -> Queue | None:
+        """The queue of a key, as long as it is hot for this kind."""
         queue = self._queues.get(key)
         if queue and queue.is_over():
             queue = None
             del self._queues[key]
-        return queue
+        return queue if queue and kind in queue.kinds else None
 
-    def heat(self, key: bytes) -> None:
-        """Somebody has just lost a commit over this key."""
-        if len(self._queues) >= MANY_KEYS:
-            self._queues = {hot: queue for hot, queue in self._queues.items() if not queue.is_over()}
-        self._queues.setdefault(key, Queue()).heat()
+    def heat(self, key: bytes, kind: object) -> None:
+        """Somebody has just lost a commit over this key. Where a great many are hot, one more is let be."""
+        if key not in self._queues and len(self._queues) >= MANY_KEYS:
+            self._forget_one()
+        if key in self._queues or len(self._queues) < MANY_KEYS:
+            self._queues.setdefault(key, Queue()).heat(kind)
+
+    def _forget_one(self) -> None:
+        """The oldest, if it is cold; otherwise the next one comes next."""
+        key, queue = next(iter(self._queues.items()))
+        del self._queues[key]
+        if not queue.is_over():
+            self._queues[key] = queue
 
     def cool(self, key: bytes) -> None:
         """Nobody needs to wait for this key."""
@@ -84,31 +114,39 @@ class Queue:
     """Who has the turn of one key, and who waits for it."""
 
     def __init__(self) -> None:
+        self.kinds: set[object] = set()
+        """For which kinds of work the key is hot."""
         self._hot_until = 0.0
         self._holder: Turn | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[Turn, asyncio.Future[bool]]] = deque()
 
-    def heat(self) -> None:
+    def heat(self, kind: object | None = None) -> None:
         """For a while from now on."""
         self._hot_until = asyncio.get_running_loop().time() + HOT_SECONDS
+        if kind is not None:
+            self.kinds.add(kind)
 
     def is_over(self) -> bool:
         """Whether nobody has the turn, waits for it, or lost a commit of late."""
         return self._holder is None and not self._waiting and asyncio.get_running_loop().time() > self._hot_until
 
     async def wait_for(self, turn: Turn) -> bool:
-        """True when the turn has come; False when the queue has been dissolved."""
+        """True when the turn has come; False when the queue was dissolved, or that takes too long."""
         if self._holder is None:
             self._give_to(turn)
             return True
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[bool] = loop.create_future()
         self._waiting.append((turn, future))
+        timer = loop.call_later(TURN_SECONDS, _settle, future, False)
         try:
             return await future
         except asyncio.CancelledError:
             self.leave(turn)  # it may have come in the same moment
             raise
+        finally:
+            timer.cancel()
 
     def _give_to(self, turn: Turn) -> None:
         self._holder = turn
@@ -131,6 +169,16 @@ class Queue:
     def dissolve(self) -> None:
         """Lets everybody go."""
         while self._waiting:
-            _, future = self._waiting.popleft()
-            if not future.done():
-                future.set_result(False)
+            _settle(self._waiting.popleft()[1], False)
+
+
+def _settle(future: asyncio.Future[bool], answer: bool) -> None:
+    if not future.done():
+        future.set_result(answer)
+
+
+def kind_of(work: Callable[..., Any]) -> object:
+    """What the many closures over one function, its methods and partial calls have in common."""
+    while isinstance(work, partial):
+        work = work.func
+    return getattr(work, "__code__", type(work))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import wraps
+from functools import partial, wraps
 
 import pytest
 
 from pgcoord_cli.core import turns as module
-from pgcoord_cli.core.turns import Turn, Turns
+from pgcoord_cli.core.turns import Turns
 
 KEY, OTHER = b"counter", b"other"
 
@@ -34,19 +34,38 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
+async def work() -> None:
+    """What most attempts here run."""
+
+
 class Attempt:
-    """One attempt at a transaction that reads a key."""
+    """One attempt at a transaction that reads a key, in a task of its own."""
 
-    def __init__(self, turns: Turns, key: bytes = KEY) -> None:
-        self.turn = Turn(turns)
-        self.reading = asyncio.create_task(self.turn.take(key))
+    def __init__(self, turns: Turns, key: bytes = KEY, kind: Callable[..., object] = work) -> None:
+        self.has_read = False
+        self._ending = asyncio.Event()
+        self._outcome = "written"
+        self.task = asyncio.create_task(self._run(turns, key, kind))
 
-    @property
-    def has_read(self) -> bool:
-        return self.reading.done()
+    async def _run(self, turns: Turns, key: bytes, kind: Callable[..., object]) -> None:
+        turn = turns.turn(kind)
+        assert turn
+        with turn.running():
+            await turn.take(key)
+            self.has_read = True
+            await self._ending.wait()
+            if self._outcome == "lost":
+                turn.lost()
+            elif self._outcome == "only read":
+                turn.was_not_needed()
+            elif self._outcome == "failed":
+                return
 
-    def end(self, *, wrote_key: bool = True, conflicted: bool = False) -> None:
-        self.turn.end(wrote_key=wrote_key, conflicted=conflicted)
+    async def end(self, outcome: str = "written") -> None:
+        """`written`, `lost` (and written), `only read`, or `failed`; then everybody goes on until he waits."""
+        self._outcome = outcome
+        self._ending.set()
+        await settled()
 
 
 async def attempts(turns: Turns, number: int, key: bytes = KEY) -> list[Attempt]:
@@ -62,7 +81,7 @@ async def hot(key: bytes = KEY) -> Turns:
     """Turns of which one has just lost a commit over the key."""
     turns = Turns()
     (loser,) = await attempts(turns, 1, key)
-    loser.end(conflicted=True)
+    await loser.end("lost")
     return turns
 
 
@@ -79,11 +98,9 @@ async def test_nobody_waits_at_a_cold_key() -> None:
 async def test_at_a_hot_key_one_goes_after_the_other_in_order() -> None:
     those = await attempts(await hot(), 3)
     assert reading(those) == [True, False, False]
-    those[0].end()
-    await settled()
+    await those[0].end()
     assert reading(those) == [True, True, False]
-    those[1].end(conflicted=True)
-    await settled()
+    await those[1].end("lost")
     assert reading(those) == [True, True, True]
 
 
@@ -93,72 +110,106 @@ async def test_other_keys_stay_cold() -> None:
 
 
 @in_loop
-async def test_a_conflict_over_what_was_only_read_heats_nothing() -> None:
+async def test_other_work_never_waits() -> None:
+    async def look() -> None:
+        """Reads the same key."""
+
+    turns = await hot()
+    holder, waiting = await attempts(turns, 2)
+    lookers = [Attempt(turns, kind=look) for _ in range(2)]
+    await settled()
+    assert reading([holder, waiting, *lookers]) == [True, False, True, True]
+
+
+@in_loop
+async def test_closures_over_one_function_and_partial_calls_are_the_same_work() -> None:
+    def closure(number: int) -> Callable[..., object]:
+        return lambda: number
+
     turns = Turns()
-    (loser,) = await attempts(turns, 1)
-    loser.end(wrote_key=False, conflicted=True)
-    assert reading(await attempts(turns, 2)) == [True, True]
+    loser = Attempt(turns, kind=closure(1))
+    await settled()
+    await loser.end("lost")
+    those = [Attempt(turns, kind=kind) for kind in (closure(2), partial(closure(3)), partial(partial(closure(4))))]
+    await settled()
+    assert reading(those) == [True, False, False]
+
+
+@in_loop
+async def test_a_transaction_inside_another_takes_no_turn() -> None:
+    turns = await hot()
+    outer = turns.turn(work)
+    assert outer
+    with outer.running():
+        assert turns.turn(work) is None
+        assert await asyncio.create_task(taken_in_a_task(turns)) is None
+    assert turns.turn(work)
+
+
+async def taken_in_a_task(turns: Turns) -> object:
+    return turns.turn(work)
 
 
 @in_loop
 async def test_a_reader_who_had_a_turn_lets_everybody_go() -> None:
     turns = await hot()
     those = await attempts(turns, 3)
-    those[0].end(wrote_key=False)
-    await settled()
+    await those[0].end("only read")
     assert reading(those) == [True, True, True]
     assert reading(await attempts(turns, 2)) == [True, True], "the key is cold"
 
 
 @in_loop
-async def test_a_loser_with_a_turn_that_had_not_written_yet_keeps_the_key_hot() -> None:
-    turns = await hot()
-    those = await attempts(turns, 3)
-    those[0].end(wrote_key=False, conflicted=True)
-    await settled()
+async def test_one_who_fails_passes_the_turn_on_and_says_nothing_about_the_key() -> None:
+    those = await attempts(await hot(), 3)
+    await those[0].end("failed")
     assert reading(those) == [True, True, False]
 
 
 @in_loop
 async def test_a_turn_passes_on_after_a_while_whatever_its_holder_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TURN_SECONDS", 0.0)
-    slow, second, third = await attempts(await hot(), 3)
-    await asyncio.gather(second.reading, third.reading)
-    slow.end()
-    assert slow.has_read
+    turns = await hot()
+    monkeypatch.setattr(module, "TURN_SECONDS", 0.01)
+    (slow,) = await attempts(turns, 1)
+    monkeypatch.setattr(module, "TURN_SECONDS", 60.0)
+    second, third = await attempts(turns, 2)
+    while not second.has_read:
+        await asyncio.sleep(0)
+    assert not third.has_read
+    await slow.end()
+    assert not third.has_read, "the turn is not his any more"
+    await second.end()
+    assert third.has_read
 
 
 @in_loop
-async def test_a_holder_who_comes_late_does_not_pass_on_the_turn_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TURN_SECONDS", 0.0)
-    slow, second = await attempts(turns := await hot(), 2)
-    await second.reading
-    monkeypatch.setattr(module, "TURN_SECONDS", 60.0)
-    holder, waiting = await attempts(turns, 2)
-    assert reading([holder, waiting]) == [True, False]
-    slow.end()
-    second.end()
-    await settled()
-    assert not waiting.has_read
+async def test_nobody_waits_longer_than_a_turn_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    holder, *_ = await attempts(turns := await hot(), 1)
+    monkeypatch.setattr(module, "TURN_SECONDS", 0.01)
+    those = await attempts(turns, 20)
+    while not all(reading(those)):
+        await asyncio.sleep(0)
+    await holder.end()
 
 
 @in_loop
 async def test_one_who_is_cancelled_while_waiting_is_passed_over() -> None:
     those = await attempts(await hot(), 3)
-    those[1].reading.cancel()
+    those[1].task.cancel()
     await settled()
-    those[0].end()
-    await settled()
+    await those[0].end()
     assert those[2].has_read
 
 
 @in_loop
 async def test_one_who_is_cancelled_in_the_moment_of_its_turn_passes_it_on() -> None:
     those = await attempts(await hot(), 3)
-    those[0].end()
-    those[1].reading.cancel()
+    those[0]._ending.set()
+    while not those[0].task.done():
+        await asyncio.sleep(0)
+    those[1].task.cancel()
     await settled()
-    assert (those[1].reading.cancelled(), those[2].has_read) == (True, True)
+    assert (those[1].task.cancelled(), those[2].has_read) == (True, True)
 
 
 @in_loop
@@ -172,17 +223,22 @@ async def test_a_key_stays_hot_as_long_as_somebody_waits(monkeypatch: pytest.Mon
     turns = await hot()
     first, second = await attempts(turns, 2)
     monkeypatch.setattr(module, "HOT_SECONDS", -1.0)
-    first.end()
-    await settled()
+    await first.end()
     (third,) = await attempts(turns, 1)
     assert reading([second, third]) == [True, False]
 
 
+@pytest.mark.parametrize(("seconds", "is_hot"), [(-1.0, True), (60.0, False)], ids=["cold ones go", "hot ones stay"])
 @in_loop
-async def test_cold_keys_are_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HOT_SECONDS", -1.0)
+async def test_where_many_keys_are_hot_there_is_room_for_no_more(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, is_hot: bool
+) -> None:
+    monkeypatch.setattr(module, "HOT_SECONDS", seconds)
     monkeypatch.setattr(module, "MANY_KEYS", 10)
     turns = Turns()
     for number in range(100):
-        turns.heat(b"%d" % number)
-    assert len(turns._queues) <= 10
+        turns.heat(b"%d" % number, "kind")
+    monkeypatch.setattr(module, "HOT_SECONDS", 60.0)
+    turns.heat(KEY, "kind")
+    assert (turns.queue_of(KEY, "kind") is not None) == is_hot
+    assert len(turns._queues) == 10
