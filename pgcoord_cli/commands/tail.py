@@ -44,7 +44,11 @@ Since = Annotated[
 ]
 Until = Annotated[
     str | None,
-    typer.Option("--until", metavar="TIME|CURSOR", help="End with what had come by then, or at this cursor."),
+    typer.Option(
+        "--until",
+        metavar="TIME|CURSOR",
+        help="End with what had come by then (at the latest: by now), or at this cursor.",
+    ),
 ]
 Max = Annotated[int | None, typer.Option("--max", metavar="N", min=1, help="End after so many events.")]
 NoFollow = Annotated[bool, typer.Option("--no-follow", help="End when everything has been shown.")]
