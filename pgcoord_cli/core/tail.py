@@ -14,8 +14,7 @@ a round may be delivered: a gap is stepped over only when nobody is left who cou
 writers that had to notify one after the other would lose most of their pace. So then the tail says that it is awake
 and reads on every five milliseconds, until a reading brings no more than one.
 
-**Held up.** When a gap stays for longer than two seconds, the tail names the transactions that may fill it. At a gap it
-looks again after moments, up to a tenth of a second; it does not listen, since most who notify do not fill it.
+**Held up.** When a gap stays for longer than two seconds, the tail names the transactions that may fill it.
 
 **Without follow** it ends once it has passed what was in sight when it began, or when a gap before that holds it up. It
 never asks to be woken.
@@ -76,7 +75,6 @@ PACE_SECONDS = 0.005
 
 HELD_UP_AFTER = 2.0
 FIRST_RECHECK = 0.005
-LONGEST_RECHECK_AT_GAP = 0.1
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 
@@ -371,13 +369,10 @@ class Tail:
 
     def _await_news(self, feed: Feed, frontier: Frontier, patience: Patience, writers: Sequence[str] | None) -> Step:
         """Until there may be something new. Who is on the way now may not have been told that this tail sleeps."""
-        if frontier.is_at_gap:
-            feed.pause(min(patience.next_recheck(), LONGEST_RECHECK_AT_GAP))  # most who notify do not fill it
-        elif writers:
+        if frontier.is_at_gap or writers:
             feed.wait(patience.next_recheck())
-        else:
-            return Step.WOKEN if feed.wait(POLL_SECONDS) else Step.BEFORE_WAITING
-        return Step.BEFORE_WAITING
+            return Step.BEFORE_WAITING
+        return Step.WOKEN if feed.wait(POLL_SECONDS) else Step.BEFORE_WAITING
 
     def _say_held_up(self, feed: Feed, frontier: Frontier) -> None:
         holders = tuple(feed.holders())
