@@ -240,7 +240,7 @@ def loop(settings: Settings, *words: str) -> Iterator[tuple[subprocess.Popen[byt
             yield process, lines
         finally:
             process.kill()
-            lines.join()
+            lines.close()
 
 
 def ticks(lines: Lines) -> Iterator[dict[str, Any]]:

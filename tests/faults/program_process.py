@@ -20,6 +20,7 @@ class Lines:
     """What comes out of a pipe, line by line, from a thread that always reads."""
 
     def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
         self._queue: Queue[str | None] = Queue()
         self._thread = Thread(target=self._read, args=[stream], daemon=True)
         self._thread.start()
@@ -47,8 +48,10 @@ class Lines:
         """Every line up to the end."""
         return list(iter(self.next, None))
 
-    def join(self) -> None:
+    def close(self) -> None:
+        """Once whoever writes has ended: the stream must not be closed under the thread that reads it."""
         self._thread.join(PATIENCE)
+        self._stream.close()
 
 
 class ProgramProcess:
@@ -98,10 +101,8 @@ class ProgramProcess:
         """Ends the process, whatever state it is in."""
         self.process.kill()
         self.process.wait(PATIENCE)
-        for lines, stream in ((self.stdout, self.process.stdout), (self.stderr, self.process.stderr)):
-            assert stream
-            lines.join()
-            stream.close()
+        self.stdout.close()
+        self.stderr.close()
 
 
 Process = TypeVar("Process", bound=ProgramProcess)

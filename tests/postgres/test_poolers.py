@@ -54,7 +54,7 @@ Pool = Callable[..., Settings]
 @pytest.fixture
 def pool(settings: Settings, place: Path) -> Iterator[Pool]:
     """Starts a PgBouncer before the test's database; the settings of whoever connects through it."""
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[tuple[subprocess.Popen[bytes], Lines]] = []
 
     def start(mode: str, size: int, round_robin: int = 0) -> Settings:
         if account := server_account():
@@ -64,19 +64,18 @@ def pool(settings: Settings, place: Path) -> Iterator[Pool]:
         file.chmod(0o644)
         assert PGBOUNCER
         process = subprocess.Popen([PGBOUNCER, file], stderr=subprocess.PIPE, cwd="/", **identity(account))
-        started.append(process)
         assert process.stderr
         said = Lines(process.stderr)
+        started.append((process, said))
         assert any("process up" in line for line in iter(said.next, None)), "PgBouncer did not start"
         dbname = conninfo_to_dict(settings.dsn)["dbname"]
         return replace(settings, dsn=make_conninfo("", host=str(place), port=6432, user="anyone", dbname=dbname))
 
     yield start
-    for process in started:
+    for process, said in started:
         process.terminate()
         process.wait(PATIENCE)
-        assert process.stderr
-        process.stderr.close()
+        said.close()
 
 
 def configuration(settings: Settings, directory: Path, **chosen: object) -> str:
