@@ -549,9 +549,9 @@ def test_a_second_tail_of_a_subscription_is_told_who_holds_it(
 ) -> None:
     first = start("lease", "--subscription", "mailer", "-o", "json")
     until_asleep(sql)
+    holder = value(sql, "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/subscription'")
     second = tail("--subscription", "mailer")
     assert (second.code, second.error["code"]) == (5, "busy")
-    holder = value(sql, "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/subscription'")
     assert f"'mailer' is held by pid {holder} (pgcoord/subscription" in second.error["message"]
     assert tail("--subscription", "another").code == 0
     assert add(sql) == first.ids(1), "the first one is not disturbed"
