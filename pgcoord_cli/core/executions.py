@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from psycopg import Connection
+from psycopg.rows import dict_row
 
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConditionFalse, Fenced, PgcoordError
@@ -91,11 +92,10 @@ def revoke(conn: Connection[Any], execution_id: UUID, lease_epoch: int | None = 
 
 def execution_record(conn: Connection[Any], execution_id: UUID) -> dict[str, Any]:
     """One execution and who runs it. ConditionFalse when there is none."""
-    cursor = conn.execute(sql("executions", "show"), [execution_id])
-    row = cursor.fetchone()
-    if row is None:
+    record = conn.cursor(row_factory=dict_row).execute(sql("executions", "show"), [execution_id]).fetchone()
+    if record is None:
         raise ConditionFalse(f"there is no execution {execution_id}")
-    return dict(zip([column.name for column in cursor.description or ()], row, strict=True))
+    return record
 
 
 def seconds_to_next(conn: Connection[Any], namespace: str | None, instance_tag: str | None) -> float | None:

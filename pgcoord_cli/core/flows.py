@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from psycopg import Connection
+from psycopg.rows import dict_row
 
 from pgcoord_cli.core.flow_file import FlowPlan
+from pgcoord_cli.core.outbox import OUTCOMES
 from pgcoord_cli.core.policy import OnSatisfied, Policy
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
-FINAL = frozenset({"success", "failed", "cancelled", "skipped"})
 PARTITIONS = 16
 """A flow's executions and events share a partition key below this."""
 
@@ -88,7 +89,7 @@ def add_edge(conn: Connection[Any], upstream_id: UUID, downstream_id: UUID) -> U
         states = dict(conn.execute(sql("flows", "hold_ends"), [[upstream_id, downstream_id]]).fetchall())
         if group is None or upstream_id not in states or states[downstream_id] != "blocked":
             raise UsageError("the upstream does not exist, or the downstream waits for nothing (any more)")
-        outcome = states[upstream_id] if states[upstream_id] in FINAL else None
+        outcome = states[upstream_id] if states[upstream_id] in OUTCOMES else None
         edge = conn.execute(sql("flows", "insert_edge"), [upstream_id, downstream_id, outcome]).fetchone()
         if edge is None:
             raise UsageError("there is such an edge already")
@@ -109,23 +110,19 @@ def flow_document(conn: Connection[Any], flow_id: UUID) -> dict[str, Any]:
     """A flow with its executions and edges. ConditionFalse: there is no such flow."""
     with conn.transaction():
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")  # one snapshot of all of it
-        flow = _records(conn.execute(sql("flows", "show"), [flow_id]))
-        executions = _records(conn.execute(sql("flows", "executions"), [flow_id]))
-        edges = _records(conn.execute(sql("flows", "edges"), [flow_id]))
-    if not flow:
+        cursor = conn.cursor(row_factory=dict_row)
+        flow = cursor.execute(sql("flows", "show"), [flow_id]).fetchone()
+        executions = cursor.execute(sql("flows", "executions"), [flow_id]).fetchall()
+        edges = cursor.execute(sql("flows", "edges"), [flow_id]).fetchall()
+    if flow is None:
         raise _missing(flow_id)
-    return {**flow[0], "executions": executions, "edges": edges}
+    return {**flow, "executions": executions, "edges": edges}
 
 
 def list_flows(conn: Connection[Any], namespace: str | None, limit: int) -> list[dict[str, Any]]:
     """Flows, newest first, with how many of their executions are unfinished or failed."""
-    return _records(conn.execute(sql("flows", "list"), [namespace, limit]))
+    return conn.cursor(row_factory=dict_row).execute(sql("flows", "list"), [namespace, limit]).fetchall()
 
 
 def _missing(flow_id: UUID) -> ConditionFalse:
     return ConditionFalse(f"there is no flow {flow_id}", hint="see: pgcoord flow list")
-
-
-def _records(cursor: Any) -> list[dict[str, Any]]:
-    names = [column.name for column in cursor.description]
-    return [dict(zip(names, row, strict=True)) for row in cursor]

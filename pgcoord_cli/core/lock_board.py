@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from psycopg import Connection
+from psycopg.rows import dict_row
 
 from pgcoord_cli.core.leadership import subscription_lock
 from pgcoord_cli.core.locks import LockHolder, lock_holder
@@ -14,9 +15,7 @@ from pgcoord_cli.errors import ConditionFalse
 
 def list_locks(conn: Connection[Any]) -> list[dict[str, Any]]:
     """Holders and waiters of the locks that have names in this schema."""
-    cursor = conn.execute(sql("locks", "list"))
-    names = [column.name for column in cursor.description or ()]
-    return [dict(zip(names, row, strict=True)) for row in cursor]
+    return conn.cursor(row_factory=dict_row).execute(sql("locks", "list")).fetchall()
 
 
 def holder_of(conn: Connection[Any], schema: str, name: str) -> LockHolder:

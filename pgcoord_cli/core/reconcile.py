@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import Connection
+from psycopg.rows import dict_row
 
 from pgcoord_cli.core.dispatch import dispatch_all
 from pgcoord_cli.core.gc import DEFAULT_RETENTION
@@ -129,9 +130,7 @@ RECONCILERS: dict[str, Callable[[Connection[Any], Scope, Complain], Tick]] = {
 
 def list_quarantined(conn: Connection[Any]) -> list[dict[str, Any]]:
     """The events that are not tried any more, and why."""
-    cursor = conn.execute(sql("reconcile", "quarantined"))
-    names = [column.name for column in cursor.description or ()]
-    return [dict(zip(names, row, strict=True)) for row in cursor]
+    return conn.cursor(row_factory=dict_row).execute(sql("reconcile", "quarantined")).fetchall()
 
 
 def retry_quarantined(conn: Connection[Any], event_id: int | None) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from psycopg import Connection
+from psycopg.rows import dict_row
 
 from pgcoord_cli.core.backoff import jittered
 from pgcoord_cli.core.cursor import to_cursor
@@ -140,9 +141,7 @@ def check_outbox(name: str, table: str | None, outbox: Outbox) -> None:
 
 def list_subscriptions(conn: Connection[Any], name: str | None = None) -> list[dict[str, Any]]:
     """Every subscription, or the one of that name: where it stands, and how many events of its outbox lie ahead."""
-    cursor = conn.execute(sql("subscriptions", "list"), [name])
-    names = [column.name for column in cursor.description or ()]
-    records = [dict(zip(names, row, strict=True)) for row in cursor]
+    records = conn.cursor(row_factory=dict_row).execute(sql("subscriptions", "list"), [name]).fetchall()
     for record in records:
         position = record["last_position"]
         record["cursor"] = None if position is None else to_cursor(position)

@@ -211,7 +211,7 @@ class Tail:
         self._wakeup = Wakeup()
         self._frontier: Frontier | None = None
         self._end: int | None = None
-        self._head_at_start = 0
+        self._stop_at: int | None = None
         self._seen_before = SeenBefore(0, [])
         self._stopping = False
 
@@ -262,10 +262,11 @@ class Tail:
 
     def _begin(self, feed: Feed) -> Frontier:
         bounds = feed.bounds()
-        self._head_at_start = bounds.head
         position = self._resolve_start(feed, bounds)
         if self._until:
             self._end = self._resolve_end(feed, self._until, bounds)
+        ends = [self._end, None if self._follow else bounds.head]
+        self._stop_at = min((end for end in ends if end is not None), default=None)
         return Frontier(position)
 
     def _resolve_start(self, feed: Feed, bounds: Bounds) -> int:
@@ -298,7 +299,7 @@ class Tail:
             patience.note(has_moved=batch is not None, is_at_gap=frontier.is_at_gap)
             if batch:
                 yield batch
-            if self._is_at_end(frontier):
+            if self._stop_at is not None and frontier.position >= self._stop_at:
                 return
             step = self._next_step(feed, step, len(reading.events), frontier, has_moved=batch is not None)
             if step is Step.PACED:
@@ -307,10 +308,6 @@ class Tail:
                 if not self._is_worth_waiting(feed, frontier, patience):
                     return
                 step = self._await_news(feed, frontier, patience, reading.writers)
-
-    def _is_at_end(self, frontier: Frontier) -> bool:
-        ends = [self._end, None if self._follow else self._head_at_start]
-        return any(end is not None and frontier.position >= end for end in ends)
 
     def _read(self, feed: Feed, frontier: Frontier, step: Step) -> Reading:
         if step is Step.WOKEN:

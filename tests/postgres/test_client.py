@@ -28,6 +28,7 @@ from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.mutations import apply, covers
 from pgcoord_cli.core.session import open_session, open_session_async
 from pgcoord_cli.core.submissions import Submission, Submitter
+from pgcoord_cli.core.turns import kind_of
 from pgcoord_cli.core.wakeup import Notifications, Wakeup
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
@@ -517,6 +518,25 @@ def test_those_who_increment_one_key_all_the_time_take_turns(settings: Settings,
     statuses = dict(sql.execute("SELECT status, count(*) FROM commit_requests GROUP BY status").fetchall())
     assert statuses["committed"] == 400
     assert statuses["conflict"] < 100, "all but one of the first twenty, and hardly any after them"
+
+
+@needs_leader
+@played
+async def test_a_hot_key_stays_hot_for_work_that_fails_and_cools_when_a_turn_was_not_needed(db: Database) -> None:
+    chance = iter([RuntimeError(), None])
+
+    async def work(tr: Transaction) -> None:
+        await tr.get(b"k")
+        if error := next(chance):
+            raise error
+
+    kind = kind_of(work)
+    db._turns.heat(b"k", kind)
+    with pytest.raises(RuntimeError):
+        await db.run(work)
+    assert db._turns.queue_of(b"k", kind)
+    await db.run(work)
+    assert db._turns.queue_of(b"k", kind) is None
 
 
 @needs_leader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial, wraps
 
 import pytest
@@ -38,6 +39,10 @@ async def work() -> None:
     """What most attempts here run."""
 
 
+class TrialError(Exception):
+    """What the work of an attempt may raise."""
+
+
 class Attempt:
     """One attempt at a transaction that reads a key, in a task of its own."""
 
@@ -59,12 +64,14 @@ class Attempt:
             elif self._outcome == "only read":
                 turn.was_not_needed()
             elif self._outcome == "failed":
-                return
+                raise TrialError
 
     async def end(self, outcome: str = "written") -> None:
         """`written`, `lost` (and written), `only read`, or `failed`; then everybody goes on until he waits."""
         self._outcome = outcome
         self._ending.set()
+        with pytest.raises(TrialError) if outcome == "failed" else nullcontext():
+            await self.task
         await settled()
 
 
