@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import psycopg
 from psycopg import Connection
 
 from benchmarks.measuring import Result, Stopwatch
+from pgcoord_cli.core.resolver import CONFLICT_WINDOW
 
 KEYS = 10_000
 SCAN = 100
@@ -105,11 +107,14 @@ def superseded_write(conn: Connection[Any], keys: int) -> None:
 
 
 def prune_ranges(dsn: str, stop: threading.Event) -> None:
-    """Deletes the ranges that no running transaction can overlap any more, as that design's garbage collector did."""
+    """Deletes the ranges that no transaction can overlap any more that lasts as long as pgcoord lets one last."""
+    versions: deque[tuple[float, int]] = deque()
     with psycopg.connect(dsn, autocommit=True) as conn:
         while not stop.wait(0.5):
             (version,) = conn.execute("SELECT last_value FROM rival_version").fetchone() or (0,)
-            conn.execute("DELETE FROM rival_ranges WHERE upper(versions) < %s", [version - 5_000])
+            versions.append((time.monotonic(), version))
+            while versions[0][0] < time.monotonic() - CONFLICT_WINDOW.total_seconds():
+                conn.execute("DELETE FROM rival_ranges WHERE upper(versions) < %s", [versions.popleft()[1]])
 
 
 def run_workers(dsn: str, work: Work, keys: int, workers: int, seconds: float, *, serializable: bool) -> Result:
