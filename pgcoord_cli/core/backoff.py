@@ -22,10 +22,14 @@ class Backoff:
         """Something worked: begin small again."""
         self._next = self._first
 
+    def next_pause(self) -> float:
+        """The seconds to pause now; makes the next pause longer."""
+        seconds, self._next = self._next, min(self._next * 2, self._last)
+        return jittered(seconds)
+
     async def pause(self) -> None:
         """Waits, and makes the next pause longer."""
-        seconds, self._next = self._next, min(self._next * 2, self._last)
-        await asyncio.sleep(jittered(seconds))
+        await asyncio.sleep(self.next_pause())
 
 
 def jittered(seconds: float) -> float:

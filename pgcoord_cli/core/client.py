@@ -76,8 +76,7 @@ class Database:
     async def open(self) -> None:
         """Opens the first connection, so that what is wrong with the server shows here."""
         with mapped_errors():
-            async with self._pool.lane():
-                pass
+            await self._pool.open()
 
     async def close(self) -> None:
         """Closes every connection."""
@@ -134,7 +133,7 @@ class Database:
         transaction = Transaction(self._reader, self._submitter, self._watcher, commit_seconds, turn)
         if turn is None:
             return await _work_and_commit(work, transaction)
-        with turn.running():
+        with turn:
             try:
                 result = await _work_and_commit(work, transaction)
             except Conflict:

@@ -1,13 +1,14 @@
 """Many callers, few statements: what waits while a statement is in flight goes out together in the next one.
 
-There is no timer: a lone caller is sent at once, and the busier the connection, the larger the groups become by
-themselves.
+There is no timer and no task: a lone caller is sent in the next step of the event loop, together with whoever calls in
+the same one, and the busier the connection, the larger the groups become by themselves.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -15,40 +16,43 @@ Result = TypeVar("Result")
 
 
 class Grouping(Generic[Item, Result]):
-    """Calls `send` with lists of items, one list at a time, and hands each caller the result of its own item."""
+    """Calls `send` with lists of items, one list at a time, and hands each caller the result of its own item.
 
-    def __init__(self, send: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]], limit: int) -> None:
+    `send` gets the items, and what to call later with as many results or with one error.
+    """
+
+    def __init__(
+        self, send: Callable[[Sequence[Item], Callable[[Sequence[Result] | Exception], None]], None], limit: int
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
         self._send = send
         self._limit = limit
         self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
-        self._sender: asyncio.Task[None] | None = None
+        self._is_sending = False
 
-    async def __call__(self, item: Item) -> Result:
-        """The result of one item; raises what `send` raised for its group."""
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+    def __call__(self, item: Item) -> asyncio.Future[Result]:
+        """The result of one item, or what went wrong with its group."""
+        future: asyncio.Future[Result] = self._loop.create_future()
         self._waiting.append((item, future))
-        if self._sender is None:
-            self._sender = asyncio.create_task(self._drain())
-        return await future
+        if len(self._waiting) == 1:
+            self._loop.call_soon(self._send_next)
+        return future
 
-    async def _drain(self) -> None:
-        try:
-            while self._waiting:
-                group, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
-                await self._send_group(group)
-        finally:
-            self._sender = None
+    def _send_next(self) -> None:
+        if self._waiting and not self._is_sending:
+            self._is_sending = True
+            group, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
+            self._send([item for item, _ in group], partial(self._on_results, group))
 
-    async def _send_group(self, group: list[tuple[Item, asyncio.Future[Result]]]) -> None:
-        try:
-            results = await self._send([item for item, _ in group])
-        except BaseException as error:
-            for _, future in group:
-                if not future.done():
-                    future.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
-            if not isinstance(error, Exception):
-                raise
-            return
-        for (_, future), result in zip(group, results, strict=True):
-            if not future.done():
-                future.set_result(result)
+    def _on_results(
+        self, group: list[tuple[Item, asyncio.Future[Result]]], results: Sequence[Result] | Exception
+    ) -> None:
+        self._is_sending = False
+        self._send_next()  # first, so that the server has something to do meanwhile
+        for place, (_, future) in enumerate(group):
+            if future.done():
+                continue
+            if isinstance(results, Exception):
+                future.set_exception(results)
+            else:
+                future.set_result(results[place])

@@ -96,7 +96,7 @@ class Listener:
             await self._serve(lane)
         finally:
             self._listening.clear()
-            await lane.close()
+            lane.close()
 
     async def _serve(self, lane: Lane) -> None:
         """Everything that happens on one connection, until it breaks."""
@@ -107,7 +107,7 @@ class Listener:
             if not await self._woken():
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await lane.fetch("SELECT 1", [])
-            if not lane.is_usable:
+            if not lane.is_open:
                 return
             await self._listen_to_new(lane)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import psycopg
@@ -12,9 +12,9 @@ from pgcoord_cli.core.grouping import Grouping
 from pgcoord_cli.core.pool import Pool
 from pgcoord_cli.db.binary import bool_array, bytea_array, int8_array, integer
 from pgcoord_cli.db.connection import mapped_errors
-from pgcoord_cli.db.lane import Lane
+from pgcoord_cli.db.lane import Answer, Row
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import ConnectionFailed
+from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 
 GROUP_LIMIT = 500
 
@@ -71,31 +71,37 @@ class SnapshotReader:
             with mapped_errors():
                 return await self._group(wanted)
 
-    async def _read_group(self, group: Sequence[Wanted]) -> Sequence[Snapshot]:
+    def _read_group(self, group: Sequence[Wanted], done: Callable[[Sequence[Snapshot] | Exception], None]) -> None:
         keys = list({key for wanted in group for key in wanted.keys})
         ranges = list({interval for wanted in group for interval in wanted.ranges})
-        async with self._pool.lane() as lane:
-            snapshot = await (_read_all(lane, keys, ranges) if ranges else _read_keys(lane, keys))
-        return [snapshot] * len(group)
+
+        def on_answer(answer: Answer) -> None:
+            found = answer if isinstance(answer, Exception) else _snapshot(keys, ranges, answer)
+            done(found if isinstance(found, Exception) else [found] * len(group))
+
+        if ranges:
+            self._pool.run(sql("kv", "read_snapshot"), [bytea_array(keys), *_bounds(ranges)], on_answer)
+        else:
+            self._pool.run(sql("kv", "read_keys"), [bytea_array(keys)], on_answer)
 
 
-async def _read_keys(lane: Lane, keys: list[bytes]) -> Snapshot:
-    found = await lane.fetch(sql("kv", "read_keys"), [bytea_array(keys)])
-    values: dict[bytes, bytes | None] = dict.fromkeys(keys)
-    values.update((key, value) for _, _, key, value in found if key is not None)
-    return Snapshot(integer(found[0][0]), integer(found[0][1]), values, {})
-
-
-async def _read_all(lane: Lane, keys: list[bytes], ranges: list[RangeRead]) -> Snapshot:
-    """Keys and ranges in one statement, hence in one snapshot."""
-    bounds = [
+def _bounds(ranges: list[RangeRead]) -> list[bytes]:
+    return [
         bytea_array([interval.begin for interval in ranges]),
         bytea_array([PAST_THE_LAST_KEY if interval.end is None else interval.end for interval in ranges]),
         int8_array([interval.limit for interval in ranges]),
         bool_array([interval.reverse for interval in ranges]),
     ]
-    found = await lane.fetch(sql("kv", "read_snapshot"), [bytea_array(keys), *bounds])
+
+
+def _snapshot(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) -> Snapshot | PgcoordError:
+    if not found:
+        return PgcoordError("leader_lease has lost its row", hint="restore it from a backup")
+    epoch, version = integer(found[0][0]), integer(found[0][1])
     values: dict[bytes, bytes | None] = dict.fromkeys(keys)
+    if not ranges:
+        values.update((key, value) for _, _, key, value in found if key is not None)
+        return Snapshot(epoch, version, values, {})
     rows: dict[int, list[tuple[bytes, bytes]]] = {}
     for _, _, part, key, value in found:
         if key is not None and value is not None:
@@ -107,4 +113,4 @@ async def _read_all(lane: Lane, keys: list[bytes], ranges: list[RangeRead]) -> S
         interval: tuple(sorted(rows.get(place, ()), reverse=interval.reverse))
         for place, interval in enumerate(ranges, start=1)
     }
-    return Snapshot(integer(found[0][0]), integer(found[0][1]), values, in_order)
+    return Snapshot(epoch, version, values, in_order)

@@ -3,11 +3,12 @@
 **Enqueue.** The request goes into the queue with a UUID of the client's and `synchronous_commit = off`: a pending
 row that a crash loses was never acknowledged, and the UUID makes it harmless to submit it again.
 
-**Two tasks.** Many transactions commit at once, so the work is done for all of them together: one task sends
-what waits to be sent, group by group and, where a connection is lost, again over the next; one asks what became of
-what was sent. A commit itself only waits for one future, and holds no pooled connection meanwhile.
+**Together.** Many transactions commit at once, so the work is done for all of them: one statement at a time sends
+what waits to be sent, group by group and, where a connection is lost, again over the next; one statement at a time asks
+what became of what was sent. Each follows from the answer to the one before, or from a notification, without a task in
+between; a commit itself only waits for one future, and holds no pooled connection meanwhile.
 
-**Ask.** A reply channel wakes the asking task, and it looks by itself once in a poll interval. What it believes is only
+**Ask.** A reply channel tells when to ask, and one asks unasked once in a poll interval. What is believed is only
 ever the status in the table, read together with the epoch in one snapshot, for all undecided requests at once
 (rule I3).
 
@@ -22,24 +23,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import NamedTuple
 from uuid import UUID
 
 import psycopg
 
 from pgcoord_cli.core import channels
-from pgcoord_cli.core.backoff import Backoff
+from pgcoord_cli.core.gate import Gate
 from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.pool import Pool
 from pgcoord_cli.core.retention import SHORTEST_RETENTION
 from pgcoord_cli.db.binary import bytea_array, int8_array, integer, text, timestamp, uuid_array
 from pgcoord_cli.db.connection import translate
-from pgcoord_cli.db.lane import Row
+from pgcoord_cli.db.lane import Answer, Row
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown, PgcoordError
 
@@ -48,6 +51,9 @@ GROUP_LIMIT = 128
 
 SURELY_KEPT = timedelta(seconds=SHORTEST_RETENTION / 2)
 SENT_TWICE = "it was sent more than once, and may have been settled and forgotten in between"
+
+FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0
+"""Seconds before a statement that failed is tried again."""
 
 CLOSED = "this client was closed"
 
@@ -69,13 +75,17 @@ class Outcome(NamedTuple):
     reason: str | None
 
 
+_chance = random.Random()  # seeded by the operating system; its own, so that no program's random.seed repeats ids
+os.register_at_fork(after_in_child=_chance.seed)
+
+
 def new_request_id() -> bytes:
     """A UUID of version 7 (RFC 9562) as its 16 bytes: by time, then random.
 
     Ids of one time lie side by side in the index, however long the history; nothing else depends on the clock.
     """
     milliseconds = time.time_ns() // 1_000_000
-    chance = int.from_bytes(os.urandom(10), "big") & ~(0xF << 76 | 0x3 << 62)
+    chance = _chance.getrandbits(80) & ~(0xF << 76 | 0x3 << 62)
     return ((milliseconds & (1 << 48) - 1) << 80 | 0x7 << 76 | 0x2 << 62 | chance).to_bytes(16, "big")
 
 
@@ -118,16 +128,19 @@ class Submitter:
 
     def __init__(self, schema: str, pool: Pool, listener: Listener) -> None:
         self._queue_channel = channels.commits(schema).encode()
-        self._reply_channel = channels.reply(schema, secrets.token_hex(6))
+        self._reply_channel = channels.reply(schema, secrets.token_hex(6)).encode()
         self._pool = pool
         self._listener = listener
+        self._loop = asyncio.get_running_loop()
         self._undecided: dict[bytes, Undecided] = {}
         self._unsent: deque[Undecided] = deque()
-        self._news = asyncio.Event()
+        self._is_listening = False
+        self._sending = Gate(self._send, FIRST_PAUSE, LAST_PAUSE)
+        self._asking = Gate(self._ask, FIRST_PAUSE, LAST_PAUSE)
+        self._has_news = False
         self._look_at_all = False
-        self._sender: asyncio.Task[None] | None = None
-        self._asker: asyncio.Task[None] | None = None
         self._clock: asyncio.TimerHandle | None = None
+        self._listening: asyncio.Task[None] | None = None
         self._trouble: str | None = None
         self._closed = False
 
@@ -137,20 +150,23 @@ class Submitter:
         self._give_up(list(self._undecided.values()), CLOSED)
         if self._clock:
             self._clock.cancel()
-        tasks = [task for task in (self._sender, self._asker) if task]
-        for task in tasks:
-            task.cancel()  # it may be waiting for a server that is down
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._sending.close()
+        self._asking.close()
+        if self._listening:
+            self._listening.cancel()  # it may be waiting for a server that is down
+            await asyncio.gather(self._listening, return_exceptions=True)
 
     async def submit(self, submission: Submission, seconds: float) -> Outcome:
         """Enqueues a request and waits until it is settled; OutcomeUnknown when that is not known in `seconds`.
 
         ConnectionFailed when it could not even be sent in that time: then it never will be.
         """
-        undecided = Undecided(submission, asyncio.get_running_loop(), seconds)
+        undecided = Undecided(submission, self._loop, seconds)
         self._undecided[submission.request_id] = undecided
         self._unsent.append(undecided)
-        self._set_to_work(undecided.deadline)
+        self._set_clock(undecided.deadline)
+        if len(self._unsent) == 1:
+            self._loop.call_soon(self._send)  # together with whatever else commits in this step of the loop
         try:
             outcome = await undecided.outcome
         finally:
@@ -165,34 +181,26 @@ class Submitter:
             hint=f"ask again with: pgcoord commit show {request_id}",
         )
 
-    # -- the tasks and the clock
+    # -- the clock
 
-    def _set_to_work(self, deadline: float) -> None:
-        if self._closed:
-            self._give_up(list(self._unsent), CLOSED)
-        elif self._sender is None or self._sender.done():
-            self._sender = asyncio.create_task(self._send())
-        if self._clock is None or self._clock.when() > deadline:
-            self._set_clock()
-
-    def _set_clock(self) -> None:
-        """The next look without a notification, or the first deadline."""
-        if self._clock:
-            self._clock.cancel()
-        loop = asyncio.get_running_loop()
-        deadlines = (undecided.deadline for undecided in self._undecided.values())
-        self._clock = loop.call_at(min(loop.time() + channels.POLL_SECONDS, *deadlines), self._on_clock)
+    def _set_clock(self, deadline: float) -> None:
+        """The next look without a notification, or the first deadline, whichever comes first."""
+        at = min(deadline, self._loop.time() + channels.POLL_SECONDS)
+        if self._clock is None or self._clock.when() > at:
+            if self._clock:
+                self._clock.cancel()
+            self._clock = self._loop.call_at(at, self._on_clock)
 
     def _on_clock(self) -> None:
         self._clock = None
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         late = [undecided for undecided in self._undecided.values() if undecided.deadline <= now]
         self._give_up(late, self._trouble or self._listener.trouble or "no leader settled it in time")
         self._look_at_all = True
-        self._news.set()
-        if self._undecided and not self._closed:
-            self._start_asker()
-            self._set_clock()
+        self._on_news()
+        waiting = [undecided.deadline for undecided in self._undecided.values() if not undecided.outcome.done()]
+        if waiting and not self._closed:
+            self._set_clock(min(waiting))
 
     def _give_up(self, these: Sequence[Undecided], why: str) -> None:
         for undecided in these:
@@ -205,24 +213,27 @@ class Submitter:
 
     # -- sending
 
-    async def _send(self) -> None:
-        """Sends whatever waits to be sent, over one connection after the other: ids apply once."""
-        backoff = Backoff(0.05, 1.0)
-        while self._unsent and not self._closed:
-            if not (group := self._next_group()):
-                return
-            try:
-                await self._listener.listen(self._reply_channel, self._news.set)
-                again = any(undecided.sent_before for undecided in group)
-                enqueued_at = await self._enqueue_group(group, again=again)
-            except Exception as error:  # noqa: BLE001 - it is raised again where the commit is waited for
-                self._not_sent(group, self._note_trouble(error))
-                await backoff.pause()
-                continue
-            backoff.reset()
-            for undecided in group:
-                undecided.arrived(enqueued_at)
-            self._start_asker()
+    def _send(self) -> None:
+        """Sends the next group of what waits to be sent, unless one is under way: ids apply once."""
+        if self._closed:
+            self._give_up(list(self._unsent), CLOSED)
+        elif self._unsent and self._sending.is_open:
+            self._sending.shut()
+            if self._is_listening:
+                self._enqueue(self._next_group())
+            else:
+                self._listening = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        """Before anything is sent for the first time: a reply that nobody hears costs a poll interval."""
+        try:
+            await self._listener.listen(self._reply_channel.decode(), self._on_news)
+        except Exception as error:  # noqa: BLE001 - it is raised again where the commit is waited for
+            self._not_sent(self._next_group(), error)
+            self._sending.open_later()
+        else:
+            self._is_listening = True
+            self._sending.open()
 
     def _next_group(self) -> list[Undecided]:
         group: list[Undecided] = []
@@ -232,23 +243,38 @@ class Submitter:
                 group.append(undecided)
         return group
 
-    async def _enqueue_group(self, group: Sequence[Undecided], *, again: bool) -> datetime:
-        submissions = [undecided.submission for undecided in group]
-        request_ids, epochs, read_versions, payloads = zip(*submissions, strict=True)
+    def _enqueue(self, group: list[Undecided]) -> None:
+        if not group:
+            self._sending.open()
+            return
+        request_ids, epochs, read_versions, payloads = zip(*(undecided.submission for undecided in group), strict=True)
         columns = [uuid_array(request_ids), int8_array(epochs), int8_array(read_versions), bytea_array(payloads)]
-        async with self._pool.lane() as lane:
-            statement = sql("commits", "enqueue_again" if again else "enqueue")
-            for undecided in group:
-                undecided.sent = True
-            rows = await lane.fetch(statement, [*columns, self._reply_channel.encode(), self._queue_channel])
-        return timestamp(rows[0][1])
+        again = any(undecided.sent_before for undecided in group)
+        statement = sql("commits", "enqueue_again" if again else "enqueue")
+        for undecided in group:
+            undecided.sent = True
+        columns += [self._reply_channel, self._queue_channel]
+        self._pool.run(statement, columns, partial(self._on_enqueued, group))
 
-    def _not_sent(self, group: Sequence[Undecided], trouble: Exception) -> None:
+    def _on_enqueued(self, group: Sequence[Undecided], answer: Answer) -> None:
+        if isinstance(answer, Exception):
+            self._not_sent(group, answer)
+            self._sending.open_later()
+            return
+        enqueued_at = timestamp(answer[0][1])
+        for undecided in group:
+            undecided.arrived(enqueued_at)
+        self._sending.open()
+
+    def _not_sent(self, group: Sequence[Undecided], error: Exception) -> None:
         """A lost connection leaves it open what arrived, so the group is sent again.
 
         Anything else is the answer, unless the request had been sent before and may have arrived then.
         """
+        trouble = self._note_trouble(error)
         for undecided in group:
+            if not isinstance(error, psycopg.Error):  # there was no connection that it could have gone over
+                undecided.sent = undecided.sent_before
             if isinstance(trouble, ConnectionFailed):
                 undecided.doubtful = undecided.sent
             elif undecided.sent_before:
@@ -259,38 +285,36 @@ class Submitter:
 
     # -- asking
 
-    def _start_asker(self) -> None:
-        if self._asker is None or self._asker.done():
-            self._asker = asyncio.create_task(self._ask())
+    def _on_news(self) -> None:
+        """Something may have been settled."""
+        self._has_news = True
+        self._ask()
 
-    async def _ask(self) -> None:
-        """Asks for what is settled whenever a reply may have come, and for everything once in a poll interval."""
-        backoff = Backoff(0.05, 1.0)
-        while self._undecided and not self._closed:
-            await self._news.wait()
-            self._news.clear()
-            whole, self._look_at_all = self._look_at_all, False
-            try:
-                await self._look_up(whole=whole)
-                self._trouble = None
-                backoff.reset()
-            except (psycopg.Error, PgcoordError) as error:
-                self._note_trouble(error)
-                self._news.set()
-                await backoff.pause()
-
-    async def _look_up(self, *, whole: bool) -> None:
-        """One snapshot; in the `whole` of it, what is not there although it was enqueued before is sent again."""
-        asked = [key for key, undecided in self._undecided.items() if undecided.sent_before]
+    def _ask(self) -> None:
+        """Asks for what is settled; once in a poll interval for everything, and sends again what is not there."""
+        if self._closed or not (self._has_news and self._undecided and self._asking.is_open):
+            return
+        self._asking.shut()
+        self._has_news = False
+        whole, self._look_at_all = self._look_at_all, False
+        asked = [key for key, undecided in self._undecided.items() if undecided.sent]
         missing = {key: undecided for key, undecided in self._undecided.items() if whole and undecided.enqueued}
-        async with self._pool.lane() as lane:
-            rows = await lane.fetch(sql("commits", "ask"), [uuid_array(asked), bytes([whole])])
-        for _, request_id, status, version, reason in rows:
+        self._pool.run(sql("commits", "ask"), [uuid_array(asked), bytes([whole])], partial(self._on_asked, missing))
+
+    def _on_asked(self, missing: dict[bytes, Undecided], answer: Answer) -> None:
+        if isinstance(answer, Exception):
+            self._note_trouble(answer)
+            self._has_news = True
+            self._asking.open_later()
+            return
+        self._trouble = None
+        for _, request_id, status, version, reason in answer:
             if request_id is not None:
                 missing.pop(request_id, None)
                 if status != b"pending":
                     self._settle(request_id, _outcome((status, version, reason)))
         self._send_again(missing.values())
+        self._asking.open()
 
     def _settle(self, request_id: bytes, outcome: Outcome) -> None:
         if undecided := self._undecided.get(request_id):
@@ -300,7 +324,7 @@ class Submitter:
         for undecided in missing:
             undecided.enqueued = False
             self._unsent.append(undecided)
-            self._set_to_work(undecided.deadline)
+        self._send()
 
 
 def _outcome(columns: Row) -> Outcome:

@@ -18,9 +18,9 @@ error.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import NamedTuple
 
 from pgcoord_cli.core import codec
@@ -210,7 +210,7 @@ class Transaction:
     async def _extend(self, keys: tuple[bytes, ...], ranges: tuple[RangeRead, ...]) -> None:
         """Reads more; what was read before is read again with it, and must not have changed."""
         if self._snapshot is None:
-            self._began = asyncio.get_running_loop().time()
+            self._began = monotonic()
         else:
             self._check_time()
             keys, ranges = (*self._values, *keys), (*self._rows, *ranges)
@@ -218,10 +218,8 @@ class Transaction:
         if self._snapshot and now.version != self._snapshot.version and not self._still_holds(now):
             raise Conflict("what this transaction read before has been written since", hint="run it again")
         self._snapshot = now
-        for key in keys:
-            self._values[key] = now.values[key]
-        for interval in ranges:
-            self._rows[interval] = now.rows[interval]
+        self._values.update((key, now.values[key]) for key in keys)
+        self._rows.update((interval, now.rows[interval]) for interval in ranges)
 
     def _still_holds(self, now: Snapshot) -> bool:
         return all(now.values[key] == self._values[key] for key in self._read_keys if key in self._values) and all(
@@ -229,7 +227,7 @@ class Transaction:
         )
 
     def _check_time(self) -> None:
-        if asyncio.get_running_loop().time() - self._began > TIME_LIMIT_SECONDS:
+        if monotonic() - self._began > TIME_LIMIT_SECONDS:
             raise TimeLimit(f"the transaction is older than {TIME_LIMIT_SECONDS:g}s", hint="run it again, and faster")
 
     # -- conflicts by hand
@@ -337,7 +335,8 @@ class Transaction:
     @property
     def wrote_key_of_turn(self) -> bool:
         """Whether it wrote the very key that it read first; a range that holds it does not count."""
-        return self._turn is not None and any(mutation.key == self._turn.key for mutation in self._mutations)
+        key = self._turn.key if self._turn else None
+        return key is not None and any(mutation.key == key for mutation in self._mutations)
 
     # -- ending
 

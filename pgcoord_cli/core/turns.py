@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextvars import ContextVar, Token
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 HOT_SECONDS = 1.0
 TURN_SECONDS = 0.5
@@ -36,23 +35,25 @@ _is_inside = ContextVar("pgcoord.turn", default=False)
 class Turn:
     """The part of one attempt at a transaction in this. `kind` is the same for those that run the same work."""
 
+    __slots__ = ("_outside", "_queue", "_turns", "key", "kind")
+
     def __init__(self, turns: Turns, kind: object) -> None:
+        self._outside: Token[bool]
         self._turns = turns
         self._queue: Queue | None = None
         self.kind = kind
         self.key: bytes | None = None
         """What the transaction read first, if that was a single key."""
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def __enter__(self) -> Self:
         """Around the attempt: what runs inside takes no turn, and in the end this one's is passed on."""
-        token = _is_inside.set(True)
-        try:
-            yield
-        finally:
-            _is_inside.reset(token)
-            if self._queue:
-                self._queue.leave(self)
+        self._outside = _is_inside.set(True)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        _is_inside.reset(self._outside)
+        if self._queue:
+            self._queue.leave(self)
 
     async def take(self, key: bytes) -> None:
         """Before the first read: waits for the turn if the key is hot."""

@@ -27,9 +27,10 @@ from pgcoord_cli.core.commits import find_request
 from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.mutations import apply, covers
 from pgcoord_cli.core.session import open_session, open_session_async
-from pgcoord_cli.core.submissions import Submission, Submitter
+from pgcoord_cli.core.submissions import Submitter, Undecided
 from pgcoord_cli.core.turns import kind_of
 from pgcoord_cli.core.wakeup import Notifications, Wakeup
+from pgcoord_cli.db.lane import Answer
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until_async, value
@@ -651,24 +652,42 @@ async def test_reads_go_on_after_all_sessions_were_ended(db: Database, sql: Sql)
         assert await asyncio.gather(*(db.transaction().get(b"k") for _ in range(20))) == [b"1"] * 20
 
 
-Enqueue = Callable[..., Awaitable[Any]]
-
-
 def lose_first_answer(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Awaitable[None]]) -> None:
     """The first requests that are sent do arrive, but the connection breaks before the client hears so."""
-    enqueue: Enqueue = Submitter._enqueue_group
-    sent = 0
+    hear = Submitter._on_enqueued
+    losses: list[asyncio.Task[None]] = []
 
-    async def send(submitter: Submitter, group: Sequence[Submission], *, again: bool) -> Any:
-        nonlocal sent
-        sent += 1
-        answer = await enqueue(submitter, group, again=again)
-        if sent == 1:
-            await meanwhile()
-            raise psycopg.OperationalError("the connection is lost")
-        return answer
+    async def lose(submitter: Submitter, group: Sequence[Undecided]) -> None:
+        await meanwhile()
+        hear(submitter, group, psycopg.OperationalError("the connection is lost"))
 
-    monkeypatch.setattr(Submitter, "_enqueue_group", send)
+    def hear_all_but_the_first(submitter: Submitter, group: Sequence[Undecided], answer: Answer) -> None:
+        if losses:
+            hear(submitter, group, answer)
+        else:
+            losses.append(asyncio.create_task(lose(submitter, group)))
+
+    monkeypatch.setattr(Submitter, "_on_enqueued", hear_all_but_the_first)
+
+
+@needs_leader
+def test_a_reply_that_comes_before_the_word_of_the_arrival_is_heeded(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come over two connections, in any order; and there is no other reply."""
+    monkeypatch.setattr(channels, "POLL_SECONDS", 10 * PATIENCE)
+    hear, late = Submitter._on_enqueued, []
+    monkeypatch.setattr(Submitter, "_on_enqueued", lambda *arrival: late.append(arrival))
+
+    async def scenario(db: Database) -> None:
+        assert await asyncio.wait_for(put(db, k=b"v"), PATIENCE) == 1
+        hear(*late.pop())
+        commit = asyncio.create_task(put(db, k=b"w"))
+        await until_async(lambda: late)
+        hear(*late.pop())
+        assert await asyncio.wait_for(commit, PATIENCE) == 2
+
+    play(settings, scenario)
 
 
 @needs_leader
@@ -790,7 +809,7 @@ async def test_a_client_can_be_closed_while_the_server_is_down(db: Database) -> 
     db._listener._opener = Unreachable()
     await tr.commit()  # it wrote nothing, and waits for nobody
     commit = asyncio.create_task(put(db, k=b"v"))
-    await until_async(lambda: db._submitter._trouble or db._submitter._sender)
+    await until_async(lambda: db._submitter._trouble or db._submitter._listening)
     await asyncio.wait_for(db.close(), PATIENCE)
     assert watch.changed.cancelled()
     with pytest.raises(ConnectionFailed, match="not sent"):
@@ -799,13 +818,32 @@ async def test_a_client_can_be_closed_while_the_server_is_down(db: Database) -> 
 
 @needs_leader
 @played
-async def test_i3_what_could_not_be_sent_in_time_certainly_did_not_happen(db: Database) -> None:
+async def test_i3_what_could_not_be_sent_in_time_certainly_did_not_happen(db: Database, sql: Sql) -> None:
     tr = db.transaction(commit_seconds=0.2)
     await tr.get(b"k")
     tr.set(b"k", b"v")
-    db._listener._opener = Unreachable()
+    opener, db._listener._opener = db._listener._opener, Unreachable()
     with pytest.raises(ConnectionFailed, match="not sent: the server is down"):
         await tr.commit()
+    db._listener._opener = opener
+    await put(db, later=b"v")
+    assert data(sql) == {b"later": b"v"}, "nor afterwards"
+
+
+@needs_leader
+@played
+async def test_i3_what_no_connection_could_be_opened_for_certainly_did_not_happen(db: Database, sql: Sql) -> None:
+    await put(db, first=b"v")
+    tr = db.transaction(commit_seconds=0.2)
+    await tr.get(b"k")
+    tr.set(b"k", b"v")
+    db._pool._opener = Unreachable()
+    for lane in list(db._pool._lanes):
+        lane.close()
+        db._pool._forget(lane)
+    with pytest.raises(ConnectionFailed, match="not sent: the server is down"):
+        await tr.commit()
+    assert data(sql) == {b"first": b"v"}
 
 
 def test_i3_a_request_that_may_have_arrived_and_cannot_be_sent_again_has_an_unknown_outcome(

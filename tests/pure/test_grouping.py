@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
 
 import pytest
 
@@ -15,66 +16,69 @@ class Sender:
 
     def __init__(self) -> None:
         self.groups: list[list[int]] = []
-        self.may_go = asyncio.Semaphore(0)
+        self._done: list[Callable[[Sequence[str] | Exception], None]] = []
 
-    async def __call__(self, items: Sequence[int]) -> Sequence[str]:
+    def __call__(self, items: Sequence[int], done: Callable[[Sequence[str] | Exception], None]) -> None:
         self.groups.append(list(items))
-        await self.may_go.acquire()
-        if 13 in items:
-            raise ValueError("thirteen")
-        return [str(item) for item in items]
+        self._done.append(done)
+
+    def let_go(self) -> None:
+        """The results of the group that is under way."""
+        items = self.groups[-1]
+        self._done[-1](ValueError("thirteen") if 13 in items else [str(item) for item in items])
 
 
-async def until(sender: Sender, groups: int) -> None:
-    while len(sender.groups) < groups:
-        await asyncio.sleep(0)
+def played(scenario: Callable[[Sender], Awaitable[None]]) -> Callable[[], None]:
+    @wraps(scenario)
+    def play() -> None:
+        async def run() -> None:
+            await scenario(Sender())
+
+        asyncio.run(run())
+
+    del play.__wrapped__
+    return play
 
 
-def test_a_lone_caller_is_sent_at_once_and_those_who_come_meanwhile_share_the_next_group() -> None:
-    async def scenario() -> None:
-        sender = Sender()
-        group = Grouping(sender, limit=3)
-        callers = [asyncio.create_task(group(1))]
-        await until(sender, 1)
-        callers += [asyncio.create_task(group(number)) for number in range(2, 7)]
-        for expected in ([[1]], [[1], [2, 3, 4]], [[1], [2, 3, 4], [5, 6]]):
-            await until(sender, len(expected))
-            assert sender.groups == expected
-            sender.may_go.release()
-        assert await asyncio.gather(*callers) == ["1", "2", "3", "4", "5", "6"]
-
-    asyncio.run(scenario())
+@played
+async def test_a_lone_caller_is_sent_at_once_and_those_who_come_meanwhile_share_the_next_group(sender: Sender) -> None:
+    group = Grouping(sender, limit=3)
+    callers = [group(1)]
+    await asyncio.sleep(0)
+    callers += [group(number) for number in range(2, 7)]
+    for expected in ([[1]], [[1], [2, 3, 4]], [[1], [2, 3, 4], [5, 6]]):
+        assert sender.groups == expected
+        sender.let_go()
+    assert await asyncio.gather(*callers) == ["1", "2", "3", "4", "5", "6"]
+    assert len(sender.groups) == 3
 
 
-def test_an_error_reaches_its_whole_group_and_no_other() -> None:
-    async def scenario() -> None:
-        sender = Sender()
-        group = Grouping(sender, limit=2)
-        callers = [asyncio.create_task(group(number)) for number in (12, 13, 14)]
-        for _ in range(2):
-            sender.may_go.release()
-        results = await asyncio.gather(*callers, return_exceptions=True)
-        assert [type(result) for result in results] == [ValueError, ValueError, str]
-        sender.may_go.release()
-        assert await group(15) == "15", "and the next call is sent as ever"
+@played
+async def test_an_error_reaches_its_whole_group_and_no_other(sender: Sender) -> None:
+    group = Grouping(sender, limit=2)
+    callers = [group(number) for number in (11, 12, 13, 14)]
+    await asyncio.sleep(0)
+    for _ in range(2):
+        sender.let_go()
+    results = await asyncio.gather(*callers, return_exceptions=True)
+    assert sender.groups == [[11, 12], [13, 14]]
+    assert [type(result) for result in results] == [str, str, ValueError, ValueError]
+    last = group(15)
+    await asyncio.sleep(0)
+    sender.let_go()
+    assert await last == "15", "and the next call is sent as ever"
 
-    asyncio.run(scenario())
 
-
-def test_a_caller_who_gives_up_takes_nobody_along() -> None:
-    async def scenario() -> None:
-        sender = Sender()
-        group = Grouping(sender, limit=10)
-        first = asyncio.create_task(group(1))
-        await until(sender, 1)
-        second, third = asyncio.create_task(group(2)), asyncio.create_task(group(3))
-        await asyncio.sleep(0)
-        for given_up in (first, second):
-            given_up.cancel()
-        for _ in range(2):
-            sender.may_go.release()
-        assert await third == "3"
-        with pytest.raises(asyncio.CancelledError):
-            await first
-
-    asyncio.run(scenario())
+@played
+async def test_a_caller_who_gives_up_takes_nobody_along(sender: Sender) -> None:
+    group = Grouping(sender, limit=10)
+    first = group(1)
+    await asyncio.sleep(0)
+    second, third = group(2), group(3)
+    for given_up in (first, second):
+        given_up.cancel()
+    for _ in range(2):
+        sender.let_go()
+    assert await third == "3"
+    with pytest.raises(asyncio.CancelledError):
+        await first

@@ -55,7 +55,7 @@ class Attempt:
     async def _run(self, turns: Turns, key: bytes, kind: Callable[..., object]) -> None:
         turn = turns.turn(kind)
         assert turn
-        with turn.running():
+        with turn:
             await turn.take(key)
             self.has_read = True
             await self._ending.wait()
@@ -147,7 +147,7 @@ async def test_a_transaction_inside_another_takes_no_turn() -> None:
     turns = await hot()
     outer = turns.turn(work)
     assert outer
-    with outer.running():
+    with outer:
         assert turns.turn(work) is None
         assert await asyncio.create_task(taken_in_a_task(turns)) is None
     assert turns.turn(work)

@@ -1,0 +1,120 @@
+"""The client's lean connections: answers, errors, notifications and the end, each told to whom it concerns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial, wraps
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgcoord_cli.core.session import open_session_async
+from pgcoord_cli.db.binary import bytea_array, integer
+from pgcoord_cli.db.lane import Answer, Lane, Statement
+from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE
+
+Sql = psycopg.Connection[Any]
+PID = "SELECT pg_backend_pid()"
+
+
+class Heard:
+    """What a lane tells: channels, that it is lost, answers."""
+
+    def __init__(self) -> None:
+        self.channels: list[str] = []
+        self.lost = asyncio.Event()
+        self.answers: asyncio.Queue[tuple[Answer, bool]] = asyncio.Queue()
+
+    async def lane(self, settings: Settings) -> Lane:
+        conn = await open_session_async(settings, "test", writes=True)
+        return Lane(conn, self.channels.append, self.lost.set)
+
+    def note(self, lane: Lane, answer: Answer) -> None:
+        """An answer, and whether the lane was still open when it came."""
+        self.answers.put_nowait((answer, lane.is_open))
+
+
+def on_a_lane(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs a test with a lane, what is heard of it, and a session beside it."""
+
+    @wraps(test)
+    def run(settings: Settings, sql: Sql) -> None:
+        async def play() -> None:
+            heard = Heard()
+            lane = await heard.lane(settings)
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await test(lane, heard, sql)
+            finally:
+                lane.close()
+
+        asyncio.run(play())
+
+    del run.__wrapped__
+    return run
+
+
+@on_a_lane
+async def test_rows_come_as_bytes_and_nulls(lane: Lane, heard: Heard, sql: Sql) -> None:
+    rows = await lane.fetch("SELECT value FROM unnest($1::bytea[]) AS value", [bytea_array([b"\0", None, b""])])
+    assert rows == [(b"\0",), (None,), (b"",)]
+    assert await lane.fetch("SELECT 1 WHERE false", []) == []
+
+
+@on_a_lane
+async def test_a_statement_that_fails_leaves_the_lane_as_it_was(lane: Lane, heard: Heard, sql: Sql) -> None:
+    for _ in range(2):
+        with pytest.raises(psycopg.errors.SyntaxError):
+            await lane.fetch("SELEKT", [])
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            await lane.fetch("SELECT 1 / $1::integer", [bytes(4)])
+    assert await lane.fetch("SELECT 'x'", []) == [(b"x",)]
+    assert not heard.lost.is_set()
+
+
+@on_a_lane
+async def test_more_than_fits_the_socket_is_sent_by_and_by(lane: Lane, heard: Heard, sql: Sql) -> None:
+    size = 20_000_000
+    [(length,)] = await lane.fetch("SELECT octet_length($1::bytea)", [bytes(size)])
+    assert integer(length) == size
+
+
+@on_a_lane
+async def test_a_notification_that_comes_together_with_an_answer_is_heard(lane: Lane, heard: Heard, sql: Sql) -> None:
+    await lane.fetch("LISTEN news", [])
+    for number in range(1, 4):
+        await lane.fetch("SELECT pg_notify('news', '')", [])
+        assert heard.channels == ["news"] * number
+
+
+@on_a_lane
+async def test_a_session_that_is_ended_tells_its_statement_and_its_owner(lane: Lane, heard: Heard, sql: Sql) -> None:
+    [(pid,)] = await lane.fetch(PID, [])
+    lane.run(Statement("SELECT pg_sleep(600)", [], partial(heard.note, lane)))
+    sql.execute("SELECT pg_terminate_backend(%s)", [integer(pid)])
+    answer, was_open = await heard.answers.get()
+    assert isinstance(answer, psycopg.OperationalError)
+    assert not was_open, "nobody sends anything over it any more"
+    await heard.lost.wait()
+
+
+@on_a_lane
+async def test_a_session_that_is_ended_while_it_is_idle_tells_its_owner(lane: Lane, heard: Heard, sql: Sql) -> None:
+    [(pid,)] = await lane.fetch(PID, [])
+    sql.execute("SELECT pg_terminate_backend(%s)", [integer(pid)])
+    await heard.lost.wait()
+    assert not lane.is_open
+    with pytest.raises(psycopg.OperationalError):
+        await lane.fetch(PID, [])
+
+
+@on_a_lane
+async def test_a_lane_that_is_closed_tells_the_statement_under_way(lane: Lane, heard: Heard, sql: Sql) -> None:
+    lane.run(Statement("SELECT pg_sleep(600)", [], partial(heard.note, lane)))
+    lane.close()
+    answer, _ = heard.answers.get_nowait()
+    assert isinstance(answer, psycopg.OperationalError)
+    assert not heard.lost.is_set(), "who closes it knows"
