@@ -27,7 +27,6 @@ from pgcoord_cli.db.pipeline import Pipeline, Statement
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.settings import Settings
 
-BATCH_LIMIT = 4_000
 WAKE_SECONDS = 3
 """How long writers go on waking a tail that has not asked anew: some poll intervals."""
 
@@ -56,11 +55,17 @@ class Bounds(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Events after a position; of a look, also the announced writers before the reading and the bounds after it."""
+    """At most `limit` events after a position; of a look, also the announced writers before it and the bounds after."""
 
     events: list[Event]
+    limit: int
     writers: list[str] | None = None
     bounds: Bounds | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all that were there."""
+        return len(self.events) < self.limit
 
 
 class Feed:
@@ -103,44 +108,44 @@ class Feed:
 
     # -- reading on
 
-    def read(self, position: int) -> Reading:
+    def read(self, position: int, limit: int) -> Reading:
         """The next events. Whether writers wake this tail stays as it is."""
-        return Reading(self._events(self._run([self._rows(position)])[0]))
+        return Reading(self._events(self._run([self._rows(position, limit)])[0]), limit)
 
-    def read_awake(self, position: int, *, looking: bool) -> Reading:
+    def read_awake(self, position: int, limit: int, *, looking: bool) -> Reading:
         """The next events, or a look at them; no writer needs to wake this tail from now on."""
         first = self._staying_awake()
-        wanted = self._look(position) if looking else [self._rows(position)]
+        wanted = self._look(position, limit) if looking else [self._rows(position, limit)]
         found = self._run([*first, *wanted])[len(first) :]
-        return self._looked(found) if looking else Reading(self._events(found[0]))
+        return self._looked(found, limit) if looking else Reading(self._events(found[0]), limit)
 
     def _staying_awake(self) -> list[Statement]:
         """Takes back what `read_before_waiting` asked for, if it did."""
         asked, self._wake_until, self._is_woken_until = self._wake_until, None, 0.0
         return [] if asked is None else [(sql("tail", "stay_awake"), [self._table, int8(asked)])]
 
-    def read_before_waiting(self, position: int) -> Reading:
+    def read_before_waiting(self, position: int, limit: int) -> Reading:
         """Has the writers wake this tail from now on; lists those who may have missed that; reads."""
         woken_until = time.monotonic() + WAKE_SECONDS
         asking = sql("tail", "ask_to_be_woken"), [self._table, int4(WAKE_SECONDS)]
-        wake_until, *found = self._run([asking, *self._look(position)])
+        wake_until, *found = self._run([asking, *self._look(position, limit)])
         self._wake_until, self._is_woken_until = wake_until[0][0], woken_until
-        return self._looked(found)
+        return self._looked(found, limit)
 
     def is_woken_for(self, seconds: float) -> bool:
         """Whether the writers wake this tail for at least so long; of those that `read_before_waiting` did not list."""
         return time.monotonic() + seconds < self._is_woken_until
 
-    def _look(self, position: int) -> list[Statement]:
+    def _look(self, position: int, limit: int) -> list[Statement]:
         """The bounds come last: what was collected as garbage before the reading shows in them."""
-        return [(sql("tail", "writers"), [self._table]), self._rows(position), self._bounds()]
+        return [(sql("tail", "writers"), [self._table]), self._rows(position, limit), self._bounds()]
 
-    def _looked(self, found: list[list[tuple[Any, ...]]]) -> Reading:
+    def _looked(self, found: list[list[tuple[Any, ...]]], limit: int) -> Reading:
         writers, rows, bounds = found
-        return Reading(self._events(rows), writers[0][0], Bounds(*bounds[0]))
+        return Reading(self._events(rows), limit, writers[0][0], Bounds(*bounds[0]))
 
-    def _rows(self, position: int) -> Statement:
-        return sql("tail", f"{self._outbox.noun}_events"), [int8(position), int4(BATCH_LIMIT)]
+    def _rows(self, position: int, limit: int) -> Statement:
+        return sql("tail", f"{self._outbox.noun}_events"), [int8(position), int4(limit)]
 
     def _bounds(self) -> Statement:
         return sql("tail", f"{self._outbox.noun}_bounds"), []

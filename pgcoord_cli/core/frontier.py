@@ -26,6 +26,7 @@ class Frontier:
         self.position = position
         """The reader has passed this id and every one before it."""
         self._in_sight = position
+        self._settled = position
         self._suspects: tuple[int, Writers] | None = None
 
     @property
@@ -70,7 +71,7 @@ class Frontier:
         self._in_sight = max(self._in_sight, event_id)
 
     def _settled_through(self, writers: Iterable[str] | None) -> int:
-        """The id up to which a reading made after this list is complete, as far as is known."""
+        """The id up to which a reading made after this list is complete, as is every later one that has a list."""
         if writers is None or not self.is_at_gap:
             return self.position
         if self._suspects is None:
@@ -78,7 +79,6 @@ class Frontier:
         else:
             self._suspects[1].keep(writers)
         through, suspects = self._suspects
-        if suspects:
-            return self.position
-        self._suspects = None
-        return through
+        if not suspects:
+            self._settled, self._suspects = through, None
+        return max(self.position, self._settled)

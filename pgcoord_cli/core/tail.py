@@ -14,7 +14,8 @@ a round may be delivered: a gap is stepped over only when nobody is left who cou
 writers that had to notify one after the other would lose most of their pace. So then the tail says that it is awake
 and reads on every five milliseconds, until a reading brings no more than one.
 
-**Held up.** When a gap stays for longer than two seconds, the tail names the transactions that may fill it.
+**Held up.** A reading at a gap that moved nothing is followed by short ones, until one moves. When a gap stays for
+longer than two seconds, the tail names the transactions that may fill it.
 
 **Without follow** it ends once it has passed what was in sight when it began, or when a gap before that holds it up. It
 never asks to be woken.
@@ -28,8 +29,8 @@ its position. What is wrong at the very beginning is raised instead.
 
 **A crash of the server** takes with it what had not reached its disk: ids that were drawn and rolled back, and, where
 writers commit with `synchronous_commit = off`, events that have been delivered. Those ids are given out again. So a
-tail never goes beyond the last id in sight, and when it finds itself ahead of the outbox after a lost connection, it
-says so and goes back to its end.
+tail never goes beyond the last id in sight, forgets with a lost connection what was in sight beyond its position, and
+when it then finds itself ahead of the outbox, it says so and goes back to its end.
 
 **Garbage collection** raises the outbox's floor before it deletes. A tail that finds a gap looks at the floor before it
 steps over it, so that it cannot take collected events for rolled-back ones: CursorExpired.
@@ -51,7 +52,7 @@ from psycopg import Connection
 from pgcoord_cli.core.backoff import jittered
 from pgcoord_cli.core.channels import POLL_SECONDS
 from pgcoord_cli.core.cursor import to_cursor
-from pgcoord_cli.core.feed import BATCH_LIMIT, Bounds, Feed, Holder, Reading, list_holders
+from pgcoord_cli.core.feed import Bounds, Feed, Holder, Reading, list_holders
 from pgcoord_cli.core.frontier import Frontier
 from pgcoord_cli.core.outbox import OUTBOXES, Event, Outbox
 from pgcoord_cli.core.wakeup import Wakeup
@@ -69,6 +70,10 @@ from pgcoord_cli.settings import Settings
 
 LOOK_BACK = 100_000
 """How many ids before the head may still be under way when a tail starts from now."""
+
+BATCH_LIMIT = 4_000
+GAP_LIMIT = 50
+"""How many events a tail reads that is held up at a gap: enough to see whether the gap is filled, and cheap."""
 
 PACE_SECONDS = 0.005
 """How long a tail that has company to read lets it gather."""
@@ -239,7 +244,7 @@ class Tail:
                         self._frontier = self._begin(feed)
                         yield Batch([], self._frontier.position)
                     else:
-                        self._say("connected", self._check_after_crash(feed, self._frontier))
+                        self._say("connected", self._check_after_crash(feed, self._frontier.position))
                     pause = FIRST_PAUSE
                     yield from self._read_on(feed, self._frontier)
                     return
@@ -250,13 +255,16 @@ class Tail:
             self._wakeup.wait(jittered(pause))
             pause = min(pause * 2, LONGEST_PAUSE)
 
-    def _check_after_crash(self, feed: Feed, frontier: Frontier) -> str:
-        """Goes back to the end of the outbox if that lies before the position; returns what to say."""
+    def _check_after_crash(self, feed: Feed, position: int) -> str:
+        """Goes back to the end of the outbox if that lies before the position; returns what to say.
+
+        What was in sight beyond the position, the server may have lost, too.
+        """
         head = feed.bounds().head
-        if head >= frontier.position:
+        self._frontier = Frontier(min(head, position))
+        if head >= position:
             return "connected again"
-        lost, self._frontier = frontier.position, Frontier(head)
-        return f"connected again; the server has lost the events up to {lost} and will give their ids to new ones"
+        return f"connected again; the server has lost the events up to {position} and will give their ids to new ones"
 
     # -- where it starts and ends
 
@@ -292,16 +300,17 @@ class Tail:
 
     def _read_on(self, feed: Feed, frontier: Frontier) -> Iterator[Batch]:
         patience = Patience()
-        step = Step.GO_ON
+        step, limit = Step.GO_ON, BATCH_LIMIT
         while not self._stopping:
-            reading = self._read(feed, frontier, step)
+            reading = self._read(feed, frontier.position, step, limit)
             batch = self._advance(frontier, reading)
+            limit = GAP_LIMIT if frontier.is_at_gap and batch is None else BATCH_LIMIT
             patience.note(has_moved=batch is not None, is_at_gap=frontier.is_at_gap)
             if batch:
                 yield batch
             if self._stop_at is not None and frontier.position >= self._stop_at:
                 return
-            step = self._next_step(feed, step, len(reading.events), frontier, has_moved=batch is not None)
+            step = self._next_step(feed, step, reading, frontier, has_moved=batch is not None)
             if step is Step.PACED:
                 feed.pause(PACE_SECONDS)
             elif step is Step.WAIT:
@@ -309,18 +318,18 @@ class Tail:
                     return
                 step = self._await_news(feed, frontier, patience, reading.writers)
 
-    def _read(self, feed: Feed, frontier: Frontier, step: Step) -> Reading:
+    def _read(self, feed: Feed, position: int, step: Step, limit: int) -> Reading:
         if step is Step.WOKEN:
-            return feed.read(frontier.position)
+            return feed.read(position, limit)
         if step is Step.BEFORE_WAITING and self._follow:
-            return feed.read_before_waiting(frontier.position)
-        return feed.read_awake(frontier.position, looking=step is not Step.GO_ON)
+            return feed.read_before_waiting(position, limit)
+        return feed.read_awake(position, limit, looking=step is not Step.GO_ON)
 
-    def _next_step(self, feed: Feed, step: Step, events: int, frontier: Frontier, *, has_moved: bool) -> Step:
-        """What to do after a step that brought so many events."""
-        if events == BATCH_LIMIT and not frontier.is_at_gap:
+    def _next_step(self, feed: Feed, step: Step, reading: Reading, frontier: Frontier, *, has_moved: bool) -> Step:
+        """What to do after a step that brought this reading."""
+        if not reading.is_whole and not frontier.is_at_gap:
             return Step.GO_ON
-        if has_moved and events > 1 and self._follow and step is not Step.GO_ON:
+        if has_moved and len(reading.events) > 1 and self._follow and step is not Step.GO_ON:
             return Step.PACED
         if step is Step.WOKEN and has_moved and not frontier.is_at_gap and feed.is_woken_for(POLL_SECONDS):
             return Step.WAIT
@@ -332,7 +341,7 @@ class Tail:
         """What of a reading may be delivered now; None when that moves nothing."""
         before = frontier.position
         ids = [event.event_id for event in reading.events]
-        count = frontier.advance(ids, reading.writers, is_whole=len(ids) < BATCH_LIMIT)
+        count = frontier.advance(ids, reading.writers, is_whole=reading.is_whole)
         if reading.bounds:
             if before < reading.bounds.collected_through:
                 raise expired(before, reading.bounds.collected_through)

@@ -25,7 +25,7 @@ from psycopg.sql import SQL, Identifier, Literal
 from pgcoord_cli.core import tail as tail_module
 from pgcoord_cli.core.cursor import from_cursor, to_cursor
 from pgcoord_cli.core.embedded import EmbeddedServer, StopMode
-from pgcoord_cli.core.feed import BATCH_LIMIT, WAKE_SECONDS
+from pgcoord_cli.core.feed import WAKE_SECONDS, Feed
 from pgcoord_cli.core.gc import collect_events
 from pgcoord_cli.core.outbox import (
     COMPLETION,
@@ -38,7 +38,7 @@ from pgcoord_cli.core.outbox import (
     append_lease_event,
 )
 from pgcoord_cli.core.session import command_session
-from pgcoord_cli.core.tail import Batch, Filters, From, Notice, Tail, tail
+from pgcoord_cli.core.tail import BATCH_LIMIT, GAP_LIMIT, Batch, Filters, From, Notice, Tail, tail
 from pgcoord_cli.errors import ConnectionFailed, CursorExpired, PgcoordError, SchemaMissing, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value
@@ -891,6 +891,30 @@ def test_i10_a_gap_that_is_filled_before_more_than_a_batch_of_events(
     assert reader.ids == list(range(1, last + 1))
 
 
+def test_a_tail_that_is_held_up_reads_little_until_it_is_not(
+    sql: Conn, writer: Conn, start_reader: StartReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits, rows_of = [], Feed._rows
+
+    def noted(feed: Feed, position: int, limit: int) -> Any:
+        limits.append(limit)
+        return rows_of(feed, position, limit)
+
+    monkeypatch.setattr(Feed, "_rows", noted)
+    reader = start_reader()
+    with under_way(writer) as held:
+        ids = write(sql, 10 * GAP_LIMIT)
+        let_look(sql)
+        limits.clear()
+        let_look(sql)
+        assert set(limits) == {GAP_LIMIT}
+    reader.wait_for([held, *ids])
+    assert limits.count(BATCH_LIMIT) <= 10, "and then all at once"
+    limits.clear()
+    reader.wait_for([held, *ids, *write(sql)])
+    assert set(limits) == {BATCH_LIMIT}
+
+
 def test_i10_an_end_far_beyond_a_rolled_back_id(sql: Conn, start_reader: StartReader) -> None:
     roll_back(sql)
     ids = write(sql, MANY)
@@ -1041,6 +1065,27 @@ def test_i10_a_backend_that_is_terminated_at_a_gap_stands_at_it_again(
         let_look(sql)
         assert reader.ids == []
     reader.wait_for([held, seen])
+
+
+def test_i10_what_was_in_sight_beyond_a_gap_and_then_lost_is_waited_for_again(
+    sql: Conn, writer: Conn, start_reader: StartReader
+) -> None:
+    """A crash takes ids beyond the position along that were visible, and gives them to other events."""
+    reader = start_reader()
+    reader.wait_for(write(sql))
+    with under_way(writer):
+        write(sql, 5)
+        let_look(sql)
+        sql.execute("DELETE FROM lease_events WHERE event_id > 1")
+        sql.execute("SELECT setval('lease_events_event_id_seq', 1)")
+        sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'a service'")
+        sql.execute("SELECT pg_terminate_backend(%s)", [tail_pid(sql)])
+        with pytest.raises(psycopg.OperationalError):
+            writer.execute("SELECT 1")
+    reader.until(lambda: "connected" in reader.said)
+    let_look(sql)
+    assert write(sql, 3) == [2, 3, 4]
+    reader.wait_for([1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])

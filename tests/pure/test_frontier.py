@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from enum import Enum
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import NamedTuple
 
 from hypothesis import example, given, settings
@@ -204,6 +204,31 @@ def test_i10_readings_that_are_cut_off_at_a_limit_lose_nothing(history: list[Ste
     reader = Reader(world, limit)
     play(world, reader, history)
     check_that_all_comes(world, reader, readings=3 + 3 * world.head)
+
+
+@given(histories, st.lists(st.integers(1, 4) | st.none(), min_size=1, max_size=7))
+@settings(max_examples=800, deadline=None)
+def test_i10_readings_that_are_now_short_and_now_long_lose_nothing(
+    history: list[Step], limits: list[int | None]
+) -> None:
+    """As a tail makes them that reads little while it is held up."""
+    world = World()
+    reader = Reader(world)
+    next_limit = cycle(limits)
+    for step in history:
+        reader.limit = next(next_limit)
+        play(world, reader, [step] if step.what is not Do.READ else [Step(Do.LIST), step])
+    reader.limit = None
+    check_that_all_comes(world, reader, readings=3)
+
+
+def test_i10_what_a_list_has_settled_stays_settled_for_readings_with_a_list() -> None:
+    frontier = Frontier(0)
+    assert frontier.advance([2, 4, 6], []) == 0
+    assert frontier.advance([2], [], is_whole=False) == 1, "nobody is left who could bring 1, 3 or 5"
+    assert frontier.advance([4, 6], None) == 0, "garbage collection may have been at work since that list"
+    assert frontier.advance([4, 6], ["3/7"]) == 2
+    assert frontier.position == 6
 
 
 def test_i10_ids_without_a_gap_are_delivered_without_a_list() -> None:
