@@ -208,7 +208,9 @@ def apply(conn: Connection[Any], schema: str, to: int | None, applied: Callable[
 
 
 def ensure_ledger(conn: Connection[Any], schema: str) -> None:
-    """Makes the schema and its ledger where they are missing."""
+    """Makes the schema and its ledger where they are missing; where they are not, nobody needs the right to."""
+    if conn.execute(sql("migrations", "find_ledger"), [schema]).fetchone():
+        return
     missing = conn.execute(sql("migrations", "schema_to_create"), [schema]).fetchone()
     with conn.transaction():
         if missing:

@@ -10,6 +10,11 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
     breaking     boolean     NOT NULL
 );
 
+-- name: find_ledger
+-- A row if the schema has a ledger.
+SELECT to_regclass(quote_ident($1::text) || '.schema_migrations')::text AS ledger
+ WHERE to_regclass(quote_ident($1::text) || '.schema_migrations') IS NOT NULL;
+
 -- name: schema_to_create
 -- The statement that makes the schema, unless it is there.
 SELECT format('CREATE SCHEMA %I', $1::text) AS statement

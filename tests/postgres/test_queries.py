@@ -225,6 +225,7 @@ EXPECTED = {
     "lease.successor": Shape("", "epoch bigint, leader_addr text"),
     "locks.lock_holder": Shape("bigint", "pid integer, application text, client text, since timestamptz"),
     "migrations.create_ledger": Shape("", ""),
+    "migrations.find_ledger": Shape("text", "ledger text"),
     "migrations.schema_to_create": Shape("text", "statement text"),
     "migrations.read_ledger": Shape(
         "",
