@@ -80,7 +80,10 @@ def parse_schema(name: str, option: str) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a command may ask for. Timeouts are in seconds; `dsn` is kept out of every repr."""
+    """Everything a command may ask for. Timeouts are in seconds; `dsn` is kept out of every repr.
+
+    A `connect_timeout` of None leaves it to libpq's environment, and to ten seconds where that says nothing.
+    """
 
     dsn: str = field(default="", repr=False)
     dsn_source: str = "libpq's environment"
@@ -90,7 +93,7 @@ class Settings:
     quiet: bool = False
     verbose: bool = False
     color: ColorMode = ColorMode.AUTO
-    connect_timeout: float = 10.0
+    connect_timeout: float | None = None
     statement_timeout: float = 30.0
     lock_timeout: float = 10.0
 

@@ -59,7 +59,7 @@ ENVIRONMENT = {
     "PGCOORD_OUTPUT": "output format, where --output is not given",
     "PGCOORD_COLOR": "auto, always or never, where --color is not given; NO_COLOR is honoured too",
     "PGCOORD_DEV_DIR": "where pgcoord dev keeps its servers, instead of the user's data directory",
-    "PGCOORD_CONNECT_TIMEOUT": "longest wait for a connection (default 10s)",
+    "PGCOORD_CONNECT_TIMEOUT": "longest wait for a connection (default PGCONNECT_TIMEOUT, or else 10s)",
     "PGCOORD_STATEMENT_TIMEOUT": "longest run of one statement (default 30s)",
     "PGCOORD_LOCK_TIMEOUT": "longest wait for a lock inside a statement (default 10s)",
 }

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, Connection, errors
+from psycopg import AsyncConnection, Connection, errors, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.raw_cursor import AsyncRawCursor, RawCursor
 
@@ -31,6 +31,7 @@ from pgcoord_cli.errors import (
 from pgcoord_cli.settings import Settings
 
 LIVENESS_DEFAULTS = {
+    "connect_timeout": 10,  # seconds
     "keepalives_idle": 10,  # seconds of silence before the first probe
     "keepalives_interval": 5,  # seconds between probes
     "keepalives_count": 3,
@@ -50,11 +51,19 @@ _BAD_OPTION = re.compile(
 
 
 def conninfo(settings: Settings, command: str) -> str:
-    """The full connection string: the user's, then our liveness defaults, then the application name."""
+    """The full connection string: the user's, what his environment says, our defaults, then the application name."""
     given = _parsed(settings)
-    defaults: dict[str, Any] = {"connect_timeout": max(1, round(settings.connect_timeout)), **LIVENESS_DEFAULTS}
-    added = {name: value for name, value in defaults.items() if name not in given}
-    return make_conninfo(settings.dsn, **added, application_name=f"pgcoord/{command}")
+    added: dict[str, Any] = LIVENESS_DEFAULTS | _environment()
+    if settings.connect_timeout is not None:
+        added["connect_timeout"] = max(1, round(settings.connect_timeout))
+    missing = {name: value for name, value in added.items() if name not in given}
+    return make_conninfo(settings.dsn, **missing, application_name=f"pgcoord/{command}")
+
+
+def _environment() -> dict[str, str]:
+    """What libpq's variables, or the service that PGSERVICE names, say of what we have defaults for."""
+    options = {option.keyword.decode(): option.val for option in pq.Conninfo.get_defaults()}
+    return {name: value.decode() for name in LIVENESS_DEFAULTS if (value := options.get(name)) is not None}
 
 
 def _parsed(settings: Settings) -> dict[str, Any]:

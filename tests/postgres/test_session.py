@@ -379,11 +379,31 @@ def test_dead_peers_are_noticed_unless_the_address_says_otherwise(settings: Sett
     with closing(session.open_session(settings, "test", writes=False)) as conn:
         parameters = conn.info.get_parameters()
         expected = {name: str(value) for name, value in connection.LIVENESS_DEFAULTS.items()}
-        assert parameters.items() >= (expected | {"connect_timeout": "10"}).items()
+        assert parameters.items() >= expected.items()
     own = make_conninfo(settings.dsn, tcp_user_timeout=1, keepalives_idle=2, connect_timeout=3, application_name="mine")
     chosen = conninfo_to_dict(connection.conninfo(replace(settings, dsn=own), "test"))
     assert (chosen["tcp_user_timeout"], chosen["keepalives_idle"], chosen["connect_timeout"]) == ("1", "2", "3")
     assert chosen["application_name"] == "pgcoord/test"
+
+
+def test_what_libpqs_environment_says_counts_more_than_a_default_and_less_than_what_was_said_to_us(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def chosen(given: Settings) -> tuple[object, object]:
+        options = conninfo_to_dict(connection.conninfo(given, "test"))
+        return options["connect_timeout"], options["keepalives_idle"]
+
+    assert chosen(settings) == ("10", "10")
+    (tmp_path / "services").write_text("[patient]\nconnect_timeout=77\nkeepalives_idle=66\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    monkeypatch.setenv("PGSERVICE", "patient")
+    assert chosen(settings) == ("77", "66")
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "55")
+    assert chosen(settings) == ("77", "66"), "a service comes first, as libpq has it"
+    monkeypatch.delenv("PGSERVICE")
+    assert chosen(settings) == ("55", "10")
+    assert chosen(replace(settings, connect_timeout=4.2)) == ("4", "10")
+    assert chosen(replace(settings, dsn=make_conninfo(settings.dsn, connect_timeout=3))) == ("3", "10")
 
 
 def test_timeouts_come_from_the_environment(call: Call, settings: Settings) -> None:
