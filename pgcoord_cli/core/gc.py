@@ -68,7 +68,7 @@ def check_retention(seconds: float) -> float:
 
 def collect_commit_requests(conn: Connection[Any], older_than: float, batch_size: int, progress: Progress) -> Collected:
     """Deletes settled requests older than `older_than` seconds; `progress(deleted)` says whether to go on."""
-    orphaned = conn.execute(sql("gc", "orphan_requests"), [older_than]).rowcount
+    orphaned = _orphan_all(conn, older_than, batch_size, progress)
     deleted = batches = last_id = 0
     while progress(deleted):
         count, last_id = conn.execute(sql("gc", "delete_requests"), [last_id, older_than, batch_size]).fetchone() or (
@@ -80,6 +80,20 @@ def collect_commit_requests(conn: Connection[Any], older_than: float, batch_size
         if count < batch_size:
             break
     return Collected("commit_requests", deleted, batches, orphaned, _oldest_request(conn), False)
+
+
+def _orphan_all(conn: Connection[Any], older_than: float, batch_size: int, progress: Progress) -> int:
+    orphaned = last_id = 0
+    while True:
+        count, last_id = orphan_batch(conn, older_than, batch_size, last_id)
+        orphaned += count
+        if count < batch_size or not progress(0):
+            return orphaned
+
+
+def orphan_batch(conn: Connection[Any], older_than: float, batch_size: int, after_id: int = 0) -> tuple[int, int]:
+    """Marks one batch of what outlived every leader: how many, and the last id."""
+    return conn.execute(sql("gc", "orphan_requests"), [after_id, older_than, batch_size]).fetchone() or (0, 0)
 
 
 def count_commit_requests(conn: Connection[Any], older_than: float) -> Collected:

@@ -23,7 +23,7 @@ from psycopg import Connection
 from psycopg.rows import dict_row
 
 from pgcoord_cli.core.dispatch import dispatch_all
-from pgcoord_cli.core.gc import DEFAULT_RETENTION
+from pgcoord_cli.core.gc import DEFAULT_RETENTION, orphan_batch
 from pgcoord_cli.db.connection import is_connection_lost
 from pgcoord_cli.db.sqlfiles import sql
 
@@ -113,9 +113,9 @@ def sibling_cancel(conn: Connection[Any], scope: Scope, _complain: Complain) -> 
     return Tick(scanned=scanned, reconciled=cancelled, noop=scanned - cancelled)
 
 
-def orphaned_commits(conn: Connection[Any], _scope: Scope, _complain: Complain) -> Tick:
+def orphaned_commits(conn: Connection[Any], scope: Scope, _complain: Complain) -> Tick:
     """Marks commit requests that outlived every leader."""
-    orphaned = conn.execute(sql("gc", "orphan_requests"), [DEFAULT_RETENTION]).rowcount
+    orphaned, _ = orphan_batch(conn, DEFAULT_RETENTION, scope.batch_limit)
     return Tick(scanned=orphaned, reconciled=orphaned)
 
 

@@ -1,18 +1,23 @@
 -- name: orphan_requests
--- Marks pending requests of superseded epochs, older than a number of seconds, as orphaned: nobody will resolve them.
+-- Marks one batch of pending requests of superseded epochs, older than a number of seconds, as orphaned, since nobody will resolve them; says how many and the last id.
 WITH abandoned AS (
     SELECT request.id
       FROM commit_requests AS request
       JOIN leader_lease AS lease ON request.id > lease.queue_floor_id AND request.epoch < lease.epoch
      WHERE lease.id = 1 AND NOT (lease.term_id IS NOT NULL AND lease.expires_at > clock_timestamp())
-       AND request.status = 'pending'
-       AND request.created_at < clock_timestamp() - make_interval(secs => $1::double precision)
+       AND request.status = 'pending' AND request.id > $1::bigint
+       AND request.created_at < clock_timestamp() - make_interval(secs => $2::double precision)
+     ORDER BY request.id
+     LIMIT $3::integer
        FOR UPDATE OF request SKIP LOCKED
+), orphaned AS (
+    UPDATE commit_requests AS request
+       SET status = 'orphaned', resolved_at = clock_timestamp(), reason = 'no leader resolved it in time'
+      FROM abandoned
+     WHERE request.id = abandoned.id
+    RETURNING request.id
 )
-UPDATE commit_requests AS request
-   SET status = 'orphaned', resolved_at = clock_timestamp(), reason = 'no leader resolved it in time'
-  FROM abandoned
- WHERE request.id = abandoned.id;
+SELECT count(*) AS orphaned, coalesce(max(id), $1::bigint) AS last_id FROM orphaned;
 
 -- name: delete_requests
 -- Deletes one batch of settled requests older than a number of seconds, oldest first; says how many and the last id.

@@ -219,6 +219,16 @@ def test_i11_abandoned_requests_become_orphaned_and_are_kept_a_retention_more(sq
     assert kept(sql) == [(4, "pending")]
 
 
+def test_abandoned_requests_are_marked_in_batches_while_there_is_time(sql: Session, session: Session) -> None:
+    lead(sql, expires_in=None)
+    store(sql, "pending", DAY, number=7)
+    chances = iter([True, False])
+    collected = collect_commit_requests(session, HOUR, 2, lambda _deleted: next(chances, False))
+    assert (collected.orphaned, collected.deleted) == (4, 0)
+    assert [status for _, status in kept(sql)] == ["orphaned"] * 4 + ["pending"] * 3
+    assert collect_commit_requests(session, HOUR, 2, always).orphaned == 3
+
+
 def test_i3_an_orphaned_request_has_no_version_and_says_why(sql: Session, session: Session) -> None:
     lead(sql, expires_in=-1)
     store(sql, "pending", DAY)

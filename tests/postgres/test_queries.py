@@ -181,7 +181,7 @@ EXPECTED = {
     "commits.queue_state": Shape("", "pending bigint, oldest_pending_seconds double precision"),
     "commits.list": Shape("text, integer", REQUEST),
     "commits.show": Shape("uuid", REQUEST),
-    "gc.orphan_requests": Shape("double precision", ""),
+    "gc.orphan_requests": Shape("bigint, double precision, integer", "orphaned bigint, last_id bigint"),
     "gc.delete_requests": Shape("bigint, double precision, integer", "deleted bigint, last_id bigint"),
     "gc.count_requests": Shape("double precision", "deletable bigint"),
     "gc.oldest_request": Shape("", "created_at timestamptz"),

@@ -480,6 +480,16 @@ def test_commit_requests_that_outlived_every_leader_are_orphaned(conn: Conn, sql
     assert orphaned_commits(conn, NOW, Complaints()) == Tick()
 
 
+def test_orphaning_keeps_to_the_batch_limit(conn: Conn, sql: Conn) -> None:
+    sql.execute("UPDATE leader_lease SET epoch = 3")
+    sql.execute(
+        "INSERT INTO commit_requests (request_id, epoch, read_version, payload, created_at)"
+        " SELECT gen_random_uuid(), 2, 0, '', clock_timestamp() - interval '1 day' FROM generate_series(1, 5)"
+    )
+    scope = NOW._replace(batch_limit=3)
+    assert [orphaned_commits(conn, scope, Complaints()).reconciled for _ in range(3)] == [3, 2, 0]
+
+
 # -- all of them
 
 
