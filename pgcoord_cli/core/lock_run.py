@@ -14,6 +14,8 @@ import select
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
+from signal import SIGTERM
+from time import monotonic
 from typing import Any, NamedTuple
 
 import psycopg
@@ -75,8 +77,7 @@ class LockRun:
                 try:
                     self._guard(conn, group)
                 finally:
-                    if group.exit_code is None:
-                        group.end(order.grace_seconds)
+                    self._end(group)
         code = group.exit_code
         assert code is not None
         return code if code >= 0 else 128 - code
@@ -92,13 +93,27 @@ class LockRun:
         pipeline = Pipeline(conn, PATIENCE_SECONDS)
         while group.exit_code is None:
             is_connection_stirring = self._wait(conn, group)
-            while self._signals:
-                group.signal(self._signals.pop(0))
+            self._pass_signals_on(group)
             if group.exit_code is None and not _is_alive(conn, pipeline, is_connection_stirring):
                 raise LockLost(
                     f"the connection that held {self._order.name!r} is gone; the command was ended",
                     hint="another may hold the lock by now",
                 )
+
+    def _pass_signals_on(self, group: ProcessGroup) -> None:
+        while self._signals:
+            group.signal(self._signals.pop(0))
+
+    def _end(self, group: ProcessGroup) -> None:
+        """Asks the command to end, and kills what is left after the grace; signals are passed on until then."""
+        if group.exit_code is not None:
+            return
+        group.signal(SIGTERM)
+        deadline = monotonic() + self._order.grace_seconds
+        while group.exit_code is None and (seconds := deadline - monotonic()) > 0:
+            group.wait(self._wakeup, seconds)
+            self._pass_signals_on(group)
+        group.end(0.0)
 
     def _wait(self, conn: Connection[Any], group: ProcessGroup) -> bool:
         """Until something stirs, or for a heartbeat; whether it was the connection or the heartbeat."""

@@ -100,6 +100,15 @@ def test_a_command_may_use_its_grace_to_end_in_order(start: StartLock, sql: Sql)
     assert lock.ended()[:2] == (4, ["ended in order\n"])
 
 
+def test_a_signal_is_passed_on_while_the_command_is_being_ended(start: StartLock, sql: Sql) -> None:
+    text = "trap 'echo asked' TERM; trap 'echo hurried; exit 5' INT; echo $$; while :; do sleep 600 & wait; done"
+    lock = start("nightly", "--kill-grace", "24h", "--", "sh", "-c", text)
+    lock.has_family()
+    end_holder(sql)
+    assert lock.line() == "asked\n"
+    assert lock.end(signal.SIGINT)[:2] == (4, ["hurried\n"])
+
+
 def test_the_lock_is_free_while_the_command_is_being_ended_and_the_next_may_run(start: StartLock, sql: Sql) -> None:
     """That is what the fence is for: the numbers tell which of the two is the later."""
     text = "trap '' TERM; echo $$ $PGCOORD_FENCE; while :; do sleep 600; done"
