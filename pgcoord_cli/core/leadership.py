@@ -179,3 +179,5 @@ class Checkpoint:
             return RawCursor(conn).execute(text, values).fetchone()
         except psycopg.OperationalError as error:
             raise CoordinationError(translate(error).message) from error
+        except psycopg.Error as error:
+            raise translate(error) from error

@@ -24,6 +24,7 @@ from pgcoord_cli.errors import (
     Fenced,
     KeyCollision,
     LockNotAcquired,
+    PermissionDenied,
     PgcoordError,
     SchemaMissing,
     UsageError,
@@ -206,6 +207,18 @@ def test_a_handed_over_connection_that_is_closed_or_in_a_transaction_is_trouble(
             acquire_leadership(conn, "mailer")
     assert busy.closed
     assert value(sql, "SELECT count(*) FROM subscriptions") == 0
+
+
+def test_a_checkpoint_that_the_caller_may_not_move_says_so(settings: Settings, sql: Conn) -> None:
+    with (
+        acquire_leadership(settings.dsn, "billing") as leadership,
+        sql.transaction(force_rollback=True),
+        pytest.raises(PermissionDenied, match="subscriptions"),
+    ):
+        sql.execute("CREATE ROLE stranger_to_checkpoints")
+        sql.execute("GRANT USAGE ON SCHEMA pgcoord TO stranger_to_checkpoints")
+        sql.execute("SET LOCAL ROLE stranger_to_checkpoints")
+        leadership.checkpoint.save(7, sql)
 
 
 def test_the_child_of_a_fork_does_not_release_what_its_parent_owns(
