@@ -24,7 +24,7 @@ from psycopg import AsyncConnection
 from pgcoord_cli.core.backoff import Backoff
 from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.pool import Pool
-from pgcoord_cli.core.session import open_session_async
+from pgcoord_cli.core.session import answer_expected, open_session_async
 from pgcoord_cli.core.snapshots import SnapshotReader
 from pgcoord_cli.core.submissions import Submitter
 from pgcoord_cli.core.transaction import KeySelector, Transaction
@@ -39,6 +39,9 @@ __all__ = ["Database", "KeySelector", "Transaction", "Watch", "connect"]
 
 POOL_SIZE = 3
 RETRY_LIMIT = 100
+ANSWER_SECONDS = 5.0
+"""A server whose statement timeout is over by this has fallen silent."""
+
 COMMIT_SECONDS = 20.0
 """How long a commit is waited for by default."""
 
@@ -58,7 +61,8 @@ class Database:
     def __init__(self, settings: Settings, command: str, pool_size: int) -> None:
         self._settings = settings
         self._command = command
-        self._pool = Pool(self._open_connection, pool_size)
+        limit = settings.statement_timeout  # what the server itself keeps to; 0 is no limit
+        self._pool = Pool(self._open_connection, pool_size, limit + ANSWER_SECONDS if limit else None)
         self._reader = SnapshotReader(self._pool)
         self._listener = Listener(self._open_connection)
         self._submitter = Submitter(settings.schema, self._pool, self._listener)
@@ -89,8 +93,9 @@ class Database:
         conn = await open_session_async(self._settings, self._command, writes=True)
         try:
             with mapped_errors():
-                await conn.execute("SET synchronous_commit = off")
-                await conn.execute(sql("session", "plan_once"))
+                async with answer_expected():
+                    await conn.execute("SET synchronous_commit = off")
+                    await conn.execute(sql("session", "plan_once"))
         except BaseException:  # whoever waits for it may be cancelled
             await conn.close()
             raise

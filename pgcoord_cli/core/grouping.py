@@ -42,7 +42,10 @@ class Grouping(Generic[Item, Result]):
         if self._waiting and not self._is_sending:
             self._is_sending = True
             group, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
-            self._send([item for item, _ in group], partial(self._on_results, group))
+            try:
+                self._send([item for item, _ in group], partial(self._on_results, group))
+            except Exception as error:  # noqa: BLE001 - theirs, and nobody else's
+                self._on_results(group, error)
 
     def _on_results(
         self, group: list[tuple[Item, asyncio.Future[Result]]], results: Sequence[Result] | Exception

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import psycopg
@@ -51,9 +50,12 @@ class Listener:
         self._listening: set[str] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def listen(self, channel: str, on_news: Callable[[], None]) -> None:
         """Returns once the channel is listened to; raises what makes that impossible, a lost connection aside."""
+        if self._closed:
+            raise ConnectionFailed("this client was closed")
         if channel not in self._wanted:
             self._wanted[channel] = Wanted(on_news, asyncio.get_running_loop().create_future())
         if self._task is None or self._task.done():
@@ -63,10 +65,10 @@ class Listener:
 
     async def close(self) -> None:
         """Ends the task and its connection."""
+        self._closed = True
         if self._task:
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         backoff = Backoff(FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS)
@@ -89,7 +91,7 @@ class Listener:
                 wanted.listened.set_exception(error)
 
     async def _connect_and_serve(self, backoff: Backoff) -> None:
-        lane = Lane(await self._opener(), on_notify=self._on_notify, on_lost=self._wake.set)
+        lane = Lane(await self._opener(), on_notify=self._on_notify, on_lost=self._wake.set, patience=HEARTBEAT_SECONDS)
         try:
             backoff.reset()
             self.trouble = None
@@ -105,8 +107,7 @@ class Listener:
             wanted.on_news()
         while True:
             if not await self._woken():
-                async with asyncio.timeout(HEARTBEAT_SECONDS):
-                    await lane.fetch("SELECT 1", [])
+                await lane.fetch("SELECT 1", [])
             if not lane.is_open:
                 return
             await self._listen_to_new(lane)

@@ -15,18 +15,26 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
+from pgcoord_cli.core.backoff import jittered
 from pgcoord_cli.db.lane import Answer, Lane, Row, Statement, settle
 from pgcoord_cli.errors import ConnectionFailed
+
+RETRY_SECONDS = 1.0
+"""After one more connection could not be opened, the next attempt waits so long, if somebody still waits then."""
 
 Opener = Callable[[], Awaitable[AsyncConnection[Any]]]
 
 
 class Pool:
-    """At most `size` connections, opened when first needed; `opener` makes one, or raises what is in the way."""
+    """At most `size` connections, opened when first needed; `opener` makes one, or raises what is in the way.
 
-    def __init__(self, opener: Opener, size: int) -> None:
+    A connection that leaves a statement without an answer for `patience` seconds, if there are any, is taken for lost.
+    """
+
+    def __init__(self, opener: Opener, size: int, patience: float | None = None) -> None:
         self._opener = opener
         self._size = size
+        self._patience = patience
         self._lanes: set[Lane] = set()
         self._free: list[Lane] = []
         """The last one used comes first: its process is still warm."""
@@ -47,7 +55,7 @@ class Pool:
 
     async def open(self) -> None:
         """Opens one connection, and raises what is in the way."""
-        self._add(Lane(await self._opener()))
+        self._add(await self._open_another())
 
     async def close(self) -> None:
         """Closes every connection; who waits for a statement is told so."""
@@ -56,6 +64,7 @@ class Pool:
             opening.cancel()
         await asyncio.gather(*self._openings, return_exceptions=True)
         for lane in list(self._lanes):
+            self._forget(lane)
             lane.close()
         self._advance()
 
@@ -64,7 +73,8 @@ class Pool:
             statement, lane = self._waiting.popleft(), self._free.pop()
             lane.run(statement._replace(done=partial(self._on_answer, lane, statement.done)))
         while self._waiting and self._closed:
-            self._waiting.popleft().done(ConnectionFailed("this client was closed"))
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._waiting.popleft().done, ConnectionFailed("this client was closed"))
         while len(self._openings) < min(len(self._waiting), self._size - len(self._lanes)):
             opening = asyncio.create_task(self._open_another())
             self._openings.add(opening)
@@ -88,7 +98,7 @@ class Pool:
             lane.close()
 
     async def _open_another(self) -> Lane:
-        return Lane(await self._opener())
+        return Lane(await self._opener(), patience=self._patience)
 
     def _on_opened(self, opening: asyncio.Task[Lane]) -> None:
         """One who waits goes on. Where that failed, all wait for the connections there are, or one hears why."""
@@ -99,6 +109,7 @@ class Pool:
             self._add(opening.result())
         except Exception as error:  # noqa: BLE001 - handed on
             if self._lanes:
+                asyncio.get_running_loop().call_later(jittered(RETRY_SECONDS), self._advance)
                 return
             if self._waiting:
                 self._waiting.popleft().done(error)

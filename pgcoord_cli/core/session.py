@@ -14,8 +14,8 @@ Every command comes through here, and three questions are asked before it may to
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,10 +25,13 @@ from pgcoord_cli.core.migrations import check_ledger, mending_command, read_ledg
 from pgcoord_cli.core.poolers import require_own_backend
 from pgcoord_cli.db.connection import connect, connect_async, mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import PgcoordError, SchemaMissing, UnsuitableServer, UsageError
+from pgcoord_cli.errors import ConnectionFailed, PgcoordError, SchemaMissing, UnsuitableServer, UsageError
 from pgcoord_cli.settings import Settings
 
 OLDEST_SERVER = 150_000
+
+READY_SECONDS = 15.0
+"""How long a server that has taken a connection may take over what makes it a session."""
 
 
 class Server(NamedTuple):
@@ -86,20 +89,35 @@ async def open_session_async(settings: Settings, command: str, *, writes: bool) 
     conn = await connect_async(settings, command)
     try:
         with mapped_errors():
-            row = await (await conn.execute(*_preparation(settings, conn.info.backend_pid))).fetchone()
-            if row is not None and not row[1]:
-                await asyncio.to_thread(require_own_backend, settings, conn.pgconn)
-                row = await (await conn.execute(*_preparation(settings, row[0]))).fetchone()
-            server = _server(row)
-            require_primary(server, writes=writes)
-            if not server.has_ledger:
-                others = await (await conn.execute(*_other_schemas(settings))).fetchall()
-                raise unmigrated(settings, [row[0] for row in others])
-            check_ledger(settings.schema, await read_ledger_async(conn))
+            async with answer_expected():
+                await _make_ready(conn, settings, writes=writes)
     except BaseException:
         await conn.close()
         raise
     return conn
+
+
+async def _make_ready(conn: AsyncConnection[Any], settings: Settings, *, writes: bool) -> None:
+    row = await (await conn.execute(*_preparation(settings, conn.info.backend_pid))).fetchone()
+    if row is not None and not row[1]:
+        await asyncio.to_thread(require_own_backend, settings, conn.pgconn)
+        row = await (await conn.execute(*_preparation(settings, row[0]))).fetchone()
+    server = _server(row)
+    require_primary(server, writes=writes)
+    if not server.has_ledger:
+        others = await (await conn.execute(*_other_schemas(settings))).fetchall()
+        raise unmigrated(settings, [row[0] for row in others])
+    check_ledger(settings.schema, await read_ledger_async(conn))
+
+
+@asynccontextmanager
+async def answer_expected() -> AsyncIterator[None]:
+    """Within the block, a server that is connected and then falls silent leaves as ConnectionFailed."""
+    try:
+        async with asyncio.timeout(READY_SECONDS):
+            yield
+    except TimeoutError:
+        raise ConnectionFailed("the server does not answer") from None
 
 
 def open_bare_session(settings: Settings, command: str) -> tuple[Connection[Any], Server]:

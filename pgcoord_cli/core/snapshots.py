@@ -76,7 +76,7 @@ class SnapshotReader:
         ranges = list({interval for wanted in group for interval in wanted.ranges})
 
         def on_answer(answer: Answer) -> None:
-            found = answer if isinstance(answer, Exception) else _snapshot(keys, ranges, answer)
+            found = _snapshot(keys, ranges, answer)
             done(found if isinstance(found, Exception) else [found] * len(group))
 
         if ranges:
@@ -94,9 +94,16 @@ def _bounds(ranges: list[RangeRead]) -> list[bytes]:
     ]
 
 
-def _snapshot(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) -> Snapshot | PgcoordError:
-    if not found:
+def _snapshot(keys: list[bytes], ranges: list[RangeRead], answer: Answer) -> Snapshot | Exception:
+    """What an answer says. An exception is returned, not raised: others wait for the same statement."""
+    if isinstance(answer, Exception):
+        return answer
+    if not answer:
         return PgcoordError("leader_lease has lost its row", hint="restore it from a backup")
+    return _understood(keys, ranges, answer)
+
+
+def _understood(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) -> Snapshot:
     epoch, version = integer(found[0][0]), integer(found[0][1])
     values: dict[bytes, bytes | None] = dict.fromkeys(keys)
     if not ranges:

@@ -49,6 +49,9 @@ from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown, PgcoordError
 GROUP_LIMIT = 128
 """Half of a busy client's requests: while the leader works at one half, the client works at the other."""
 
+GROUP_BYTES = 16_000_000
+"""A group ends with the payload that reaches this: nobody waits behind a statement of a gigabyte."""
+
 SURELY_KEPT = timedelta(seconds=SHORTEST_RETENTION / 2)
 SENT_TWICE = "it was sent more than once, and may have been settled and forgotten in between"
 
@@ -148,6 +151,7 @@ class Submitter:
         """Stops. Requests that are still waited for stay in the queue; their outcome is unknown."""
         self._closed = True
         self._give_up(list(self._undecided.values()), CLOSED)
+        self._unsent.clear()
         if self._clock:
             self._clock.cancel()
         self._sending.close()
@@ -161,6 +165,8 @@ class Submitter:
 
         ConnectionFailed when it could not even be sent in that time: then it never will be.
         """
+        if self._closed:
+            raise ConnectionFailed(CLOSED, hint="nothing was written")
         undecided = Undecided(submission, self._loop, seconds)
         self._undecided[submission.request_id] = undecided
         self._unsent.append(undecided)
@@ -215,9 +221,7 @@ class Submitter:
 
     def _send(self) -> None:
         """Sends the next group of what waits to be sent, unless one is under way: ids apply once."""
-        if self._closed:
-            self._give_up(list(self._unsent), CLOSED)
-        elif self._unsent and self._sending.is_open:
+        if self._unsent and self._sending.is_open and not self._closed:
             self._sending.shut()
             if self._is_listening:
                 self._enqueue(self._next_group())
@@ -237,10 +241,12 @@ class Submitter:
 
     def _next_group(self) -> list[Undecided]:
         group: list[Undecided] = []
-        while self._unsent and len(group) < GROUP_LIMIT:
+        room = GROUP_BYTES
+        while self._unsent and len(group) < GROUP_LIMIT and room > 0:
             undecided = self._unsent.popleft()
             if not undecided.outcome.done():
                 group.append(undecided)
+                room -= len(undecided.submission.payload)
         return group
 
     def _enqueue(self, group: list[Undecided]) -> None:
@@ -307,7 +313,8 @@ class Submitter:
             self._has_news = True
             self._asking.open_later()
             return
-        self._trouble = None
+        if self._sending.is_open:
+            self._trouble = None
         for _, request_id, status, version, reason in answer:
             if request_id is not None:
                 missing.pop(request_id, None)

@@ -18,6 +18,7 @@ error.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -33,6 +34,7 @@ from pgcoord_cli.core.watches import Watch, Watcher
 from pgcoord_cli.errors import (
     CommitRefused,
     Conflict,
+    ConnectionFailed,
     KeyTooLarge,
     Rejected,
     TimeLimit,
@@ -172,7 +174,7 @@ class Transaction:
 
         At most `limit`, from the end backwards if `reverse`.
         """
-        if limit is not None and limit < 0:
+        if limit is not None and not 0 <= limit < 1 << 63:
             raise ValueError(f"a limit of {limit}")
         first = await self._bound(begin, snapshot=snapshot)
         last = await self._bound(end, snapshot=snapshot)
@@ -351,10 +353,7 @@ class Transaction:
 
         Raises Conflict, TooOld, Rejected (nothing was written) and OutcomeUnknown.
         """
-        if self._snapshot is None:
-            await self._extend((), ())
-        snapshot = self._snapshot
-        assert snapshot is not None
+        snapshot = self._snapshot or await self._read_at_last()
         version = snapshot.version
         if self._mutations or self._write_ranges:
             self._check_time()
@@ -362,6 +361,16 @@ class Transaction:
         for watch in self._watches:
             self._watcher.add(watch)
         return version
+
+    async def _read_at_last(self) -> Snapshot:
+        """The snapshot of a transaction that read nothing; it has as long for that as for its commit."""
+        try:
+            async with asyncio.timeout(self._commit_seconds):
+                await self._extend((), ())
+        except TimeoutError:
+            raise ConnectionFailed("the server does not answer", hint="nothing was written") from None
+        assert self._snapshot is not None
+        return self._snapshot
 
     async def _submit(self, snapshot: Snapshot) -> int:
         request = Request(

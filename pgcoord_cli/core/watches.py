@@ -15,7 +15,7 @@ from pgcoord_cli.core import channels
 from pgcoord_cli.core.backoff import Backoff
 from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.snapshots import SnapshotReader, Wanted
-from pgcoord_cli.errors import ConnectionFailed
+from pgcoord_cli.errors import PgcoordError
 
 
 class Watch:
@@ -44,9 +44,13 @@ class Watcher:
         self._listener = listener
         self._watches: set[Watch] = set()
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     def add(self, watch: Watch) -> None:
         """Begins to look after a watch."""
+        if self._closed:
+            watch.cancel()
+            return
         self._watches.add(watch)
         self._look.set()
         if self._task is None or self._task.done():
@@ -54,6 +58,7 @@ class Watcher:
 
     async def close(self) -> None:
         """Cancels every watch."""
+        self._closed = True
         for watch in self._watches:
             watch.cancel()
         self._watches.clear()
@@ -69,7 +74,7 @@ class Watcher:
             try:
                 await self._look_once()
                 backoff.reset()
-            except ConnectionFailed:
+            except PgcoordError:
                 await backoff.pause()
             with suppress(TimeoutError):
                 async with asyncio.timeout(channels.POLL_SECONDS):

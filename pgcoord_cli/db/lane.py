@@ -40,21 +40,30 @@ class Statement(NamedTuple):
 
 
 class Lane:
-    """Runs one statement at a time over a connection that it owns from now on."""
+    """Runs one statement at a time over a connection that it owns from now on.
+
+    A server that leaves a statement without an answer for `patience` seconds, if there are any, is taken for lost.
+    """
 
     def __init__(
         self,
         conn: AsyncConnection[Any],
         on_notify: Callable[[str], None] = lambda _channel: None,
         on_lost: Callable[[], None] = lambda: None,
+        patience: float | None = None,
     ) -> None:
         self._conn = conn  # what it is made of ends with it
         self._pgconn = conn.pgconn
         self._pgconn.nonblocking = 1
         self._on_notify = on_notify
         self.on_lost = on_lost
+        self._patience = patience
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._names: dict[str, bytes] = {}
         self._running: Statement | None = None
+        self._result: pq.abc.PGresult | None = None
+        self._error: psycopg.Error | None = None
         self._preparing: bytes | None = None
         self._loop = asyncio.get_running_loop()
         self._socket = self._pgconn.socket
@@ -69,6 +78,7 @@ class Lane:
         """Sends a statement; its `done` is called later, with the rows or a psycopg.Error. One at a time."""
         assert self._running is None, "a lane runs one statement at a time"
         self._running = statement
+        self._expect_answer()
         try:
             if name := self._names.get(statement.text):
                 self._execute(name)
@@ -76,9 +86,23 @@ class Lane:
                 self._preparing = b"lane_%d" % len(self._names)
                 self._pgconn.send_prepare(self._preparing, statement.text.encode())
             self._flush()
-        except psycopg.Error as error:
+        except Exception as error:  # noqa: BLE001 - told to whoever waits
             self._forget_socket()  # libpq has closed it, and the next one opened may get its number
-            self._loop.call_soon(self._break, error)
+            reason = error if isinstance(error, psycopg.Error) else psycopg.OperationalError(f"cannot send: {error}")
+            self._loop.call_soon(self._break, reason)
+
+    def _expect_answer(self) -> None:
+        """One timer serves many statements: when it is over, it looks whether the one that runs then is late."""
+        if self._patience is not None:
+            self._deadline = self._loop.time() + self._patience
+            self._timer = self._timer or self._loop.call_at(self._deadline, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._running and self._loop.time() >= self._deadline:
+            self._break(psycopg.OperationalError("the server does not answer"))
+        elif self._running:
+            self._timer = self._loop.call_at(self._deadline, self._on_timer)
 
     async def fetch(self, text: str, parameters: Sequence[bytes | None]) -> list[Row]:
         """The rows of a statement; raises psycopg.Error."""
@@ -105,31 +129,29 @@ class Lane:
     def _on_readable(self) -> None:
         try:
             self._pgconn.consume_input()
-            if self._running and not self._pgconn.is_busy():
-                self._on_results(self._results())
+            while self._running and not self._pgconn.is_busy():  # otherwise the next result is still to come
+                self._take(self._pgconn.get_result())
             while notification := self._pgconn.notifies():
                 self._on_notify(notification.relname.decode())
         except psycopg.Error as error:
             self._break(error)
 
-    def _results(self) -> list[pq.abc.PGresult]:
-        results = []
-        while result := self._pgconn.get_result():
-            results.append(result)
-        return results
-
-    def _on_results(self, results: Sequence[pq.abc.PGresult]) -> None:
-        answer = _answer(results)
-        if isinstance(answer, psycopg.Error) and self._is_last(answer):
-            self._break(answer)
-        elif isinstance(answer, list) and self._preparing:
+    def _take(self, result: pq.abc.PGresult | None) -> None:
+        """One result of the statement that runs; after the last comes None."""
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            self._on_error(error_from_result(result))
+        elif result is not None:
+            self._result = result
+        elif self._preparing and not self._error:
             self._on_prepared(self._preparing)
         else:
-            self._end(answer)
+            self._end(self._error or _rows(self._result))
 
-    def _is_last(self, error: psycopg.Error) -> bool:
-        """Whether nothing will follow, although the socket may not have told yet."""
-        return not self.is_open or error.diag.severity_nonlocalized in LAST_WORDS
+    def _on_error(self, error: psycopg.Error) -> None:
+        # Without a state it is libpq that speaks, not the server: the connection is gone.
+        self._error = error if error.sqlstate else psycopg.OperationalError(str(error))
+        if not self.is_open or error.diag.severity_nonlocalized in LAST_WORDS:
+            self._break(self._error)
 
     def _on_prepared(self, name: bytes) -> None:
         assert self._running is not None
@@ -139,7 +161,8 @@ class Lane:
         self._flush()
 
     def _end(self, answer: Answer) -> None:
-        statement, self._running, self._preparing = self._running, None, None
+        statement, self._running = self._running, None
+        self._preparing = self._result = self._error = None
         if statement:
             statement.done(answer)
 
@@ -150,6 +173,8 @@ class Lane:
     def close(self, reason: psycopg.Error | None = None) -> None:
         """Ends the connection, in whatever state it is; a statement that is under way gets the reason."""
         self._forget_socket()
+        if self._timer:
+            self._timer.cancel()
         self._pgconn.finish()
         self._end(reason or psycopg.OperationalError("the connection was closed"))
 
@@ -170,13 +195,9 @@ def settle(rows: asyncio.Future[list[Row]], answer: Answer) -> None:
         rows.set_result(answer)
 
 
-def _answer(results: Sequence[pq.abc.PGresult]) -> Answer:
-    for result in results:
-        if result.status == pq.ExecStatus.FATAL_ERROR:
-            error = error_from_result(result)
-            # Without a state it is libpq that speaks, not the server: the connection is gone.
-            return error if error.sqlstate else psycopg.OperationalError(str(error))
-    result = results[-1]
+def _rows(result: pq.abc.PGresult | None) -> list[Row]:
+    if result is None:
+        return []
     rows, value = range(result.ntuples), result.get_value
     columns = ([value(row, column) for row in rows] for column in range(result.nfields))
     return list(zip(*columns, strict=True))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import signal
+import struct
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
@@ -19,7 +22,7 @@ import psycopg
 import pytest
 from psycopg import AsyncConnection
 
-from pgcoord_cli.core import candidate, channels, codec, resolver, transaction
+from pgcoord_cli.core import candidate, channels, client, codec, resolver, submissions, transaction
 from pgcoord_cli.core.candidate import Candidate, CandidateEvent
 from pgcoord_cli.core.client import Database, Transaction, connect
 from pgcoord_cli.core.codec import Mutation, Op, Range
@@ -27,6 +30,7 @@ from pgcoord_cli.core.commits import find_request
 from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.mutations import apply, covers
 from pgcoord_cli.core.session import open_session, open_session_async
+from pgcoord_cli.core.snapshots import RangeRead, Wanted
 from pgcoord_cli.core.submissions import Submitter, Undecided
 from pgcoord_cli.core.turns import kind_of
 from pgcoord_cli.core.wakeup import Notifications, Wakeup
@@ -746,6 +750,92 @@ def test_i3_a_request_that_a_crash_lost_is_submitted_again(settings: Settings, s
     assert requests(sql) == [("committed", 1)]
 
 
+# -- a client that is asked what it cannot do, or too late
+
+
+@needs_leader
+@played
+async def test_a_read_that_cannot_even_be_sent_harms_nobody_else(db: Database) -> None:
+    await put(db, k=b"v")
+    for limit in (2**63, 2**200):
+        with pytest.raises(ValueError, match="limit"):
+            await db.transaction().get_range(b"a", b"z", limit=limit)
+        with pytest.raises(struct.error):
+            await db._reader.read(Wanted(ranges=(RangeRead(b"a", b"z", limit),)))
+        assert await asyncio.wait_for(db.transaction().get(b"k"), PATIENCE) == b"v"
+
+
+@needs_leader
+@played
+async def test_a_client_that_is_closed_in_the_middle_of_load_leaves_nobody_waiting(db: Database) -> None:
+    async def commit_on_and_on() -> None:
+        while True:
+            await put(db, k=b"v")
+
+    workers = [asyncio.create_task(commit_on_and_on()) for _ in range(50)]
+    await put(db, first=b"v")
+    await db.close()
+    _, waiting = await asyncio.wait(workers, timeout=PATIENCE)
+    assert not waiting
+    assert {type(worker.exception()) for worker in workers} <= {OutcomeUnknown, ConnectionFailed}
+    with pytest.raises(ConnectionFailed, match="closed"):
+        await put(db, k=b"v")
+
+
+@needs_leader
+@played
+async def test_a_client_that_is_closed_opens_nothing_any_more(db: Database) -> None:
+    tr = db.transaction()
+    watch = await tr.watch(b"k")
+    await db.close()
+    await tr.commit()
+    assert watch.changed.cancelled()
+    assert db._listener._task is None
+
+
+@needs_leader
+def test_a_connection_that_falls_silent_is_replaced(
+    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process is frozen: nothing is closed, and no timeout of the server's strikes."""
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 0.5)
+
+    async def scenario(db: Database) -> None:
+        await put(db, k=b"v")
+        query = (
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/client' AND query NOT LIKE 'LISTEN%'"
+        )
+        pids = [pid for (pid,) in sql.execute(query).fetchall()]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            assert await asyncio.wait_for(put(db, k=b"w"), PATIENCE) > 1
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    play(replace(settings, statement_timeout=0.5), scenario)
+
+
+@needs_leader
+def test_large_transactions_go_out_in_several_groups(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submissions, "GROUP_BYTES", 150_000)
+    enqueue, sizes = Submitter._enqueue, []
+
+    def noted(submitter: Submitter, group: list[Undecided]) -> None:
+        sizes.append(len(group))
+        enqueue(submitter, group)
+
+    async def scenario(db: Database) -> None:
+        await put(db, first=b"v")
+        monkeypatch.setattr(Submitter, "_enqueue", noted)
+        await asyncio.gather(*(put(db, **{f"k{number}": bytes(100_000)}) for number in range(6)))
+
+    play(settings, scenario)
+    assert sum(sizes) == 6
+    assert max(sizes) <= 2
+
+
 # -- outcomes that are not known
 
 
@@ -838,6 +928,7 @@ async def test_i3_what_no_connection_could_be_opened_for_certainly_did_not_happe
     await tr.get(b"k")
     tr.set(b"k", b"v")
     db._pool._opener = Unreachable()
+    await asyncio.gather(*db._pool._openings)
     for lane in list(db._pool._lanes):
         lane.close()
         db._pool._forget(lane)

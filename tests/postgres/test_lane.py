@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial, wraps
 from typing import Any
 
@@ -109,6 +110,43 @@ async def test_a_session_that_is_ended_while_it_is_idle_tells_its_owner(lane: La
     assert not lane.is_open
     with pytest.raises(psycopg.OperationalError):
         await lane.fetch(PID, [])
+
+
+@on_a_lane
+async def test_a_server_that_leaves_a_statement_without_an_answer_is_taken_for_lost(
+    lane: Lane, heard: Heard, sql: Sql
+) -> None:
+    lane._patience = 0.2
+    for _ in range(3):
+        await lane.fetch("SELECT 1", [])
+    with pytest.raises(psycopg.OperationalError, match="does not answer"):
+        await lane.fetch("SELECT pg_sleep(600)", [])
+    assert heard.lost.is_set()
+
+
+@on_a_lane
+async def test_the_end_of_an_answer_is_not_waited_for_in_the_way_of_all_else(
+    lane: Lane, heard: Heard, sql: Sql
+) -> None:
+    """libpq's `get_result` blocks while a result is not complete."""
+    await lane.fetch("SELECT 1", [])
+    get_result, is_busy = type(lane._pgconn).get_result, type(lane._pgconn).is_busy
+    asked_while_busy = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(conn, name)
+
+        def get_result(self) -> Any:
+            asked_while_busy.append(is_busy(conn))
+            return get_result(conn)
+
+    conn, lane._pgconn = lane._pgconn, Watched()  # type: ignore[assignment]
+    for statement in ("SELECT 1", "SELEKT", "SELECT generate_series(1, 100000)", "SELECT 1 / 0"):
+        with suppress(psycopg.Error):
+            await lane.fetch(statement, [])
+    assert asked_while_busy
+    assert not any(asked_while_busy)
 
 
 @on_a_lane

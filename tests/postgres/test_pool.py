@@ -87,6 +87,18 @@ async def test_where_no_more_can_be_opened_all_wait_for_those_there_are(pool: Po
 
 
 @on_a_pool
+async def test_who_waits_for_a_busy_connection_gets_another_once_one_can_be_opened(
+    pool: Pool, opener: Opener, sql: Sql
+) -> None:
+    await pids(pool, 1)
+    opener.failing = {2}
+    asleep = asyncio.create_task(pool.fetch("SELECT pg_sleep(600)", []))
+    await asyncio.sleep(0)
+    assert len(await pids(pool, 1)) == 1
+    assert not asleep.done()
+
+
+@on_a_pool
 async def test_what_opening_raises_reaches_one_who_waits_and_the_next_tries_again(
     pool: Pool, opener: Opener, sql: Sql
 ) -> None:

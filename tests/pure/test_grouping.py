@@ -82,3 +82,23 @@ async def test_a_caller_who_gives_up_takes_nobody_along(sender: Sender) -> None:
     assert await third == "3"
     with pytest.raises(asyncio.CancelledError):
         await first
+
+
+def test_what_cannot_even_be_sent_harms_nobody_else() -> None:
+    async def scenario() -> None:
+        sender = Sender()
+
+        def send(items: Sequence[int], done: Callable[[Sequence[str] | Exception], None]) -> None:
+            if 13 in items:
+                raise TypeError("thirteen")
+            sender(items, done)
+
+        group = Grouping(send, limit=10)
+        with pytest.raises(TypeError):
+            await group(13)
+        later = group(14)
+        await asyncio.sleep(0)
+        sender.let_go()
+        assert await later == "14"
+
+    asyncio.run(scenario())
