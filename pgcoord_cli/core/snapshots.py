@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import psycopg
@@ -17,6 +18,7 @@ from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 
 GROUP_LIMIT = 500
+RETRIES = 2
 
 Rows = tuple[tuple[bytes, bytes], ...]
 
@@ -63,13 +65,14 @@ class SnapshotReader:
     async def read(self, wanted: Wanted) -> Snapshot:
         """A snapshot that holds at least what is wanted; whoever asked at the same time shares it.
 
-        What fails is tried once more, over a new connection where the old one broke; raises PgcoordError after that.
+        What fails is tried again: over a new connection where the old one broke, and over another where the new one was
+        ended while it was being opened. Raises PgcoordError after that.
         """
-        try:
-            return await self._group(wanted)
-        except (psycopg.Error, ConnectionFailed):
-            with mapped_errors():
+        for _ in range(RETRIES):
+            with suppress(psycopg.Error, ConnectionFailed):
                 return await self._group(wanted)
+        with mapped_errors():
+            return await self._group(wanted)
 
     def _read_group(self, group: Sequence[Wanted], done: Callable[[Sequence[Snapshot] | Exception], None]) -> None:
         keys = list({key for wanted in group for key in wanted.keys})

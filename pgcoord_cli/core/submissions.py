@@ -151,7 +151,6 @@ class Submitter:
         """Stops. Requests that are still waited for stay in the queue; their outcome is unknown."""
         self._closed = True
         self._give_up(list(self._undecided.values()), CLOSED)
-        self._unsent.clear()
         if self._clock:
             self._clock.cancel()
         self._sending.close()

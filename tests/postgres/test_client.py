@@ -772,14 +772,18 @@ async def test_a_client_that_is_closed_in_the_middle_of_load_leaves_nobody_waiti
         while True:
             await put(db, k=b"v")
 
+    late = db.transaction()
+    await late.get(b"k")
+    late.set(b"k", b"late")
     workers = [asyncio.create_task(commit_on_and_on()) for _ in range(50)]
     await put(db, first=b"v")
     await db.close()
     _, waiting = await asyncio.wait(workers, timeout=PATIENCE)
     assert not waiting
     assert {type(worker.exception()) for worker in workers} <= {OutcomeUnknown, ConnectionFailed}
-    with pytest.raises(ConnectionFailed, match="closed"):
-        await put(db, k=b"v")
+    for commit in (late.commit(), put(db, k=b"v")):
+        with pytest.raises(ConnectionFailed, match="closed"):
+            await asyncio.wait_for(commit, PATIENCE)
 
 
 @needs_leader

@@ -111,10 +111,13 @@ async def test_what_opening_raises_reaches_one_who_waits_and_the_next_tries_agai
 async def test_a_connection_that_broke_is_replaced(pool: Pool, opener: Opener, sql: Sql) -> None:
     for _ in range(3):
         before = set(await pids(pool, 10))
+        await asyncio.gather(*pool._openings)
         asleep = asyncio.create_task(pool.fetch("SELECT pg_sleep(600)", []))
         await asyncio.sleep(0)
-        for pid in before:
-            sql.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+        sql.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE application_name = 'pgcoord/client' AND datname = current_database()"
+        )
         with pytest.raises(psycopg.OperationalError):
             await asleep
         assert before.isdisjoint(await pids(pool, 10))
