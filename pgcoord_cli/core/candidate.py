@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -65,18 +66,24 @@ class Candidate:
     def run(self) -> None:
         """Stands for election and leads until stopped. Raises PgcoordError where standing makes no sense."""
         open_session(self._settings, "leader run", writes=True).close()  # says at once what is wrong with the server
+        trouble: str | None = None
         while not self._stopping:
-            self._say("standing", None, "waiting to be elected")
+            if trouble is None:
+                self._say("standing", None, "waiting to be elected")
+            last_trouble, trouble = trouble, None
+            began = time.monotonic()
             try:
                 self._serve_one_term()
             except ConnectionFailed as error:
-                self._say("unreachable", None, error.message)
-            if not self._stopping:
-                self._pause()
+                trouble = error.message
+            if trouble and trouble != last_trouble:
+                self._say("unreachable", None, trouble)
+            self._pause_until(began + RECONNECT_SECONDS)
 
-    def _pause(self) -> None:
-        """A moment between terms, so that a server that refuses us is not asked a thousand times a second."""
-        self._wakeup.wait(RECONNECT_SECONDS)
+    def _pause_until(self, moment: float) -> None:
+        """Keeps attempts a moment apart, so that a server that refuses us is not asked a thousand times a second."""
+        while not self._stopping and (seconds := moment - time.monotonic()) > 0:
+            self._wakeup.wait(seconds)  # the keeper of the term that is over may have set it
 
     def _serve_one_term(self) -> None:
         keeper = Keeper(self._settings, self._node_id, self._ttl, self._wakeup)
