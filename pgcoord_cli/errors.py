@@ -200,10 +200,11 @@ class SchemaUnknown(PgcoordError):
 
 
 class CursorExpired(PgcoordError):
-    """The cursor points before the oldest event that is still kept."""
+    """The cursor points before the oldest event that is still kept; `resume_at` is the first cursor that does not."""
 
     code = "cursor_expired"
     exit_code = 8
+    resume_at = ""
 
 
 class UnsuitableServer(PgcoordError):
@@ -248,3 +249,7 @@ class Termination(KeyboardInterrupt):
 def interruption(stop: BaseException) -> PgcoordError:
     """What to say of the signal that ended the command."""
     return Terminated("terminated") if isinstance(stop, Termination) else Interrupted("interrupted")
+
+
+FINAL = (PermissionDenied, SchemaMissing, SchemaUnknown, UsageError)
+"""What does not get better by connecting again."""

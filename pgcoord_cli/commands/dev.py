@@ -149,7 +149,9 @@ def _server(name: str, version: int | None = None) -> EmbeddedServer:
 
 def _confirm(server: EmbeddedServer) -> None:
     """Goes on only if a person at the terminal agrees that the data be removed."""
-    if not sys.stdin.isatty():
+    from pgcoord_cli.core.standard_input import is_typed
+
+    if not is_typed():
         raise UsageError("--destroy: removes all data, and there is no terminal to ask at", hint="add --yes")
     # Not typer.confirm, which writes a space to stdout even where it asks on stderr.
     print(f"Remove {server.root} and all data in it? [y/N] ", end="", file=sys.stderr, flush=True)

@@ -59,8 +59,10 @@ def create(
 
 
 def _text_of(file: str) -> str:
+    from pgcoord_cli.core.standard_input import stdin_bytes
+
     try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        data = stdin_bytes().read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
         raise UsageError(f"FILE: cannot read {file}: {error.strerror}") from None
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from typing import Annotated
 
 import typer
@@ -133,7 +132,9 @@ def break_(
 
 
 def _have_it_typed(name: str, question: str) -> None:
-    if not sys.stdin.isatty():
+    from pgcoord_cli.core.standard_input import is_typed
+
+    if not is_typed():
         raise UsageError("this has to be confirmed, and there is no terminal to ask at", hint="say --yes")
     if typer.prompt(question, err=True) != name:
         raise UsageError("that is not the name; nothing was done")

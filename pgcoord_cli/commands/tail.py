@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 import typer
 
 from pgcoord_cli.commands.framework import command, noun, output_of, spare_the_collector, stop_on_signals
-from pgcoord_cli.errors import ConditionFalse, UsageError
+from pgcoord_cli.errors import ConditionFalse, CursorExpired, UsageError
 from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_duration
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ _register("completion", "--outcome", "OUTCOME", COMPLETION_HELP)
 def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
     settings, out = output_of(ctx)
     _check(call)
+    _warn_of_unknown_kinds(out, outbox, call.kinds)
     if call.lag:
         _show_lag(settings, out, outbox, call)
         return
@@ -175,15 +176,33 @@ def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
         position = checkpoint.load() if checkpoint else None
         with closing(_make_tail(settings, out, outbox, call, position)) as tail:
             _follow(tail, out, outbox, call, checkpoint)
+    except CursorExpired as error:
+        error.hint = _way_out(call, error.resume_at) or error.hint
+        raise
     finally:
         if checkpoint:
             checkpoint.close()
 
 
-def _check(call: Call) -> None:
+def _warn_of_unknown_kinds(out: Output, outbox: Outbox, kinds: list[str]) -> None:
+    """A newer pgcoord may know them; otherwise such a tail waits for ever."""
+    for kind in kinds:
+        if kind not in outbox.kinds:
+            out.warn(f"{kind!r} is not a kind that this pgcoord knows: {', '.join(sorted(outbox.kinds))}")
 
-    starts = {"--from": call.from_cursor, "--from-start": call.from_start, "--since": call.since}
-    if len(given := [name for name, value in starts.items() if value]) > 1:
+
+def _way_out(call: Call, cursor: str) -> str | None:
+    """How to move a stored cursor, which goes before --from."""
+    if call.subscription is not None:
+        return f"resume at the oldest that is kept: pgcoord subscription set {call.subscription} {cursor}"
+    if call.cursor_file:
+        return f"resume at the oldest that is kept: write {cursor} into {call.cursor_file}"
+    return None
+
+
+def _check(call: Call) -> None:
+    starts = {"--from": call.from_cursor, "--from-start": call.from_start or None, "--since": call.since}
+    if len(given := [name for name, value in starts.items() if value is not None]) > 1:
         raise UsageError(f"{' and '.join(given)} exclude each other", hint="a tail starts in one place")
     if call.cursor_file and call.subscription:
         raise UsageError("--cursor-file and --subscription exclude each other", hint="keep the cursor in one place")
@@ -223,7 +242,7 @@ def _make_tail(settings: Settings, out: Output, outbox: Outbox, call: Call, posi
         settings,
         outbox,
         start=_start(call) if position is None else From.position(position),
-        until=_until(call.until) if call.until else None,
+        until=None if call.until is None else _until(call.until),
         filters=filters,
         follow=not call.no_follow,
         report=lambda notice: _report(out, notice),
@@ -234,9 +253,9 @@ def _start(call: Call) -> From:
     from pgcoord_cli.core.cursor import from_cursor
     from pgcoord_cli.core.tail import From
 
-    if call.from_cursor:
+    if call.from_cursor is not None:
         return From.position(from_cursor(call.from_cursor, "--from"))
-    if call.since:
+    if call.since is not None:
         return From.time(_moment(call.since, "--since"))
     return From.beginning() if call.from_start else From.now()
 
@@ -384,7 +403,7 @@ def _given_position(conn: Any, outbox: Outbox, call: Call) -> int:
     from pgcoord_cli.core.cursor import from_cursor
     from pgcoord_cli.core.cursor_file import CursorFile
 
-    if call.from_cursor:
+    if call.from_cursor is not None:
         return from_cursor(call.from_cursor, "--from")
     position = None
     if call.subscription is not None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from psycopg import Connection
 from pgcoord_cli.core import kv
 from pgcoord_cli.core.client import Database, Transaction, connect
 from pgcoord_cli.core.kv import Entry
+from pgcoord_cli.core.standard_input import stdin_bytes
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import Settings
 
@@ -58,7 +58,7 @@ class Line(NamedTuple):
 def open_source(name: str) -> Source:
     """The file of that name, or stdin for `-`; UsageError when it cannot be read."""
     if name == "-":
-        return Source(sys.stdin.buffer, "stdin", None, None)
+        return Source(stdin_bytes(), "stdin", None, None)
     path = Path(name)
     try:
         with path.open("rb") as stream:
@@ -127,7 +127,7 @@ def _lines(source: Source, start: int) -> Iterator[Line]:
 def _parse(text: bytes, end: int, place: str) -> Line:
     try:
         record = json.loads(text)
-        as_hex = record.get("encoding", "utf-8") == "hex"
+        encoding = record.get("encoding", "utf-8")
         key, value = record["key"], record["value"]
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError
@@ -136,6 +136,9 @@ def _parse(text: bytes, end: int, place: str) -> Line:
             f"FILE: {place}: not a record with a key and a value",
             hint='a line looks like {"key": "greeting", "value": "hello", "encoding": "utf-8"}',
         ) from None
+    if encoding not in ("utf-8", "hex"):
+        raise UsageError(f"FILE: {place}: the encoding {encoding!r} is neither utf-8 nor hex")
+    as_hex = encoding == "hex"
     parsed = kv.parse_key(key, f"FILE: {place}", as_hex=as_hex)
     if parsed.startswith(RESERVED):
         raise UsageError(f"FILE: {place}: keys that begin with 0xff are reserved")
@@ -147,6 +150,7 @@ def export(conn: Connection[Any], begin: bytes, end: bytes | None) -> Iterator[E
     last = min(end, RESERVED) if end is not None else RESERVED
     with conn.transaction():
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        while page := kv.read_page(conn, begin, last, PAGE):
+        version = kv.read_version(conn)
+        while page := kv.read_page(conn, begin, last, PAGE, version):
             yield from page
             begin = page[-1].key + b"\0"

@@ -40,16 +40,22 @@ def read_range(
     """The durable version, and the keys from `begin` up to but without `end`, of one snapshot."""
     with conn.transaction():
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        _, version = conn.execute(sql("kv", "read_version")).fetchone() or (0, 0)
+        version = read_version(conn)
         statement = sql("kv", "read_range_reverse" if reverse else "read_range")
         rows = conn.execute(statement, [begin, PAST_THE_LAST_KEY if end is None else end, limit]).fetchall()
     return version, [Entry(key, value, version) for key, value in rows]
 
 
-def read_page(conn: Connection[Any], begin: bytes, end: bytes | None, limit: int) -> list[Entry]:
-    """The first keys of a range, within the caller's transaction; versions are left at zero."""
+def read_version(conn: Connection[Any]) -> int:
+    """The durable version of the caller's snapshot."""
+    _, version = conn.execute(sql("kv", "read_version")).fetchone() or (0, 0)
+    return int(version)
+
+
+def read_page(conn: Connection[Any], begin: bytes, end: bytes | None, limit: int, version: int) -> list[Entry]:
+    """The first keys of a range, within the caller's transaction, whose snapshot has that version."""
     rows = conn.execute(sql("kv", "read_range"), [begin, PAST_THE_LAST_KEY if end is None else end, limit]).fetchall()
-    return [Entry(key, value, 0) for key, value in rows]
+    return [Entry(key, value, version) for key, value in rows]
 
 
 def parse_key(text: str, argument: str, *, as_hex: bool) -> bytes:

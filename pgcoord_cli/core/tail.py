@@ -58,14 +58,7 @@ from pgcoord_cli.core.outbox import OUTBOXES, Event, Outbox
 from pgcoord_cli.core.wakeup import Wakeup
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import (
-    CursorExpired,
-    PermissionDenied,
-    PgcoordError,
-    SchemaMissing,
-    SchemaUnknown,
-    UsageError,
-)
+from pgcoord_cli.errors import FINAL, CursorExpired, PgcoordError, UsageError
 from pgcoord_cli.settings import Settings
 
 LOOK_BACK = 100_000
@@ -83,8 +76,7 @@ FIRST_RECHECK = 0.005
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 
-_FINAL = (CursorExpired, PermissionDenied, SchemaMissing, SchemaUnknown, UsageError)
-"""What does not get better by connecting again."""
+_FINAL = (CursorExpired, *FINAL)
 
 
 class From(NamedTuple):
@@ -445,10 +437,12 @@ def check_position(position: int, bounds: Bounds) -> None:
 
 def expired(position: int, collected_through: int) -> CursorExpired:
     """What to say of a position whose next events have been deleted."""
-    return CursorExpired(
+    error = CursorExpired(
         f"events after cursor {to_cursor(position)} have been collected as garbage",
         hint=f"resume at the oldest that is kept: --from {to_cursor(collected_through)}",
     )
+    error.resume_at = to_cursor(collected_through)
+    return error
 
 
 def lag_document(conn: Connection[Any], outbox: Outbox, position: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from pgcoord_cli.db.binary import float8, int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import ConditionFalse, ConnectionFailed, Fenced, PgcoordError
+from pgcoord_cli.errors import FINAL, ConditionFalse, ConnectionFailed, Fenced, PgcoordError
 from pgcoord_cli.settings import Settings
 
 RENEW_AFTER = 1 / 3
@@ -81,8 +81,8 @@ class Worker:
     """Runs commands for executions. `run` blocks; `stop` may be called from a signal handler or another thread."""
 
     def __init__(self, settings: Settings, order: WorkOrder, report: Report) -> None:
-        company = Company()
-        self._slots = [Slot(settings, order, report, company) for _ in range(order.concurrency)]
+        self._company = Company()
+        self._slots = [Slot(settings, order, report, self._company) for _ in range(order.concurrency)]
         self._follower = (
             None
             if order.once
@@ -106,12 +106,16 @@ class Worker:
                 thread.start()
             for thread in threads:
                 thread.join()
+        if self._company.failure:
+            raise self._company.failure
 
 
 class Company:
     """The slots of one worker. With `once`, what one of them ends may be what another waits for."""
 
     def __init__(self) -> None:
+        self.failure: PgcoordError | None = None
+        """What ends the whole worker."""
         self._wakeups: list[Wakeup] = []
         self._mutex = Lock()
         self._busy = 0
@@ -137,9 +141,18 @@ class Company:
         """To be asked by a slot that found nothing: whether nobody else has any work either. The others hear of it."""
         with self._mutex:
             is_done = self._busy == 0
-        for wakeup in self._wakeups if is_done else ():
-            wakeup.set()
+        if is_done:
+            self._wake_all()
         return is_done
+
+    def fail(self, failure: PgcoordError) -> None:
+        """Ends all slots, each after the command in hand."""
+        self.failure = failure
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        for wakeup in self._wakeups:
+            wakeup.set()
 
 
 class Slot:
@@ -163,20 +176,25 @@ class Slot:
 
     def run(self) -> None:
         """Claims and runs until stopped, over one connection after the other."""
-        while not self._stopping:
+        while not self._is_over():
             try:
                 with closing(open_session(self._settings, "worker", writes=True)) as conn, mapped_errors():
                     self._work(conn)
                     return
+            except FINAL as error:
+                self._company.fail(error)
             except PgcoordError as error:
                 self._report(WorkEvent("trouble", "", None, None, error.message))
                 self._wakeup.wait(jittered(RECONNECT_SECONDS))
+
+    def _is_over(self) -> bool:
+        return self._stopping or self._company.failure is not None
 
     def _work(self, conn: Connection[Any]) -> None:
         conn.execute(sql("session", "plan_once"))
         notifications = listen(conn, [channels.executions(self._settings.schema)], self._wakeup)
         order = self._order
-        while not self._stopping:
+        while not self._is_over():
             with self._company.at_work():
                 is_something_done = self._work_once(conn)
             if is_something_done:

@@ -190,9 +190,15 @@ def scalar(value: Any) -> str:
         return f"{value:.2f}"
     if isinstance(value, datetime):
         return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(scalar, value))
+    if isinstance(value, (list, tuple, Mapping)):
+        return _parts(value)
     return "".join(char if char.isprintable() else _escaped(char) for char in str(value))
+
+
+def _parts(value: Any) -> str:
+    """A list of plain values with commas; whatever has more structure as JSON."""
+    is_plain = not isinstance(value, Mapping) and not any(isinstance(item, Mapping) for item in value)
+    return ", ".join(map(scalar, value)) if is_plain else to_json(value)
 
 
 def _escaped(char: str) -> str:
@@ -200,12 +206,14 @@ def _escaped(char: str) -> str:
 
 
 def plain_scalar(value: Any) -> str:
-    """How a program reads one value in CSV: empty for none, ISO 8601 for a time."""
+    """How a program reads one value in CSV: empty for none, ISO 8601 for a time, JSON for what has parts."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
-    return _for_json(value) if isinstance(value, datetime) else str(value)
+    if isinstance(value, (list, tuple, Mapping)):
+        return to_json(value)
+    return _for_json(value)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -36,11 +36,31 @@ def test_what_was_exported_is_loaded_again_as_it_was(
     loaded = cli("kv", "load", str(file), "--batch-size", "10", "-o", "json")
     assert json.loads(loaded.stdout) == {"loaded": 25, "transactions": 3, "resumed_at": 0}
     exported = cli("kv", "export").stdout
-    assert len(exported.splitlines()) == 25
+    records = [json.loads(line) for line in exported.splitlines()]
+    assert len(records) == 25
+    assert {record["version"] for record in records} == {durable_version(sql)}
     assert cli("kv", "clear-range", "k", "l").returncode == 0
     assert sql.execute("SELECT count(*) FROM kv").fetchone() == (1,)
     assert cli("kv", "load", "-", stdin=exported).returncode == 0
-    assert cli("kv", "export").stdout == exported
+    again = [json.loads(line) for line in cli("kv", "export").stdout.splitlines()]
+    assert again == [record | {"version": durable_version(sql)} for record in records]
+
+
+def durable_version(sql: psycopg.Connection[Any]) -> int:
+    """The durable version."""
+    (version,) = sql.execute("SELECT durable_version FROM leader_lease").fetchone() or (0,)
+    return int(version)
+
+
+@pytest.mark.parametrize("encoding", ["HEX", "base64", 5, None])
+def test_a_load_does_not_guess_at_an_encoding(
+    encoding: object, cli: Cli, start_leader: StartLeader, sql: psycopg.Connection[Any]
+) -> None:
+    start_leader("A").wait_for("elected epoch")
+    refused = cli("kv", "load", "-", stdin=json.dumps({"key": "00", "value": "ff", "encoding": encoding}))
+    assert refused.returncode == 2
+    assert "stdin, line 1: the encoding" in refused.stderr
+    assert sql.execute("SELECT count(*) FROM kv").fetchone() == (0,)
 
 
 def test_a_load_that_was_broken_off_goes_on_behind_its_last_commit(

@@ -13,12 +13,16 @@ import struct
 import subprocess
 import sys
 import termios
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import psycopg
 import pytest
 
-from pgcoord_cli.settings import OutputFormat, Settings
+from pgcoord_cli.render import Output
+from pgcoord_cli.settings import ColorMode, OutputFormat, Settings
 
 if TYPE_CHECKING:
     from tests.conftest import Call
@@ -215,18 +219,49 @@ def test_what_a_terminal_would_act_on_is_shown_as_an_escape(call: Call, sql: psy
     assert json.loads(call("leader", "status", "-o", "json").out)["leader"]["leader_addr"] == "a\nb\x1b[2J|\u202e"
 
 
+@pytest.mark.parametrize("output", ["csv", "plain", "markdown", "table"])
+def test_what_has_parts_is_shown_as_json(output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    document = {"executions": [{"id": UUID(int=7), "at": datetime(2026, 1, 31, tzinfo=UTC)}], "rates": [1, 2]}
+    Output(Settings(output=OutputFormat(output), color=ColorMode.NEVER)).document(document)
+    shown = capsys.readouterr().out
+    assert "UUID(" not in shown
+    assert "datetime" not in shown
+    assert f"{UUID(int=7)}" in shown
+    assert "2026-01-31T00:00:00Z" in shown
+
+
+@pytest.mark.parametrize(
+    "words", [("kv", "load", "-"), ("flow", "create", "-"), ("dev", "down", "--destroy"), ("lock", "break", "nobody")]
+)
+def test_a_closed_stdin_is_no_traceback(words: tuple[str, ...], settings: Settings, tmp_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "pgcoord_cli", *words]
+    variables = environment(settings) | {"PGCOORD_DEV_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1, 2, 3), done
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.usefixtures("stored")
-def test_a_reader_that_is_gone_is_no_failure(settings: Settings, sql: psycopg.Connection[Any]) -> None:
+@pytest.mark.parametrize("words", ["leader status", "--help", "kv range --limit 9999 -o jsonl"])
+def test_a_reader_that_is_gone_is_no_failure(words: str, settings: Settings, sql: psycopg.Connection[Any]) -> None:
     sql.execute("INSERT INTO kv SELECT int4send(n), %s FROM generate_series(1, 3000) AS n", [LONG.encode()])
-    for line in (
-        "leader status | true", "--help | true",
-        "kv range --limit 9999 | head -1", "kv range --limit 9999 -o jsonl | true",
-    ):  # fmt: skip
-        done = subprocess.run(
-            ["bash", "-c", f"{sys.executable} -m pgcoord_cli {line} >/dev/null; exit ${{PIPESTATUS[0]}}"],
-            env=environment(settings), capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, ""), line
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pgcoord_cli", *words.split()]
+    done = subprocess.run(
+        command, env=environment(settings), stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_goes_after_the_first_line_is_no_failure(
+    settings: Settings, sql: psycopg.Connection[Any]
+) -> None:
+    sql.execute("INSERT INTO kv SELECT int4send(n), %s FROM generate_series(1, 3000) AS n", [LONG.encode()])
+    line = f"{sys.executable} -m pgcoord_cli kv range --limit 9999 | head -1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], env=environment(settings), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_full_disk_and_a_closed_stdout_are_no_traceback(settings: Settings) -> None:

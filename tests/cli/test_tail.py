@@ -666,6 +666,38 @@ def test_i10_a_cursor_older_than_what_gc_kept_is_told_where_to_resume(
         assert ids(show(*resume)) == left
 
 
+def test_a_stored_cursor_that_is_too_old_is_moved_as_the_hint_says(
+    tail: Callable[..., Answer], show: Show, sql: Sql, call: Call, tmp_path: Path
+) -> None:
+    """It goes before --from, so that --from is no way out."""
+    file = tmp_path / "lease.cursor"
+    file.write_text(cursor(3))
+    left = collected(sql, call)
+    hint = tail("--cursor-file", str(file)).error["hint"]
+    assert hint.endswith(f"write {cursor(6)} into {file}")
+    file.write_text(cursor(6))
+    assert ids(show("--cursor-file", str(file))) == left
+    assert tail("--subscription", "s").code == 0
+    sql.execute("UPDATE subscriptions SET last_position = 3")
+    hint = tail("--subscription", "s").error["hint"]
+    assert hint.endswith(f"pgcoord subscription set s {cursor(6)}")
+    assert call(*hint.partition("pgcoord ")[2].split()).code == 0
+    assert ids(show("--subscription", "s")) == left
+
+
+@pytest.mark.parametrize("option", ["--from", "--since", "--until"])
+def test_an_empty_cursor_or_time_is_not_taken_for_none(option: str, tail: Callable[..., Answer]) -> None:
+    answer = tail(option, "")
+    assert answer.code == 2
+    assert option in answer.error["message"]
+
+
+def test_a_kind_that_nobody_knows_is_wondered_at(call: Call) -> None:
+    answer = call("tail", "lease", "--event-type", "gone", "--no-follow")
+    assert answer.code == 0
+    assert "'gone' is not a kind that this pgcoord knows: acquired, expired" in answer.err
+
+
 def test_i10_what_is_kept_can_be_read_from_its_start(show: Show, sql: Sql, call: Call) -> None:
     left = collected(sql, call)
     assert ids(show("--from-start")) == left

@@ -105,6 +105,14 @@ def test_a_reader_can_look_but_sees_no_data(cli: Cli, reader: Settings) -> None:
     assert "pgcoord migrate grant" in error["hint"]
 
 
+@pytest.mark.parametrize("words", [("--once",), ("--once", "--concurrency", "3"), ()], ids=str)
+def test_a_worker_that_may_not_work_says_so_and_ends(words: tuple[str, ...], cli: Cli, reader: Settings) -> None:
+    denied = cli("worker", "run", "-q", *words, "--", "true", settings=reader)
+    assert denied.returncode == 1
+    assert "permission denied for table" in denied.stderr
+    assert "pgcoord migrate grant" in denied.stderr
+
+
 def test_a_client_reads_and_writes_through_a_leader_that_is_an_operator(
     cli: Cli, start_leader: StartLeader, client: Settings, reader: Settings, operator: Settings
 ) -> None:
