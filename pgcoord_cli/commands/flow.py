@@ -129,7 +129,7 @@ def list_(
 
 @command(app, "cancel")
 def cancel(ctx: typer.Context, flow_id: FlowId) -> None:
-    """Cancel whatever of a flow has not ended. Workers that run a part of it are told, and stop it.
+    """Cancel whatever of a flow has not ended. Workers that run a part of it stop it when they next renew its lease.
 
     \b
     Examples:

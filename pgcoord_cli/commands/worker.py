@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +45,8 @@ def run(
 
     A command finds PGCOORD_EXECUTION_ID, PGCOORD_LEASE_ID, PGCOORD_LEASE_EPOCH, PGCOORD_FLOW_ID, PGCOORD_EXECUTION_NAME
     and PGCOORD_ATTEMPT in its environment. When its lease is lost, it is ended with everything it started. Ctrl-C and
-    SIGTERM let the commands in hand end; a second one ends them, and gives their executions back.
+    SIGTERM let the commands in hand end; a second one ends them, and gives their executions back. With -o json, what
+    the commands print goes to stderr.
 
     \b
     Examples:
@@ -61,7 +63,10 @@ def run(
     seconds = duration("--lease")(lease) or 0
     if seconds < SHORTEST_LEASE:
         raise UsageError(f"--lease: {lease!r} is too short; the least is {SHORTEST_LEASE:g}s")
-    order = WorkOrder(owner or default_node_id(), words or (), concurrency, seconds, namespace, instance_tag, once)
+    stdout = sys.stderr.fileno() if out.is_json else None  # there, stdout is for the events alone
+    order = WorkOrder(
+        owner or default_node_id(), words or (), concurrency, seconds, namespace, instance_tag, once, stdout
+    )
     worker = Worker(settings, order, lambda event: _report(out, event))
     received = stop_on_signals(worker.stop, times=2)
     worker.run()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pgcoord_cli.core.cursor import from_cursor, to_cursor
+from pgcoord_cli.errors import PgcoordError
 
 
 class CursorFile:
@@ -26,11 +27,19 @@ class CursorFile:
             text = self._path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise PgcoordError(f"--cursor-file: cannot read {str(self._path)!r}: {error.strerror}") from None
         return from_cursor(text, f"--cursor-file {self._path}") if text.strip() else None
 
     def save(self, position: int) -> None:
-        """Replaces the cursor. Raises OSError."""
+        """Replaces the cursor. PgcoordError: it cannot be kept there."""
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            self._replace(beside, position)
+        except OSError as error:
+            raise PgcoordError(f"--cursor-file: cannot write {str(self._path)!r}: {error.strerror}") from None
+
+    def _replace(self, beside: Path, position: int) -> None:
         try:
             with beside.open("w", encoding="ascii") as file:
                 file.write(f"{to_cursor(position)}\n")

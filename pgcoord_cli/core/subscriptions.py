@@ -18,7 +18,7 @@ from pgcoord_cli.core.backoff import jittered
 from pgcoord_cli.core.cursor import to_cursor
 from pgcoord_cli.core.leadership import draw_fence, subscription_lock, take_lock
 from pgcoord_cli.core.locks import lock_holder
-from pgcoord_cli.core.outbox import Outbox
+from pgcoord_cli.core.outbox import OUTBOXES, Outbox
 from pgcoord_cli.core.session import open_session
 from pgcoord_cli.core.tail import Notice, Report, silently
 from pgcoord_cli.core.wakeup import Wakeup
@@ -158,9 +158,13 @@ def subscription_record(conn: Connection[Any], schema: str, name: str) -> dict[s
 
 
 def set_position(conn: Connection[Any], schema: str, name: str, position: int, *, force: bool) -> int | None:
-    """Moves a checkpoint that nobody owns; returns where it was. UsageError: backwards, without `force`."""
-    subscription_record(conn, schema, name)
+    """Moves a checkpoint that nobody owns; returns where it was.
+
+    UsageError: backwards, without `force`, or beyond the end of its outbox.
+    """
+    record = subscription_record(conn, schema, name)
     take_lock(conn, schema, name)
+    _check_end(conn, record["outbox"], position)
     fence, before, _ = draw_fence(conn, name, None)
     if before is not None and position < before and not force:
         raise UsageError(
@@ -169,6 +173,14 @@ def set_position(conn: Connection[Any], schema: str, name: str, position: int, *
         )
     conn.execute(sql("subscriptions", "set_position"), [name, fence, position])
     return before
+
+
+def _check_end(conn: Connection[Any], table: str | None, position: int) -> None:
+    for outbox in OUTBOXES.values():
+        if outbox.table == table:
+            head, _ = conn.execute(sql("tail", f"{outbox.noun}_bounds")).fetchone() or (0, 0)
+            if position > head:
+                raise UsageError(f"{to_cursor(position)} lies beyond the end of {table}, which is {to_cursor(head)}")
 
 
 def remove(conn: Connection[Any], schema: str, name: str) -> None:

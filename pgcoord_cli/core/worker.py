@@ -63,7 +63,7 @@ class WorkEvent(NamedTuple):
 
 
 class WorkOrder(NamedTuple):
-    """What a worker does. `command` is for executions that have none of their own."""
+    """What a worker does. `command` is for executions that have none of their own; `stdout` is where commands write."""
 
     owner: str
     command: Sequence[str] = ()
@@ -72,6 +72,7 @@ class WorkOrder(NamedTuple):
     namespace: str | None = None
     instance_tag: str | None = None
     once: bool = False
+    stdout: int | None = None
 
 
 Report = Callable[[WorkEvent], None]
@@ -221,7 +222,7 @@ class Slot:
         try:
             if not command:
                 raise FileNotFoundError("there is no command: neither in the flow file nor in the call")
-            group = ProcessGroup(command, os.environ | environment(claim))
+            group = ProcessGroup(command, os.environ | environment(claim), self._order.stdout)
         except OSError as error:
             self._end(claim, f"cannot start: {error}", conn)
             return
@@ -229,8 +230,8 @@ class Slot:
         with closing(group):
             is_mine = self._keep_lease(claim, claimed_at, group)
         if is_mine:
-            code = group.exit_code
-            self._end(claim, None if code == 0 else f"exit status {code}", conn)
+            code = group.exit_code or 0
+            self._end(claim, f"exit status {code}" if code > 0 else f"signal {-code}" if code else None, conn)
 
     def _keep_lease(self, claim: Claim, trusted_from: float, group: ProcessGroup) -> bool:
         """Renews the lease until the command has ended; False when the lease is over, and the command with it."""

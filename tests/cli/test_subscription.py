@@ -118,6 +118,16 @@ def test_a_checkpoint_goes_back_by_force_only(call: Call, sql: Sql, mailer: list
     assert position(sql) == 0
 
 
+def test_a_checkpoint_is_not_set_beyond_the_end_of_its_outbox(call: Call, sql: Sql, mailer: list[int]) -> None:
+    """There it would look as if nothing waited."""
+    end = mailer[-1]
+    assert call("subscription", "set", "mailer", str(end)).code == 0
+    refused = call("subscription", "set", "mailer", str(end + 1), "--force")
+    assert refused.code == 2
+    assert "lies beyond the end of lease_events" in refused.err
+    assert call("subscription", "show", "mailer", "-o", "json").document["last_position"] == end
+
+
 def test_a_checkpoint_that_has_stood_nowhere_is_set_without_force(call: Call, sql: Sql) -> None:
     subscribe(sql, "mailer", "lease_events", None)
     assert call("subscription", "set", "mailer", "0", "-o", "json").document["before"] is None

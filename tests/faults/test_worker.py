@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import select
@@ -163,6 +164,20 @@ def test_the_command_of_the_call_is_for_executions_without_their_own(start: Star
     ended = start("--once", "-q", "--", "sh", "-c", "echo called for $PGCOORD_EXECUTION_NAME").ended()
     assert ended == (0, ["own\n", "called for bare\n"], "")
     assert flow.states() == {"own": "success", "bare": "success"}
+
+
+def test_under_json_what_the_commands_print_keeps_out_of_the_events(start: StartWorker, make: Make) -> None:
+    make("own>below", own="echo hello", below="true")
+    code, told, said = start("--once", "-o", "json").ended()
+    assert code == 0
+    assert [json.loads(line)["event"] for line in told] == ["started", "succeeded"] * 2
+    assert said == "hello\n"
+
+
+def test_a_command_that_a_signal_ended_fails_with_its_number(start: StartWorker, make: Make) -> None:
+    flow = make("own>below", own="kill -KILL $$", below="true")
+    start("--once").ended()
+    assert reason(flow, "own") == "signal 9"
 
 
 def test_the_exit_status_decides_and_an_attempt_is_repeated_after_its_back_off(start: StartWorker, make: Make) -> None:
