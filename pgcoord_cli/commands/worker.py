@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 app = noun("Run commands for executions as they become eligible.")
 
 SHORTEST_LEASE = 1.0
+
+STDERR = 2  # its descriptor
 
 
 @command(app, "run")
@@ -63,7 +64,7 @@ def run(
     seconds = duration("--lease")(lease) or 0
     if seconds < SHORTEST_LEASE:
         raise UsageError(f"--lease: {lease!r} is too short; the least is {SHORTEST_LEASE:g}s")
-    stdout = sys.stderr.fileno() if out.is_json else None  # there, stdout is for the events alone
+    stdout = STDERR if out.is_json else None  # there, stdout is for the events alone
     order = WorkOrder(
         owner or default_node_id(), words or (), concurrency, seconds, namespace, instance_tag, once, stdout
     )
