@@ -806,10 +806,13 @@ def test_a_connection_that_falls_silent_is_replaced(
 
     async def scenario(db: Database) -> None:
         await put(db, k=b"v")
-        query = (
-            "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/client' AND query NOT LIKE 'LISTEN%'"
-        )
-        pids = [pid for (pid,) in sql.execute(query).fetchall()]
+        while db._pool._openings:
+            await asyncio.gather(*db._pool._openings)
+        # Asleep, so that they freeze with no lock of the server's in hand.
+        sleepers = "FROM pg_stat_activity WHERE application_name = 'pgcoord/client' AND wait_event = 'ClientRead'"
+        lanes = len(db._pool._lanes)
+        await until_async(lambda: value(sql, f"SELECT count(*) {sleepers}") == lanes + 1)
+        pids = [pid for (pid,) in sql.execute(f"SELECT pid {sleepers} AND query NOT LIKE 'LISTEN%'".encode())]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
