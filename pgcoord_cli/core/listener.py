@@ -14,22 +14,20 @@ replaced when there is none.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import psycopg
-from psycopg import AsyncConnection
 from psycopg import sql as composed
 
 from pgcoord_cli.core.backoff import Backoff
+from pgcoord_cli.core.pool import CLOSED, Opener
 from pgcoord_cli.db.lane import Lane
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 
 HEARTBEAT_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 0.05
 LAST_BACKOFF_SECONDS = 2.0
-
-Opener = Callable[[], Awaitable[AsyncConnection[Any]]]
 
 
 class Wanted(NamedTuple):
@@ -55,7 +53,7 @@ class Listener:
     async def listen(self, channel: str, on_news: Callable[[], None]) -> None:
         """Returns once the channel is listened to; raises what makes that impossible, a lost connection aside."""
         if self._closed:
-            raise ConnectionFailed("this client was closed")
+            raise ConnectionFailed(CLOSED)
         if channel not in self._wanted:
             self._wanted[channel] = Wanted(on_news, asyncio.get_running_loop().create_future())
         if self._task is None or self._task.done():

@@ -16,11 +16,13 @@ from typing import Any
 from psycopg import AsyncConnection
 
 from pgcoord_cli.core.backoff import jittered
-from pgcoord_cli.db.lane import Answer, Lane, Row, Statement, settle
+from pgcoord_cli.db.lane import Answer, Lane, Statement
 from pgcoord_cli.errors import ConnectionFailed
 
 RETRY_SECONDS = 1.0
 """After one more connection could not be opened, the next attempt waits so long, if somebody still waits then."""
+
+CLOSED = "this client was closed"
 
 Opener = Callable[[], Awaitable[AsyncConnection[Any]]]
 
@@ -47,12 +49,6 @@ class Pool:
         self._waiting.append(Statement(text, parameters, done))
         self._advance()
 
-    async def fetch(self, text: str, parameters: Sequence[bytes | None]) -> list[Row]:
-        """The rows of a statement; raises what `run` hands over."""
-        rows: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
-        self.run(text, parameters, partial(settle, rows))
-        return await rows
-
     async def open(self) -> None:
         """Opens one connection, and raises what is in the way."""
         self._add(await self._open_another())
@@ -74,7 +70,7 @@ class Pool:
             lane.run(statement._replace(done=partial(self._on_answer, lane, statement.done)))
         while self._waiting and self._closed:
             loop = asyncio.get_running_loop()
-            loop.call_soon(self._waiting.popleft().done, ConnectionFailed("this client was closed"))
+            loop.call_soon(self._waiting.popleft().done, ConnectionFailed(CLOSED))
         while len(self._openings) < min(len(self._waiting), self._size - len(self._lanes)):
             opening = asyncio.create_task(self._open_another())
             self._openings.add(opening)

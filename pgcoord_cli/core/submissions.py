@@ -38,7 +38,7 @@ import psycopg
 from pgcoord_cli.core import channels
 from pgcoord_cli.core.gate import Gate
 from pgcoord_cli.core.listener import Listener
-from pgcoord_cli.core.pool import Pool
+from pgcoord_cli.core.pool import CLOSED, Pool
 from pgcoord_cli.core.retention import SHORTEST_RETENTION
 from pgcoord_cli.db.binary import bytea_array, int8_array, integer, text, timestamp, uuid_array
 from pgcoord_cli.db.connection import translate
@@ -57,8 +57,6 @@ SENT_TWICE = "it was sent more than once, and may have been settled and forgotte
 
 FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0
 """Seconds before a statement that failed is tried again."""
-
-CLOSED = "this client was closed"
 
 
 class Submission(NamedTuple):
@@ -220,7 +218,7 @@ class Submitter:
 
     def _send(self) -> None:
         """Sends the next group of what waits to be sent, unless one is under way: ids apply once."""
-        if self._unsent and self._sending.is_open and not self._closed:
+        if self._unsent and self._sending.is_open:
             self._sending.shut()
             if self._is_listening:
                 self._enqueue(self._next_group())
@@ -297,7 +295,7 @@ class Submitter:
 
     def _ask(self) -> None:
         """Asks for what is settled; once in a poll interval for everything, and sends again what is not there."""
-        if self._closed or not (self._has_news and self._undecided and self._asking.is_open):
+        if not (self._has_news and self._undecided and self._asking.is_open):
             return
         self._asking.shut()
         self._has_news = False

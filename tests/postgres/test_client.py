@@ -29,7 +29,7 @@ from pgcoord_cli.core.codec import Mutation, Op, Range
 from pgcoord_cli.core.commits import find_request
 from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.mutations import apply, covers
-from pgcoord_cli.core.session import open_session, open_session_async
+from pgcoord_cli.core.session import open_session
 from pgcoord_cli.core.snapshots import RangeRead, Wanted
 from pgcoord_cli.core.submissions import Submitter, Undecided
 from pgcoord_cli.core.turns import kind_of
@@ -38,6 +38,7 @@ from pgcoord_cli.db.lane import Answer
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until_async, value
+from tests.postgres.openings import Openings
 
 if TYPE_CHECKING:
     from tests.conftest import StartLeader, TwoLeaders
@@ -1002,19 +1003,7 @@ def test_i7_with_every_notification_dropped_everything_still_works(settings: Set
 # -- the listener
 
 
-class Openings:
-    """Opens sessions; the openings whose numbers are given fail with UnsuitableServer, as on a standby."""
-
-    def __init__(self, settings: Settings, failing: Sequence[int]) -> None:
-        self._settings = settings
-        self._failing = failing
-        self.count = 0
-
-    async def __call__(self) -> AsyncConnection[Any]:
-        self.count += 1
-        if self.count in self._failing:
-            raise UnsuitableServer("this server is a standby")
-        return await open_session_async(self._settings, "client", writes=True)
+STANDBY = UnsuitableServer("this server is a standby")
 
 
 async def notify(sql: Sql, channel: str, heard: asyncio.Event) -> None:
@@ -1027,7 +1016,7 @@ async def notify(sql: Sql, channel: str, heard: asyncio.Event) -> None:
 def test_a_listener_outlives_a_server_that_is_unsuitable_for_a_while(settings: Settings, sql: Sql) -> None:
     async def scenario() -> None:
         heard = asyncio.Event()
-        openings = Openings(settings, failing=[2, 3])
+        openings = Openings(settings, [2, 3], STANDBY)
         listener = Listener(openings)
         await listener.listen("news", heard.set)
         heard.clear()
@@ -1045,7 +1034,7 @@ def test_whoever_asks_a_listener_first_hears_why_it_cannot_listen_and_may_ask_ag
 ) -> None:
     async def scenario() -> None:
         heard = asyncio.Event()
-        listener = Listener(Openings(settings, failing=[1]))
+        listener = Listener(Openings(settings, [1], STANDBY))
         with pytest.raises(UnsuitableServer):
             await listener.listen("news", heard.set)
         await asyncio.wait_for(listener.listen("news", heard.set), PATIENCE)
@@ -1061,7 +1050,7 @@ def test_i7_a_channel_asked_for_while_the_listener_reconnects_misses_nothing_unn
     """Whoever was told that a channel is listened to hears of what is notified there from then on."""
 
     async def scenario() -> None:
-        listener = Listener(Openings(settings, failing=[]))
+        listener = Listener(Openings(settings))
         await listener.listen("old", lambda: None)
         for number in range(10):
             heard = asyncio.Event()
