@@ -41,6 +41,50 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION pgcoord.commit_alone(request_id uuid, seen_epoch bigint, seen_version bigint, read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[], reply_channel text, OUT version bigint, OUT answered_at timestamp with time zone) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $_$
+DECLARE
+    request CONSTANT bytea := packed_request(read_keys, read_begins, read_ends, cleared_begins, cleared_ends,
+                                             cleared_keys, written_keys, written_values);
+    term uuid;
+BEGIN
+    -- A nil is no key: the leader refuses it.
+    IF array_position(cleared_keys, NULL) IS NULL AND array_position(cleared_begins, NULL) IS NULL
+       AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
+        SELECT lease.term_id INTO term
+          FROM leader_lease AS lease
+         WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.durable_version = seen_version
+           AND lease.expires_at > clock_timestamp();
+    END IF;
+    answered_at := clock_timestamp();
+    IF term IS NULL THEN
+        INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
+        VALUES ($1, seen_epoch, seen_version, request, $12);
+        PERFORM pg_notify(current_schema() || '.commits', '');
+        RETURN;
+    END IF;
+
+    version := seen_version + 1;
+    -- Whatever the session says of lesser commits, one that is acknowledged survives a crash.
+    PERFORM set_config('synchronous_commit', coalesce(nullif(current_setting('pgcoord.durable', true), ''), 'on'), true),
+            -- and who calls this by hand within a transaction, and lets it lie, does not hold up everybody else.
+            set_config('idle_in_transaction_session_timeout', '1s', true);
+    INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, commit_version, resolved_at)
+    VALUES ($1, seen_epoch, seen_version, request, 'committed', version, answered_at);
+    PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values);
+    UPDATE leader_lease AS lease
+       SET durable_version = version
+     WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = term
+       AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the leadership of epoch % is over', seen_epoch USING ERRCODE = 'PC001';
+    END IF;
+    PERFORM pg_notify(current_schema() || '.data', '');
+END
+$_$;
+
 CREATE FUNCTION pgcoord.dispatch_completions(ids bigint[]) RETURNS TABLE(claimed_id bigint, counted integer)
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
@@ -241,6 +285,52 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION pgcoord.packed_binary(item bytea) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT CASE WHEN item IS NULL THEN '\xc0'::bytea
+                WHEN octet_length(item) < 256 THEN '\xc4'::bytea || substring(int4send(octet_length(item)) FROM 4) || item
+                WHEN octet_length(item) < 65536 THEN '\xc5'::bytea || substring(int4send(octet_length(item)) FROM 3) || item
+                ELSE '\xc6'::bytea || int4send(octet_length(item)) || item END
+$$;
+
+CREATE FUNCTION pgcoord.packed_head(length integer) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT CASE WHEN length < 16 THEN set_byte('\x00'::bytea, 0, 144 + length)
+                WHEN length < 65536 THEN '\xdc'::bytea || substring(int4send(length) FROM 3)
+                ELSE '\xdd'::bytea || int4send(length) END
+$$;
+
+CREATE FUNCTION pgcoord.packed_request(read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[]) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $$
+DECLARE
+    packed bytea := '\x0294'::bytea || packed_head(cardinality(read_keys));
+BEGIN
+    FOR i IN 1 .. cardinality(read_keys) LOOP
+        packed := packed || packed_binary(read_keys[i]);
+    END LOOP;
+    packed := packed || packed_head(cardinality(read_begins));
+    FOR i IN 1 .. cardinality(read_begins) LOOP
+        packed := packed || '\x92'::bytea || packed_binary(read_begins[i]) || packed_binary(read_ends[i]);
+    END LOOP;
+    packed := packed || '\x90'::bytea
+        || packed_head(cardinality(cleared_begins) + cardinality(cleared_keys) + cardinality(written_keys));
+    FOR i IN 1 .. cardinality(cleared_begins) LOOP
+        packed := packed || '\x9302'::bytea || packed_binary(cleared_begins[i]) || packed_binary(cleared_ends[i]);
+    END LOOP;
+    FOR i IN 1 .. cardinality(cleared_keys) LOOP
+        packed := packed || '\x9301'::bytea || packed_binary(cleared_keys[i]) || '\xc0'::bytea;
+    END LOOP;
+    FOR i IN 1 .. cardinality(written_keys) LOOP
+        packed := packed || '\x9300'::bytea || packed_binary(written_keys[i]) || packed_binary(written_values[i]);
+    END LOOP;
+    RETURN packed;
+END
+$$;
+
 CREATE FUNCTION pgcoord.settle_commits(leader_epoch bigint, leader_term uuid, version_before bigint, version_after bigint, new_conflict_floor bigint, new_window_start_id bigint, new_queue_floor_id bigint, ids bigint[], statuses text[], versions bigint[], reasons text[]) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
@@ -272,10 +362,44 @@ BEGIN
      WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
        AND durable_version = version_before AND expires_at > clock_timestamp();
     IF NOT FOUND THEN
+        PERFORM FROM leader_lease
+          WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
+            AND durable_version > version_before AND expires_at > clock_timestamp();
+        IF FOUND THEN
+            RAISE EXCEPTION 'version % is not the last one any more', version_before USING ERRCODE = 'PC003';
+        END IF;
         RAISE EXCEPTION 'the leadership of epoch % is over', leader_epoch USING ERRCODE = 'PC001';
     END IF;
     IF version_after > version_before THEN
         PERFORM pg_notify(current_schema() || '.data', '');
+    END IF;
+END
+$$;
+
+CREATE FUNCTION pgcoord.write_data(cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[]) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $$
+BEGIN
+    IF cardinality(cleared_begins) > 0 THEN
+        -- The ranges that have no end are one, from the smallest begin on.
+        DELETE FROM kv
+         WHERE key >= (SELECT cleared.begin_key
+                         FROM unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
+                        WHERE cleared.end_key IS NULL
+                        ORDER BY cleared.begin_key
+                        LIMIT 1);
+        DELETE FROM kv
+         USING unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
+         WHERE kv.key >= cleared.begin_key AND kv.key < cleared.end_key;
+    END IF;
+    IF cardinality(cleared_keys) > 0 THEN
+        DELETE FROM kv WHERE key = ANY (cleared_keys);
+    END IF;
+    IF cardinality(written_keys) > 0 THEN
+        INSERT INTO kv (key, value)
+        SELECT written.key, written.value FROM unnest(written_keys, written_values) AS written (key, value)
+        ON CONFLICT (key) DO UPDATE SET value = excluded.value;
     END IF;
 END
 $$;
@@ -468,11 +592,13 @@ COMMENT ON TABLE pgcoord.flows IS 'Graphs of executions that were created togeth
 
 CREATE TABLE pgcoord.kv (
     key bytea NOT NULL,
-    value bytea NOT NULL
+    value bytea NOT NULL,
+    CONSTRAINT kv_key_check CHECK ((octet_length(key) <= 2600)),
+    CONSTRAINT kv_value_check CHECK ((octet_length(value) <= 100000))
 )
 WITH (fillfactor='80');
 
-COMMENT ON TABLE pgcoord.kv IS 'The committed data. Only the leader writes here.';
+COMMENT ON TABLE pgcoord.kv IS 'The committed data. Written only under the fence: by the leader, and by commit_alone.';
 
 CREATE TABLE pgcoord.leader_history (
     epoch bigint NOT NULL,

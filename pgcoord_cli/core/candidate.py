@@ -139,15 +139,15 @@ class Candidate:
         return replace(self._settings, statement_timeout=0, lock_timeout=0)
 
     def _resolve(self, conn: Connection[Any], keeper: Keeper, term: Term) -> None:
-        leadership = channels.leadership(self._settings.schema)
-        notifications = listen(conn, (channels.commits(self._settings.schema), leadership), self._wakeup)
+        commits, leadership = channels.commits(self._settings.schema), channels.leadership(self._settings.schema)
+        notifications = listen(conn, (commits, leadership), self._wakeup)
         resolver = Resolver(conn, term)
         while not self._stopping and keeper.over is None:
             heard = notifications.wait(0 if resolver.has_more else channels.POLL_SECONDS)
             if leadership in heard:
                 keeper.look()
             if keeper.is_trusted():
-                resolver.resolve_batch()
+                resolver.resolve_batch(expected=commits in heard)
             elif keeper.over is None:
                 # Frozen, or the renewals stall: whether the lease still stands is for the keeper to find out.
                 self._wakeup.wait(self._ttl / RENEWALS_PER_TTL)

@@ -94,7 +94,7 @@ class Database:
         try:
             with mapped_errors():
                 async with answer_expected():
-                    await conn.execute("SET synchronous_commit = off")
+                    await conn.execute(sql("session", "commit_lazily"))
                     await conn.execute(sql("session", "plan_once"))
         except BaseException:  # whoever waits for it may be cancelled
             await conn.close()

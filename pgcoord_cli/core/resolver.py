@@ -2,8 +2,8 @@
 
 **A batch** is claimed (the oldest pending requests, no locks), decided in memory, folded into one write set, and
 applied in one PostgreSQL transaction that is sent as a whole, so that a leader that freezes leaves none open half
-way: remove ranges, remove keys, write keys, and at the end `settle_commits`, which sets the statuses, checks the
-fence, advances the durable version and wakes the clients. Either all of it happens or nothing (rules I2, I5).
+way: `write_data`, and at the end `settle_commits`, which sets the statuses, checks the fence, advances the durable
+version and wakes the clients. Either all of it happens or nothing (rules I2, I5).
 
 **Deciding.** In queue order: a payload that cannot be decoded is `rejected`; a read version below the conflict floor
 is `too_old`; one from the future is `rejected` (a database restored from a backup has them); a request whose reads
@@ -16,6 +16,11 @@ batch because somebody else was in the way, the window is rebuilt and the batch 
 
 **When the fate of a batch is unknown**, because the connection broke, nothing is retried: the leadership ends, and
 whoever leads next, perhaps this very process, starts from what the database holds.
+
+**Lone commits.** While the resolver works, no client commits by itself (`core.alone`); before it begins to, it takes
+in what such clients have committed. It rests, and lets them, once it has settled a single request and nothing
+else was there: many at once are better served by a leader. To look at the queue without having been called is no work
+yet.
 
 **The queue floor.** Ids become visible out of order, so "above the last id seen" would miss requests. The resolver
 notes the last id drawn and the transactions that hold a row-exclusive lock on the queue; those are the only ones that
@@ -31,22 +36,22 @@ a table was empty must not scan it when it is full.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import Connection
 
 from pgcoord_cli.core import codec, mutations
-from pgcoord_cli.core.codec import Mutation, Op, Range, Request, Undecodable
+from pgcoord_cli.core.codec import Op, Range, Request, Undecodable
 from pgcoord_cli.core.conflicts import ConflictWindow
 from pgcoord_cli.core.lease import Term
 from pgcoord_cli.core.mutations import WriteSet
+from pgcoord_cli.core.recent import RecentCommits, StoredCommit
 from pgcoord_cli.core.writers import Writers
-from pgcoord_cli.db.binary import bytea_array, int4, int8, int8_array, text_array
+from pgcoord_cli.db.binary import bytea_array, bytea_columns, int4, int8, int8_array, text_array
 from pgcoord_cli.db.pipeline import Pipeline, Statement
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import Fenced
@@ -58,16 +63,16 @@ BATCH_BYTES = 50_000_000
 OBSERVE_AFTER = 200
 """So many settled requests above the queue floor cost a claim less than raising the floor would."""
 
-CONFLICT_WINDOW = timedelta(seconds=6)
-"""How long after a commit its writes can still be checked against; older reads are too_old.
+NOTE_AFTER = 200
+"""So many commits that clients made alone are a stretch that a successor should not have to read."""
 
-A second more than a transaction may take, so that one that was just in time can wait for its turn. Not much more,
-since a new leader has to read all commits of this time before it begins.
-"""
+LOCK_OUT_WITHIN = b"2s"
+"""How long the leader waits for a commit that a client is making by itself."""
 
 FENCED = "PC001"
 ALREADY_SETTLED = "PC002"
-IN_THE_WAY = (ALREADY_SETTLED, "40001", "40P01")  # the latter two: serialization failure, deadlock
+COMMITTED_SINCE = "PC003"
+IN_THE_WAY = (ALREADY_SETTLED, COMMITTED_SINCE, "40001", "40P01")  # the last two: serialization failure, deadlock
 
 
 class Claimed(NamedTuple):
@@ -95,20 +100,6 @@ def writes_of(request: Request) -> tuple[list[bytes], list[Range]]:
     keys = [key for op, key, _ in request.mutations if op != Op.CLEAR_RANGE]
     ranges = [(key, end) for op, key, end in request.mutations if op == Op.CLEAR_RANGE]
     return keys, [*ranges, *request.write_ranges]
-
-
-def stored_writes(payload: bytes, version: int) -> tuple[list[bytes], list[Range]]:
-    """The same of a stored commit, from its payload and its version. Pure."""
-    keys: list[bytes] = []
-    stored, ranges = codec.decode_stored(payload)
-    for op, key, operand in stored:
-        if op == Op.CLEAR_RANGE:
-            ranges.append((key, operand))
-        elif op == Op.SET_VERSIONSTAMPED_KEY:
-            keys.append(mutations.stamped(Mutation(Op(op), key, operand), version).key)
-        else:
-            keys.append(key)
-    return keys, ranges
 
 
 def with_stamps(request: Request, version: int) -> Request:
@@ -150,23 +141,6 @@ def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Ve
     return Verdict(claimed.id, "committed", request=request)
 
 
-def rebuild(
-    floor: int, durable_version: int, commits: Sequence[tuple[int, int, bytes, datetime]]
-) -> tuple[ConflictWindow, Marks]:
-    """The window as a leader that never stopped would have it, from stored commits in version order. Pure.
-
-    A commit is its id, version, payload and time. Versions are dense, so what is missing shows: below the last gap
-    nothing can be checked.
-    """
-    whole_from = durable_version - _dense_tail([version for _, version, _, _ in commits], durable_version)
-    window, marks = ConflictWindow(max(floor, whole_from)), Marks()
-    for request_id, version, payload, resolved_at in commits:
-        if version > window.floor:
-            window.record(version, *stored_writes(payload, version))
-            marks.add(resolved_at, version, request_id)
-    return window, marks
-
-
 class Resolver:
     """Resolves requests over `conn` for as long as `term` lasts. Raises Fenced when it is over."""
 
@@ -174,45 +148,55 @@ class Resolver:
         self._conn = conn
         self._pipeline = Pipeline(conn)
         self._term = term
-        self._durable_version = term.durable_version
         self._floor = QueueFloor(term.queue_floor_id)
         self._above_floor = 0
         self._one_by_one_up_to = 0
+        self._is_working = False
+        self._keeps_out = False
         self.has_more = True
         """Whether the last claim left something behind: otherwise a notification will come for what is new."""
-        self._load_window(term.conflict_floor, term.window_start_id)
+        self._recent = self._load(term.conflict_floor, term.window_start_id)
+        self._unnoted = 0
 
     @property
     def durable_version(self) -> int:
-        """The version of the last commit under this term, or the one it continued from."""
-        return self._durable_version
+        """The version of the last commit that is known of."""
+        return self._recent.durable_version
 
-    def _load_window(self, floor: int, start_id: int) -> None:
-        """Builds the window from the requests that are stored (rule I8)."""
-        cursor = self._conn.cursor(binary=True).execute(sql("commits", "window_commits"), [start_id, floor])
-        self._window, self._marks = rebuild(floor, self._durable_version, cursor.fetchall())
+    def _load(self, floor: int, start_id: int) -> RecentCommits:
+        """What was committed above a floor, as it is stored (rule I8)."""
+        cursor = self._conn.cursor(binary=True)
+        _, durable_version = cursor.execute(sql("kv", "read_version")).fetchone() or (0, floor)
+        rows = cursor.execute(sql("commits", "window_commits"), [start_id, floor]).fetchall()
+        return RecentCommits(floor, durable_version, start_id, [StoredCommit(*row) for row in rows])
 
-    def resolve_batch(self, limit: int = BATCH_LIMIT) -> int:
-        """Claims and settles one batch; returns how many requests it had."""
+    def resolve_batch(self, limit: int = BATCH_LIMIT, *, expected: bool = True) -> int:
+        """Claims and settles one batch; returns how many requests it had.
+
+        `expected`: whether there is likely to be one. If not, a look comes first, which is in nobody's way.
+        """
         if self._one_by_one_up_to:
             limit = 1
         floor_before = self._floor.id
-        batch = self._claim(limit)
+        batch = self._claim(limit, expected=expected)
         self.has_more = len(batch) == limit or sum(len(claimed.payload) for claimed in batch) >= BATCH_BYTES
         if not batch or batch[-1].id >= self._one_by_one_up_to:
             self._one_by_one_up_to = 0
         if batch:
-            self._window.raise_floor(self._marks.forget(batch[0].claimed_at - CONFLICT_WINDOW))
-            verdicts = decide(self._window, self._durable_version, batch)
+            self._recent.forget(batch[0].claimed_at)
+            verdicts = decide(self._recent.window, self._recent.durable_version, batch)
             if not self._settle(verdicts, batch[0].claimed_at):
                 self.has_more = True
                 return len(batch)
             self._floor.settled_up_to(batch[-1].id)
         if not self.has_more:
             self._floor.everything_settled()
+            if len(batch) <= 1:
+                self._rest()
         self._above_floor = 0 if self._floor.id > floor_before else self._above_floor + len(batch)
         if self._above_floor > OBSERVE_AFTER:
             self._observe_writers()
+        self._note_floors()
         return len(batch)
 
     def _observe_writers(self) -> None:
@@ -220,10 +204,52 @@ class Resolver:
         if not self._floor.is_clear:
             self._floor.observe(*self._pipeline.fetch(sql("commits", "queue_writers"), [])[0])
 
-    def _claim(self, limit: int) -> list[Claimed]:
+    def _claim(self, limit: int, *, expected: bool) -> list[Claimed]:
         # Of a payload that is too large, one byte more than may be shows that it is.
         arguments = [int8(self._floor.id), int4(limit), int8(BATCH_BYTES), int4(codec.MAX_TRANSACTION_BYTES + 1)]
-        return [Claimed(*row) for row in self._pipeline.fetch(sql("commits", "claim"), arguments)]
+        claim = (sql("commits", "claim"), arguments)
+        if self._is_working:
+            rows = self._pipeline.run([claim])[0]
+        elif expected or self._look(claim):
+            rows = self._begin_work(claim)
+        else:
+            rows = []
+        return [Claimed(*row) for row in rows]
+
+    def _begin_work(self, claim: Statement) -> list[tuple[Any, ...]]:
+        """Keeps lone commits out, and claims; one of them that does not end must not stop everybody else."""
+        self._is_working = True
+        try:
+            rows = self._look(claim, (sql("commits", "lock_out_lone_commits"), [LOCK_OUT_WITHIN]))
+            self._keeps_out = True
+        except psycopg.errors.LockNotAvailable:
+            rows = self._look(claim)
+        return rows
+
+    def _rest(self) -> None:
+        """Until there is more to do, clients may commit alone."""
+        self._is_working = False
+        if self._keeps_out:
+            self._keeps_out = False
+            self._pipeline.fetch(sql("commits", "let_lone_commits_in"), [])
+
+    def _look(self, claim: Statement, *before: Statement) -> list[tuple[Any, ...]]:
+        """What a claim finds, once what was committed without the leader is in the window."""
+        known = [int8(self._recent.last_id), int8(self._recent.durable_version)]
+        *_, commits, rows = self._pipeline.run([*before, (sql("commits", "window_commits"), known), claim])
+        if not self._recent.take_in([StoredCommit(*commit) for commit in commits]):
+            self._recent = self._load(self._recent.window.floor, self._window_start_id())
+        self._above_floor += len(commits)
+        self._unnoted += len(commits)
+        return rows
+
+    def _note_floors(self) -> None:
+        """A batch notes them with it. Where all commit alone there is none, and a successor would have to read far."""
+        if self._unnoted > NOTE_AFTER:
+            self._unnoted = 0
+            term = [int8(self._term.epoch), self._term.term_id.bytes]
+            if not self._pipeline.fetch(sql("lease", "raise_floors"), [*term, *self._floors()]):
+                raise Fenced("this leadership is over")
 
     def _settle(self, verdicts: Sequence[Verdict], now: datetime) -> bool:
         """Applies a batch; False when it was undone and has to be claimed again."""
@@ -233,29 +259,30 @@ class Resolver:
         except psycopg.Error as error:
             if error.sqlstate not in IN_THE_WAY and not _lies_in_the_data(error):
                 raise
-            self._load_window(self._window.floor, start_id)
+            self._recent = self._load(self._recent.window.floor, start_id)
             if error.sqlstate not in IN_THE_WAY:
                 self._isolate(verdicts, error)
             return False
-        self._durable_version = _last_version(verdicts, self._durable_version)
         if committed := [verdict.id for verdict in verdicts if verdict.version is not None]:
-            self._marks.add(now, self._durable_version, min(committed))
+            self._recent.note(now, _last_version(verdicts, self._recent.durable_version), committed)
+        self._unnoted = 0
         return True
 
     def _window_start_id(self) -> int:
         """No commit of the window, nor any to come, has an id at or below this."""
-        return min([self._floor.id, *(mark.first_id - 1 for mark in self._marks)])
+        return min([self._floor.id, *(mark.first_id - 1 for mark in self._recent.marks)])
+
+    def _floors(self) -> list[bytes]:
+        return [*map(int8, [self._recent.window.floor, self._window_start_id(), self._floor.id])]
 
     def _apply(self, verdicts: Sequence[Verdict]) -> None:
         """One transaction, sent as one unit: a pipeline without BEGIN is atomic up to its end."""
         write_set = self._folded(verdicts)
         statements: list[Statement] = []
-        if write_set.ranges:
-            statements.append((sql("commits", "delete_ranges"), _bytea_columns(write_set.ranges)))
-        if write_set.removed:
-            statements.append((sql("commits", "delete_keys"), [bytea_array(write_set.removed)]))
-        if write_set.written:
-            statements.append((sql("commits", "upsert_keys"), _bytea_columns(write_set.written.items())))
+        if write_set:
+            writes = [*bytea_columns(write_set.ranges), bytea_array(write_set.removed)]
+            writes += bytea_columns(write_set.written.items())
+            statements.append((sql("commits", "write_data"), writes))
         statements.append((sql("commits", "settle"), self._settlement(verdicts)))
         with fence_shown():
             self._pipeline.run(statements)
@@ -269,13 +296,13 @@ class Resolver:
         return write_set
 
     def _settlement(self, verdicts: Sequence[Verdict]) -> list[bytes]:
-        version_after = _last_version(verdicts, self._durable_version)
-        floors = [self._window.floor, self._window_start_id(), self._floor.id]
+        version_before = self._recent.durable_version
+        version_after = _last_version(verdicts, version_before)
         ids, statuses, versions, reasons, _ = zip(*verdicts, strict=True)
         return [
             int8(self._term.epoch),
             self._term.term_id.bytes,
-            *map(int8, [self._durable_version, version_after, *floors]),
+            *(int8(version_before), int8(version_after), *self._floors()),
             *(int8_array(ids), text_array(statuses), int8_array(versions), text_array(reasons)),
         ]
 
@@ -297,43 +324,6 @@ def fence_shown() -> Iterator[None]:
         if error.sqlstate == FENCED:
             raise Fenced(error.diag.message_primary or "this leadership is over") from None
         raise
-
-
-class Mark(NamedTuple):
-    """A stretch of commits: the last began at `committed_at` and has `version`; none has an id below `first_id`."""
-
-    committed_at: datetime
-    version: int
-    first_id: int
-
-
-class Marks:
-    """When the commits of the window were made, in stretches of half a second. Iterates oldest first."""
-
-    GRAIN = timedelta(seconds=0.5)
-
-    def __init__(self) -> None:
-        self._marks: deque[Mark] = deque()
-        self._stretch_began: datetime | None = None
-        self._forgotten = 0
-
-    def __iter__(self) -> Iterator[Mark]:
-        return iter(self._marks)
-
-    def add(self, committed_at: datetime, version: int, first_id: int) -> None:
-        """Notes commits up to `version`, none with an id below `first_id`."""
-        if self._marks and self._stretch_began and committed_at - self._stretch_began < self.GRAIN:
-            last = self._marks.pop()
-            first_id = min(first_id, last.first_id)
-        else:
-            self._stretch_began = committed_at
-        self._marks.append(Mark(committed_at, version, first_id))
-
-    def forget(self, before: datetime) -> int:
-        """Drops the stretches that ended before a time; returns the last version that was ever dropped, or 0."""
-        while self._marks and self._marks[0].committed_at < before:
-            self._forgotten = self._marks.popleft().version
-        return self._forgotten
 
 
 class QueueFloor:
@@ -370,21 +360,5 @@ def _lies_in_the_data(error: psycopg.Error) -> bool:
     return (error.sqlstate or "").startswith(("22", "23", "54"))
 
 
-def _dense_tail(versions: Sequence[int], last: int) -> int:
-    """How many of the versions, which ascend, lead up to `last` without a gap."""
-    count = 0
-    for version in reversed(versions):
-        if version != last - count:
-            break
-        count += 1
-    return count
-
-
 def _last_version(verdicts: Sequence[Verdict], otherwise: int) -> int:
     return max((verdict.version for verdict in verdicts if verdict.version is not None), default=otherwise)
-
-
-def _bytea_columns(pairs: Iterable[tuple[bytes, bytes | None]]) -> list[bytes]:
-    """Pairs turned into the two parallel arrays that `unnest` takes."""
-    firsts, seconds = zip(*pairs, strict=True)
-    return [bytea_array(firsts), bytea_array(seconds)]

@@ -35,13 +35,14 @@ from uuid import UUID
 
 import psycopg
 
-from pgcoord_cli.core import channels
+from pgcoord_cli.core import alone, channels
+from pgcoord_cli.core.codec import Request
 from pgcoord_cli.core.gate import Gate
 from pgcoord_cli.core.listener import Listener
 from pgcoord_cli.core.pool import CLOSED, Pool
 from pgcoord_cli.core.retention import SHORTEST_RETENTION
-from pgcoord_cli.db.binary import bytea_array, int8_array, integer, text, timestamp, uuid_array
-from pgcoord_cli.db.connection import translate
+from pgcoord_cli.db.binary import bytea_array, int8, int8_array, integer, text, timestamp, uuid_array
+from pgcoord_cli.db.connection import is_connection_lost, translate
 from pgcoord_cli.db.lane import Answer, Row
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown, PgcoordError
@@ -60,12 +61,13 @@ FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0
 
 
 class Submission(NamedTuple):
-    """A commit request on its way into the queue; `request_id` is the 16 bytes of a UUID."""
+    """A commit request on its way; `request_id` is the 16 bytes of a UUID, `payload` what `request` is on the wire."""
 
     request_id: bytes
     epoch: int
     read_version: int
     payload: bytes
+    request: Request
 
 
 class Outcome(NamedTuple):
@@ -136,6 +138,7 @@ class Submitter:
         self._undecided: dict[bytes, Undecided] = {}
         self._unsent: deque[Undecided] = deque()
         self._is_listening = False
+        self._solitude = alone.Solitude()
         self._sending = Gate(self._send, FIRST_PAUSE, LAST_PAUSE)
         self._asking = Gate(self._ask, FIRST_PAUSE, LAST_PAUSE)
         self._has_news = False
@@ -221,7 +224,7 @@ class Submitter:
         if self._unsent and self._sending.is_open:
             self._sending.shut()
             if self._is_listening:
-                self._enqueue(self._next_group())
+                self._hand_in(self._next_group())
             else:
                 self._listening = asyncio.create_task(self._listen())
 
@@ -246,11 +249,47 @@ class Submitter:
                 room -= len(undecided.submission.payload)
         return group
 
-    def _enqueue(self, group: list[Undecided]) -> None:
+    def _hand_in(self, group: list[Undecided]) -> None:
         if not group:
             self._sending.open()
+        elif self._is_alone(group[0]):
+            self._commit_alone(group[0])
+        else:
+            self._enqueue(group)
+
+    def _is_alone(self, undecided: Undecided) -> bool:
+        return (
+            len(self._undecided) == 1
+            and not undecided.sent_before
+            and self._solitude.is_likely(self._loop.time())
+            and len(undecided.submission.payload) <= alone.MOST_BYTES
+            and alone.is_plain(undecided.submission.request)
+        )
+
+    def _commit_alone(self, undecided: Undecided) -> None:
+        request_id, epoch, read_version, _, request = undecided.submission
+        undecided.sent = True
+        parameters = [request_id, int8(epoch), int8(read_version), *alone.columns(request), self._reply_channel]
+        self._pool.run(sql("commits", "commit_alone"), parameters, partial(self._on_alone, undecided))
+
+    def _on_alone(self, undecided: Undecided, answer: Answer) -> None:
+        if isinstance(answer, psycopg.Error) and not is_connection_lost(answer):
+            # Nothing was written; whether the request is at fault is for the leader to say.
+            self._solitude.failed(answer.sqlstate, self._loop.time())
+            undecided.sent = False
+            self._unsent.appendleft(undecided)
+            self._sending.open()
             return
-        request_ids, epochs, read_versions, payloads = zip(*(undecided.submission for undecided in group), strict=True)
+        self._on_enqueued([undecided], answer)
+        if not isinstance(answer, Exception):
+            if answer[0][0] is None:
+                self._solitude.was_wrong(self._loop.time())
+            else:
+                undecided.settle(Outcome("committed", integer(answer[0][0]), None))
+
+    def _enqueue(self, group: list[Undecided]) -> None:
+        submissions = [undecided.submission for undecided in group]
+        request_ids, epochs, read_versions, payloads, _ = zip(*submissions, strict=True)
         columns = [uuid_array(request_ids), int8_array(epochs), int8_array(read_versions), bytea_array(payloads)]
         again = any(undecided.sent_before for undecided in group)
         statement = sql("commits", "enqueue_again" if again else "enqueue")

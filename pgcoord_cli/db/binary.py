@@ -33,6 +33,12 @@ def bytea_array(values: Sequence[bytes | None]) -> bytes:
     return _array(BYTEA_OID, len(values), [_NULL if v is None else pack(len(v)) + v for v in values])
 
 
+def bytea_columns(pairs: Iterable[tuple[bytes, bytes | None]]) -> list[bytes]:
+    """Two `bytea[]` of the firsts and the seconds, as `unnest` takes them."""
+    firsts, seconds = tuple(zip(*pairs, strict=True)) or ((), ())
+    return [bytea_array(firsts), bytea_array(seconds)]
+
+
 def int8_array(values: Sequence[int | None]) -> bytes:
     """`bigint[]`."""
     pack = _INT8_ELEMENT.pack

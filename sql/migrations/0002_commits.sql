@@ -2,11 +2,39 @@
 -- The data, the queue of commit requests over it, and the one function that settles a batch of them.
 
 CREATE TABLE kv (
-    key   bytea PRIMARY KEY,
-    value bytea NOT NULL
+    key   bytea PRIMARY KEY CHECK (octet_length(key) <= 2600),
+    value bytea NOT NULL CHECK (octet_length(value) <= 100000)
 ) WITH (fillfactor = 80);
 
-COMMENT ON TABLE kv IS 'The committed data. Only the leader writes here.';
+COMMENT ON TABLE kv IS 'The committed data. Written only under the fence: by the leader, and by commit_alone.';
+
+-- Removes ranges (an end of null means to the last key), then keys, and then writes keys.
+CREATE FUNCTION write_data(
+    cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[]
+) RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    IF cardinality(cleared_begins) > 0 THEN
+        -- The ranges that have no end are one, from the smallest begin on.
+        DELETE FROM kv
+         WHERE key >= (SELECT cleared.begin_key
+                         FROM unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
+                        WHERE cleared.end_key IS NULL
+                        ORDER BY cleared.begin_key
+                        LIMIT 1);
+        DELETE FROM kv
+         USING unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
+         WHERE kv.key >= cleared.begin_key AND kv.key < cleared.end_key;
+    END IF;
+    IF cardinality(cleared_keys) > 0 THEN
+        DELETE FROM kv WHERE key = ANY (cleared_keys);
+    END IF;
+    IF cardinality(written_keys) > 0 THEN
+        INSERT INTO kv (key, value)
+        SELECT written.key, written.value FROM unnest(written_keys, written_values) AS written (key, value)
+        ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+    END IF;
+END
+$$;
 
 CREATE TABLE commit_requests (
     id             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -34,7 +62,7 @@ COMMENT ON COLUMN commit_requests.payload IS 'Read ranges and mutations; docs/wi
 -- Settles a batch: statuses, the durable version and the wake-ups, in the caller's transaction, under the fence.
 -- The fence comes last, so that the lease row is locked only while the transaction commits and a renewal never
 -- waits for a long batch. SQLSTATE PC001: this leadership is over. PC002: a request of the batch was settled by
--- somebody else since it was claimed. Either undoes the whole transaction.
+-- somebody else since it was claimed. PC003: somebody else has committed since. Each undoes the whole transaction.
 CREATE FUNCTION settle_commits(
     leader_epoch bigint, leader_term uuid, version_before bigint, version_after bigint,
     new_conflict_floor bigint, new_window_start_id bigint, new_queue_floor_id bigint,
@@ -67,6 +95,12 @@ BEGIN
      WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
        AND durable_version = version_before AND expires_at > clock_timestamp();
     IF NOT FOUND THEN
+        PERFORM FROM leader_lease
+          WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
+            AND durable_version > version_before AND expires_at > clock_timestamp();
+        IF FOUND THEN
+            RAISE EXCEPTION 'version % is not the last one any more', version_before USING ERRCODE = 'PC003';
+        END IF;
         RAISE EXCEPTION 'the leadership of epoch % is over', leader_epoch USING ERRCODE = 'PC001';
     END IF;
     IF version_after > version_before THEN

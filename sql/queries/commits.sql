@@ -19,6 +19,21 @@ WITH enqueued AS (
 )
 SELECT pg_notify($6::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
 
+-- name: commit_alone
+-- Commits a request by itself, if nobody else is committing, and gives its version; otherwise puts it into the queue.
+SELECT version, answered_at
+  FROM commit_alone($1::uuid, $2::bigint, $3::bigint, $4::bytea[], $5::bytea[], $6::bytea[], $7::bytea[], $8::bytea[],
+                    $9::bytea[], $10::bytea[], $11::bytea[], $12::text);
+
+-- name: lock_out_lone_commits
+-- Waits, up to a limit, for the commit that a client is making by itself, and keeps others from making any.
+SELECT pg_advisory_lock_shared('commit_requests'::regclass::oid::integer, 0) IS NOT NULL AS is_locked_out
+  FROM set_config('lock_timeout', $1::text, true);
+
+-- name: let_lone_commits_in
+-- Lets clients commit by themselves again.
+SELECT pg_advisory_unlock_shared('commit_requests'::regclass::oid::integer, 0) AS is_unlocked;
+
 -- name: claim
 -- The pending requests above the queue floor, oldest first, with the server's clock, up to the payload that reaches $3 bytes; of each payload $4 bytes.
 SELECT id, epoch, read_version, substring(payload FOR $4::integer) AS payload, clock_timestamp() AS claimed_at
@@ -44,24 +59,9 @@ SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('commit_requests',
 -- What is stored under keys whose new value depends on it.
 SELECT key, value FROM kv WHERE key = ANY ($1::bytea[]);
 
--- name: delete_ranges
--- Removes the keys of half-open ranges; an end of null means to the last key. Those are one range, from the smallest begin on.
-WITH cleared AS (
-    SELECT range_begin, range_end FROM unnest($1::bytea[], $2::bytea[]) AS cleared (range_begin, range_end)
-), open_ended AS (
-    DELETE FROM kv WHERE key >= (SELECT range_begin FROM cleared WHERE range_end IS NULL ORDER BY range_begin LIMIT 1)
-)
-DELETE FROM kv USING cleared WHERE kv.key >= cleared.range_begin AND kv.key < cleared.range_end;
-
--- name: delete_keys
--- Removes single keys.
-DELETE FROM kv WHERE key = ANY ($1::bytea[]);
-
--- name: upsert_keys
--- Writes single keys.
-INSERT INTO kv (key, value)
-SELECT key, value FROM unnest($1::bytea[], $2::bytea[]) AS written (key, value)
-ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+-- name: write_data
+-- Removes half-open ranges (an end of null means to the last key), removes keys, and then writes keys.
+SELECT write_data($1::bytea[], $2::bytea[], $3::bytea[], $4::bytea[], $5::bytea[]);
 
 -- name: settle
 -- Settles a batch under the fence: statuses, durable version, floors, wake-ups.
@@ -69,7 +69,7 @@ SELECT settle_commits($1::bigint, $2::uuid, $3::bigint, $4::bigint, $5::bigint, 
                       $8::bigint[], $9::text[], $10::bigint[], $11::text[]);
 
 -- name: window_commits
--- The committed requests that the conflict window is rebuilt from, in version order.
+-- The committed requests above an id and a version, in version order: what a conflict window is made of.
 SELECT id, commit_version, payload, resolved_at
   FROM commit_requests
  WHERE id > $1::bigint AND commit_version > $2::bigint AND status = 'committed'

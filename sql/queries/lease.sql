@@ -80,6 +80,13 @@ UPDATE leader_lease
  WHERE id = 1 AND term_id IS NOT NULL AND expires_at > clock_timestamp()
 RETURNING epoch, leader_addr, pg_notify($1::text, '') IS NOT NULL AS announced;
 
+-- name: raise_floors
+-- Notes floors that have risen without a batch. No row: this leadership is over.
+UPDATE leader_lease
+   SET conflict_floor = $3::bigint, window_start_id = $4::bigint, queue_floor_id = $5::bigint
+ WHERE id = 1 AND epoch = $1::bigint AND term_id = $2::uuid AND expires_at > clock_timestamp()
+RETURNING durable_version;
+
 -- name: history
 -- Leaderships that were not over before so many seconds ago (null: all), newest first.
 SELECT epoch, leader_addr, acquired_at, ended_at, end_reason, first_version,

@@ -24,6 +24,11 @@ SELECT schemaname::text AS schema
                 WHERE lease.schemaname = pg_tables.schemaname AND lease.tablename = 'leader_lease')
  ORDER BY schemaname;
 
+-- name: commit_lazily
+-- Has this session's commits not wait for the disk; what they would have waited for is kept for those that must.
+SELECT set_config('pgcoord.durable', coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), false) AS durable,
+       set_config('synchronous_commit', 'off', false) AS synchronous_commit;
+
 -- name: plan_once
 -- Has prepared statements planned once and for look-ups by index, whatever the tables held at that moment.
 SELECT set_config('plan_cache_mode', 'force_generic_plan', false) AS plan_cache_mode,

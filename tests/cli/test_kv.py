@@ -227,7 +227,7 @@ def test_i3_a_commit_that_a_frozen_leader_leaves_open_is_unknown_and_can_be_aske
     call: Call, cli: Cli, leader: LeaderProcess, sql: psycopg.Connection[Any]
 ) -> None:
     freeze(leader)
-    unknown = call("set", "a", "b", "--timeout", "2s", "-o", "json")
+    unknown = call("add", "a", "1", "--timeout", "2s", "-o", "json")
     assert (unknown.code, unknown.error["code"]) == (10, "outcome_unknown")
     hint = re.fullmatch(r"ask again with: pgcoord (commit show (\S+))", unknown.error["hint"])
     assert hint
@@ -238,4 +238,4 @@ def test_i3_a_commit_that_a_frozen_leader_leaves_open_is_unknown_and_can_be_aske
     assert call("set", "c", "d").code == 0
     answer = json.loads(cli(*ask).stdout)
     assert (answer["status"], answer["commit_version"]) == ("committed", 1)
-    assert call("get", "a", "-o", "plain").out == "b\n"
+    assert call("get", "a", "--integer", "-o", "plain").out == "1\n"

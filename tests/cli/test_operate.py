@@ -153,7 +153,7 @@ def test_a_leader_that_renews_but_does_not_drain_is_unhealthy(
     start_leader("A").wait_for("elected epoch")
     with sql.transaction():
         sql.execute("LOCK TABLE kv IN SHARE MODE")
-        assert cli("kv", "set", "stuck", "x", "--timeout", "200ms").returncode == 10
+        assert cli("kv", "add", "stuck", "1", "--timeout", "200ms").returncode == 10
         with psycopg.connect(sql.info.dsn, autocommit=True) as other:
             other.execute("UPDATE pgcoord.commit_requests SET created_at = created_at - interval '1 minute'")
         status = cli("leader", "status", "-o", "json")

@@ -50,7 +50,7 @@ def commit(settings: Settings, key: bytes) -> int:
 
 
 async def _set(tr: Transaction, key: bytes) -> None:
-    tr.set(key, b"v")
+    tr.append_if_fits(key, b"v")  # what depends on what is stored, only the leader does
 
 
 def ends(sql: Sql) -> list[tuple[int, str, str | None]]:
@@ -139,16 +139,21 @@ def test_a_killed_leader_is_replaced_before_its_lease_runs_out(
     assert ends(sql) == [(1, "first", "lost"), (2, "second", None)], "it did not expire"
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one client", "clients that believe to be alone"])
 def test_i8_a_kill_under_load_costs_no_commit_and_causes_no_reject(
-    settings: Settings, sql: Sql, two_leaders: TwoLeaders
+    settings: Settings, sql: Sql, two_leaders: TwoLeaders, apart: bool
 ) -> None:
     """Writers of keys of their own never conflict: whoever leads, every one has to commit, at the first try."""
     first, _ = two_leaders()
 
-    async def scenario(db: Database) -> int:
+    async def scenario(shared: Database) -> int:
         done = 0
 
-        async def writer(number: int) -> None:
+        async def client(number: int) -> None:
+            async with await connect(settings, pool_size=1) as db:
+                await writer(number, db)
+
+        async def writer(number: int, db: Database = shared) -> None:
             nonlocal done
             for step in range(20):
                 tr = db.transaction()
@@ -157,7 +162,8 @@ def test_i8_a_kill_under_load_costs_no_commit_and_causes_no_reject(
                 await tr.commit()
                 done += 1
 
-        writers = [asyncio.create_task(writer(number)) for number in range(20)]
+        work = client if apart else writer
+        writers = [asyncio.create_task(work(number)) for number in range(20)]
         await until_async(lambda: done >= 100)
         first.signal(signal.SIGKILL)
         await asyncio.gather(*writers)
@@ -351,9 +357,11 @@ def test_i2_a_batch_whose_fate_is_unknown_is_never_applied_twice(
     assert value(sql, "SELECT value FROM kv WHERE key = 'k'") == b"once"
 
 
+@pytest.mark.parametrize("how_many", [1, 10])
 def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledged_commit_is_lost(
-    own_settings: Settings, own_server: EmbeddedServer, start_leader: StartLeader
+    own_settings: Settings, own_server: EmbeddedServer, start_leader: StartLeader, how_many: int
 ) -> None:
+    """One writer commits without the leader, ten through it."""
     leaders = [start_leader(name, settings=own_settings) for name in ("first", "second")]
     for leader in leaders:
         leader.wait_for("standing")
@@ -375,7 +383,7 @@ def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledge
                 assert unknown <= 10, "one for each writer at most: those that were under way"
 
     async def scenario(db: Database) -> int:
-        writers = [asyncio.create_task(writer(db, 150)) for _ in range(10)]
+        writers = [asyncio.create_task(writer(db, 150)) for _ in range(how_many)]
         await until_async(lambda: acknowledged >= 50)
         await asyncio.to_thread(own_server.stop, "immediate")
         before = acknowledged

@@ -1,4 +1,8 @@
-"""The commit client: what a transaction sees, and that its caller hears what really became of it."""
+"""The commit client: what a transaction sees, and that its caller hears what really became of it.
+
+Commits go through the queue here, as if there were always somebody else who commits too. What is different for a
+client that is alone is in test_alone.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,21 @@ import random
 import re
 import signal
 import struct
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial, wraps
-from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import psycopg
 import pytest
 from psycopg import AsyncConnection
 
-from pgcoord_cli.core import candidate, channels, client, codec, resolver, submissions, transaction
-from pgcoord_cli.core.candidate import Candidate, CandidateEvent
-from pgcoord_cli.core.client import Database, Transaction, connect
+from pgcoord_cli.core import candidate, channels, client, codec, recent, submissions, transaction
+from pgcoord_cli.core.alone import Solitude
+from pgcoord_cli.core.client import Database, Transaction
 from pgcoord_cli.core.codec import Mutation, Op, Range
 from pgcoord_cli.core.commits import find_request
 from pgcoord_cli.core.listener import Listener
@@ -38,83 +40,19 @@ from pgcoord_cli.db.lane import Answer
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until_async, value
+from tests.postgres.commit_world import Data, Sql, data, leading, needs_leader, play, played, put, requests
 from tests.postgres.openings import Openings
 
 if TYPE_CHECKING:
     from tests.conftest import StartLeader, TwoLeaders
 
-T = TypeVar("T")
-Sql = psycopg.Connection[Any]
-Data = dict[bytes, bytes]
-
-
-@contextmanager
-def leading(settings: Settings) -> Iterator[None]:
-    """Within the block this process leads."""
-    elected = threading.Event()
-
-    def report(event: CandidateEvent) -> None:
-        if event.event == "elected":
-            elected.set()
-
-    leader = Candidate(settings, "this process", 10.0, report)
-    thread = threading.Thread(target=leader.run)
-    thread.start()
-    try:
-        assert elected.wait(PATIENCE)
-        yield
-    finally:
-        leader.stop()
-        thread.join()
+pytestmark = pytest.mark.usefixtures("never_alone")
 
 
 @pytest.fixture
-def leader(settings: Settings) -> Iterator[None]:
-    """Somebody leads as long as the test lasts."""
-    with leading(settings):
-        yield
-
-
-needs_leader = pytest.mark.usefixtures("leader")
-
-
-def play(settings: Settings, scenario: Callable[[Database], Awaitable[T]], *, pool_size: int = 3) -> T:
-    """Runs a scenario with a client of its own."""
-
-    async def main() -> T:
-        async with await connect(settings, pool_size=pool_size) as db:
-            return await scenario(db)
-
-    return asyncio.run(main())
-
-
-def played(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """The scenario as a test: it is played with a client of its own. What it takes beside that are fixtures."""
-    _, *fixtures = signature(scenario).parameters
-
-    @wraps(scenario)
-    def test(settings: Settings, **given: Any) -> None:
-        play(settings, partial(scenario, **given))
-
-    asked_for = [Parameter(name, Parameter.KEYWORD_ONLY) for name in ("settings", *fixtures)]
-    test.__signature__ = Signature(asked_for)  # type: ignore[attr-defined]
-    return test
-
-
-async def put(db: Database, **values: bytes) -> int:
-    """Commits some keys, each named like its argument."""
-    tr = db.transaction()
-    for name, written in values.items():
-        tr.set(name.encode(), written)
-    return await tr.commit()
-
-
-def data(sql: Sql) -> Data:
-    return dict(sql.execute("SELECT key, value FROM kv").fetchall())
-
-
-def requests(sql: Sql) -> list[tuple[str, int | None]]:
-    return sql.execute("SELECT status, commit_version FROM commit_requests ORDER BY id").fetchall()
+def never_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every client takes it that others are committing."""
+    monkeypatch.setattr(Solitude, "is_likely", lambda *_: False)
 
 
 # -- reading
@@ -723,7 +661,7 @@ def test_i3_a_commit_that_was_forgotten_before_it_was_sent_again_is_never_called
     async def settled_and_collected() -> None:
         await until_async(lambda: requests(sql) == [("committed", 1)])
         sql.execute("DELETE FROM commit_requests")
-        monkeypatch.setattr(resolver, "CONFLICT_WINDOW", timedelta(0))
+        monkeypatch.setattr(recent, "CONFLICT_WINDOW", timedelta(0))
 
     lose_first_answer(monkeypatch, settled_and_collected)
 

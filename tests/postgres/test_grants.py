@@ -184,11 +184,22 @@ def test_a_client_can_submit_but_not_say_what_becomes_of_it(client: Settings, sq
         "DELETE FROM kv",
         "UPDATE leader_lease SET durable_version = 9",
         "SELECT settle_commits(1, NULL, 0, 0, 0, 0, 0, '{}', '{}', '{}', '{}')",
+        "SELECT write_data('{}', '{}', '{}', '{key}', '{value}')",
         "CREATE TABLE mine ()",
     )
     with psycopg.connect(client.dsn, autocommit=True, options="-c search_path=pgcoord") as conn:
         conn.execute(f"INSERT INTO commit_requests ({columns}) VALUES ({values})")
     assert sql.execute("SELECT status, commit_version FROM commit_requests").fetchall() == [("pending", None)]
+
+
+def test_a_client_that_is_alone_commits_by_itself(
+    cli: Cli, start_leader: StartLeader, client: Settings, operator: Settings, sql: psycopg.Connection[Any]
+) -> None:
+    start_leader("one", settings=operator).wait_for("elected epoch")
+    for number in range(2):
+        written = cli("kv", "set", f"key{number}", "value", settings=client)
+        assert written.returncode == 0, written.stderr
+    assert sql.execute("SELECT status, reply_channel FROM commit_requests").fetchall() == [("committed", None)] * 2
 
 
 def test_an_operator_can_change_neither_the_schema_nor_its_ledger(operator: Settings) -> None:

@@ -161,9 +161,13 @@ EXPECTED = {
         "id bigint, epoch bigint, read_version bigint, payload bytea, claimed_at timestamptz",
     ),
     "commits.queue_writers": Shape("", "last_id bigint, writers text[]"),
-    "commits.delete_ranges": Shape("bytea[], bytea[]", ""),
-    "commits.delete_keys": Shape("bytea[]", ""),
-    "commits.upsert_keys": Shape("bytea[], bytea[]", ""),
+    "commits.write_data": Shape("bytea[], bytea[], bytea[], bytea[], bytea[]", "write_data void"),
+    "commits.commit_alone": Shape(
+        "uuid, bigint, bigint, bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], text",
+        "version bigint, answered_at timestamptz",
+    ),
+    "commits.lock_out_lone_commits": Shape("text", "is_locked_out boolean"),
+    "commits.let_lone_commits_in": Shape("", "is_unlocked boolean"),
     "commits.settle": Shape(
         "bigint, uuid, bigint, bigint, bigint, bigint, bigint, bigint[], text[], bigint[], text[]",
         "settle_commits void",
@@ -216,6 +220,7 @@ EXPECTED = {
     ),
     "lease.renew": Shape("bigint, uuid, double precision", "asked_to_step_down boolean"),
     "lease.ask_to_step_down": Shape("text", "epoch bigint, leader_addr text, announced boolean"),
+    "lease.raise_floors": Shape("bigint, uuid, bigint, bigint, bigint", "durable_version bigint"),
     "lease.history": Shape(
         "double precision, integer",
         "epoch bigint, leader_addr text, acquired_at timestamptz, ended_at timestamptz, end_reason text, "
@@ -242,6 +247,7 @@ EXPECTED = {
         "backend_pid integer, is_prepared boolean, version_number integer, in_recovery boolean, has_ledger boolean",
     ),
     "session.backend": Shape("", "backend_pid integer"),
+    "session.commit_lazily": Shape("", "durable text, synchronous_commit text"),
     "session.plan_once": Shape(
         "",
         "plan_cache_mode text, jit text, enable_seqscan text, enable_hashjoin text, enable_mergejoin text",

@@ -19,14 +19,12 @@ from pgcoord_cli.core import codec
 from pgcoord_cli.core.codec import Mutation, Op, Range, Request
 from pgcoord_cli.core.conflicts import ConflictWindow
 from pgcoord_cli.core.mutations import versionstamp
+from pgcoord_cli.core.recent import Marks, RecentCommits, StoredCommit, stored_writes
 from pgcoord_cli.core.resolver import (
     Claimed,
-    Marks,
     QueueFloor,
     Verdict,
     decide,
-    rebuild,
-    stored_writes,
     with_stamps,
     writes_of,
 )
@@ -226,10 +224,10 @@ def history(asked: Sequence[Sequence[Asked]], floor_behind: int) -> tuple[Confli
     return window, everything, verdicts
 
 
-def stored(everything: Iterable[Claimed], verdicts: Iterable[Verdict]) -> list[tuple[int, int, bytes, datetime]]:
+def stored(everything: Iterable[Claimed], verdicts: Iterable[Verdict]) -> list[StoredCommit]:
     """The committed requests as the table has them, in version order."""
     return [
-        (request.id, verdict.version, request.payload, NOON + timedelta(seconds=verdict.version / 10))
+        StoredCommit(request.id, verdict.version, request.payload, NOON + timedelta(seconds=verdict.version / 10))
         for request, verdict in zip(everything, verdicts, strict=True)
         if verdict.version is not None
     ]
@@ -249,7 +247,9 @@ def test_i8_a_window_rebuilt_from_stored_commits_decides_like_the_warm_one(
     warm, everything, verdicts = history(asked, floor_behind)
     commits = stored(everything, verdicts)
     durable = len(commits)
-    rebuilt, _ = rebuild(warm.floor, durable, [commit for commit in commits if commit[1] > warm.floor])
+    rebuilt = RecentCommits(
+        warm.floor, durable, 0, [commit for commit in commits if commit.version > warm.floor]
+    ).window
     assert rebuilt.floor == warm.floor
     batch = [
         claimed(1_000 + n, durable - back, codec.encode(request) if request else GARBAGE)
@@ -266,19 +266,20 @@ def test_i8_commits_that_are_no_longer_stored_raise_the_floor_and_hide_no_confli
     commits = stored(everything, verdicts)
     kept = [commit for commit in commits if data.draw(st.booleans(), label=f"keep version {commit[1]}")]
     durable = len(commits)
-    rebuilt, marks = rebuild(0, durable, kept)
+    recent = RecentCommits(0, durable, 0, kept)
+    rebuilt = recent.window
     missing = {version for _, version, _, _ in commits} - {version for _, version, _, _ in kept}
     assert rebuilt.floor == max(missing, default=0)
     for _, version, payload, _ in commits:
         for key in keys_written(codec.decode(payload), version):
             if version > rebuilt.floor:
                 assert rebuilt.conflicts(version - 1, [key], [])
-    assert [mark.version for mark in marks][-1:] == ([durable] if durable > rebuilt.floor else [])
+    assert [mark.version for mark in recent.marks][-1:] == ([durable] if durable > rebuilt.floor else [])
 
 
 def test_i8_the_floor_that_the_last_leader_stored_is_never_lowered() -> None:
-    commits = [(n, n, SET_A, NOON) for n in range(1, 10)]
-    window, _ = rebuild(6, 9, commits)
+    commits = [StoredCommit(n, n, SET_A, NOON) for n in range(1, 10)]
+    window = RecentCommits(6, 9, 0, commits).window
     assert window.floor == 6
     assert [verdict.status for verdict in decided(window, 9, (5, SET_A), (6, SET_A))] == ["too_old", "committed"]
 

@@ -1,0 +1,96 @@
+-- breaking: no
+-- Commits that need no leader, because nobody else is committing. pgcoord_cli/core/alone.py tells the protocol.
+
+-- MessagePack, as docs/wire-format.md describes a request: binary or nil, the head of an array, and the whole.
+CREATE FUNCTION packed_binary(item bytea) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT CASE WHEN item IS NULL THEN '\xc0'::bytea
+                WHEN octet_length(item) < 256 THEN '\xc4'::bytea || substring(int4send(octet_length(item)) FROM 4) || item
+                WHEN octet_length(item) < 65536 THEN '\xc5'::bytea || substring(int4send(octet_length(item)) FROM 3) || item
+                ELSE '\xc6'::bytea || int4send(octet_length(item)) || item END
+$$;
+
+CREATE FUNCTION packed_head(length integer) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT CASE WHEN length < 16 THEN set_byte('\x00'::bytea, 0, 144 + length)
+                WHEN length < 65536 THEN '\xdc'::bytea || substring(int4send(length) FROM 3)
+                ELSE '\xdd'::bytea || int4send(length) END
+$$;
+
+CREATE FUNCTION packed_request(
+    read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[],
+    cleared_keys bytea[], written_keys bytea[], written_values bytea[]
+) RETURNS bytea LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE SET search_path FROM CURRENT AS $$
+DECLARE
+    packed bytea := '\x0294'::bytea || packed_head(cardinality(read_keys));
+BEGIN
+    FOR i IN 1 .. cardinality(read_keys) LOOP
+        packed := packed || packed_binary(read_keys[i]);
+    END LOOP;
+    packed := packed || packed_head(cardinality(read_begins));
+    FOR i IN 1 .. cardinality(read_begins) LOOP
+        packed := packed || '\x92'::bytea || packed_binary(read_begins[i]) || packed_binary(read_ends[i]);
+    END LOOP;
+    packed := packed || '\x90'::bytea
+        || packed_head(cardinality(cleared_begins) + cardinality(cleared_keys) + cardinality(written_keys));
+    FOR i IN 1 .. cardinality(cleared_begins) LOOP
+        packed := packed || '\x9302'::bytea || packed_binary(cleared_begins[i]) || packed_binary(cleared_ends[i]);
+    END LOOP;
+    FOR i IN 1 .. cardinality(cleared_keys) LOOP
+        packed := packed || '\x9301'::bytea || packed_binary(cleared_keys[i]) || '\xc0'::bytea;
+    END LOOP;
+    FOR i IN 1 .. cardinality(written_keys) LOOP
+        packed := packed || '\x9300'::bytea || packed_binary(written_keys[i]) || packed_binary(written_values[i]);
+    END LOOP;
+    RETURN packed;
+END
+$$;
+
+-- Commits a request in its own transaction if nobody works at commits and nobody has committed since it read; its
+-- version then. Otherwise puts it into the queue like any other; null. It runs with the rights of the schema's owner,
+-- so it makes what it stores from what it writes, and takes nobody's word for it.
+CREATE FUNCTION commit_alone(
+    request_id uuid, seen_epoch bigint, seen_version bigint,
+    read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[],
+    cleared_keys bytea[], written_keys bytea[], written_values bytea[], reply_channel text,
+    OUT version bigint, OUT answered_at timestamptz
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+DECLARE
+    request CONSTANT bytea := packed_request(read_keys, read_begins, read_ends, cleared_begins, cleared_ends,
+                                             cleared_keys, written_keys, written_values);
+    term uuid;
+BEGIN
+    -- A nil is no key: the leader refuses it.
+    IF array_position(cleared_keys, NULL) IS NULL AND array_position(cleared_begins, NULL) IS NULL
+       AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
+        SELECT lease.term_id INTO term
+          FROM leader_lease AS lease
+         WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.durable_version = seen_version
+           AND lease.expires_at > clock_timestamp();
+    END IF;
+    answered_at := clock_timestamp();
+    IF term IS NULL THEN
+        INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
+        VALUES ($1, seen_epoch, seen_version, request, $12);
+        PERFORM pg_notify(current_schema() || '.commits', '');
+        RETURN;
+    END IF;
+
+    version := seen_version + 1;
+    -- Whatever the session says of lesser commits, one that is acknowledged survives a crash.
+    PERFORM set_config('synchronous_commit', coalesce(nullif(current_setting('pgcoord.durable', true), ''), 'on'), true),
+            -- and who calls this by hand within a transaction, and lets it lie, does not hold up everybody else.
+            set_config('idle_in_transaction_session_timeout', '1s', true);
+    INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, commit_version, resolved_at)
+    VALUES ($1, seen_epoch, seen_version, request, 'committed', version, answered_at);
+    PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values);
+    UPDATE leader_lease AS lease
+       SET durable_version = version
+     WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = term
+       AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'the leadership of epoch % is over', seen_epoch USING ERRCODE = 'PC001';
+    END IF;
+    PERFORM pg_notify(current_schema() || '.data', '');
+END
+$$;
+
+REVOKE ALL ON FUNCTION commit_alone FROM PUBLIC;
