@@ -61,7 +61,7 @@ def set_(
     hex_: Hex = False,
     timeout: Timeout = "10s",
 ) -> None:
-    """Write a key through the leader, and print the version at which that took effect.
+    """Write a key, and print the version at which that took effect.
 
     \b
     Examples:
@@ -81,7 +81,7 @@ def set_(
 
 @command(app, "clear")
 def clear(ctx: typer.Context, key: Key, hex_: Hex = False, timeout: Timeout = "10s") -> None:
-    """Remove a key through the leader, and print the version at which that took effect.
+    """Remove a key, and print the version at which that took effect.
 
     \b
     Examples:
@@ -105,7 +105,7 @@ def clear_range(
     hex_: Hex = False,
     timeout: Timeout = "10s",
 ) -> None:
-    """Remove every key from BEGIN up to but without END, through the leader.
+    """Remove every key from BEGIN up to but without END.
 
     \b
     Examples:

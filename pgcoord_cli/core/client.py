@@ -8,9 +8,9 @@
 
 A Database is a few connections that many transactions share: reads and submissions that come up while a statement is
 in flight go out together in the next one, and nothing holds a connection while it waits. `core.transaction` says what
-a transaction sees, `core.submissions` how it is committed. One that wrote nothing needs no leader: what it saw was
-consistent, and it commits as of then. Those of one Database that `run` the same read-modify-write of a contended
-key take turns (`core.turns`).
+a transaction sees, `core.submissions` how it is committed, and `core.alone` how that is done where nobody competes. One
+that wrote nothing needs no leader: what it saw was consistent, and it commits as of then. Those of one Database that
+`run` the same read-modify-write of a contended key take turns (`core.turns`).
 """
 
 from __future__ import annotations

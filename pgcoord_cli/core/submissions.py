@@ -3,6 +3,9 @@
 **Enqueue.** The request goes into the queue with a UUID of the client's and `synchronous_commit = off`: a pending
 row that a crash loses was never acknowledged, and the UUID makes it harmless to submit it again.
 
+**Alone.** A request with nobody beside it, in this client or elsewhere, is committed without the leader if the database
+agrees (`core.alone`). If not, the same statement has put it into the queue.
+
 **Together.** Many transactions commit at once, so the work is done for all of them: one statement at a time sends
 what waits to be sent, group by group and, where a connection is lost, again over the next; one statement at a time asks
 what became of what was sent. Each follows from the answer to the one before, or from a notification, without a task in
