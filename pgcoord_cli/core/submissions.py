@@ -279,7 +279,7 @@ class Submitter:
         if isinstance(answer, psycopg.Error) and not is_connection_lost(answer):
             # Nothing was written; whether the request is at fault is for the leader to say.
             self._solitude.failed(answer.sqlstate, self._loop.time())
-            undecided.sent = False
+            undecided.sent = undecided.sent_before
             self._unsent.appendleft(undecided)
             self._sending.open()
             return
