@@ -46,12 +46,22 @@ CREATE FUNCTION pgcoord.commit_alone(request_id uuid, seen_epoch bigint, seen_ve
     SET search_path TO 'pgcoord', 'pg_temp'
     AS $_$
 DECLARE
-    request CONSTANT bytea := packed_request(read_keys, read_begins, read_ends, cleared_begins, cleared_ends,
-                                             cleared_keys, written_keys, written_values);
+    request bytea;
     term uuid;
 BEGIN
-    -- A nil is no key: the leader refuses it.
-    IF array_position(cleared_keys, NULL) IS NULL AND array_position(cleared_begins, NULL) IS NULL
+    IF (is_list(read_keys) AND is_list(read_begins) AND is_list(read_ends) AND is_list(cleared_begins)
+        AND is_list(cleared_ends) AND is_list(cleared_keys) AND is_list(written_keys) AND is_list(written_values)
+        AND cardinality(read_begins) = cardinality(read_ends)
+        AND cardinality(cleared_begins) = cardinality(cleared_ends)
+        AND cardinality(written_keys) = cardinality(written_values)) IS NOT TRUE THEN
+        RAISE EXCEPTION 'keys, begins with their ends, and keys with their values have to be lists'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    request := packed_request(read_keys, read_begins, read_ends, cleared_begins, cleared_ends,
+                              cleared_keys, written_keys, written_values);
+    -- A nil is no key, and too much is too much: the leader refuses both.
+    IF array_position(read_keys || read_begins || cleared_begins || cleared_keys || written_keys, NULL) IS NULL
+       AND octet_length(request) <= 10000000
        AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
         SELECT lease.term_id INTO term
           FROM leader_lease AS lease
@@ -239,6 +249,12 @@ BEGIN
     DELETE FROM execution_leases WHERE execution_id = id;
     RETURN 'eligible';
 END
+$$;
+
+CREATE FUNCTION pgcoord.is_list(items bytea[]) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT cardinality(items) = 0 OR (array_ndims(items) = 1 AND array_lower(items, 1) = 1)
 $$;
 
 CREATE FUNCTION pgcoord.judge_groups(ids uuid[]) RETURNS integer

@@ -44,6 +44,11 @@ BEGIN
 END
 $$;
 
+-- Whether an array is what Python calls a list: subscripts and unnest agree about it.
+CREATE FUNCTION is_list(items bytea[]) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT cardinality(items) = 0 OR (array_ndims(items) = 1 AND array_lower(items, 1) = 1)
+$$;
+
 -- Commits a request in its own transaction if nobody works at commits and nobody has committed since it read; its
 -- version then. Otherwise puts it into the queue like any other; null. It runs with the rights of the schema's owner,
 -- so it makes what it stores from what it writes, and takes nobody's word for it.
@@ -54,12 +59,22 @@ CREATE FUNCTION commit_alone(
     OUT version bigint, OUT answered_at timestamptz
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 DECLARE
-    request CONSTANT bytea := packed_request(read_keys, read_begins, read_ends, cleared_begins, cleared_ends,
-                                             cleared_keys, written_keys, written_values);
+    request bytea;
     term uuid;
 BEGIN
-    -- A nil is no key: the leader refuses it.
-    IF array_position(cleared_keys, NULL) IS NULL AND array_position(cleared_begins, NULL) IS NULL
+    IF (is_list(read_keys) AND is_list(read_begins) AND is_list(read_ends) AND is_list(cleared_begins)
+        AND is_list(cleared_ends) AND is_list(cleared_keys) AND is_list(written_keys) AND is_list(written_values)
+        AND cardinality(read_begins) = cardinality(read_ends)
+        AND cardinality(cleared_begins) = cardinality(cleared_ends)
+        AND cardinality(written_keys) = cardinality(written_values)) IS NOT TRUE THEN
+        RAISE EXCEPTION 'keys, begins with their ends, and keys with their values have to be lists'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    request := packed_request(read_keys, read_begins, read_ends, cleared_begins, cleared_ends,
+                              cleared_keys, written_keys, written_values);
+    -- A nil is no key, and too much is too much: the leader refuses both.
+    IF array_position(read_keys || read_begins || cleared_begins || cleared_keys || written_keys, NULL) IS NULL
+       AND octet_length(request) <= 10000000
        AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
         SELECT lease.term_id INTO term
           FROM leader_lease AS lease

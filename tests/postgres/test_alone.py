@@ -590,14 +590,51 @@ def test_a_role_that_may_not_commit_alone_commits_through_the_queue_and_does_not
     assert paths(sql) == ["queue"] * 3
 
 
-@pytest.mark.usefixtures("term")
-@pytest.mark.parametrize("place", ["cleared_keys", "cleared_begins"])
-def test_i6_a_nil_among_the_keys_is_for_the_leader_to_reject(sql: Sql, place: str) -> None:
-    arguments: list[Any] = [uuid4(), 1, 0, [], [], [], [], [], [], [], [], "reply"]
-    arguments[{"cleared_keys": 8, "cleared_begins": 6}[place]] = [None]
-    row = psycopg.RawCursor(sql).execute(statement("commits", "commit_alone"), arguments).fetchone()
+PLACES = [
+    "read_keys", "read_begins", "read_ends", "cleared_begins", "cleared_ends", "cleared_keys", "written_keys",
+    "written_values",
+]  # fmt: skip
+
+
+def call_with(sql: Sql, **given: Any) -> Any:
+    """What commit_alone answers when it is called by hand; lists that are not given are empty."""
+    names = ", ".join(f"{place} => %s::bytea[]" for place in PLACES)
+    text = f"SELECT version FROM commit_alone(gen_random_uuid(), 1, 0, {names}, reply_channel => 'reply')"
+    row = sql.execute(text, [given.get(place, []) for place in PLACES]).fetchone()
     assert row
-    assert row[0] is None
+    return row[0]
+
+
+@pytest.mark.usefixtures("term")
+@pytest.mark.parametrize("place", ["read_keys", "read_begins", "cleared_begins", "cleared_keys", "written_keys"])
+def test_i6_a_nil_among_the_keys_is_for_the_leader_to_reject(sql: Sql, place: str) -> None:
+    partner = {"read_begins": "read_ends", "cleared_begins": "cleared_ends", "written_keys": "written_values"}
+    assert call_with(sql, **{place: [None], partner.get(place, place): [None]}) is None
     (payload,) = sql.execute("SELECT payload FROM commit_requests").fetchone() or (b"",)
     with pytest.raises(codec.Undecodable):
         codec.decode(payload)
+
+
+@pytest.mark.usefixtures("term")
+@pytest.mark.parametrize("items", ["{{a},{b}}", "[0:1]={a,b}", "[2:2]={a}", None], ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_i6_what_is_no_list_is_refused(sql: Sql, place: str, items: str | None) -> None:
+    """What is stored has to be what is written, whatever the array looks like."""
+    given = dict.fromkeys(PLACES, "{x}") | {place: items}
+    with pytest.raises(psycopg.errors.InvalidParameterValue):
+        call_with(sql, **given)
+
+
+@pytest.mark.usefixtures("term")
+@pytest.mark.parametrize("place", [place for place in PLACES if not place.endswith("_keys")] + ["written_keys"])
+def test_i6_lists_that_belong_together_have_to_have_one_length(sql: Sql, place: str) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue):
+        call_with(sql, **{place: [b"x"]})
+
+
+@pytest.mark.usefixtures("term")
+def test_i6_a_lone_commit_is_no_larger_than_any_other(sql: Sql) -> None:
+    value = b"x" * codec.MAX_VALUE_BYTES
+    keys = [b"%d" % number for number in range(101)]
+    assert call_with(sql, written_keys=keys, written_values=[value] * 101) is None
+    assert call_with(sql, written_keys=keys[:99], written_values=[value] * 99) == 1
