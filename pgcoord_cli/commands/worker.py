@@ -47,7 +47,8 @@ def run(
     A command finds PGCOORD_EXECUTION_ID, PGCOORD_LEASE_ID, PGCOORD_LEASE_EPOCH, PGCOORD_FLOW_ID, PGCOORD_EXECUTION_NAME
     and PGCOORD_ATTEMPT in its environment. When its lease is lost, it is ended with everything it started. Ctrl-C and
     SIGTERM let the commands in hand end; a second one ends them, and gives their executions back. With -o json, what
-    the commands print goes to stderr.
+    the commands print goes to stderr. With --once, the exit code is that of the command that failed an execution
+    for good, the last one if several did, and 0 if all went well.
 
     \b
     Examples:
@@ -70,8 +71,8 @@ def run(
     )
     worker = Worker(settings, order, lambda event: _report(out, event))
     received = stop_on_signals(worker.stop, times=2)
-    worker.run()
-    raise typer.Exit(128 + received[0] if received else 0)
+    code = worker.run()
+    raise typer.Exit(128 + received[0] if received else code)
 
 
 def _report(out: Output, event: WorkEvent) -> None:

@@ -78,6 +78,21 @@ class WorkOrder(NamedTuple):
 Report = Callable[[WorkEvent], None]
 
 
+class Ending(NamedTuple):
+    """How a command ended: as a shell would say it, and in words."""
+
+    exit_code: int
+    trouble: str
+
+
+COULD_NOT_START = 1
+
+
+def ending(status: int) -> Ending:
+    """From the exit status, or from the signal as a negative number. Pure."""
+    return Ending(128 - status, f"signal {-status}") if status < 0 else Ending(status, f"exit status {status}")
+
+
 class Worker:
     """Runs commands for executions. `run` blocks; `stop` may be called from a signal handler or another thread."""
 
@@ -98,8 +113,11 @@ class Worker:
         for slot in self._slots:
             slot.stop(at_once=self._stop_requests > 1)
 
-    def run(self) -> None:
-        """Works until stopped; with `once`, until nothing is eligible. Raises what is wrong with the server."""
+    def run(self) -> int:
+        """Works until stopped; with `once`, until nothing is eligible. Raises what is wrong with the server.
+
+        Returns the exit code of the command that failed an execution for good, the last one if several did; else 0.
+        """
         open_session(self._settings, "worker", writes=True).close()
         threads = [Thread(target=slot.run, name=f"slot {number}") for number, slot in enumerate(self._slots, start=1)]
         with self._follower.running() if self._follower else nullcontext():
@@ -109,6 +127,7 @@ class Worker:
                 thread.join()
         if self._company.failure:
             raise self._company.failure
+        return self._company.exit_code
 
 
 class Company:
@@ -117,6 +136,8 @@ class Company:
     def __init__(self) -> None:
         self.failure: PgcoordError | None = None
         """What ends the whole worker."""
+        self.exit_code = 0
+        """Of the last command that failed an execution for good."""
         self._wakeups: list[Wakeup] = []
         self._mutex = Lock()
         self._busy = 0
@@ -224,14 +245,13 @@ class Slot:
                 raise FileNotFoundError("there is no command: neither in the flow file nor in the call")
             group = ProcessGroup(command, os.environ | environment(claim), self._order.stdout)
         except OSError as error:
-            self._end(claim, f"cannot start: {error}", conn)
+            self._end(claim, Ending(COULD_NOT_START, f"cannot start: {error}"), conn)
             return
         self._say("started", claim, command[0])
         with closing(group):
             is_mine = self._keep_lease(claim, claimed_at, group)
         if is_mine:
-            code = group.exit_code or 0
-            self._end(claim, f"exit status {code}" if code > 0 else f"signal {-code}" if code else None, conn)
+            self._end(claim, ending(group.exit_code or 0), conn)
 
     def _keep_lease(self, claim: Claim, trusted_from: float, group: ProcessGroup) -> bool:
         """Renews the lease until the command has ended; False when the lease is over, and the command with it."""
@@ -253,13 +273,13 @@ class Slot:
                     return False
         return True
 
-    def _end(self, claim: Claim, trouble: str | None, conn: Connection[Any]) -> None:
+    def _end(self, claim: Claim, ending: Ending, conn: Connection[Any]) -> None:
         """Reports how the command ended, over a new connection if need be, until it is known to have arrived."""
         with ExitStack() as opened:
             while True:
                 try:
                     with mapped_errors():
-                        self._report_end(claim, trouble, conn)
+                        self._report_end(claim, ending, conn)
                     return
                 except (Fenced, ConditionFalse) as error:
                     self._say("lost", claim, error.message)
@@ -272,13 +292,15 @@ class Slot:
                     with suppress(PgcoordError):
                         conn = opened.enter_context(closing(open_session(self._settings, "worker", writes=True)))
 
-    def _report_end(self, claim: Claim, trouble: str | None, conn: Connection[Any]) -> None:
-        if trouble is None:
+    def _report_end(self, claim: Claim, ending: Ending, conn: Connection[Any]) -> None:
+        if not ending.exit_code:
             executions.complete(conn, claim.execution_id, claim.lease_epoch)
             self._say("succeeded", claim, "")
+        elif executions.fail(conn, claim.execution_id, claim.lease_epoch, ending.trouble) == "eligible":
+            self._say("retried", claim, ending.trouble)
         else:
-            state = executions.fail(conn, claim.execution_id, claim.lease_epoch, trouble)
-            self._say("retried" if state == "eligible" else "failed", claim, trouble)
+            self._company.exit_code = ending.exit_code
+            self._say("failed", claim, ending.trouble)
 
     def _say(self, event: str, claim: Claim, detail: str) -> None:
         self._report(WorkEvent(event, claim.name, str(claim.execution_id), claim.attempt, detail))

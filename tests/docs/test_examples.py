@@ -67,4 +67,5 @@ def test_the_flow_of_the_page_ends_as_the_page_says(cli: Cli) -> None:
     flow = cli("flow", "create", "docs/flow.yaml", "-o", "plain").stdout.strip()
     worked = cli("worker", "run", "--once", "-q")
     assert worked.stdout == "building\nreleased\n"
+    assert worked.returncode == 1, "lint failed"
     assert cli("flow", "show", flow).stdout == shown

@@ -176,14 +176,15 @@ def test_under_json_what_the_commands_print_keeps_out_of_the_events(start: Start
 
 def test_a_command_that_a_signal_ended_fails_with_its_number(start: StartWorker, make: Make) -> None:
     flow = make("own>below", own="kill -KILL $$", below="true")
-    start("--once").ended()
+    code, _, _ = start("--once").ended()
+    assert code == 128 + signal.SIGKILL, "as a shell says it"
     assert reason(flow, "own") == "signal 9"
 
 
 def test_the_exit_status_decides_and_an_attempt_is_repeated_after_its_back_off(start: StartWorker, make: Make) -> None:
     flow = make("flaky>after", attempts=2, flaky="test $PGCOORD_ATTEMPT -gt 1", bad="exit 3", after="true")
     code, _, said = start("--once").ended()
-    assert code == 0
+    assert code == 3, "what failed for good is passed on, what was retried is not"
     assert flow.states() == {"flaky": "success", "bad": "failed", "after": "success"}
     assert reason(flow, "bad") == "exit status 3"
     assert "flaky: retried: exit status 1" in said
@@ -194,7 +195,7 @@ def test_the_exit_status_decides_and_an_attempt_is_repeated_after_its_back_off(s
 def test_what_cannot_be_started_fails_with_a_reason(start: StartWorker, make: Make) -> None:
     flow = make("missing>below", missing=["/nowhere/program"], bare=None, below="true")
     code, _, _ = start("--once").ended()
-    assert code == 0
+    assert code == 1
     assert flow.states() == {"missing": "failed", "bare": "failed", "below": "skipped"}
     assert "/nowhere/program" in reason(flow, "missing")
     assert "there is no command" in reason(flow, "bare")
