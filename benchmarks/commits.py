@@ -1,8 +1,8 @@
 """Commits through pgcoord beside three other ways, on one server in one go: `python -m benchmarks.commits`.
 
 Workloads: read-modify-write of one of 10,000 keys; the same on 10 hot keys; scan 100 keys and write one of them. Each
-with 1, 32 and 256 transactions in flight; the rivals have at most 32 connections, as a pool would. Durability is
-on everywhere. Prints rates, percentiles and ratios, and writes them as JSON with `--json FILE`.
+with 1, 32 and 256 transactions in flight; the rivals have at most 32 connections, as a pool would. One at a time, a
+client commits alone; "by leader" is the same if it believed that others were committing. Durability is on everywhere. Prints rates, percentiles and ratios, and writes them as JSON with `--json FILE`.
 
 The superseded design needs btree_gist, which the embedded PostgreSQL lacks: `--server-version 15` runs on a local
 installation that has it. `--history N` resolves N requests first; `--old-snapshot` holds one open meanwhile.
@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import psycopg
 from tabulate import tabulate
@@ -31,6 +32,7 @@ from benchmarks import rivals
 from benchmarks.measuring import Result, Stopwatch, resident_bytes
 from benchmarks.rivals import KEYS, SCAN, key_of
 from pgcoord_cli.core import leader, session
+from pgcoord_cli.core.alone import Solitude
 from pgcoord_cli.core.client import Database, Transaction, connect
 from pgcoord_cli.core.embedded import throw_away_server
 from pgcoord_cli.core.programs import find_programs
@@ -141,6 +143,9 @@ def measure(
         "serializable": rivals.run_workers(settings.dsn, work, workload.keys, workers, seconds, serializable=True),
         "pgbench": rivals.run_pgbench(bin_dir, settings.dsn, script, workload.keys, workers, seconds),
     }
+    if in_flight == 1:
+        with patch.object(Solitude, "is_likely", return_value=False):
+            found["by leader"] = run_pgcoord(settings, workload, in_flight, seconds)
     if superseded and not workload.scan:
         stop = threading.Event()
         pruner = threading.Thread(target=rivals.prune_ranges, args=(settings.dsn, stop))
