@@ -2,7 +2,8 @@
 
 Workloads: read-modify-write of one of 10,000 keys; the same on 10 hot keys; scan 100 keys and write one of them. Each
 with 1, 32 and 256 transactions in flight; the rivals have at most 32 connections, as a pool would. One at a time, a
-client commits alone; "by leader" is the same if it believed that others were committing. Durability is on everywhere. Prints rates, percentiles and ratios, and writes them as JSON with `--json FILE`.
+client commits alone; "by leader" is the same if it believed that others were committing. Durability is on
+everywhere. Prints rates, percentiles and ratios, and writes them as JSON with `--json FILE`.
 
 The superseded design needs btree_gist, which the embedded PostgreSQL lacks: `--server-version 15` runs on a local
 installation that has it. `--history N` resolves N requests first; `--old-snapshot` holds one open meanwhile.
