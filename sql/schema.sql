@@ -304,18 +304,18 @@ $$;
 CREATE FUNCTION pgcoord.packed_binary(item bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     AS $$
-    SELECT CASE WHEN item IS NULL THEN '\xc0'::bytea
-                WHEN octet_length(item) < 256 THEN '\xc4'::bytea || substring(int4send(octet_length(item)) FROM 4) || item
-                WHEN octet_length(item) < 65536 THEN '\xc5'::bytea || substring(int4send(octet_length(item)) FROM 3) || item
-                ELSE '\xc6'::bytea || int4send(octet_length(item)) || item END
+    SELECT CASE WHEN item IS NULL THEN E'\\xc0'::bytea
+                WHEN octet_length(item) < 256 THEN E'\\xc4'::bytea || substring(int4send(octet_length(item)) FROM 4) || item
+                WHEN octet_length(item) < 65536 THEN E'\\xc5'::bytea || substring(int4send(octet_length(item)) FROM 3) || item
+                ELSE E'\\xc6'::bytea || int4send(octet_length(item)) || item END
 $$;
 
 CREATE FUNCTION pgcoord.packed_head(length integer) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     AS $$
-    SELECT CASE WHEN length < 16 THEN set_byte('\x00'::bytea, 0, 144 + length)
-                WHEN length < 65536 THEN '\xdc'::bytea || substring(int4send(length) FROM 3)
-                ELSE '\xdd'::bytea || int4send(length) END
+    SELECT CASE WHEN length < 16 THEN set_byte(E'\\x00'::bytea, 0, 144 + length)
+                WHEN length < 65536 THEN E'\\xdc'::bytea || substring(int4send(length) FROM 3)
+                ELSE E'\\xdd'::bytea || int4send(length) END
 $$;
 
 CREATE FUNCTION pgcoord.packed_request(read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[]) RETURNS bytea
@@ -323,25 +323,25 @@ CREATE FUNCTION pgcoord.packed_request(read_keys bytea[], read_begins bytea[], r
     SET search_path TO 'pgcoord', 'pg_temp'
     AS $$
 DECLARE
-    packed bytea := '\x0294'::bytea || packed_head(cardinality(read_keys));
+    packed bytea := E'\\x0294'::bytea || packed_head(cardinality(read_keys));
 BEGIN
     FOR i IN 1 .. cardinality(read_keys) LOOP
         packed := packed || packed_binary(read_keys[i]);
     END LOOP;
     packed := packed || packed_head(cardinality(read_begins));
     FOR i IN 1 .. cardinality(read_begins) LOOP
-        packed := packed || '\x92'::bytea || packed_binary(read_begins[i]) || packed_binary(read_ends[i]);
+        packed := packed || E'\\x92'::bytea || packed_binary(read_begins[i]) || packed_binary(read_ends[i]);
     END LOOP;
-    packed := packed || '\x90'::bytea
+    packed := packed || E'\\x90'::bytea
         || packed_head(cardinality(cleared_begins) + cardinality(cleared_keys) + cardinality(written_keys));
     FOR i IN 1 .. cardinality(cleared_begins) LOOP
-        packed := packed || '\x9302'::bytea || packed_binary(cleared_begins[i]) || packed_binary(cleared_ends[i]);
+        packed := packed || E'\\x9302'::bytea || packed_binary(cleared_begins[i]) || packed_binary(cleared_ends[i]);
     END LOOP;
     FOR i IN 1 .. cardinality(cleared_keys) LOOP
-        packed := packed || '\x9301'::bytea || packed_binary(cleared_keys[i]) || '\xc0'::bytea;
+        packed := packed || E'\\x9301'::bytea || packed_binary(cleared_keys[i]) || E'\\xc0'::bytea;
     END LOOP;
     FOR i IN 1 .. cardinality(written_keys) LOOP
-        packed := packed || '\x9300'::bytea || packed_binary(written_keys[i]) || packed_binary(written_values[i]);
+        packed := packed || E'\\x9300'::bytea || packed_binary(written_keys[i]) || packed_binary(written_values[i]);
     END LOOP;
     RETURN packed;
 END

@@ -5,7 +5,8 @@ window is kept to its length, and of the request ids, by which the next leader f
 
 Commits come from two sides. Those that the resolver decides are in the window as soon as they are decided, and noted
 here when they are durable. Those that clients made by themselves (`core.alone`), and on beginning all of them, are
-taken in as the table has them. Their versions are dense, so what is missing shows.
+taken in as the table has them. Their versions are dense, so what is missing shows. One that cannot be read is as good
+as missing: nothing below it can be checked, but the leader leads.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from pgcoord_cli.core import codec, mutations
-from pgcoord_cli.core.codec import Mutation, Op, Range
+from pgcoord_cli.core.codec import Mutation, Op, Range, Undecodable
 from pgcoord_cli.core.conflicts import ConflictWindow
 
 CONFLICT_WINDOW = timedelta(seconds=6)
@@ -47,6 +48,8 @@ def stored_writes(payload: bytes, version: int) -> tuple[list[bytes], list[Range
             keys.append(mutations.stamped(Mutation(Op(op), key, operand), version).key)
         else:
             keys.append(key)
+    if not all(isinstance(key, bytes) for key in (*keys, *(begin for begin, _ in ranges))):
+        raise Undecodable("a key is not binary")
     return keys, ranges
 
 
@@ -69,7 +72,10 @@ class RecentCommits:
 
     def _record(self, commits: Sequence[StoredCommit]) -> None:
         for request_id, version, payload, resolved_at in commits:
-            self.window.record(version, *stored_writes(payload, version))
+            try:
+                self.window.record(version, *stored_writes(payload, version))
+            except Exception:  # noqa: BLE001 - somebody has tampered with it, in whatever way
+                self.window.raise_floor(version)  # what it wrote is not known, so that nothing older can be judged
             self.marks.add(resolved_at, version, request_id)
             self.durable_version = version
             self.last_id = max(self.last_id, request_id)

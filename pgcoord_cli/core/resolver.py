@@ -66,8 +66,8 @@ OBSERVE_AFTER = 200
 NOTE_AFTER = 200
 """So many commits that clients made alone are a stretch that a successor should not have to read."""
 
-LOCK_OUT_WITHIN = b"2s"
-"""How long the leader waits for a commit that a client is making by itself."""
+LOCK_OUT_WITHIN, LOCK_OUT_AGAIN = b"2s", b"20ms"
+"""How long the leader waits for a commit that a client is making by itself; and before each batch, if that was vain."""
 
 FENCED = "PC001"
 ALREADY_SETTLED = "PC002"
@@ -208,9 +208,9 @@ class Resolver:
         # Of a payload that is too large, one byte more than may be shows that it is.
         arguments = [int8(self._floor.id), int4(limit), int8(BATCH_BYTES), int4(codec.MAX_TRANSACTION_BYTES + 1)]
         claim = (sql("commits", "claim"), arguments)
-        if self._is_working:
+        if self._keeps_out:
             rows = self._pipeline.run([claim])[0]
-        elif expected or self._look(claim):
+        elif expected or self._is_working or self._look(claim):
             rows = self._begin_work(claim)
         else:
             rows = []
@@ -218,9 +218,10 @@ class Resolver:
 
     def _begin_work(self, claim: Statement) -> list[tuple[Any, ...]]:
         """Keeps lone commits out, and claims; one of them that does not end must not stop everybody else."""
+        within = LOCK_OUT_AGAIN if self._is_working else LOCK_OUT_WITHIN
         self._is_working = True
         try:
-            rows = self._look(claim, (sql("commits", "lock_out_lone_commits"), [LOCK_OUT_WITHIN]))
+            rows = self._look(claim, (sql("commits", "lock_out_lone_commits"), [within]))
             self._keeps_out = True
         except psycopg.errors.LockNotAvailable:
             rows = self._look(claim)

@@ -39,6 +39,9 @@ LIVENESS_DEFAULTS = {
 }
 
 
+LAST_WORDS = ("FATAL", "PANIC")
+"""Errors of this severity are the last that a session says, whatever their code."""
+
 MIGRATE_HINT = "create it with: pgcoord migrate up"
 
 _STRAY_AT = re.compile(r"postgres(?:ql)?://(?>[^@/]*@)?+[^?]*@")
@@ -166,5 +169,7 @@ def translate(error: psycopg.Error) -> PgcoordError:
 
 def is_connection_lost(error: psycopg.Error) -> bool:
     """Whether the session is gone, so that the fate of a statement in flight is unknown."""
+    if error.diag.severity_nonlocalized in LAST_WORDS:
+        return True
     state = error.sqlstate or ""
     return isinstance(error, psycopg.OperationalError) and (not state or state.startswith(("08", "57P")))

@@ -22,13 +22,11 @@ import psycopg
 from psycopg import AsyncConnection, pq
 from psycopg.errors import error_from_result
 
+from pgcoord_cli.db.connection import LAST_WORDS
+
 Row = tuple[bytes | None, ...]
 Answer = list[Row] | Exception
 """The rows of a statement, or what came in their place."""
-
-
-LAST_WORDS = ("FATAL", "PANIC")
-"""Errors of this severity are the last that a session says."""
 
 
 class Statement(NamedTuple):

@@ -26,8 +26,9 @@ SELECT version, answered_at
                     $9::bytea[], $10::bytea[], $11::bytea[], $12::text);
 
 -- name: lock_out_lone_commits
--- Waits, up to a limit, for the commit that a client is making by itself, and keeps others from making any.
-SELECT pg_advisory_lock_shared('commit_requests'::regclass::oid::integer, 0) IS NOT NULL AS is_locked_out
+-- Waits, up to a limit, for the commit that a client is making by itself, and keeps others from making any. The limit is for that wait alone.
+SELECT pg_advisory_lock_shared('commit_requests'::regclass::oid::integer, 0) IS NOT NULL AS is_locked_out,
+       set_config('lock_timeout', '0', true) AS lock_timeout
   FROM set_config('lock_timeout', $1::text, true);
 
 -- name: let_lone_commits_in

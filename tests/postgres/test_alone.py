@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -26,10 +27,16 @@ from pgcoord_cli.db.lane import Answer
 from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.errors import Conflict, Fenced, Rejected
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until_async, value
+from tests.asking import PATIENCE, until, until_async, value
 from tests.postgres.commit_world import Data, Sql, data, leading, needs_leader, play, played, put, requests
 
 FOR_EVER = 10 * PATIENCE
+
+LOCKS = (
+    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+"""How many hold the lock that keeps lone commits and the leader apart."""
 
 
 def paths(sql: Sql) -> list[str]:
@@ -338,27 +345,64 @@ def test_i1_a_lone_commit_between_a_claim_and_its_settlement_undoes_the_batch_wh
 def test_the_leader_keeps_lone_commits_out_while_it_works_and_lets_them_in_when_it_rests(
     sql: Sql, judge: Resolver, leader_conn: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted"
     during: list[Any] = []
     decide = resolver.decide
 
     def note(*arguments: Any) -> Any:
-        during.append(value(sql, held))
+        during.append(value(sql, LOCKS))
         return decide(*arguments)
 
     monkeypatch.setattr(resolver, "decide", note)
     blind = codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),)))
     enqueue(sql, blind, 0)
     judge.resolve_batch()
-    assert (during, value(sql, held)) == ([1], 0), "one request is no crowd"
+    assert (during, value(sql, LOCKS)) == ([1], 0), "one request is no crowd"
     enqueue(sql, blind, 0)
     enqueue(sql, blind, 0)
     judge.resolve_batch()
-    assert (during, value(sql, held)) == ([1, 1], 1), "where there are two, more will come"
+    assert (during, value(sql, LOCKS)) == ([1, 1], 1), "where there are two, more will come"
     judge.resolve_batch()
-    assert value(sql, held) == 0, "none came"
+    assert value(sql, LOCKS) == 0, "none came"
     judge.resolve_batch(expected=False)
-    assert (len(during), value(sql, held)) == (2, 0)
+    assert (len(during), value(sql, LOCKS)) == (2, 0)
+
+
+def test_the_leader_that_could_not_keep_lone_commits_out_tries_again_with_each_batch(
+    sql: Sql, judge: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stuck lone commit is over some time; without the lock, others could undo batches for as long as there are any."""
+    monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
+    mine = f"{LOCKS} AND mode = 'ShareLock'"
+    blind = codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),)))
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder:
+        holder.execute("SELECT pg_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0)")
+        for _ in range(2):
+            enqueue(sql, blind, 0)
+        assert (judge.resolve_batch(), value(sql, mine)) == (2, 0)
+    for _ in range(2):
+        enqueue(sql, blind, 0)
+    assert (judge.resolve_batch(), value(sql, mine)) == (2, 1)
+
+
+def test_a_locked_table_makes_the_leader_wait_and_lose_no_count_of_its_locks(
+    sql: Sql, judge: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an operator's ALTER TABLE holds is no lone commit: the limit of the wait is not for that."""
+    monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
+    judge.resolve_batch()
+    enqueue(sql, codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),))), 0)
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder, ThreadPoolExecutor(1) as pool:
+        holder.execute("LOCK TABLE commit_requests IN ACCESS EXCLUSIVE MODE")
+        batch = pool.submit(judge.resolve_batch)
+        until(
+            lambda: value(
+                sql, "SELECT count(*) FROM pg_locks WHERE relation = 'commit_requests'::regclass AND NOT granted"
+            )
+        )
+        holder.rollback()
+        assert batch.result(PATIENCE) == 1
+    judge.resolve_batch()
+    assert value(sql, LOCKS) == 0
 
 
 def test_a_look_without_a_call_is_in_nobodys_way(sql: Sql, judge: Resolver, settings: Settings) -> None:
@@ -630,6 +674,30 @@ def test_i6_what_is_no_list_is_refused(sql: Sql, place: str, items: str | None) 
 def test_i6_lists_that_belong_together_have_to_have_one_length(sql: Sql, place: str) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue):
         call_with(sql, **{place: [b"x"]})
+
+
+@pytest.mark.parametrize(
+    "setting", ["standard_conforming_strings = off", "search_path = pg_temp", "plpgsql.extra_errors = 'all'",
+                "bytea_output = escape", "transform_null_equals = on"]
+)  # fmt: skip
+@pytest.mark.usefixtures("term")
+def test_i6_no_setting_of_the_session_changes_what_is_stored(sql: Sql, settings: Settings, setting: str) -> None:
+    with psycopg.connect(settings.dsn, autocommit=True) as conn:
+        conn.execute(f"SET {setting}".encode())
+        names = ", ".join(f"{place} => ARRAY['{place}']::bytea[]" for place in PLACES)
+        call = f"SELECT version FROM pgcoord.commit_alone(gen_random_uuid(), 1, 0, {names}, reply_channel => 'r')"
+        assert conn.execute(call.encode()).fetchone() == (1,)
+    (payload,) = sql.execute("SELECT payload FROM commit_requests").fetchone() or (b"",)
+    assert codec.decode(payload) == Request(
+        (b"read_keys",),
+        ((b"read_begins", b"read_ends"),),
+        (),
+        (
+            Mutation(Op.CLEAR_RANGE, b"cleared_begins", b"cleared_ends"),
+            Mutation(Op.CLEAR, b"cleared_keys", None),
+            Mutation(Op.SET, b"written_keys", b"written_values"),
+        ),
+    )
 
 
 @pytest.mark.usefixtures("term")

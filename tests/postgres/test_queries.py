@@ -166,7 +166,7 @@ EXPECTED = {
         "uuid, bigint, bigint, bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], text",
         "version bigint, answered_at timestamptz",
     ),
-    "commits.lock_out_lone_commits": Shape("text", "is_locked_out boolean"),
+    "commits.lock_out_lone_commits": Shape("text", "is_locked_out boolean, lock_timeout text"),
     "commits.let_lone_commits_in": Shape("", "is_unlocked boolean"),
     "commits.settle": Shape(
         "bigint, uuid, bigint, bigint, bigint, bigint, bigint, bigint[], text[], bigint[], text[]",

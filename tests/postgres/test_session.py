@@ -27,7 +27,7 @@ from pgcoord_cli.core.upgrade import upgrade
 from pgcoord_cli.db import connection
 from pgcoord_cli.errors import Busy, ConnectionFailed, PgcoordError, TimedOut, UnsuitableServer, UsageError
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import PATIENCE, until, value
 
 if TYPE_CHECKING:
     from tests.conftest import Call
@@ -441,3 +441,18 @@ def test_a_session_that_is_refused_is_closed(settings: Settings, empty_settings:
         others = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         while conn.execute(others).fetchone():
             assert time.monotonic() < deadline
+
+
+def test_i3_whatever_code_a_session_ends_with_the_fate_of_its_statement_is_unknown(
+    settings: Settings, sql: psycopg.Connection[Any]
+) -> None:
+    """A code that is not one of those for lost connections; the severity says it."""
+    with psycopg.connect(settings.dsn, options="-c idle_in_transaction_session_timeout=1ms") as conn:
+        conn.execute("SELECT 1")
+        ended = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)"
+        until(lambda: value(sql, ended, conn.info.backend_pid))
+        with pytest.raises(psycopg.Error) as caught:
+            conn.execute("SELECT 1")
+    assert caught.value.sqlstate == "25P03"
+    assert connection.is_connection_lost(caught.value)
+    assert isinstance(connection.translate(caught.value), ConnectionFailed)

@@ -284,6 +284,20 @@ def test_i8_the_floor_that_the_last_leader_stored_is_never_lowered() -> None:
     assert [verdict.status for verdict in decided(window, 9, (5, SET_A), (6, SET_A))] == ["too_old", "committed"]
 
 
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\x02garbage", b"\x02\x94\x90\x90\x90\x91\x93\x00\xc0\xc0", b"\x02\x94\x90\x90\x91\x92\xc0\xc0\x90"],
+)
+def test_i8_below_a_stored_commit_that_cannot_be_read_nothing_can_be_checked(payload: bytes) -> None:
+    """Somebody has tampered with the table: the next leader has to lead all the same."""
+    commits = [StoredCommit(n, n, payload if n == 5 else SET_A, NOON) for n in range(1, 8)]
+    recent = RecentCommits(0, 7, 0, commits)
+    assert (recent.window.floor, recent.durable_version) == (5, 7)
+    read_a = codec.encode(Request((b"a",), (), (), ()))
+    asked = [(4, SET_A), (5, read_a), (7, read_a)]
+    assert [v.status for v in decided(recent.window, 7, *asked)] == ["too_old", "conflict", "committed"]
+
+
 def test_writes_are_the_keys_of_mutations_and_both_kinds_of_ranges() -> None:
     request = Request(
         (b"read",),
