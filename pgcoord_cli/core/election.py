@@ -162,6 +162,7 @@ class Keeper(threading.Thread):
         try:
             term = lease.take_over(self._conn, self._settings.schema, self._node_id, self._ttl, lock_held=self._locked)
         except psycopg.errors.LockNotAvailable:
+            self._end_lone_commits()
             return  # somebody keeps the row of the lease locked: the campaign goes on
         if term:
             self._trusted_until = sent_at + self._ttl
@@ -181,7 +182,7 @@ class Keeper(threading.Thread):
     def _keep(self) -> None:
         if self.term is None:
             return
-        set_lock_timeout(self._conn, self._ttl)
+        set_lock_timeout(self._conn, self._ttl / RENEWALS_PER_TTL)
         signals = Notifications(self._conn, self._signal)  # or the end of the connection
         while not self._stopping.is_set():
             if not self._renew(self.term):
@@ -192,7 +193,12 @@ class Keeper(threading.Thread):
     def _renew(self, term: Term) -> bool:
         """Renews; False when the leadership is over, be it that another took it or that it was asked to step down."""
         sent_at = time.monotonic()
-        found = lease.renew(self._conn, term, self._ttl)
+        try:
+            found = lease.renew(self._conn, term, self._ttl)
+        except psycopg.errors.LockNotAvailable:
+            self._end_lone_commits()
+            sent_at = time.monotonic()
+            found = lease.renew(self._conn, term, self._ttl)
         if found == Renewal.OVER:
             self._end(self._superseded())
         elif found == Renewal.STEP_DOWN:
@@ -203,6 +209,11 @@ class Keeper(threading.Thread):
             self._trusted_until = sent_at + self._ttl
             self._locked = self._locked or self._try_lock()
         return found == Renewal.RENEWED
+
+    def _end_lone_commits(self) -> None:
+        """Ends whoever holds up the lease with a commit of his own, as somebody who makes one by hand can."""
+        with suppress(psycopg.errors.InsufficientPrivilege):
+            self._conn.execute(sql("lease", "end_lone_commits"))
 
     def _release(self, term: Term, reason: str) -> None:
         released = lease.release(self._conn, self._settings.schema, term, reason)

@@ -6,9 +6,11 @@ way: `write_data`, and at the end `settle_commits`, which sets the statuses, che
 version and wakes the clients. Either all of it happens or nothing (rules I2, I5).
 
 **Deciding.** In queue order: a payload that cannot be decoded is `rejected`; a read version below the conflict floor
-is `too_old`; one from the future is `rejected` (a database restored from a backup has them); a request whose reads
-were written since is a `conflict`; any other gets the next version and its writes enter the window at once, so
-that later requests of the same batch are checked against it.
+is `too_old`, and so is one that an earlier leadership had and this one did not find: a standby that was promoted, or a
+server whose crash lost what should have been durable, gives such versions to other commits. One from the future is
+`rejected` (a database restored from a backup has them); a request whose reads were written since is a `conflict`; any
+other gets the next version and its writes enter the window at once, so that later requests of the same batch are
+checked against it.
 
 **When PostgreSQL refuses a batch** for a reason that lies in the data, the window is rebuilt and the same requests are
 tried one by one; the one that is refused alone is `rejected` with PostgreSQL's reason (rule I6). When it undoes a
@@ -67,7 +69,7 @@ NOTE_AFTER = 200
 """So many commits that clients made alone are a stretch that a successor should not have to read."""
 
 LOCK_OUT_WITHIN, LOCK_OUT_AGAIN = b"2s", b"20ms"
-"""How long the leader waits for a commit that a client is making by itself; and before each batch, if that was vain."""
+"""How long the leader waits for a commit that a client is making by itself; and then, as long as that was in vain."""
 
 FENCED = "PC001"
 ALREADY_SETTLED = "PC002"
@@ -112,12 +114,19 @@ def with_stamps(request: Request, version: int) -> Request:
     return request._replace(mutations=tuple(mutations.stamped(m, version) for m in request.mutations))
 
 
-def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed]) -> list[Verdict]:
+class Reign(NamedTuple):
+    """A leadership as far as it matters to what is decided: `began_at` is the durable version that it took over."""
+
+    epoch: int
+    began_at: int
+
+
+def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed], reign: Reign) -> list[Verdict]:
     """One verdict a request, in order; committed writes enter `window`. Reads no clock and no database."""
     verdicts = []
     version = durable_version
     for claimed in batch:
-        verdict = _judge(window, version, claimed)
+        verdict = _judge(window, version, claimed, reign)
         if verdict.request:
             version += 1
             request = with_stamps(verdict.request, version)
@@ -127,9 +136,13 @@ def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed
     return verdicts
 
 
-def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Verdict:
+def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed, reign: Reign) -> Verdict:
     if claimed.read_version < window.floor:
         return Verdict(claimed.id, "too_old", reason=f"read at {claimed.read_version}, checkable from {window.floor}")
+    if claimed.epoch < reign.epoch and claimed.read_version > reign.began_at:
+        return Verdict(
+            claimed.id, "too_old", reason=f"version {claimed.read_version} of epoch {claimed.epoch} was lost"
+        )
     if claimed.read_version > durable_version:
         return Verdict(claimed.id, "rejected", reason=f"read version {claimed.read_version} was never committed")
     try:
@@ -148,11 +161,13 @@ class Resolver:
         self._conn = conn
         self._pipeline = Pipeline(conn)
         self._term = term
+        self._reign = Reign(term.epoch, term.durable_version)
         self._floor = QueueFloor(term.queue_floor_id)
         self._above_floor = 0
         self._one_by_one_up_to = 0
         self._is_working = False
         self._keeps_out = False
+        self._lock_out_within = LOCK_OUT_WITHIN
         self.has_more = True
         """Whether the last claim left something behind: otherwise a notification will come for what is new."""
         self._recent = self._load(term.conflict_floor, term.window_start_id)
@@ -184,7 +199,7 @@ class Resolver:
             self._one_by_one_up_to = 0
         if batch:
             self._recent.forget(batch[0].claimed_at)
-            verdicts = decide(self._recent.window, self._recent.durable_version, batch)
+            verdicts = decide(self._recent.window, self._recent.durable_version, batch, self._reign)
             if not self._settle(verdicts, batch[0].claimed_at):
                 self.has_more = True
                 return len(batch)
@@ -218,12 +233,12 @@ class Resolver:
 
     def _begin_work(self, claim: Statement) -> list[tuple[Any, ...]]:
         """Keeps lone commits out, and claims; one of them that does not end must not stop everybody else."""
-        within = LOCK_OUT_AGAIN if self._is_working else LOCK_OUT_WITHIN
         self._is_working = True
         try:
-            rows = self._look(claim, (sql("commits", "lock_out_lone_commits"), [within]))
-            self._keeps_out = True
+            rows = self._look(claim, (sql("commits", "lock_out_lone_commits"), [self._lock_out_within]))
+            self._keeps_out, self._lock_out_within = True, LOCK_OUT_WITHIN
         except psycopg.errors.LockNotAvailable:
+            self._lock_out_within = LOCK_OUT_AGAIN
             rows = self._look(claim)
         return rows
 

@@ -73,14 +73,18 @@ BEGIN
     END IF;
     request := packed_request(read_keys, read_begins, read_ends, cleared_begins, cleared_ends,
                               cleared_keys, written_keys, written_values);
-    -- A nil is no key, and too much is too much: the leader refuses both.
+    -- A nil is no key, which is for the leader to say, and what is large would keep it waiting.
     IF array_position(read_keys || read_begins || cleared_begins || cleared_keys || written_keys, NULL) IS NULL
-       AND octet_length(request) <= 10000000
+       AND octet_length(request) <= 16000
        AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
-        SELECT lease.term_id INTO term
-          FROM leader_lease AS lease
-         WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.durable_version = seen_version
-           AND lease.expires_at > clock_timestamp();
+        -- Every session of the leader shares this lock. Where it can be had, none lives: the server has been started
+        -- or promoted since, and may have lost what others have read.
+        IF NOT pg_try_advisory_xact_lock('leader_lease'::regclass::oid::integer, 0) THEN
+            SELECT lease.term_id INTO term
+              FROM leader_lease AS lease
+             WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.durable_version = seen_version
+               AND lease.expires_at > clock_timestamp();
+        END IF;
     END IF;
     answered_at := clock_timestamp();
     IF term IS NULL THEN

@@ -26,8 +26,16 @@ SELECT pid, pg_terminate_backend(pid) AS terminated
    AND EXISTS (SELECT FROM leader_lease WHERE id = 1 AND expires_at <= clock_timestamp());
 
 -- name: share_session_lock
--- Marks this session as one of the leader's, so that whoever takes over can end it.
-SELECT pg_advisory_lock_shared($1::bigint);
+-- Marks this session as one of the leader's, so that whoever takes over can end it, and whoever commits alone sees that there is one.
+SELECT pg_advisory_lock_shared($1::bigint), pg_advisory_lock_shared('leader_lease'::regclass::oid::integer, 0);
+
+-- name: end_lone_commits
+-- Ends the sessions that are committing alone: that takes a moment, so that one that holds up the lease is stuck.
+SELECT pid, pg_terminate_backend(pid) AS terminated
+  FROM pg_locks
+ WHERE locktype = 'advisory' AND objsubid = 2 AND mode = 'ExclusiveLock' AND granted AND pid <> pg_backend_pid()
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND classid = 'commit_requests'::regclass::oid AND objid = 0;
 
 -- name: make_commits_durable
 -- Has this session's commits wait for the disk where its default would not; any stronger default stays.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import psycopg
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from pgcoord_cli.core import alone, channels, codec, lease, mutations, resolver
 from pgcoord_cli.core.client import Database, Transaction, connect
 from pgcoord_cli.core.codec import Mutation, Op, Request
+from pgcoord_cli.core.election import mark_leader_session
 from pgcoord_cli.core.lease import Term, read_lease
 from pgcoord_cli.core.recent import stored_writes
 from pgcoord_cli.core.resolver import Resolver
@@ -30,11 +32,15 @@ from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, until_async, value
 from tests.postgres.commit_world import Data, Sql, data, leading, needs_leader, play, played, put, requests
 
+if TYPE_CHECKING:
+    from tests.conftest import StartLeader
+
 FOR_EVER = 10 * PATIENCE
 
 LOCKS = (
     "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    " AND classid = 'commit_requests'::regclass"
 )
 """How many hold the lock that keeps lone commits and the leader apart."""
 
@@ -48,6 +54,7 @@ def paths(sql: Sql) -> list[str]:
 @pytest.fixture
 def term(settings: Settings, leader_conn: Sql) -> Term:
     """Somebody leads, and does nothing."""
+    mark_leader_session(leader_conn, "pgcoord")
     term = lease.take_over(leader_conn, "pgcoord", "test", 600, lock_held=True)
     assert term
     return term
@@ -243,6 +250,52 @@ def test_i2_whoever_is_not_alone_goes_into_the_queue(
 
 
 @pytest.mark.usefixtures("term")
+def test_i1_where_no_leader_lives_nobody_commits_alone_however_long_the_lease(sql: Sql, leader_conn: Sql) -> None:
+    """As on a standby that was promoted: the lease is a copy, and so may be what a client has read before."""
+    assert commit_alone(sql, 0) == 1
+    leader_conn.execute("SELECT pg_advisory_unlock_all()")
+    assert commit_alone(sql, 1) is None
+    assert requests(sql) == [("committed", 1), ("pending", None)]
+
+
+@contextmanager
+def a_commit_that_does_not_end(settings: Settings) -> Iterator[None]:
+    """Somebody makes one by hand in a transaction, which then lies about as long as it is let."""
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as client:
+        assert commit_alone(client, 0) == 1
+        client.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        yield
+        with pytest.raises(psycopg.OperationalError):
+            client.execute("SELECT 1")
+
+
+def test_a_leader_whose_lease_a_lone_commit_holds_up_ends_that_and_goes_on_leading(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    start_leader("only", "--ttl", "2s").wait_for("elected epoch 1")
+    ran_out = value(sql, "SELECT expires_at FROM leader_lease")
+    with a_commit_that_does_not_end(settings):
+        until(lambda: value(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
+    assert value(sql, "SELECT epoch FROM leader_lease") == 1
+    assert data(sql) == {}
+
+
+def test_a_candidate_whose_election_a_lone_commit_holds_up_ends_that_and_leads(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    start_leader("first", "--ttl", "2s").wait_for("elected epoch 1")
+    second = start_leader("second", "--ttl", "1s")
+    second.wait_for("standing")
+    with a_commit_that_does_not_end(settings):
+        sql.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = 'pgcoord/leader keeper' AND datname = current_database()"
+            "   AND query !~ 'pg_advisory_lock'"
+        )
+        second.wait_for("elected epoch 2")
+
+
+@pytest.mark.usefixtures("term")
 @pytest.mark.parametrize("happens", [another_commit, next_epoch, lease_run_out, lease_released])
 def test_i2_what_happens_in_the_middle_of_a_lone_commit_undoes_it(
     settings: Settings, sql: Sql, happens: Callable[[Sql], None]
@@ -370,7 +423,7 @@ def test_the_leader_keeps_lone_commits_out_while_it_works_and_lets_them_in_when_
 def test_the_leader_that_could_not_keep_lone_commits_out_tries_again_with_each_batch(
     sql: Sql, judge: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stuck lone commit is over some time; without the lock, others could undo batches for as long as there are any."""
+    """A stuck lone commit is over some time. Without the lock, others could undo batches as long as there are any."""
     monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
     mine = f"{LOCKS} AND mode = 'ShareLock'"
     blind = codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),)))
@@ -701,8 +754,6 @@ def test_i6_no_setting_of_the_session_changes_what_is_stored(sql: Sql, settings:
 
 
 @pytest.mark.usefixtures("term")
-def test_i6_a_lone_commit_is_no_larger_than_any_other(sql: Sql) -> None:
-    value = b"x" * codec.MAX_VALUE_BYTES
-    keys = [b"%d" % number for number in range(101)]
-    assert call_with(sql, written_keys=keys, written_values=[value] * 101) is None
-    assert call_with(sql, written_keys=keys[:99], written_values=[value] * 99) == 1
+def test_i6_what_is_large_goes_into_the_queue_where_the_leader_is_guarded(sql: Sql) -> None:
+    for size, version in ((alone.MOST_BYTES, None), (alone.MOST_BYTES - 100, 1)):
+        assert call_with(sql, written_keys=[b"k"], written_values=[bytes(size)]) == version

@@ -211,7 +211,8 @@ EXPECTED = {
     "lease.try_election_lock": Shape("bigint", "locked boolean"),
     "lease.make_commits_durable": Shape("", "set_config text"),
     "lease.terminate_holders": Shape("bigint", "pid integer, terminated boolean"),
-    "lease.share_session_lock": Shape("bigint", "pg_advisory_lock_shared void"),
+    "lease.share_session_lock": Shape("bigint", "pg_advisory_lock_shared void, pg_advisory_lock_shared void"),
+    "lease.end_lone_commits": Shape("", "pid integer, terminated boolean"),
     "lease.lock_lease": Shape("", ""),
     "lease.take_over": Shape(
         "text, double precision, boolean, text",

@@ -23,11 +23,14 @@ from pgcoord_cli.core.recent import Marks, RecentCommits, StoredCommit, stored_w
 from pgcoord_cli.core.resolver import (
     Claimed,
     QueueFloor,
+    Reign,
     Verdict,
     decide,
     with_stamps,
     writes_of,
 )
+
+FIRST = Reign(1, 0)
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -129,7 +132,7 @@ def test_i1_a_transaction_commits_exactly_when_nothing_it_read_was_written_since
             now.append(claimed(number, read_version, codec.encode(question.request) if question.request else GARBAGE))
         for question, request in zip(batch, now, strict=True):
             expected.append(model.decide(window.floor, request.read_version, question.request))
-        verdicts = decide(window, durable, now)
+        verdicts = decide(window, durable, now, FIRST)
         assert [verdict.status for verdict in verdicts] == expected
         assert [verdict.id for verdict in verdicts] == [request.id for request in now]
         versions = [verdict.version for verdict in verdicts if verdict.version is not None]
@@ -137,7 +140,8 @@ def test_i1_a_transaction_commits_exactly_when_nothing_it_read_was_written_since
 
 
 def decided(window: ConflictWindow, durable_version: int, *asked: tuple[int, bytes]) -> list[Verdict]:
-    return decide(window, durable_version, [claimed(n, *question) for n, question in enumerate(asked, start=1)])
+    batch = [claimed(n, *question) for n, question in enumerate(asked, start=1)]
+    return decide(window, durable_version, batch, FIRST)
 
 
 SET_A = codec.encode(Request((), (), (), (Mutation(Op.SET, b"a", b"1"),)))
@@ -164,6 +168,16 @@ def test_i4_a_read_below_the_floor_is_too_old_even_if_nothing_it_read_was_writte
     verdicts = decided(window, 9, (4, SET_A), (5, SET_A), (-1, SET_A), (4, GARBAGE))
     assert [verdict.status for verdict in verdicts] == ["too_old", "committed", "too_old", "too_old"]
     assert verdicts[0].reason == "read at 4, checkable from 5"
+
+
+def test_i1_what_an_earlier_leadership_had_and_this_one_did_not_find_is_too_old_for_ever() -> None:
+    """The third leader took over at version 4, and has given 5 and 6 to other commits than those that were lost."""
+    window = ConflictWindow(0)
+    read_b = codec.encode(Request((b"b",), (), (), ()))
+    asked = [(2, 4), (2, 5), (1, 6), (3, 5), (3, 6)]
+    batch = [Claimed(n, epoch, version, read_b, NOON) for n, (epoch, version) in enumerate(asked, start=1)]
+    statuses = [verdict.status for verdict in decide(window, 6, batch, Reign(3, 4))]
+    assert statuses == ["committed", "too_old", "too_old", "committed", "committed"]
 
 
 def test_i4_a_read_version_from_the_future_is_rejected_and_the_rest_unaffected() -> None:
@@ -217,7 +231,7 @@ def history(asked: Sequence[Sequence[Asked]], floor_behind: int) -> tuple[Confli
             )
             for place, question in enumerate(batch, start=1)
         ]
-        outcome = decide(window, durable, requests)
+        outcome = decide(window, durable, requests, FIRST)
         durable = max([durable, *(verdict.version for verdict in outcome if verdict.version)])
         everything += requests
         verdicts += outcome
@@ -255,7 +269,7 @@ def test_i8_a_window_rebuilt_from_stored_commits_decides_like_the_warm_one(
         claimed(1_000 + n, durable - back, codec.encode(request) if request else GARBAGE)
         for n, (back, request) in enumerate(later)
     ]
-    assert decide(rebuilt, durable, batch) == decide(warm, durable, batch)
+    assert decide(rebuilt, durable, batch, FIRST) == decide(warm, durable, batch, FIRST)
 
 
 @given(batches, st.data())
