@@ -13,7 +13,13 @@ leader takes such commits into its window before it decides anything, and a new 
 **Never beside the leader.** While the leader works at a batch it holds a session lock that `commit_alone` tries for and
 does not wait for; while one of these commits is under way, the leader waits for the end of it, and then reads what
 they have left behind. Only the fence is what safety stands on: settling a batch, like a lone commit, names the version
-that it follows upon, and one of two that name the same is undone. The lock keeps that from happening.
+that it follows upon, and one of two that name the same is undone. The lock keeps that from happening; a leader that
+cannot get it, since somebody holds it who should not, goes on without.
+
+**Never without a leader.** A lease alone does not count: it may be a copy, on a standby that was promoted with fewer
+commits than clients have seen. So `commit_alone` wants to see a session of the leader, by the lock that all of those
+share. Where somebody makes such a commit by hand, in a transaction that he does not end, the lease cannot be renewed;
+then the leader, or whoever stands for election, ends his session (`core.election`).
 
 **Not alone.** Where anything is in the way, the same statement puts the request into the queue, and all goes on as
 usual. The client then takes it that others are committing, and tries again a moment later. Only what is plain is

@@ -14,6 +14,9 @@ had not let the lease run out by then. A leader without trust starts nothing mor
 The resolver, which listens anyway, passes on what the leadership channel says (`look`), so that a request to step down
 is seen at once: the resolver finishes its batch, the lease is released, and whoever waits for the lock leads next.
 
+A renewal waits no longer for the row of the lease than until the next would be due. A client that commits alone
+(`core.alone`) locks it for a moment; one that holds it up for so long is stuck, and its session is ended.
+
 **End.** `stop` releases the lease and with it wakes the standbys. When the connection is lost, or a renewal finds
 the lease run out or taken, the keeper says so through `over` and wakes the resolver.
 """
