@@ -64,8 +64,10 @@ BEGIN
        AND octet_length(request) <= 16000
        AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
         -- Every session of the leader shares this lock. Where it can be had, none lives: the server has been started
-        -- or promoted since, and may have lost what others have read.
-        IF NOT pg_try_advisory_xact_lock('leader_lease'::regclass::oid::integer, 0) THEN
+        -- or promoted since, and may have lost what others have read. It is given back at once, for a leader to share.
+        IF pg_try_advisory_lock('leader_lease'::regclass::oid::integer, 0) THEN
+            PERFORM pg_advisory_unlock('leader_lease'::regclass::oid::integer, 0);
+        ELSE
             SELECT lease.term_id INTO term
               FROM leader_lease AS lease
              WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.durable_version = seen_version

@@ -250,11 +250,15 @@ def test_i2_whoever_is_not_alone_goes_into_the_queue(
 
 
 @pytest.mark.usefixtures("term")
-def test_i1_where_no_leader_lives_nobody_commits_alone_however_long_the_lease(sql: Sql, leader_conn: Sql) -> None:
+def test_i1_where_no_leader_lives_nobody_commits_alone_however_long_the_lease(
+    settings: Settings, sql: Sql, leader_conn: Sql
+) -> None:
     """As on a standby that was promoted: the lease is a copy, and so may be what a client has read before."""
     assert commit_alone(sql, 0) == 1
-    leader_conn.execute("SELECT pg_advisory_unlock_all()")
-    assert commit_alone(sql, 1) is None
+    leader_conn.execute("SELECT pg_advisory_unlock_all(), set_config('lock_timeout', '10s', false)")
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as client:
+        assert commit_alone(client, 1) is None
+        mark_leader_session(leader_conn, "pgcoord")  # whoever leads next need not wait for the end of that transaction
     assert requests(sql) == [("committed", 1), ("pending", None)]
 
 
