@@ -304,7 +304,7 @@ class Resolver:
             self._pipeline.run(statements)
 
     def _folded(self, verdicts: Sequence[Verdict]) -> WriteSet:
-        """The net effect of the batch. Nobody else writes under this leadership, so what is read here still holds."""
+        """The net effect of the batch. If anybody wrote after what is read here was read, its settlement fails."""
         write_set = mutations.fold(m for verdict in verdicts if verdict.request for m in verdict.request.mutations)
         if undecided := write_set.undecided:
             cursor = self._conn.cursor(binary=True)
