@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -287,15 +288,12 @@ def test_a_leader_whose_lease_a_lone_commit_holds_up_ends_that_and_goes_on_leadi
 def test_a_candidate_whose_election_a_lone_commit_holds_up_ends_that_and_leads(
     settings: Settings, sql: Sql, start_leader: StartLeader
 ) -> None:
-    start_leader("first", "--ttl", "2s").wait_for("elected epoch 1")
+    first = start_leader("first", "--ttl", "2s")
+    first.wait_for("elected epoch 1")
     second = start_leader("second", "--ttl", "1s")
     second.wait_for("standing")
     with a_commit_that_does_not_end(settings):
-        sql.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE application_name = 'pgcoord/leader keeper' AND datname = current_database()"
-            "   AND query !~ 'pg_advisory_lock'"
-        )
+        first.signal(signal.SIGKILL)
         second.wait_for("elected epoch 2")
 
 
