@@ -54,13 +54,16 @@ _BAD_OPTION = re.compile(
 
 
 def conninfo(settings: Settings, command: str) -> str:
-    """The full connection string: the user's, what his environment says, our defaults, then the application name."""
+    """The full connection string: the user's, what his environment says, our defaults, then the application name.
+
+    Text is exchanged as UTF-8, whatever the database's encoding: of SQL_ASCII, psycopg would make bytes.
+    """
     given = _parsed(settings)
     added: dict[str, Any] = LIVENESS_DEFAULTS | _environment()
     if settings.connect_timeout is not None:
         added["connect_timeout"] = max(1, round(settings.connect_timeout))
     missing = {name: value for name, value in added.items() if name not in given}
-    return make_conninfo(settings.dsn, **missing, application_name=f"pgcoord/{command}")
+    return make_conninfo(settings.dsn, **missing, application_name=f"pgcoord/{command}", client_encoding="UTF8")
 
 
 def _environment() -> dict[str, str]:

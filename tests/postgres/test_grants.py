@@ -20,6 +20,7 @@ from pgcoord_cli.errors import PermissionDenied, UsageError
 from pgcoord_cli.settings import Settings
 
 if TYPE_CHECKING:
+    from pgcoord_cli.core.embedded import EmbeddedServer
     from tests.conftest import Cli, StartLeader
 
 NewRole = Callable[..., str]
@@ -218,6 +219,26 @@ def test_an_operator_can_change_neither_the_schema_nor_its_ledger(operator: Sett
 
 
 # Granting
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_of_another_encoding_is_as_good(
+    cli: Cli, server: EmbeddedServer, sql: psycopg.Connection[Any], encoding: str
+) -> None:
+    name = f"in_{encoding.lower()}"
+    sql.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'")
+    try:
+        settings = Settings(dsn=make_conninfo(server.dsn, dbname=name))
+        for words in (
+            ("migrate", "up"),
+            ("migrate", "grant", "--client", "postgres", "--dry-run"),
+            ("migrate", "verify"),
+        ):
+            done = cli(*words, settings=settings)
+            assert done.returncode == 0, done.stderr
+        assert json.loads(cli("leader", "status", "-o", "json", settings=settings).stdout)["leader"]["held"] is False
+    finally:
+        sql.execute(f"DROP DATABASE {name}")
 
 
 def test_an_unknown_role_is_refused_before_anything_is_granted(
