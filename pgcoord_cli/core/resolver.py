@@ -114,19 +114,12 @@ def with_stamps(request: Request, version: int) -> Request:
     return request._replace(mutations=tuple(mutations.stamped(m, version) for m in request.mutations))
 
 
-class Reign(NamedTuple):
-    """A leadership as far as it matters to what is decided: `began_at` is the durable version that it took over."""
-
-    epoch: int
-    began_at: int
-
-
-def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed], reign: Reign) -> list[Verdict]:
+def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed], term: Term) -> list[Verdict]:
     """One verdict a request, in order; committed writes enter `window`. Reads no clock and no database."""
     verdicts = []
     version = durable_version
     for claimed in batch:
-        verdict = _judge(window, version, claimed, reign)
+        verdict = _judge(window, version, claimed, term)
         if verdict.request:
             version += 1
             request = with_stamps(verdict.request, version)
@@ -136,10 +129,10 @@ def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed
     return verdicts
 
 
-def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed, reign: Reign) -> Verdict:
+def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed, term: Term) -> Verdict:
     if claimed.read_version < window.floor:
         return Verdict(claimed.id, "too_old", reason=f"read at {claimed.read_version}, checkable from {window.floor}")
-    if claimed.epoch < reign.epoch and claimed.read_version > reign.began_at:
+    if claimed.epoch < term.epoch and claimed.read_version > term.durable_version:
         return Verdict(
             claimed.id, "too_old", reason=f"version {claimed.read_version} of epoch {claimed.epoch} was lost"
         )
@@ -161,7 +154,6 @@ class Resolver:
         self._conn = conn
         self._pipeline = Pipeline(conn)
         self._term = term
-        self._reign = Reign(term.epoch, term.durable_version)
         self._floor = QueueFloor(term.queue_floor_id)
         self._above_floor = 0
         self._one_by_one_up_to = 0
@@ -199,7 +191,7 @@ class Resolver:
             self._one_by_one_up_to = 0
         if batch:
             self._recent.forget(batch[0].claimed_at)
-            verdicts = decide(self._recent.window, self._recent.durable_version, batch, self._reign)
+            verdicts = decide(self._recent.window, self._recent.durable_version, batch, self._term)
             if not self._settle(verdicts, batch[0].claimed_at):
                 self.has_more = True
                 return len(batch)

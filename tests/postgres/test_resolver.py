@@ -761,7 +761,7 @@ def test_i8_a_new_leader_decides_like_the_one_before(
         for read_version, keys, ranges in asked:
             request = codec.encode(Request(tuple(keys), tuple(ranges), (), ()))
             claimed = resolver.Claimed(1, 1, read_version, request, leader_started)
-            verdicts += resolver.decide(window, version, [claimed], resolver.Reign(1, 0))
+            verdicts += resolver.decide(window, version, [claimed], leader._term)
         return [Row(verdict.status, verdict.version, verdict.reason) for verdict in verdicts]
 
     started = sql.execute("SELECT clock_timestamp()").fetchone()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
+from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
@@ -18,19 +19,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pgcoord_cli.core import codec
 from pgcoord_cli.core.codec import Mutation, Op, Range, Request
 from pgcoord_cli.core.conflicts import ConflictWindow
+from pgcoord_cli.core.lease import Term
 from pgcoord_cli.core.mutations import versionstamp
 from pgcoord_cli.core.recent import Marks, RecentCommits, StoredCommit, stored_writes
 from pgcoord_cli.core.resolver import (
     Claimed,
     QueueFloor,
-    Reign,
     Verdict,
     decide,
     with_stamps,
     writes_of,
 )
 
-FIRST = Reign(1, 0)
+FIRST = Term(1, UUID(int=1), durable_version=0, conflict_floor=0, window_start_id=0, queue_floor_id=0)
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -176,7 +177,7 @@ def test_i1_what_an_earlier_leadership_had_and_this_one_did_not_find_is_too_old_
     read_b = codec.encode(Request((b"b",), (), (), ()))
     asked = [(2, 4), (2, 5), (1, 6), (3, 5), (3, 6)]
     batch = [Claimed(n, epoch, version, read_b, NOON) for n, (epoch, version) in enumerate(asked, start=1)]
-    statuses = [verdict.status for verdict in decide(window, 6, batch, Reign(3, 4))]
+    statuses = [verdict.status for verdict in decide(window, 6, batch, FIRST._replace(epoch=3, durable_version=4))]
     assert statuses == ["committed", "too_old", "too_old", "committed", "committed"]
 
 
