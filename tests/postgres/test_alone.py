@@ -434,9 +434,11 @@ def test_the_leader_that_could_not_keep_lone_commits_out_tries_again_with_each_b
         for _ in range(2):
             enqueue(sql, blind, 0)
         assert (judge.resolve_batch(), value(sql, mine)) == (2, 0)
+        assert judge._lock_out_within == resolver.LOCK_OUT_AGAIN, "nobody waits that long for each batch"
     for _ in range(2):
         enqueue(sql, blind, 0)
     assert (judge.resolve_batch(), value(sql, mine)) == (2, 1)
+    assert judge._lock_out_within == resolver.LOCK_OUT_WITHIN
 
 
 def test_a_locked_table_makes_the_leader_wait_and_lose_no_count_of_its_locks(
