@@ -16,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pgcoord_cli.core.embedded import throw_away_server
-from pgcoord_cli.core.programs import find_programs
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database.upgrade import upgrade
+from pgcoord_cli.core.embedded.installation import find_programs
+from pgcoord_cli.core.embedded.server import throw_away_server
 from pgcoord_cli.settings import Settings
 
 VERSION = 18

@@ -23,13 +23,13 @@ import psycopg
 from psycopg import IsolationLevel
 
 from benchmarks.measuring import Record, call_parser, run_parts
-from pgcoord_cli.core import executions, flows, reconcile
-from pgcoord_cli.core.dispatch import dispatch_all
-from pgcoord_cli.core.embedded import throw_away_server
-from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.programs import find_programs
-from pgcoord_cli.core.session import command_session
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database.session import command_session
+from pgcoord_cli.core.database.upgrade import upgrade
+from pgcoord_cli.core.embedded.installation import find_programs
+from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.flows import executions, flows, reconcile
+from pgcoord_cli.core.flows.dispatch import dispatch_all
+from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.settings import Settings
 
 PUBLISHED_FLOWS_PER_SECOND = 48.2

@@ -32,12 +32,13 @@ from tabulate import tabulate
 from benchmarks import rivals
 from benchmarks.measuring import Result, Stopwatch, resident_bytes
 from benchmarks.rivals import KEYS, SCAN, key_of
-from pgcoord_cli.core import leader, session
-from pgcoord_cli.core.alone import Solitude
-from pgcoord_cli.core.client import Database, Transaction, connect
-from pgcoord_cli.core.embedded import throw_away_server
-from pgcoord_cli.core.programs import find_programs
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database import session
+from pgcoord_cli.core.database.upgrade import upgrade
+from pgcoord_cli.core.embedded.installation import find_programs
+from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.direct_commit import DirectCommitBackoff
+from pgcoord_cli.core.leader import status as leader_status
 from pgcoord_cli.settings import Settings
 
 POOL = 32
@@ -108,7 +109,7 @@ def leading(settings: Settings) -> Iterator[int]:
     process = subprocess.Popen([sys.executable, "-m", "pgcoord_cli", "leader", "run", "-q"], env=environment)
     try:
         with session.command_session(settings, "benchmark", writes=False) as conn:
-            leader.wait_for_leader(conn, settings.schema, 30)
+            leader_status.wait_for_leader(conn, settings.schema, 30)
         yield process.pid
     finally:
         process.terminate()
@@ -145,7 +146,7 @@ def measure(
         "pgbench": rivals.run_pgbench(bin_dir, settings.dsn, script, workload.keys, workers, seconds),
     }
     if in_flight == 1:
-        with patch.object(Solitude, "is_likely", return_value=False):
+        with patch.object(DirectCommitBackoff, "is_likely", return_value=False):
             found["by leader"] = run_pgcoord(settings, workload, in_flight, seconds)
     if superseded and not workload.scan:
         stop = threading.Event()

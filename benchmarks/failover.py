@@ -20,11 +20,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from pgcoord_cli.core import leader, session
-from pgcoord_cli.core.client import Database, Transaction, connect
-from pgcoord_cli.core.embedded import throw_away_server
-from pgcoord_cli.core.programs import find_programs
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database import session
+from pgcoord_cli.core.database.upgrade import upgrade
+from pgcoord_cli.core.embedded.installation import find_programs
+from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.leader import status as leader_status
 from pgcoord_cli.settings import Settings
 
 TTL = 10.0
@@ -86,13 +87,13 @@ class Load:
 def who_leads(settings: Settings) -> dict[str, Any]:
     """The leader part of the status."""
     with session.command_session(settings, "benchmark", writes=False) as conn:
-        return leader.status_document(conn)["leader"]
+        return leader_status.status_document(conn)["leader"]
 
 
 def await_successor(settings: Settings, epoch: int) -> None:
     """Returns once somebody leads after that epoch."""
     with session.command_session(settings, "benchmark", writes=False) as conn:
-        leader.wait_for_leader(conn, settings.schema, 60, after_epoch=epoch)
+        leader_status.wait_for_leader(conn, settings.schema, 60, after_epoch=epoch)
 
 
 async def measure(settings: Settings, candidates: Candidates, rounds: int) -> list[float]:

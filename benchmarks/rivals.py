@@ -23,7 +23,7 @@ import psycopg
 from psycopg import Connection
 
 from benchmarks.measuring import Result, Stopwatch
-from pgcoord_cli.core.recent import CONFLICT_WINDOW
+from pgcoord_cli.core.commits.recent_commits import CONFLICT_WINDOW
 
 KEYS = 10_000
 SCAN = 100

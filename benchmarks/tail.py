@@ -29,9 +29,9 @@ from typing import Any
 import psycopg
 
 from benchmarks.measuring import Record, call_parser, run_parts
-from pgcoord_cli.core.embedded import throw_away_server
-from pgcoord_cli.core.programs import find_programs
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database.upgrade import upgrade
+from pgcoord_cli.core.embedded.installation import find_programs
+from pgcoord_cli.core.embedded.server import throw_away_server
 from pgcoord_cli.settings import Settings
 
 COLUMNS = "execution_id, lease_id, event_type, occurred_at_ms, partition_key, namespace, instance_tag"

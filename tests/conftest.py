@@ -29,10 +29,10 @@ from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
 from pgcoord_cli import cli as program
-from pgcoord_cli.core import migrations
-from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
-from pgcoord_cli.core.programs import Programs, find_programs
-from pgcoord_cli.core.session import migration_session
+from pgcoord_cli.core.database import migrations
+from pgcoord_cli.core.database.session import migration_session
+from pgcoord_cli.core.embedded.installation import Installation, find_programs
+from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE
 
@@ -42,13 +42,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def programs(pytestconfig: pytest.Config) -> Programs:
+def programs(pytestconfig: pytest.Config) -> Installation:
     """The PostgreSQL programs of the chosen version."""
     return find_programs(pytestconfig.getoption("--server-version"))
 
 
 @pytest.fixture(scope="session")
-def server(programs: Programs) -> Iterator[EmbeddedServer]:
+def server(programs: Installation) -> Iterator[EmbeddedServer]:
     """The server that the session's tests share; nobody may stop it."""
     with throw_away_server(programs) as running:
         yield running
@@ -123,7 +123,7 @@ def sql(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
 
 
 @pytest.fixture
-def own_server(programs: Programs) -> Iterator[EmbeddedServer]:
+def own_server(programs: Installation) -> Iterator[EmbeddedServer]:
     """A server of the test's own, which it may stop, kill and start again."""
     with throw_away_server(programs) as running:
         yield running

@@ -35,13 +35,14 @@ def bench(
     """
     import asyncio
 
-    from pgcoord_cli.core import leader, session
     from pgcoord_cli.core.bench import Bench
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     length = duration("--duration")(seconds) or 0
     with session.command_session(settings, "bench", writes=True) as conn:
-        leader.wait_for_leader(conn, settings.schema, 10)
+        leader_status.wait_for_leader(conn, settings.schema, 10)
     with progress_bar(out, "committing", round(length)) as advance:
         result = asyncio.run(Bench(length, in_flight, keys, advance).run(settings))
     out.document({"bench": result._asdict()})

@@ -31,17 +31,18 @@ def list_(
       pgcoord commit list --status rejected --limit 5
       pgcoord commit list -o jsonl
     """
-    from pgcoord_cli.core import commits, session
+    from pgcoord_cli.core.commits import requests
+    from pgcoord_cli.core.database import session
 
     settings, out = output_of(ctx)
     wanted = None
     if status is not None:
-        if status not in tuple(commits.Status):
+        if status not in tuple(requests.Status):
             raise UsageError(f"--status: {status!r} is not one of {STATUSES}")
-        wanted = commits.Status(status)
+        wanted = requests.Status(status)
     with session.command_session(settings, "commit list", writes=False) as conn:
-        requests = commits.list_requests(conn, wanted, limit)
-    out.rows(COLUMNS, [request._asdict() for request in requests], empty="no commit requests")
+        found = requests.list_requests(conn, wanted, limit)
+    out.rows(COLUMNS, [request._asdict() for request in found], empty="no commit requests")
 
 
 @command(app, "show")
@@ -56,12 +57,13 @@ def show(
       pgcoord commit show 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f
       pgcoord commit show 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f -o json
     """
-    from pgcoord_cli.core import commits, session
+    from pgcoord_cli.core.commits import requests
+    from pgcoord_cli.core.database import session
 
     settings, out = output_of(ctx)
     wanted = _request_id(request_id)
     with session.command_session(settings, "commit show", writes=False) as conn:
-        request = commits.find_request(conn, wanted)
+        request = requests.find_request(conn, wanted)
     if request is None:
         raise _absent(wanted)
     out.document(request._asdict())
@@ -76,8 +78,8 @@ def explain(ctx: typer.Context, request_id: RequestId) -> None:
       pgcoord commit explain 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f
       pgcoord commit explain 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f -o json
     """
-    from pgcoord_cli.core import explain as explaining
-    from pgcoord_cli.core import session
+    from pgcoord_cli.core.commits import explain as explaining
+    from pgcoord_cli.core.database import session
 
     settings, out = output_of(ctx)
     wanted = _request_id(request_id)

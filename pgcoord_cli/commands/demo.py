@@ -16,8 +16,8 @@ from pgcoord_cli.commands.framework import PgcoordCommand, output_of, single
 from pgcoord_cli.errors import PgcoordError
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.demo import DemoResult
-    from pgcoord_cli.core.embedded import EmbeddedServer
+    from pgcoord_cli.core.demo.transfers import DemoResult
+    from pgcoord_cli.core.embedded.server import EmbeddedServer
     from pgcoord_cli.render import Output
 
 app = single("Show the whole thing at work on a throw-away PostgreSQL.")
@@ -40,7 +40,7 @@ def demo(
       pgcoord demo --keep
       pgcoord demo -q -o json
     """
-    from pgcoord_cli.core import demo as story
+    from pgcoord_cli.core.demo import transfers as story
 
     settings, out = output_of(ctx)
     narrator = TerminalNarrator(out)
@@ -62,7 +62,7 @@ def _as_exit(number: int, _frame: Any) -> None:
 @contextmanager
 def _server(*, keep: bool) -> Iterator[EmbeddedServer]:
     """A throw-away server; with `keep`, a new one in the place where `pgcoord dev --name demo` finds it."""
-    from pgcoord_cli.core.embedded import EmbeddedServer, dev_root, throw_away_server
+    from pgcoord_cli.core.embedded.server import EmbeddedServer, dev_root, throw_away_server
 
     if not keep:
         with throw_away_server() as server:

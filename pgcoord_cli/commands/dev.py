@@ -12,7 +12,7 @@ from pgcoord_cli.commands.framework import command, noun, output_of
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.embedded import EmbeddedServer
+    from pgcoord_cli.core.embedded.server import EmbeddedServer
     from pgcoord_cli.render import Output
     from pgcoord_cli.settings import Settings
 
@@ -117,7 +117,7 @@ def status(ctx: typer.Context, name: Name = "default") -> None:
 
 def bring_up_to_date(settings: Settings, out: Output) -> int:
     """Applies the migrations that the database of `settings` lacks, saying so on stderr; returns how many."""
-    from pgcoord_cli.core.upgrade import upgrade
+    from pgcoord_cli.core.database.upgrade import upgrade
 
     return len(
         upgrade(
@@ -130,8 +130,8 @@ def bring_up_to_date(settings: Settings, out: Output) -> int:
 
 def _server(name: str, version: int | None = None) -> EmbeddedServer:
     """The development server, on PostgreSQL of that version; UsageError if its data is of another."""
-    from pgcoord_cli.core.embedded import EmbeddedServer, dev_root
-    from pgcoord_cli.core.programs import find_programs
+    from pgcoord_cli.core.embedded.installation import find_programs
+    from pgcoord_cli.core.embedded.server import EmbeddedServer, dev_root
 
     if not name.replace("-", "").replace("_", "").isalnum():
         raise UsageError(f"--name: {name!r} is not made of letters, digits, - and _")
@@ -149,7 +149,7 @@ def _server(name: str, version: int | None = None) -> EmbeddedServer:
 
 def _confirm(server: EmbeddedServer) -> None:
     """Goes on only if a person at the terminal agrees that the data be removed."""
-    from pgcoord_cli.core.standard_input import is_typed
+    from pgcoord_cli.commands.standard_input import is_typed
 
     if not is_typed():
         raise UsageError("--destroy: removes all data, and there is no terminal to ask at", hint="add --yes")

@@ -39,8 +39,9 @@ def claim(
       pgcoord execution claim --lease 5m
       pgcoord execution claim -o json | jq -r '.execution_id, .lease_epoch'
     """
-    from pgcoord_cli.core import executions, session
-    from pgcoord_cli.core.candidate import default_node_id
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import executions
+    from pgcoord_cli.core.leader.candidate import default_node_id
 
     settings, out = output_of(ctx)
     for option, text in (("--owner", owner), ("--namespace", namespace), ("--instance-tag", instance_tag)):
@@ -64,7 +65,8 @@ def renew(ctx: typer.Context, execution_id: ExecutionId, epoch: Epoch, lease: Le
     Examples:
       pgcoord execution renew 6f1c… --epoch 1 --lease 5m
     """
-    from pgcoord_cli.core import executions, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import executions
 
     settings, out = output_of(ctx)
     wanted = identifier(execution_id, "EXECUTION_ID")
@@ -82,7 +84,8 @@ def complete(ctx: typer.Context, execution_id: ExecutionId, epoch: Epoch) -> Non
     Examples:
       pgcoord execution complete 6f1c… --epoch 1
     """
-    from pgcoord_cli.core import executions, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import executions
 
     settings, out = output_of(ctx)
     wanted = identifier(execution_id, "EXECUTION_ID")
@@ -104,7 +107,8 @@ def fail(
     Examples:
       pgcoord execution fail 6f1c… --epoch 1 --reason 'disk full'
     """
-    from pgcoord_cli.core import executions, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import executions
 
     settings, out = output_of(ctx)
     wanted = identifier(execution_id, "EXECUTION_ID")
@@ -122,7 +126,8 @@ def revoke(ctx: typer.Context, execution_id: ExecutionId) -> None:
     Examples:
       pgcoord execution revoke 6f1c…
     """
-    from pgcoord_cli.core import executions, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import executions
 
     settings, out = output_of(ctx)
     wanted = identifier(execution_id, "EXECUTION_ID")
@@ -140,7 +145,8 @@ def show(ctx: typer.Context, execution_id: ExecutionId) -> None:
       pgcoord execution show 6f1c…
       pgcoord execution show 6f1c… -o json | jq -r .state
     """
-    from pgcoord_cli.core import executions, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import executions
 
     settings, out = output_of(ctx)
     wanted = identifier(execution_id, "EXECUTION_ID")

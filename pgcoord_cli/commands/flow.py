@@ -44,8 +44,9 @@ def create(
       pgcoord flow create release.yaml --check
       echo '{"executions": [{"name": "once", "command": ["date"]}]}' | pgcoord flow create - -o plain
     """
-    from pgcoord_cli.core import flows, session
-    from pgcoord_cli.core.flow_file import parse_flow
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import flows
+    from pgcoord_cli.core.flows.flow_file import parse_flow
 
     settings, out = output_of(ctx)
     plan = parse_flow(_text_of(file), "standard input" if file == "-" else file)
@@ -59,7 +60,7 @@ def create(
 
 
 def _text_of(file: str) -> str:
-    from pgcoord_cli.core.standard_input import stdin_bytes
+    from pgcoord_cli.commands.standard_input import stdin_bytes
 
     try:
         data = stdin_bytes().read() if file == "-" else Path(file).read_bytes()
@@ -85,7 +86,8 @@ def show(
       pgcoord flow show 6f1c… --format mermaid > flow.mmd
       pgcoord flow show 6f1c… -o json | jq '.executions[] | select(.state == "failed")'
     """
-    from pgcoord_cli.core import flows, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import flows
     from pgcoord_cli.render import graph
 
     settings, out = output_of(ctx)
@@ -117,7 +119,8 @@ def list_(
       pgcoord flow list
       pgcoord flow list --namespace deploys -o jsonl
     """
-    from pgcoord_cli.core import flows, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import flows
 
     settings, out = output_of(ctx)
     check_text(namespace, "--namespace")
@@ -135,7 +138,8 @@ def cancel(ctx: typer.Context, flow_id: FlowId) -> None:
     Examples:
       pgcoord flow cancel 6f1c…
     """
-    from pgcoord_cli.core import flows, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import flows
 
     settings, out = output_of(ctx)
     wanted = identifier(flow_id, "FLOW_ID")

@@ -92,7 +92,8 @@ def _collect(
     ctx: typer.Context, tables: Sequence[str], older_than: str | None, batch_size: int, max_runtime: str, *,
     dry_run: bool,
 ) -> None:  # fmt: skip
-    from pgcoord_cli.core import gc, session
+    from pgcoord_cli.core import gc
+    from pgcoord_cli.core.database import session
 
     settings, out = output_of(ctx)
     retention = None
@@ -119,7 +120,7 @@ def _collect_table(
 ) -> dict[str, Any]:
     """Without a batch size, it only counts."""
     from pgcoord_cli.core import gc
-    from pgcoord_cli.core.outbox import OUTBOXES
+    from pgcoord_cli.core.events.outbox import OUTBOXES
 
     if table == REQUESTS:
         seconds = retention or gc.DEFAULT_RETENTION

@@ -11,7 +11,7 @@ from pgcoord_cli.commands.framework import Limit, command, duration, noun, outpu
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.client import Transaction
+    from pgcoord_cli.core.kv.client import Transaction
 
 app = noun("Read and write the transactional key-value data.")
 
@@ -37,13 +37,14 @@ def get(
       pgcoord kv get greeting -o plain
       pgcoord kv get 00ff --hex -o json
     """
-    from pgcoord_cli.core import kv, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.kv import reading
 
     settings, out = output_of(ctx)
-    wanted = kv.parse_key(key, "KEY", as_hex=hex_)
+    wanted = reading.parse_key(key, "KEY", as_hex=hex_)
     with session.command_session(settings, "kv get", writes=False) as conn:
-        entry = kv.read_key(conn, wanted)
-    record = kv.show(entry, as_hex=hex_)
+        entry = reading.read_key(conn, wanted)
+    record = reading.show(entry, as_hex=hex_)
     if integer and entry.value is not None:
         record |= {"value": int.from_bytes(entry.value, "little"), "encoding": "integer"}
     if entry.value is None:
@@ -68,10 +69,10 @@ def set_(
       pgcoord kv set greeting hello
       pgcoord kv set 00ff cafe --hex
     """
-    from pgcoord_cli.core import kv
+    from pgcoord_cli.core.kv import reading
 
-    wanted = kv.parse_key(key, "KEY", as_hex=hex_)
-    content = kv.parse_value(value, "VALUE", as_hex=hex_)
+    wanted = reading.parse_key(key, "KEY", as_hex=hex_)
+    content = reading.parse_value(value, "VALUE", as_hex=hex_)
 
     async def write(transaction: Transaction) -> None:
         transaction.set(wanted, content)
@@ -87,9 +88,9 @@ def clear(ctx: typer.Context, key: Key, hex_: Hex = False, timeout: Timeout = "1
     Examples:
       pgcoord kv clear greeting
     """
-    from pgcoord_cli.core import kv
+    from pgcoord_cli.core.kv import reading
 
-    wanted = kv.parse_key(key, "KEY", as_hex=hex_)
+    wanted = reading.parse_key(key, "KEY", as_hex=hex_)
 
     async def write(transaction: Transaction) -> None:
         transaction.clear(wanted)
@@ -111,10 +112,10 @@ def clear_range(
     Examples:
       pgcoord kv clear-range account/ account0
     """
-    from pgcoord_cli.core import kv
+    from pgcoord_cli.core.kv import reading
 
-    first = kv.parse_key(begin, "BEGIN", as_hex=hex_)
-    last = kv.parse_key(end, "END", as_hex=hex_)
+    first = reading.parse_key(begin, "BEGIN", as_hex=hex_)
+    last = reading.parse_key(end, "END", as_hex=hex_)
     if first > last:
         raise UsageError(f"END: {end!r} comes before BEGIN {begin!r}")
 
@@ -142,10 +143,10 @@ def add(
       pgcoord kv add visits -- -5
       pgcoord kv get visits --integer -o plain
     """
-    from pgcoord_cli.core import kv
+    from pgcoord_cli.core.kv import reading
 
-    wanted = kv.parse_key(key, "KEY", as_hex=hex_)
-    operand = kv.counter(amount, "AMOUNT")
+    wanted = reading.parse_key(key, "KEY", as_hex=hex_)
+    operand = reading.counter(amount, "AMOUNT")
 
     async def write(transaction: Transaction) -> None:
         transaction.add(wanted, operand)
@@ -172,14 +173,17 @@ def load(
     """
     import asyncio
 
-    from pgcoord_cli.core import bulk, leader, session
+    from pgcoord_cli.commands.standard_input import stdin_bytes
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.kv import bulk
+    from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
-    source = bulk.open_source(file)
+    source = bulk.Source(stdin_bytes(), "stdin", None, None) if file == "-" else bulk.open_source(file)
     with source.stream:
         with session.command_session(settings, "kv load", writes=True) as conn:
-            leader.wait_for_leader(conn, settings.schema, seconds)
+            leader_status.wait_for_leader(conn, settings.schema, seconds)
         with progress_bar(out, "loading", source.size) as advance:
             loaded = asyncio.run(bulk.load(settings, source, batch_size, seconds, advance))
     out.document(loaded._asdict())
@@ -199,14 +203,15 @@ def export(
       pgcoord kv export > backup.jsonl
       pgcoord kv export account/ account0 | jq -r .key
     """
-    from pgcoord_cli.core import bulk, kv, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.kv import bulk, reading
 
     settings, out = output_of(ctx)
-    first = kv.parse_key(begin, "BEGIN", as_hex=hex_)
-    last = None if end is None else kv.parse_key(end, "END", as_hex=hex_)
+    first = reading.parse_key(begin, "BEGIN", as_hex=hex_)
+    last = None if end is None else reading.parse_key(end, "END", as_hex=hex_)
     with session.command_session(settings, "kv export", writes=False) as conn:
         for entry in bulk.export(conn, first, last):
-            out.json_line(kv.show(entry, as_hex=hex_))
+            out.json_line(reading.show(entry, as_hex=hex_))
 
 
 @command(app, "range")
@@ -226,14 +231,15 @@ def range_(
       pgcoord kv range account/ account0 --limit 10
       pgcoord kv range --reverse --limit 1 -o json
     """
-    from pgcoord_cli.core import kv, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.kv import reading
 
     settings, out = output_of(ctx)
-    first = kv.parse_key(begin, "BEGIN", as_hex=hex_)
-    last = None if end is None else kv.parse_key(end, "END", as_hex=hex_)
+    first = reading.parse_key(begin, "BEGIN", as_hex=hex_)
+    last = None if end is None else reading.parse_key(end, "END", as_hex=hex_)
     with session.command_session(settings, "kv range", writes=False) as conn:
-        version, entries = kv.read_range(conn, first, last, limit, reverse=reverse)
-    records = [kv.show(entry, as_hex=hex_) for entry in entries]
+        version, entries = reading.read_range(conn, first, last, limit, reverse=reverse)
+    records = [reading.show(entry, as_hex=hex_) for entry in entries]
     out.rows(["key", "value", "encoding"], records, empty=f"no keys there at version {version}")
 
 
@@ -247,8 +253,9 @@ def _commit(
     """Waits for a leader, runs one transaction, and prints the version that it got."""
     import asyncio
 
-    from pgcoord_cli.core import leader, session
-    from pgcoord_cli.core.client import connect
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.kv.client import connect
+    from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
@@ -258,7 +265,7 @@ def _commit(
             return await database.write(write, commit_seconds=seconds)
 
     with session.command_session(settings, name, writes=True) as conn:
-        leader.wait_for_leader(conn, settings.schema, seconds)
+        leader_status.wait_for_leader(conn, settings.schema, seconds)
     try:
         version = asyncio.run(commit())
     except KeyboardInterrupt:

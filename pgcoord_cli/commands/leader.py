@@ -23,7 +23,7 @@ from pgcoord_cli.errors import ConditionFalse, interruption
 from pgcoord_cli.settings import Settings, check_text
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.candidate import CandidateEvent
+    from pgcoord_cli.core.leader.candidate import CandidateEvent
     from pgcoord_cli.render import Output
 
 
@@ -61,8 +61,8 @@ def run(
       pgcoord leader run --with dispatch
       pgcoord leader run -o jsonl >> leader.log
     """
-    from pgcoord_cli.core.candidate import Candidate, default_node_id
-    from pgcoord_cli.core.lease import MIN_TTL
+    from pgcoord_cli.core.leader.candidate import Candidate, default_node_id
+    from pgcoord_cli.core.leader.lease import MIN_TTL
 
     settings, out = output_of(ctx)
     check_text(node_id, "--node-id")
@@ -78,9 +78,9 @@ def run(
 def _companions(settings: Settings, out: Output, beside: Sequence[Companion]) -> AbstractContextManager[None]:
     if Companion.DISPATCH not in beside:
         return nullcontext()
-    from pgcoord_cli.core.follower import Follower
+    from pgcoord_cli.core.flows.dispatcher import CompletionDispatcher
 
-    return Follower(settings, lambda trouble: out.warn(f"dispatch: {trouble}")).running()
+    return CompletionDispatcher(settings, lambda trouble: out.warn(f"dispatch: {trouble}")).running()
 
 
 def _report(out: Output, event: CandidateEvent) -> None:
@@ -114,17 +114,18 @@ def status(
       pgcoord leader status -o json | jq .leader.epoch
       pgcoord leader status --watch --interval 1s
     """
-    from pgcoord_cli.core import leader, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     seconds = duration("--interval")(interval) or 0
     with session.command_session(settings, "leader status", writes=False) as conn:
         if watch:
-            _watch(out, leader.watch_status(conn, settings.schema, seconds))
-        document = leader.status_document(conn)
+            _watch(out, leader_status.watch_status(conn, settings.schema, seconds))
+        document = leader_status.status_document(conn)
     out.document(document)
     if not document["health"]["healthy"]:
-        hint = None if document["leader"]["held"] else leader.RUN_HINT
+        hint = None if document["leader"]["held"] else leader_status.RUN_HINT
         raise ConditionFalse(document["health"]["reason"], hint=hint, answered=True)
 
 
@@ -155,12 +156,13 @@ def wait(ctx: typer.Context, timeout: WaitLimit = "30s") -> None:
       pgcoord leader wait
       pgcoord leader wait --timeout 5s -q && pgcoord kv set ready yes
     """
-    from pgcoord_cli.core import leader, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
     with session.command_session(settings, "leader wait", writes=False) as conn:
-        lease = leader.await_leader(conn, settings.schema, seconds)
+        lease = leader_status.await_leader(conn, settings.schema, seconds)
     out.document({"epoch": lease.epoch, "leader_addr": lease.leader_addr})
 
 
@@ -177,15 +179,16 @@ def step_down(
       pgcoord leader step-down
       pgcoord leader step-down --wait --timeout 10s
     """
-    from pgcoord_cli.core import leader, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
     with session.command_session(settings, "leader step-down", writes=True) as conn:
-        epoch, leader_addr = leader.step_down(conn, settings.schema)
+        epoch, leader_addr = leader_status.step_down(conn, settings.schema)
         record = {"asked_epoch": epoch, "asked_leader": leader_addr}
         if wait_:
-            lease = leader.await_leader(conn, settings.schema, seconds, after_epoch=epoch)
+            lease = leader_status.await_leader(conn, settings.schema, seconds, after_epoch=epoch)
             record |= {"epoch": lease.epoch, "leader_addr": lease.leader_addr or ""}
     out.document(record)
 
@@ -205,13 +208,14 @@ def history(
       pgcoord leader history
       pgcoord leader history --since 1h -o json
     """
-    from pgcoord_cli.core import lease, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.leader import lease
 
     settings, out = output_of(ctx)
     seconds = duration("--since")(since)
     with session.command_session(settings, "leader history", writes=False) as conn:
         leaderships = lease.history(conn, seconds, limit)
-    out.rows(list(lease.Leadership._fields), [each._asdict() for each in leaderships], empty="nobody ever led")
+    out.rows(list(lease.LeadershipRecord._fields), [each._asdict() for each in leaderships], empty="nobody ever led")
 
 
 @command(app, "assert")
@@ -222,9 +226,10 @@ def assert_(ctx: typer.Context, epoch: Epoch) -> None:
     Examples:
       pgcoord leader assert --epoch 7 && ./nightly-job
     """
-    from pgcoord_cli.core import leader, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     with session.command_session(settings, "leader assert", writes=False) as conn:
-        leader.assert_epoch(conn, epoch)
+        leader_status.assert_epoch(conn, epoch)
     out.document({"epoch": epoch, "leads": True})

@@ -47,14 +47,14 @@ def run(
       pgcoord lock run nightly --conflict-exit-code 0 -q -- ./backup.sh
       pgcoord lock run deploy --wait 5m --fence -- ./deploy.sh
     """
-    from pgcoord_cli.core.leadership import check_name
-    from pgcoord_cli.core.lock_run import LockOrder, LockRun
+    from pgcoord_cli.core.locks.ownership import check_name
+    from pgcoord_cli.core.locks.run import LockOptions, LockRun
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
     seconds = duration("--wait")(wait) or 0.0
     grace = duration("--kill-grace")(kill_grace) or 0.0
-    lock_run = LockRun(settings, LockOrder(check_name(name, "NAME"), words, seconds, grace, fence))
+    lock_run = LockRun(settings, LockOptions(check_name(name, "NAME"), words, seconds, grace, fence))
 
     def pass_signals_on() -> None:
         for number in PASSED_ON:
@@ -79,11 +79,12 @@ def list_(ctx: typer.Context) -> None:
       pgcoord lock list
       pgcoord lock list -o json | jq '.[] | select(.is_waiting)'
     """
-    from pgcoord_cli.core import lock_board, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.locks import ownership
 
     settings, out = output_of(ctx)
     with session.command_session(settings, "lock list", writes=False) as conn:
-        found = lock_board.list_locks(conn)
+        found = ownership.list_locks(conn)
     out.rows(["name", "is_waiting", "pid", "application", "client", "since"], found, empty="no lock is held")
 
 
@@ -95,12 +96,13 @@ def who(ctx: typer.Context, name: Name) -> None:
     Examples:
       pgcoord lock who nightly
     """
-    from pgcoord_cli.core import lock_board, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.locks import ownership
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
     with session.command_session(settings, "lock who", writes=False) as conn:
-        holder = lock_board.holder_of(conn, settings.schema, name)
+        holder = ownership.holder_of(conn, settings.schema, name)
     out.document({"name": name} | holder._asdict())
 
 
@@ -119,20 +121,21 @@ def break_(
       pgcoord lock break nightly
       pgcoord lock break nightly --yes
     """
-    from pgcoord_cli.core import lock_board, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.locks import ownership
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
     with session.command_session(settings, "lock break", writes=True) as conn:
         if not yes:
-            holder = lock_board.holder_of(conn, settings.schema, name)
+            holder = ownership.holder_of(conn, settings.schema, name)
             _have_it_typed(name, f"{name!r} is held by {holder}. Type its name to end that session")
-        broken = lock_board.break_lock(conn, settings.schema, name)
+        broken = ownership.break_lock(conn, settings.schema, name)
     out.document({"name": name, "broken": broken._asdict()})
 
 
 def _have_it_typed(name: str, question: str) -> None:
-    from pgcoord_cli.core.standard_input import is_typed
+    from pgcoord_cli.commands.standard_input import is_typed
 
     if not is_typed():
         raise UsageError("this has to be confirmed, and there is no terminal to ask at", hint="say --yes")

@@ -34,7 +34,7 @@ def up(
       pgcoord migrate up --dry-run
       pgcoord migrate up --to 2 --schema staging
     """
-    from pgcoord_cli.core import migrations, session
+    from pgcoord_cli.core.database import migrations, session
 
     settings, out = output_of(ctx)
     patience = duration("--lock-timeout")(lock_timeout) or 0
@@ -72,7 +72,7 @@ def status(
       pgcoord migrate status
       pgcoord migrate status --check -q || pgcoord migrate up
     """
-    from pgcoord_cli.core import migrations, session
+    from pgcoord_cli.core.database import migrations, session
 
     settings, out = output_of(ctx)
     with session.migration_session(settings, read_only=True) as (conn, server):
@@ -104,7 +104,7 @@ def sql(
       pgcoord migrate sql | less
       pgcoord migrate sql | psql mydb
     """
-    from pgcoord_cli.core import migrations
+    from pgcoord_cli.core.database import migrations
 
     settings, out = output_of(ctx)
     script = migrations.script(settings.schema, migrations.plan(migrations.compare([]), to))
@@ -123,7 +123,7 @@ def verify(ctx: typer.Context) -> None:
       pgcoord migrate verify
       pgcoord migrate verify -o json
     """
-    from pgcoord_cli.core import migrations, session
+    from pgcoord_cli.core.database import migrations, session
 
     settings, out = output_of(ctx)
     with session.migration_session(settings, read_only=True) as (conn, server):
@@ -162,7 +162,7 @@ def grant(
       pgcoord migrate grant --reader grafana --client app --operator pgcoord_ops
       pgcoord migrate grant --client app --dry-run
     """
-    from pgcoord_cli.core import grants, session
+    from pgcoord_cli.core.database import grants, session
 
     settings, out = output_of(ctx)
     wanted = {"reader": reader or [], "client": client or [], "operator": operator or []}

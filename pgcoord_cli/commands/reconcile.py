@@ -13,7 +13,7 @@ from pgcoord_cli.errors import PgcoordError, UsageError
 from pgcoord_cli.settings import check_text
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.reconcile import Scope, Tick
+    from pgcoord_cli.core.flows.reconcile import Scope, Tick
     from pgcoord_cli.render import Output
     from pgcoord_cli.settings import Settings
 
@@ -70,7 +70,7 @@ def reconcile(
       pgcoord reconcile --list-quarantined
       pgcoord reconcile --retry all
     """
-    from pgcoord_cli.core.reconcile import Scope
+    from pgcoord_cli.core.flows.reconcile import Scope
 
     settings, out = output_of(ctx)
     for option, text in (("--namespace", namespace), ("--instance-tag", instance_tag)):
@@ -94,8 +94,8 @@ def reconcile(
 
 def _tick(settings: Settings, out: Output, which: Which, scope: Scope, *, drain: bool) -> dict[str, Tick]:
     """One tick of each; with `drain`, as many as it takes until one changes nothing."""
-    from pgcoord_cli.core import session
-    from pgcoord_cli.core.reconcile import RECONCILERS, Tick
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows.reconcile import RECONCILERS, Tick
 
     def complain(event: int, why: str) -> None:
         out.warn(f"event {event}: {why}")
@@ -111,7 +111,7 @@ def _tick(settings: Settings, out: Output, which: Which, scope: Scope, *, drain:
 
 
 def _loop(settings: Settings, out: Output, which: Which, scope: Scope, seconds: float) -> None:
-    from pgcoord_cli.core.wakeup import Wakeup
+    from pgcoord_cli.core.concurrency.wakeup import Wakeup
     from pgcoord_cli.errors import ConnectionFailed
 
     with closing(Wakeup()) as wakeup:
@@ -145,7 +145,8 @@ def _say(out: Output, ticks: dict[str, Tick]) -> None:
 
 
 def _list_quarantined(settings: Settings, out: Output) -> None:
-    from pgcoord_cli.core import reconcile, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import reconcile
 
     columns = ["event_id", "execution_id", "flow_id", "outcome", "attempts", "last_error", "quarantined_at"]
     with session.command_session(settings, "reconcile", writes=False) as conn:
@@ -153,7 +154,8 @@ def _list_quarantined(settings: Settings, out: Output) -> None:
 
 
 def _retry_quarantined(settings: Settings, out: Output, event_id: int | None) -> None:
-    from pgcoord_cli.core import reconcile, session
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.flows import reconcile
 
     with session.command_session(settings, "reconcile", writes=True) as conn:
         out.document({"retried": reconcile.retry_quarantined(conn, event_id)})

@@ -24,7 +24,8 @@ def list_(ctx: typer.Context) -> None:
       pgcoord subscription list
       pgcoord subscription list -o json | jq '.[].lag'
     """
-    from pgcoord_cli.core import session, subscriptions
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.events import subscriptions
 
     settings, out = output_of(ctx)
     with session.command_session(settings, "subscription list", writes=False) as conn:
@@ -41,7 +42,8 @@ def show(ctx: typer.Context, name: Name) -> None:
     Examples:
       pgcoord subscription show mailer
     """
-    from pgcoord_cli.core import session, subscriptions
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.events import subscriptions
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
@@ -63,7 +65,8 @@ def set_(
       pgcoord subscription set mailer 02000000000000002a
       pgcoord subscription set mailer 0 --force
     """
-    from pgcoord_cli.core import session, subscriptions
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.events import subscriptions
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
@@ -74,7 +77,7 @@ def set_(
 
 
 def _position(text: str) -> int:
-    from pgcoord_cli.core.cursor import MAX_POSITION, from_cursor, looks_like_cursor
+    from pgcoord_cli.core.events.cursor import MAX_POSITION, from_cursor, looks_like_cursor
 
     if looks_like_cursor(text):
         return from_cursor(text, "CURSOR")
@@ -95,7 +98,8 @@ def reset(
     Examples:
       pgcoord subscription reset mailer --force
     """
-    from pgcoord_cli.core import session, subscriptions
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.events import subscriptions
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")

@@ -20,8 +20,8 @@ from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_d
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pgcoord_cli.core.outbox import Event, Outbox
-    from pgcoord_cli.core.tail import From, Notice, Tail
+    from pgcoord_cli.core.events.outbox import Event, Outbox
+    from pgcoord_cli.core.events.tail import Notice, StartPosition, Tail
     from pgcoord_cli.render import Output
 
 DIGIT = b"\0"
@@ -149,7 +149,7 @@ def _register(name: str, kind_option: str, metavar: str, text: str) -> None:
         lag: Lag = False,
         max_lag: MaxLag = None,
     ) -> None:
-        from pgcoord_cli.core.outbox import OUTBOXES
+        from pgcoord_cli.core.events.outbox import OUTBOXES
 
         _tail(ctx, OUTBOXES[name], Call(
             from_cursor, from_start, since, until, most, no_follow, partition or [], namespace or [],
@@ -219,9 +219,9 @@ def _check(call: Call) -> None:
 
 
 def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call) -> Checkpoint | None:
-    from pgcoord_cli.core.cursor_file import CursorFile
-    from pgcoord_cli.core.leadership import check_name
-    from pgcoord_cli.core.subscriptions import Subscription
+    from pgcoord_cli.core.events.cursor_file import CursorFile
+    from pgcoord_cli.core.events.subscriptions import Subscription
+    from pgcoord_cli.core.locks.ownership import check_name
 
     if call.cursor_file:
         return CursorFile(call.cursor_file)
@@ -233,7 +233,7 @@ def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call
 
 
 def _make_tail(settings: Settings, out: Output, outbox: Outbox, call: Call, position: int | None) -> Tail:
-    from pgcoord_cli.core.tail import Filters, From, Tail
+    from pgcoord_cli.core.events.tail import Filters, StartPosition, Tail
 
     filters = Filters(
         frozenset(call.partitions), frozenset(call.namespaces), frozenset(call.instance_tags), frozenset(call.kinds)
@@ -241,7 +241,7 @@ def _make_tail(settings: Settings, out: Output, outbox: Outbox, call: Call, posi
     return Tail(
         settings,
         outbox,
-        start=_start(call) if position is None else From.position(position),
+        start=_start(call) if position is None else StartPosition.position(position),
         until=None if call.until is None else _until(call.until),
         filters=filters,
         follow=not call.no_follow,
@@ -249,24 +249,24 @@ def _make_tail(settings: Settings, out: Output, outbox: Outbox, call: Call, posi
     )
 
 
-def _start(call: Call) -> From:
-    from pgcoord_cli.core.cursor import from_cursor
-    from pgcoord_cli.core.tail import From
+def _start(call: Call) -> StartPosition:
+    from pgcoord_cli.core.events.cursor import from_cursor
+    from pgcoord_cli.core.events.tail import StartPosition
 
     if call.from_cursor is not None:
-        return From.position(from_cursor(call.from_cursor, "--from"))
+        return StartPosition.position(from_cursor(call.from_cursor, "--from"))
     if call.since is not None:
-        return From.time(_moment(call.since, "--since"))
-    return From.beginning() if call.from_start else From.now()
+        return StartPosition.time(_moment(call.since, "--since"))
+    return StartPosition.beginning() if call.from_start else StartPosition.now()
 
 
-def _until(text: str) -> From:
-    from pgcoord_cli.core.cursor import from_cursor, looks_like_cursor
-    from pgcoord_cli.core.tail import From
+def _until(text: str) -> StartPosition:
+    from pgcoord_cli.core.events.cursor import from_cursor, looks_like_cursor
+    from pgcoord_cli.core.events.tail import StartPosition
 
     if looks_like_cursor(text):
-        return From.position(from_cursor(text, "--until"))
-    return From.time(_moment(text, "--until"))
+        return StartPosition.position(from_cursor(text, "--until"))
+    return StartPosition.time(_moment(text, "--until"))
 
 
 def _moment(text: str, option: str) -> datetime | timedelta:
@@ -327,7 +327,7 @@ def _stop_without_reader(tail: Tail) -> None:
 
 
 def _say_how_to_resume(out: Output, outbox: Outbox, call: Call, position: int | None) -> None:
-    from pgcoord_cli.core.cursor import to_cursor
+    from pgcoord_cli.core.events.cursor import to_cursor
 
     if call.cursor_file or call.subscription is not None:
         out.note("stopped; the same call resumes here")
@@ -388,8 +388,8 @@ def are_uuids(ids: Sequence[str]) -> bool:
 
 
 def _show_lag(settings: Settings, out: Output, outbox: Outbox, call: Call) -> None:
-    from pgcoord_cli.core import session
-    from pgcoord_cli.core.tail import lag_document
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.events.tail import lag_document
 
     with session.command_session(settings, "tail", writes=False) as conn:
         document = lag_document(conn, outbox, _given_position(conn, outbox, call))
@@ -399,9 +399,9 @@ def _show_lag(settings: Settings, out: Output, outbox: Outbox, call: Call) -> No
 
 
 def _given_position(conn: Any, outbox: Outbox, call: Call) -> int:
-    from pgcoord_cli.core import subscriptions
-    from pgcoord_cli.core.cursor import from_cursor
-    from pgcoord_cli.core.cursor_file import CursorFile
+    from pgcoord_cli.core.events import subscriptions
+    from pgcoord_cli.core.events.cursor import from_cursor
+    from pgcoord_cli.core.events.cursor_file import CursorFile
 
     if call.from_cursor is not None:
         return from_cursor(call.from_cursor, "--from")

@@ -11,7 +11,7 @@ from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import check_text
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.worker import WorkEvent
+    from pgcoord_cli.core.flows.worker import WorkEvent
     from pgcoord_cli.render import Output
 
 app = noun("Run commands for executions as they become eligible.")
@@ -56,8 +56,8 @@ def run(
       pgcoord worker run --concurrency 4 --namespace deploys
       pgcoord worker run --once -- sh -c 'echo $PGCOORD_EXECUTION_NAME'
     """
-    from pgcoord_cli.core.candidate import default_node_id
-    from pgcoord_cli.core.worker import Worker, WorkOrder
+    from pgcoord_cli.core.flows.worker import Worker, WorkerOptions
+    from pgcoord_cli.core.leader.candidate import default_node_id
 
     settings, out = output_of(ctx)
     for option, text in (("--owner", owner), ("--namespace", namespace), ("--instance-tag", instance_tag)):
@@ -66,7 +66,7 @@ def run(
     if seconds < SHORTEST_LEASE:
         raise UsageError(f"--lease: {lease!r} is too short; the least is {SHORTEST_LEASE:g}s")
     stdout = STDERR if out.is_json else None  # there, stdout is for the events alone
-    order = WorkOrder(
+    order = WorkerOptions(
         owner or default_node_id(), words or (), concurrency, seconds, namespace, instance_tag, once, stdout
     )
     worker = Worker(settings, order, lambda event: _report(out, event))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pgcoord_cli.core.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.client import Database, Transaction, connect
 from pgcoord_cli.settings import Settings
 
 TICK_SECONDS = 0.1

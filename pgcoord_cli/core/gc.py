@@ -1,7 +1,7 @@
 """Garbage collection: deleting what nobody can ask for any more.
 
 **Commit requests.** A settled request is kept for a retention that is never shorter than what clients, new leaders
-and resubmissions reach back (`core.retention`). Older ones are deleted in small batches, oldest first, each batch a
+and resubmissions reach back (`core.commits.requests`). Older ones are deleted in small batches, oldest first, each batch a
 transaction of its own that skips rows somebody else has locked, so that commits go on beside it and any number
 of collectors can run. Pending requests are never deleted (rule I11). Those that outlived the retention without any
 leader to settle them are first marked `orphaned`; from then on they are settled, and are kept for a retention more.
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
-from pgcoord_cli.core.outbox import Outbox
-from pgcoord_cli.core.retention import SHORTEST_RETENTION
+from pgcoord_cli.core.commits.requests import SHORTEST_RETENTION
+from pgcoord_cli.core.events.outbox import Outbox
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import UsageError
 

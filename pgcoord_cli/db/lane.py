@@ -29,7 +29,7 @@ Answer = list[Row] | Exception
 """The rows of a statement, or what came in their place."""
 
 
-class Statement(NamedTuple):
+class PendingStatement(NamedTuple):
     """A statement with `$1` and so on, its parameters in PostgreSQL's binary formats, and who gets the answer."""
 
     text: str
@@ -59,7 +59,7 @@ class Lane:
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._names: dict[str, bytes] = {}
-        self._running: Statement | None = None
+        self._running: PendingStatement | None = None
         self._result: pq.abc.PGresult | None = None
         self._error: psycopg.Error | None = None
         self._preparing: bytes | None = None
@@ -72,7 +72,7 @@ class Lane:
         """Whether the connection still stands, as far as is known."""
         return self._pgconn.status != pq.ConnStatus.BAD
 
-    def run(self, statement: Statement) -> None:
+    def run(self, statement: PendingStatement) -> None:
         """Sends a statement; its `done` is called later, with the rows or a psycopg.Error. One at a time."""
         assert self._running is None, "a lane runs one statement at a time"
         self._running = statement
@@ -105,7 +105,7 @@ class Lane:
     async def fetch(self, text: str, parameters: Sequence[bytes | None]) -> list[Row]:
         """The rows of a statement; raises psycopg.Error."""
         rows: asyncio.Future[list[Row]] = self._loop.create_future()
-        self.run(Statement(text, parameters, partial(settle, rows)))
+        self.run(PendingStatement(text, parameters, partial(settle, rows)))
         return await rows
 
     def _execute(self, name: bytes) -> None:

@@ -22,7 +22,7 @@ from psycopg.errors import error_from_result
 
 _numbers = count()  # several pipelines may follow each other on one connection
 
-Statement = tuple[str, Sequence[bytes | None]]
+BoundStatement = tuple[str, Sequence[bytes | None]]
 """Text with `$1` and so on, and its parameters in PostgreSQL's binary formats."""
 
 
@@ -46,7 +46,7 @@ class Pipeline:
         """The rows of one statement, its values as psycopg loads them; raises psycopg.Error."""
         return self.run([(text, parameters)])[0]
 
-    def run(self, statements: Sequence[Statement]) -> list[list[tuple[Any, ...]]]:
+    def run(self, statements: Sequence[BoundStatement]) -> list[list[tuple[Any, ...]]]:
         """The rows of each of several statements that take effect together or not at all; raises psycopg.Error."""
         for text, _ in statements:
             if text not in self._names:

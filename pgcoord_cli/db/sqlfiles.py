@@ -21,7 +21,7 @@ from typing import NamedTuple
 _HEADER = re.compile(r"^-- name: (\w+)\n-- (.+)\n", re.MULTILINE)
 
 
-class Statement(NamedTuple):
+class NamedStatement(NamedTuple):
     """One named statement: what it is called, what it is for, and its text without the final semicolon."""
 
     name: str
@@ -37,11 +37,11 @@ def sql_root() -> Path:
 
 
 @cache
-def statements(noun: str) -> dict[str, Statement]:
+def statements(noun: str) -> dict[str, NamedStatement]:
     """Every statement of `sql/queries/<noun>.sql`, by name."""
     parts = _HEADER.split((sql_root() / "queries" / f"{noun}.sql").read_text(encoding="utf-8"))[1:]
     triples = zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
-    return {name: Statement(name, purpose, body.strip().removesuffix(";")) for name, purpose, body in triples}
+    return {name: NamedStatement(name, purpose, body.strip().removesuffix(";")) for name, purpose, body in triples}
 
 
 def sql(noun: str, name: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.commits import Status
+from pgcoord_cli.core.commits.requests import Status
 
 if TYPE_CHECKING:
     from tests.conftest import Call

@@ -16,8 +16,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.embedded import EmbeddedServer
-from pgcoord_cli.core.programs import server_account
+from pgcoord_cli.core.embedded.installation import server_account
+from pgcoord_cli.core.embedded.server import EmbeddedServer
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.codec import MAX_KEY_BYTES, MAX_VALUE_BYTES
+from pgcoord_cli.core.commits.codec import MAX_KEY_BYTES, MAX_VALUE_BYTES
 
 if TYPE_CHECKING:
     from tests.conftest import Call, Cli, LeaderProcess, StartLeader

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.leadership import Leadership, acquire_leadership, subscription_lock
+from pgcoord_cli.core.locks.ownership import Ownership, acquire_leadership, subscription_lock
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value
 from tests.faults.lock_process import StartLock, lock_starter, until_free, until_waiting
@@ -36,14 +36,14 @@ def start(settings: Settings) -> Iterator[StartLock]:
 
 
 @pytest.fixture
-def holder(settings: Settings) -> Iterator[Leadership]:
+def holder(settings: Settings) -> Iterator[Ownership]:
     """Somebody who holds the lock `nightly`."""
     with acquire_leadership(settings.dsn, "nightly") as owner:
         yield owner
 
 
 @pytest.fixture
-def holder_pid(sql: Sql, holder: Leadership) -> int:
+def holder_pid(sql: Sql, holder: Ownership) -> int:
     """The session of that holder."""
     return int(value(sql, "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/leadership'"))
 
@@ -107,12 +107,12 @@ def test_a_lock_that_is_held_is_refused_and_the_holder_named(cli: Cli, holder_pi
     assert f"'nightly' is held by pid {holder_pid} (pgcoord/leadership, local) since 20" in done.stderr
 
 
-def test_other_names_are_free(cli: Cli, holder: Leadership) -> None:
+def test_other_names_are_free(cli: Cli, holder: Ownership) -> None:
     assert cli("lock", "run", "Nightly", *TELL).stdout == "it ran\n"
 
 
 @pytest.mark.parametrize("code", [0, 75])
-def test_a_conflict_ends_with_the_code_that_was_asked_for(code: int, cli: Cli, holder: Leadership) -> None:
+def test_a_conflict_ends_with_the_code_that_was_asked_for(code: int, cli: Cli, holder: Ownership) -> None:
     words = ("lock", "run", "nightly", "--conflict-exit-code", str(code))
     told = cli(*words, *TELL)
     assert (told.returncode, told.stdout) == (code, "")
@@ -145,7 +145,7 @@ def test_the_example_that_cron_runs_on_two_machines_at_once(start: StartLock, cl
 # -- waiting
 
 
-def test_who_waits_gets_the_lock_when_it_is_given_back(start: StartLock, sql: Sql, holder: Leadership) -> None:
+def test_who_waits_gets_the_lock_when_it_is_given_back(start: StartLock, sql: Sql, holder: Ownership) -> None:
     """PostgreSQL itself keeps the waiter, as pg_locks shows."""
     waiter = start("nightly", "--wait", "24h", *TELL)
     until_waiting(sql)
@@ -154,7 +154,7 @@ def test_who_waits_gets_the_lock_when_it_is_given_back(start: StartLock, sql: Sq
     assert waiter.ended() == (0, ["it ran\n"], "")
 
 
-def test_all_who_wait_get_the_lock_one_after_the_other(start: StartLock, sql: Sql, holder: Leadership) -> None:
+def test_all_who_wait_get_the_lock_one_after_the_other(start: StartLock, sql: Sql, holder: Ownership) -> None:
     waiters = [start("nightly", "--wait", "24h", "--fence", "--", "sh", "-c", "echo $PGCOORD_FENCE") for _ in range(3)]
     until_waiting(sql, 3)
     holder.release()
@@ -168,14 +168,14 @@ def test_who_has_waited_long_enough_is_told_who_holds_it(cli: Cli, sql: Sql, hol
     assert f"held by pid {holder_pid} " in done.stderr
 
 
-def test_a_wait_may_be_longer_than_a_statement_may_otherwise_take(cli: Cli, holder: Leadership) -> None:
+def test_a_wait_may_be_longer_than_a_statement_may_otherwise_take(cli: Cli, holder: Ownership) -> None:
     done = cli("lock", "run", "nightly", "--wait", "500ms", *TELL, env={"PGCOORD_STATEMENT_TIMEOUT": "50ms"})
     assert done.returncode == 5, "not 124"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_who_is_told_to_stop_waiting_leaves_no_waiter_behind(
-    number: signal.Signals, code: int, start: StartLock, sql: Sql, holder: Leadership
+    number: signal.Signals, code: int, start: StartLock, sql: Sql, holder: Ownership
 ) -> None:
     waiter = start("nightly", "--wait", "24h", *TELL)
     until_waiting(sql)
@@ -203,7 +203,7 @@ def test_without_fence_there_is_none(cli: Cli, sql: Sql) -> None:
 
 
 def test_a_list_shows_holders_and_waiters(
-    call: Call, start: StartLock, sql: Sql, holder: Leadership, holder_pid: int, settings: Settings
+    call: Call, start: StartLock, sql: Sql, holder: Ownership, holder_pid: int, settings: Settings
 ) -> None:
     start("nightly", "--wait", "24h", *TELL)
     until_waiting(sql)

@@ -14,10 +14,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pgcoord_cli.core.locks import lock_key
-from pgcoord_cli.core.migrations import migration_files
-from pgcoord_cli.core.programs import find_programs
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database.advisory_keys import lock_key
+from pgcoord_cli.core.database.migrations import migration_files
+from pgcoord_cli.core.database.upgrade import upgrade
+from pgcoord_cli.core.embedded.installation import find_programs
 from pgcoord_cli.settings import Settings
 from tests.cli.command_tree import NAMES
 from tests.conftest import Answer

@@ -12,7 +12,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from pgcoord_cli.core.client import connect
+from pgcoord_cli.core.kv.client import connect
 from pgcoord_cli.errors import Conflict
 
 if TYPE_CHECKING:

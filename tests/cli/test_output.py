@@ -347,9 +347,9 @@ finally:
         (("leader", "--help"), {"psycopg", "rich", "tabulate", "asyncio", "msgpack"}),
         (("--version",), {"psycopg", "rich", "tabulate", "asyncio"}),
         # psycopg itself loads asyncio.
-        (("leader", "status"), {"rich", "tabulate", "msgpack", "pgcoord_cli.core.client"}),
-        (("leader", "status", "-o", "json"), {"rich", "tabulate", "msgpack", "pgcoord_cli.core.client"}),
-        (("kv", "get", "key", "-o", "plain"), {"rich", "tabulate", "pgcoord_cli.core.client"}),
+        (("leader", "status"), {"rich", "tabulate", "msgpack", "pgcoord_cli.core.kv.client"}),
+        (("leader", "status", "-o", "json"), {"rich", "tabulate", "msgpack", "pgcoord_cli.core.kv.client"}),
+        (("kv", "get", "key", "-o", "plain"), {"rich", "tabulate", "pgcoord_cli.core.kv.client"}),
     ],
 )
 def test_a_call_loads_no_more_than_it_needs(words: tuple[str, ...], unwanted: set[str], settings: Settings) -> None:

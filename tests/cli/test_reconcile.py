@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pgcoord_cli.core import executions
-from pgcoord_cli.core.reconcile import QUARANTINE_AFTER
+from pgcoord_cli.core.flows import executions
+from pgcoord_cli.core.flows.reconcile import QUARANTINE_AFTER
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value
 from tests.faults.program_process import Lines, environment

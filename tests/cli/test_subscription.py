@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.cursor import to_cursor
-from pgcoord_cli.core.leadership import Leadership, acquire_leadership
+from pgcoord_cli.core.events.cursor import to_cursor
+from pgcoord_cli.core.locks.ownership import Ownership, acquire_leadership
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
 from tests.asking import value
@@ -29,7 +29,7 @@ def mailer(sql: Sql) -> list[int]:
 
 
 @pytest.fixture
-def owner(settings: Settings, mailer: list[int]) -> Iterator[Leadership]:
+def owner(settings: Settings, mailer: list[int]) -> Iterator[Ownership]:
     """Whoever owns that subscription."""
     with acquire_leadership(settings.dsn, "mailer") as one:
         yield one
@@ -142,7 +142,7 @@ def test_what_is_neither_a_cursor_nor_an_id_is_refused(text: str, offline: Call)
 
 @pytest.mark.parametrize("words", [("set", "9"), ("set", "0", "--force"), ("reset", "--force")], ids=" ".join)
 def test_a_subscription_that_somebody_owns_is_left_alone(
-    words: tuple[str, ...], call: Call, sql: Sql, owner: Leadership, mailer: list[int]
+    words: tuple[str, ...], call: Call, sql: Sql, owner: Ownership, mailer: list[int]
 ) -> None:
     verb, *rest = words
     answer = call("subscription", verb, "mailer", *rest, "-o", "json")
@@ -153,7 +153,7 @@ def test_a_subscription_that_somebody_owns_is_left_alone(
 
 
 def test_i13_setting_a_checkpoint_fences_an_owner_that_does_not_know_its_end(
-    call: Call, sql: Sql, owner: Leadership, settings: Settings
+    call: Call, sql: Sql, owner: Ownership, settings: Settings
 ) -> None:
     end_holder(sql)
     assert call("subscription", "set", "mailer", "0", "--force").code == 0
@@ -183,7 +183,7 @@ def test_only_the_one_that_is_named_is_moved_or_forgotten(call: Call, sql: Sql, 
 
 
 def test_i13_an_owner_before_a_reset_saves_nothing_after_it(
-    call: Call, sql: Sql, owner: Leadership, settings: Settings
+    call: Call, sql: Sql, owner: Ownership, settings: Settings
 ) -> None:
     """The owners that come after it must not draw the number that an old one has."""
     end_holder(sql)

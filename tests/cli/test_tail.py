@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 
-from pgcoord_cli.core.tail import BATCH_LIMIT
+from pgcoord_cli.core.events.tail import BATCH_LIMIT
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value
 from tests.faults.program_process import environment

@@ -15,11 +15,11 @@ from itertools import count
 import psycopg
 import pytest
 
-from pgcoord_cli.core import executions
-from pgcoord_cli.core.dispatch import dispatch_all, dispatch_completion
-from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.policy import Kind, Policy
-from pgcoord_cli.core.reconcile import Scope, dependency
+from pgcoord_cli.core.flows import executions
+from pgcoord_cli.core.flows.dispatch import dispatch_all, dispatch_completion
+from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind
+from pgcoord_cli.core.flows.reconcile import Scope, dependency
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value
 from tests.conftest import environment
@@ -105,13 +105,13 @@ def hop_with_crashes(settings: Settings, flow: Flow, event: int) -> int:
     raise AssertionError
 
 
-def ladder(policy: Policy) -> FlowPlan:
+def ladder(policy: JoinPolicy) -> FlowPlan:
     """Ten rungs. Each waits for the one before and for a helper of its own; the last waits for a quorum of all."""
     rungs = [f"r{number}" for number in range(HOPS + 1)]
     helpers = [f"h{number}" for number in range(1, HOPS + 1)]
     edges = [(rungs[number], rungs[number + 1]) for number in range(HOPS)]
     edges += list(zip(helpers, rungs[1:], strict=True)) + [(rung, "most") for rung in rungs]
-    policies = dict.fromkeys(rungs[1:], policy) | {"most": Policy(Kind.QUORUM, HOPS // 2)}
+    policies = dict.fromkeys(rungs[1:], policy) | {"most": JoinPolicy(Kind.QUORUM, HOPS // 2)}
     planned = [PlannedExecution(name) for name in (*rungs[:1], *helpers, *rungs[1:], "most")]
     return FlowPlan(None, None, planned, edges, policies)
 
@@ -137,7 +137,7 @@ def flow_goes_on(flow: Flow) -> bool:
 def test_i9_a_cascade_of_skips_whose_every_hop_is_killed_everywhere_ends_as_it_should(
     settings: Settings, make: Make
 ) -> None:
-    flow = make(ladder(Policy()))
+    flow = make(ladder(JoinPolicy()))
     event = flow.end("r0", "failed")
     for hop in range(1, HOPS + 1):
         assert hop_with_crashes(settings, flow, event) > 10
@@ -266,8 +266,8 @@ def dispatch_shuffled(conn: Conn, events: list[int]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_second_try")
-@pytest.mark.parametrize("policy", [Policy(), ANY, ANY_CANCEL], ids=["all_of", "any_of", "cancel_remaining"])
-def test_i9_a_downstream_of_a_thousand_upstreams(settings: Settings, make: Make, policy: Policy) -> None:
+@pytest.mark.parametrize("policy", [JoinPolicy(), ANY, ANY_CANCEL], ids=["all_of", "any_of", "cancel_remaining"])
+def test_i9_a_downstream_of_a_thousand_upstreams(settings: Settings, make: Make, policy: JoinPolicy) -> None:
     names = [f"u{number}" for number in range(1_000)]
     flow = make(plan(" ".join([*names, "d"]), " ".join(f"{name}>d" for name in names), d=policy))
     end_everything(flow)
@@ -307,7 +307,7 @@ def drain_exactly(conn: Conn, ticks: int) -> None:
     assert drain(conn) == ticks
 
 
-def lattice(size: int, policy: Policy) -> FlowPlan:
+def lattice(size: int, policy: JoinPolicy) -> FlowPlan:
     """Each waits for its upper and its left neighbour, where there are those."""
     cells = [(row, column) for row in range(size) for column in range(size)]
     names = {cell: f"c{cell[0]}_{cell[1]}" for cell in cells}
@@ -324,8 +324,8 @@ def lattice(size: int, policy: Policy) -> FlowPlan:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_second_try")
 @pytest.mark.parametrize("outcome", ["success", "failed"])
-@pytest.mark.parametrize("policy", [Policy(), ANY, ANY_CANCEL], ids=["all_of", "any_of", "cancel_remaining"])
-def test_i9_a_lattice_with_four_dispatchers(settings: Settings, make: Make, policy: Policy, outcome: str) -> None:
+@pytest.mark.parametrize("policy", [JoinPolicy(), ANY, ANY_CANCEL], ids=["all_of", "any_of", "cancel_remaining"])
+def test_i9_a_lattice_with_four_dispatchers(settings: Settings, make: Make, policy: JoinPolicy, outcome: str) -> None:
     flow = make(lattice(20, policy))
     outcomes = dict.fromkeys(flow.ids, outcome)
 

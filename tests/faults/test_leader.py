@@ -13,10 +13,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pgcoord_cli.core.client import Database, Transaction, connect
-from pgcoord_cli.core.embedded import EmbeddedServer
-from pgcoord_cli.core.grants import grant
-from pgcoord_cli.core.session import command_session
+from pgcoord_cli.core.database.grants import grant
+from pgcoord_cli.core.database.session import command_session
+from pgcoord_cli.core.embedded.server import EmbeddedServer
+from pgcoord_cli.core.kv.client import Database, Transaction, connect
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, until_async, value

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pgcoord_cli.core import lock_run
-from pgcoord_cli.core.embedded import EmbeddedServer
-from pgcoord_cli.core.leadership import acquire_leadership
+from pgcoord_cli.core.embedded.server import EmbeddedServer
+from pgcoord_cli.core.locks import run as lock_run
+from pgcoord_cli.core.locks.ownership import acquire_leadership
 from pgcoord_cli.errors import LockLost
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value
@@ -72,7 +72,7 @@ def test_the_end_of_the_session_is_seen_without_a_heartbeat(
 ) -> None:
     monkeypatch.setattr(lock_run, "HEARTBEAT_SECONDS", 86_400)
     started = Event()
-    run = lock_run.LockRun(settings, lock_run.LockOrder("nightly", ["sleep", "600"]))
+    run = lock_run.LockRun(settings, lock_run.LockOptions("nightly", ["sleep", "600"]))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run.run, started.set)
         assert started.wait(PATIENCE)
@@ -197,7 +197,7 @@ def test_a_lock_run_that_is_killed_frees_the_lock(start: StartLock, sql: Sql) ->
 OWNER = """
 import json, sys
 import psycopg
-from pgcoord_cli.core.leadership import acquire_leadership
+from pgcoord_cli.core.locks.ownership import acquire_leadership
 from pgcoord_cli.errors import PgcoordError
 
 dsn = sys.argv[1]
@@ -254,7 +254,7 @@ ROUNDS = 40
 CONTENDER = """
 import os, random, sys
 import psycopg
-from pgcoord_cli.core.leadership import acquire_leadership, subscription_lock
+from pgcoord_cli.core.locks.ownership import acquire_leadership, subscription_lock
 from pgcoord_cli.errors import Fenced, LockNotAcquired, PgcoordError
 
 dsn, chance = sys.argv[1], random.Random(sys.argv[2])

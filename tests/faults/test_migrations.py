@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.embedded import EmbeddedServer
-from pgcoord_cli.core.locks import lock_key
-from pgcoord_cli.core.migrations import migration_files
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database.advisory_keys import lock_key
+from pgcoord_cli.core.database.migrations import migration_files
+from pgcoord_cli.core.database.upgrade import upgrade
+from pgcoord_cli.core.embedded.server import EmbeddedServer
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE
 

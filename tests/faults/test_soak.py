@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pgcoord_cli.core.client import Transaction, connect
+from pgcoord_cli.core.kv.client import Transaction, connect
 from pgcoord_cli.settings import Settings
 
 if TYPE_CHECKING:

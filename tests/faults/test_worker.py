@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pgcoord_cli.core import executions, flows
-from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.reconcile import Scope, lease_expiry
+from pgcoord_cli.core.flows import executions, flows
+from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
+from pgcoord_cli.core.flows.reconcile import Scope, lease_expiry
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value
 from tests.faults.program_process import ProgramProcess, starter

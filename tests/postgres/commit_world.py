@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import psycopg
 import pytest
 
-from pgcoord_cli.core.candidate import Candidate, CandidateEvent
-from pgcoord_cli.core.client import Database, connect
+from pgcoord_cli.core.kv.client import Database, connect
+from pgcoord_cli.core.leader.candidate import Candidate, CandidateEvent
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE
 

@@ -13,20 +13,20 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from pgcoord_cli.core import dispatch, executions, flows
-from pgcoord_cli.core.dispatch import dispatch_all
-from pgcoord_cli.core.executions import Claim
-from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.policy import Kind, OnSatisfied, Policy, Verdict, judge
-from pgcoord_cli.core.session import command_session
+from pgcoord_cli.core.database.session import command_session
+from pgcoord_cli.core.flows import dispatch, executions, flows
+from pgcoord_cli.core.flows.dispatch import dispatch_all
+from pgcoord_cli.core.flows.executions import Claim
+from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, JoinVerdict, Kind, OnSatisfied, judge
 from pgcoord_cli.settings import Settings
 from tests.asking import until, value
 
 Conn = psycopg.Connection[Any]
 Make = Callable[[FlowPlan], "Flow"]
 
-ANY = Policy(Kind.ANY_OF)
-ANY_CANCEL = Policy(Kind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING)
+ANY = JoinPolicy(Kind.ANY_OF)
+ANY_CANCEL = JoinPolicy(Kind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING)
 FINAL = {"success", "failed", "cancelled", "skipped"}
 
 
@@ -89,7 +89,7 @@ def plan(
     namespace: str | None = None,
     tag: str | None = None,
     max_attempts: int = 1,
-    **policies: Policy,
+    **policies: JoinPolicy,
 ) -> FlowPlan:
     """`plan("a b c", "a>c b>c", c=ANY)`."""
     ends = [tuple(edge.split(">")) for edge in edges.split()]
@@ -113,9 +113,9 @@ def expected_states(plan: FlowPlan, outcomes: Mapping[str, str]) -> dict[str, st
     for execution in plan.executions:
         waits_for = [states[name] for name in upstreams.get(execution.name, [])]
         successes = waits_for.count("success")
-        required = plan.policies.get(execution.name, Policy()).required(len(waits_for))
+        required = plan.policies.get(execution.name, JoinPolicy()).required(len(waits_for))
         verdict = judge(required, len(waits_for), successes, len(waits_for) - successes)
-        may_run = not waits_for or verdict == Verdict.SATISFIED
+        may_run = not waits_for or verdict == JoinVerdict.SATISFIED
         states[execution.name] = outcomes[execution.name] if may_run else "skipped"
     return states
 
@@ -259,11 +259,11 @@ def assert_sound(flow: Flow) -> None:
 def assert_group(flow: Flow, name: str, outcomes: list[str], state: str) -> None:
     """The counts are those of the edges, the verdict is that of the policy, and it was obeyed."""
     successes, skips = outcomes.count("success"), outcomes.count("skipped")
-    required = flow.plan.policies.get(name, Policy()).required(len(outcomes))
+    required = flow.plan.policies.get(name, JoinPolicy()).required(len(outcomes))
     verdict = judge(required, len(outcomes), successes, len(outcomes) - successes)
     fails = len(outcomes) - successes - skips
     assert flow.group(name) == Group(verdict.value, successes, fails, skips, 0)
-    allowed = {"success", "failed"} if verdict == Verdict.SATISFIED else {"skipped"}
+    allowed = {"success", "failed"} if verdict == JoinVerdict.SATISFIED else {"skipped"}
     assert state in allowed | {"cancelled"}
 
 

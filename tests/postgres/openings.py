@@ -7,7 +7,7 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
-from pgcoord_cli.core.session import open_session_async
+from pgcoord_cli.core.database.session import open_session_async
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 from pgcoord_cli.settings import Settings
 

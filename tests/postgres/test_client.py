@@ -1,7 +1,7 @@
 """The commit client: what a transaction sees, and that its caller hears what really became of it.
 
 Commits go through the queue here, as if there were always somebody else who commits too. What is different for a
-client that is alone is in test_alone.
+client that is alone is in test_direct_commit.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ import psycopg
 import pytest
 from psycopg import AsyncConnection
 
-from pgcoord_cli.core import candidate, channels, client, codec, recent, submissions, transaction
-from pgcoord_cli.core.alone import Solitude
-from pgcoord_cli.core.client import Database, Transaction
-from pgcoord_cli.core.codec import Mutation, Op, Range
-from pgcoord_cli.core.commits import find_request
-from pgcoord_cli.core.listener import Listener
-from pgcoord_cli.core.mutations import apply, covers
-from pgcoord_cli.core.session import open_session
-from pgcoord_cli.core.snapshots import RangeRead, Wanted
-from pgcoord_cli.core.submissions import Submitter, Undecided
-from pgcoord_cli.core.turns import kind_of
-from pgcoord_cli.core.wakeup import Notifications, Wakeup
+from pgcoord_cli.core.commits import codec, recent_commits
+from pgcoord_cli.core.commits.codec import Mutation, Op, Range
+from pgcoord_cli.core.commits.mutations import apply, covers
+from pgcoord_cli.core.commits.requests import find_request
+from pgcoord_cli.core.concurrency.wakeup import Notifications, Wakeup
+from pgcoord_cli.core.database import channels
+from pgcoord_cli.core.database.listener import Listener
+from pgcoord_cli.core.database.session import open_session
+from pgcoord_cli.core.kv import client, submissions, transaction
+from pgcoord_cli.core.kv.client import Database, Transaction
+from pgcoord_cli.core.kv.direct_commit import DirectCommitBackoff
+from pgcoord_cli.core.kv.hot_keys import kind_of
+from pgcoord_cli.core.kv.snapshots import RangeRead, ReadSet
+from pgcoord_cli.core.kv.submissions import PendingCommit, Submitter
+from pgcoord_cli.core.leader import candidate
 from pgcoord_cli.db.lane import Answer
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
@@ -52,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("never_alone")
 @pytest.fixture
 def never_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every client takes it that others are committing."""
-    monkeypatch.setattr(Solitude, "is_likely", lambda *_: False)
+    monkeypatch.setattr(DirectCommitBackoff, "is_likely", lambda *_: False)
 
 
 # -- reading
@@ -600,11 +603,11 @@ def lose_first_answer(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], A
     hear = Submitter._on_enqueued
     losses: list[asyncio.Task[None]] = []
 
-    async def lose(submitter: Submitter, group: Sequence[Undecided]) -> None:
+    async def lose(submitter: Submitter, group: Sequence[PendingCommit]) -> None:
         await meanwhile()
         hear(submitter, group, psycopg.OperationalError("the connection is lost"))
 
-    def hear_all_but_the_first(submitter: Submitter, group: Sequence[Undecided], answer: Answer) -> None:
+    def hear_all_but_the_first(submitter: Submitter, group: Sequence[PendingCommit], answer: Answer) -> None:
         if losses:
             hear(submitter, group, answer)
         else:
@@ -661,7 +664,7 @@ def test_i3_a_commit_that_was_forgotten_before_it_was_sent_again_is_never_called
     async def settled_and_collected() -> None:
         await until_async(lambda: requests(sql) == [("committed", 1)])
         sql.execute("DELETE FROM commit_requests")
-        monkeypatch.setattr(recent, "CONFLICT_WINDOW", timedelta(0))
+        monkeypatch.setattr(recent_commits, "CONFLICT_WINDOW", timedelta(0))
 
     lose_first_answer(monkeypatch, settled_and_collected)
 
@@ -700,7 +703,7 @@ async def test_a_read_that_cannot_even_be_sent_harms_nobody_else(db: Database) -
         with pytest.raises(ValueError, match="limit"):
             await db.transaction().get_range(b"a", b"z", limit=limit)
         with pytest.raises(struct.error):
-            await db._reader.read(Wanted(ranges=(RangeRead(b"a", b"z", limit),)))
+            await db._reader.read(ReadSet(ranges=(RangeRead(b"a", b"z", limit),)))
         assert await asyncio.wait_for(db.transaction().get(b"k"), PATIENCE) == b"v"
 
 
@@ -768,7 +771,7 @@ def test_large_transactions_go_out_in_several_groups(settings: Settings, monkeyp
     monkeypatch.setattr(submissions, "GROUP_BYTES", 150_000)
     enqueue, sizes = Submitter._enqueue, []
 
-    def noted(submitter: Submitter, group: list[Undecided]) -> None:
+    def noted(submitter: Submitter, group: list[PendingCommit]) -> None:
         sizes.append(len(group))
         enqueue(submitter, group)
 

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pgcoord_cli.core import executions
-from pgcoord_cli.core.dispatch import TRIES, Advanced, NoOp, dispatch_all, dispatch_completion
-from pgcoord_cli.core.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.outbox import append_completion_event
-from pgcoord_cli.core.policy import Kind, OnSatisfied, Policy
+from pgcoord_cli.core.events.outbox import append_completion_event
+from pgcoord_cli.core.flows import executions
+from pgcoord_cli.core.flows.dispatch import TRIES, Advanced, NoOp, dispatch_all, dispatch_completion
+from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, value
@@ -104,24 +104,24 @@ def test_i9_an_outcome_that_nobody_knows_counts_as_a_failure(make: Make, sql: Co
 class Case(NamedTuple):
     """What ended, in this order, and how what waits for a, b and c stands after each."""
 
-    policy: Policy
+    policy: JoinPolicy
     outcomes: str
     verdicts: str
 
 
 CASES = [
-    Case(Policy(), "sss", "pps"),
-    Case(Policy(), "ssf", "ppi"),
-    Case(Policy(), "fss", "iii"),
+    Case(JoinPolicy(), "sss", "pps"),
+    Case(JoinPolicy(), "ssf", "ppi"),
+    Case(JoinPolicy(), "fss", "iii"),
     Case(ANY, "sff", "sss"),
     Case(ANY, "ffs", "pps"),
     Case(ANY, "fff", "ppi"),
-    Case(Policy(Kind.QUORUM, 2), "sfs", "pps"),
-    Case(Policy(Kind.QUORUM, 2), "ssf", "pss"),
-    Case(Policy(Kind.QUORUM, 2), "fsf", "ppi"),
-    Case(Policy(Kind.QUORUM, 2), "ffs", "pii"),
-    Case(Policy(Kind.QUORUM, 1), "ffs", "pps"),
-    Case(Policy(Kind.QUORUM, 3), "fss", "iii"),
+    Case(JoinPolicy(Kind.QUORUM, 2), "sfs", "pps"),
+    Case(JoinPolicy(Kind.QUORUM, 2), "ssf", "pss"),
+    Case(JoinPolicy(Kind.QUORUM, 2), "fsf", "ppi"),
+    Case(JoinPolicy(Kind.QUORUM, 2), "ffs", "pii"),
+    Case(JoinPolicy(Kind.QUORUM, 1), "ffs", "pps"),
+    Case(JoinPolicy(Kind.QUORUM, 3), "fss", "iii"),
 ]
 WORDS = {"p": "pending", "s": "satisfied", "i": "impossible"}
 STATES = {"p": "blocked", "s": "eligible", "i": "skipped"}
@@ -216,7 +216,7 @@ def test_i9_a_sibling_that_wins_at_the_same_time_stays_a_winner(settings: Settin
 
 @pytest.mark.parametrize("verdict", ["pending", "impossible"])
 def test_i9_siblings_run_on_unless_enough_have_succeeded(make: Make, verdict: str) -> None:
-    policy = Policy(Kind.QUORUM, 2 if verdict == "pending" else 3, OnSatisfied.CANCEL_REMAINING)
+    policy = JoinPolicy(Kind.QUORUM, 2 if verdict == "pending" else 3, OnSatisfied.CANCEL_REMAINING)
     flow = make(plan("a b c goal", "a>goal b>goal c>goal", goal=policy))
     dispatch_completion(flow.conn, flow.end("a", "failed"))
     assert flow.group("goal").state == verdict
@@ -393,10 +393,10 @@ class Graph(NamedTuple):
     outcomes: Mapping[str, str]
 
 
-def policies(then: Sequence[OnSatisfied], size: int) -> st.SearchStrategy[Policy]:
+def policies(then: Sequence[OnSatisfied], size: int) -> st.SearchStrategy[JoinPolicy]:
     """For something that waits for so many."""
-    others = st.builds(Policy, st.sampled_from([Kind.ALL_OF, Kind.ANY_OF]), st.none(), st.sampled_from(then))
-    return others | st.builds(Policy, st.just(Kind.QUORUM), st.integers(1, size), st.sampled_from(then))
+    others = st.builds(JoinPolicy, st.sampled_from([Kind.ALL_OF, Kind.ANY_OF]), st.none(), st.sampled_from(then))
+    return others | st.builds(JoinPolicy, st.just(Kind.QUORUM), st.integers(1, size), st.sampled_from(then))
 
 
 @st.composite
@@ -495,7 +495,7 @@ def assert_cancelled_for_a_reason(flow: Flow) -> None:
         upstream
         for name, upstreams in flow.plan.upstreams().items()
         if flow.group(name).state == "satisfied"
-        and flow.plan.policies.get(name, Policy()).on_satisfied == OnSatisfied.CANCEL_REMAINING
+        and flow.plan.policies.get(name, JoinPolicy()).on_satisfied == OnSatisfied.CANCEL_REMAINING
         for upstream in upstreams
     }
     assert cancelled <= reasons

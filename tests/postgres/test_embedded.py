@@ -23,10 +23,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core import embedded, postmaster
-from pgcoord_cli.core import programs as finding
-from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
-from pgcoord_cli.core.programs import find_programs, server_account
+from pgcoord_cli.core.embedded import installation as finding
+from pgcoord_cli.core.embedded import postmaster
+from pgcoord_cli.core.embedded import server as embedded_server
+from pgcoord_cli.core.embedded.installation import find_programs, server_account
+from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
 from pgcoord_cli.errors import PgcoordError, ServerUnavailable
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root needs an account for the server")
@@ -534,8 +535,8 @@ class TestThrowAway:
         slow = slowed(temporary)
         program = (
             "import pathlib, signal\n"
-            "from pgcoord_cli.core.embedded import throw_away_server\n"
-            "from pgcoord_cli.core.programs import Programs\n"
+            "from pgcoord_cli.core.embedded.server import throw_away_server\n"
+            "from pgcoord_cli.core.embedded.installation import Programs\n"
             f"with throw_away_server(Programs(pathlib.Path({str(slow)!r}), 18, 'slow')) as server:\n"
             f"    pathlib.Path({str(temporary)!r}, 'ready').touch()\n"
             "    signal.pause()\n"
@@ -568,7 +569,7 @@ class TestThrowAway:
         before, reached = signal.signal(number, interrupt), False
         other = Thread(target=Event().wait, args=(0.2,))  # the system may hand the signal to it
         try:
-            with pytest.raises(KeyboardInterrupt), embedded._undisturbed():
+            with pytest.raises(KeyboardInterrupt), embedded_server._undisturbed():
                 other.start()
                 os.kill(os.getpid(), number)
                 other.join()
@@ -594,18 +595,18 @@ class TestDevRoot:
         monkeypatch.delenv("PGCOORD_DEV_DIR", raising=False)
         monkeypatch.setenv("XDG_DATA_HOME", "/home/ada/data")
         monkeypatch.setattr(os, "geteuid", lambda: 0)
-        assert embedded.dev_root() == Path("/var/lib/pgcoord/dev/default")
+        assert embedded_server.dev_root() == Path("/var/lib/pgcoord/dev/default")
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
-        assert embedded.dev_root().parts[-3:] == ("pgcoord", "dev", "default")
-        assert "/var/lib" not in str(embedded.dev_root())
+        assert embedded_server.dev_root().parts[-3:] == ("pgcoord", "dev", "default")
+        assert "/var/lib" not in str(embedded_server.dev_root())
 
     def test_the_environment_moves_it(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("PGCOORD_DEV_DIR", "here")
-        assert embedded.dev_root("two") == tmp_path / "here" / "two"
+        assert embedded_server.dev_root("two") == tmp_path / "here" / "two"
 
 
 def test_nothing_sleeps() -> None:
     """Waiting is for events (rule I7)."""
-    assert "sleep(" not in Path(embedded.__file__).read_text() + Path(postmaster.__file__).read_text()
+    assert "sleep(" not in Path(embedded_server.__file__).read_text() + Path(postmaster.__file__).read_text()
     assert shutil.which("sleep"), "the bystander of these tests needs it"

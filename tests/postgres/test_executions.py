@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pgcoord_cli.core import executions, flows, reconcile
-from pgcoord_cli.core.executions import Claim
+from pgcoord_cli.core.flows import executions, flows, reconcile
+from pgcoord_cli.core.flows.executions import Claim
 from pgcoord_cli.errors import ConditionFalse, Fenced
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, value

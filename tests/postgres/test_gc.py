@@ -12,10 +12,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.commits import Status
+from pgcoord_cli.core.commits.requests import SHORTEST_RETENTION, Status
+from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.gc import check_retention, collect_commit_requests, count_commit_requests
-from pgcoord_cli.core.retention import SHORTEST_RETENTION
-from pgcoord_cli.core.session import command_session
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE

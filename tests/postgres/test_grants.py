@@ -14,13 +14,13 @@ from psycopg.conninfo import make_conninfo
 from psycopg.errors import InsufficientPrivilege
 from psycopg.sql import SQL, Identifier
 
-from pgcoord_cli.core import grants
-from pgcoord_cli.core.session import command_session
+from pgcoord_cli.core.database import grants
+from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.errors import PermissionDenied, UsageError
 from pgcoord_cli.settings import Settings
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.embedded import EmbeddedServer
+    from pgcoord_cli.core.embedded.server import EmbeddedServer
     from tests.conftest import Cli, StartLeader
 
 NewRole = Callable[..., str]
@@ -292,7 +292,7 @@ def test_names_of_roles_are_quoted(
 def test_a_schema_whose_name_is_a_reserved_word_is_quoted(
     settings: Settings, new_role: NewRole, in_schema: Callable[[Settings, str], Settings]
 ) -> None:
-    from pgcoord_cli.core.upgrade import upgrade
+    from pgcoord_cli.core.database.upgrade import upgrade
 
     reserved = in_schema(settings, "order")
     upgrade(reserved)

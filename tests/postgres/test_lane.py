@@ -11,9 +11,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.session import open_session_async
+from pgcoord_cli.core.database.session import open_session_async
 from pgcoord_cli.db.binary import bytea_array, integer
-from pgcoord_cli.db.lane import Answer, Lane, Statement
+from pgcoord_cli.db.lane import Answer, Lane, PendingStatement
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE
 
@@ -94,7 +94,7 @@ async def test_a_notification_that_comes_together_with_an_answer_is_heard(lane: 
 @on_a_lane
 async def test_a_session_that_is_ended_tells_its_statement_and_its_owner(lane: Lane, heard: Heard, sql: Sql) -> None:
     [(pid,)] = await lane.fetch(PID, [])
-    lane.run(Statement("SELECT pg_sleep(600)", [], partial(heard.note, lane)))
+    lane.run(PendingStatement("SELECT pg_sleep(600)", [], partial(heard.note, lane)))
     sql.execute("SELECT pg_terminate_backend(%s)", [integer(pid)])
     answer, was_open = await heard.answers.get()
     assert isinstance(answer, psycopg.OperationalError)
@@ -151,7 +151,7 @@ async def test_the_end_of_an_answer_is_not_waited_for_in_the_way_of_all_else(
 
 @on_a_lane
 async def test_a_lane_that_is_closed_tells_the_statement_under_way(lane: Lane, heard: Heard, sql: Sql) -> None:
-    lane.run(Statement("SELECT pg_sleep(600)", [], partial(heard.note, lane)))
+    lane.run(PendingStatement("SELECT pg_sleep(600)", [], partial(heard.note, lane)))
     lane.close()
     answer, _ = heard.answers.get_nowait()
     assert isinstance(answer, psycopg.OperationalError)

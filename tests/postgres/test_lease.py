@@ -16,12 +16,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core import channels, lease
-from pgcoord_cli.core.election import CANCEL_AGAIN_SECONDS, Keeper, mark_leader_session, session_key
-from pgcoord_cli.core.lease import Renewal, Term
-from pgcoord_cli.core.locks import lock_key
-from pgcoord_cli.core.session import open_session
-from pgcoord_cli.core.wakeup import Wakeup, listen
+from pgcoord_cli.core.concurrency.wakeup import Wakeup, listen
+from pgcoord_cli.core.database import channels
+from pgcoord_cli.core.database.advisory_keys import lock_key
+from pgcoord_cli.core.database.session import open_session
+from pgcoord_cli.core.leader import lease
+from pgcoord_cli.core.leader.lease import Renewal, Term
+from pgcoord_cli.core.leader.lease_keeper import CANCEL_AGAIN_SECONDS, LeaseKeeper, mark_leader_session, session_key
 from pgcoord_cli.db.sqlfiles import sql_root
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value
@@ -319,10 +320,10 @@ def test_i12_nothing_reads_the_clients_calendar_or_the_start_of_a_transaction_fo
 
 
 @contextmanager
-def keeper_of(settings: Settings, ttl: float = 600, *, elected: bool = True) -> Iterator[Keeper]:
+def keeper_of(settings: Settings, ttl: float = 600, *, elected: bool = True) -> Iterator[LeaseKeeper]:
     """A keeper that stands for election, and by default has won; it is stopped in the end."""
     with closing(Wakeup()) as wakeup:
-        keeper = Keeper(settings, "keeper", ttl, wakeup)
+        keeper = LeaseKeeper(settings, "keeper", ttl, wakeup)
         keeper.start()
         try:
             if elected:
@@ -379,7 +380,7 @@ def test_a_keeper_that_is_stopped_just_after_it_has_won_still_releases(
     """A stop cancels the wait for the election lock, never a statement after it."""
     rival.execute("SELECT pg_advisory_lock($1)", [session_key("pgcoord")])
     with closing(Wakeup()) as wakeup:
-        keeper = Keeper(settings, "keeper", 600, wakeup)
+        keeper = LeaseKeeper(settings, "keeper", 600, wakeup)
         keeper.start()
         until(lambda: keeper.term and waits_for(sql, keeper_pid(sql) or 0, rival.info.backend_pid))
         stop = threading.Thread(target=keeper.stop)

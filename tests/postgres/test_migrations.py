@@ -15,11 +15,11 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pgcoord_cli.core import migrations
-from pgcoord_cli.core.locks import LockHolder, lock_key
-from pgcoord_cli.core.migrations import LedgerRow, migration_files
-from pgcoord_cli.core.session import migration_session
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database import migrations
+from pgcoord_cli.core.database.advisory_keys import LockHolder, lock_key
+from pgcoord_cli.core.database.migrations import LedgerRow, migration_files
+from pgcoord_cli.core.database.session import migration_session
+from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.errors import Busy, MigrationEdited, PgcoordError, SchemaMissing, SchemaUnknown, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE

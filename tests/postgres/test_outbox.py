@@ -23,10 +23,17 @@ from psycopg.errors import (
 )
 from psycopg.sql import SQL, Identifier
 
-from pgcoord_cli.core import grants
-from pgcoord_cli.core.migrations import apply
-from pgcoord_cli.core.outbox import COMPLETION, LEASE, OUTBOXES, Outbox, append_completion_event, append_lease_event
-from pgcoord_cli.core.session import command_session, migration_session
+from pgcoord_cli.core.database import grants
+from pgcoord_cli.core.database.migrations import apply
+from pgcoord_cli.core.database.session import command_session, migration_session
+from pgcoord_cli.core.events.outbox import (
+    COMPLETION,
+    LEASE,
+    OUTBOXES,
+    Outbox,
+    append_completion_event,
+    append_lease_event,
+)
 from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value

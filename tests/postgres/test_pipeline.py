@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.session import open_session
+from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.db.binary import bytea_array, int8, int8_array, text_array
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.settings import Settings

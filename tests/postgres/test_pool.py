@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.pool import Pool
+from pgcoord_cli.core.database.pool import Pool
 from pgcoord_cli.db.binary import integer
 from pgcoord_cli.db.lane import Row, settle
 from pgcoord_cli.errors import ConnectionFailed

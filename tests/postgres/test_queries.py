@@ -17,7 +17,7 @@ import psycopg
 from psycopg.pq import ExecStatus
 
 import pgcoord_cli
-from pgcoord_cli.db.sqlfiles import Statement, sql_root, statements
+from pgcoord_cli.db.sqlfiles import NamedStatement, sql_root, statements
 
 PACKAGE = Path(pgcoord_cli.__file__).parent
 FILES = sorted((sql_root() / "queries").iterdir())
@@ -265,18 +265,18 @@ SQL_IN_PYTHON = re.compile(
 SESSION_COMMAND = re.compile(r"SELECT set_config\(.*|SELECT 1")
 
 ALLOWED = {
-    ("core/migrations.py", "CREATE SCHEMA"),  # of the script that `migrate sql` prints without asking a server
-    ("core/migrations.py", "BEGIN;"),
-    ("core/migrations.py", "COMMIT;"),
+    ("core/database/migrations.py", "CREATE SCHEMA"),  # of the script that `migrate sql` prints without asking a server
+    ("core/database/migrations.py", "BEGIN;"),
+    ("core/database/migrations.py", "COMMIT;"),
     ("commands/kv.py", "BEGIN"),  # the name of an argument
-    ("core/poolers.py", "BEGIN; "),
-    ("core/poolers.py", "COMMIT;"),
-    ("core/leadership.py", "UPDATE"),  # a word that is replaced in a statement
-    ("core/grants.py", "CREATE ROLE"),  # of a hint
+    ("core/database/pooler_check.py", "BEGIN; "),
+    ("core/database/pooler_check.py", "COMMIT;"),
+    ("core/locks/ownership.py", "UPDATE"),  # a word that is replaced in a statement
+    ("core/database/grants.py", "CREATE ROLE"),  # of a hint
 }
 
 
-def every_statement() -> Iterator[tuple[str, Statement]]:
+def every_statement() -> Iterator[tuple[str, NamedStatement]]:
     for path in FILES:
         for name, statement in statements(path.stem).items():
             yield f"{path.stem}.{name}", statement

@@ -10,11 +10,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core import executions, reconcile
-from pgcoord_cli.core.dispatch import Advanced, dispatch_completion
-from pgcoord_cli.core.flow_file import FlowPlan
-from pgcoord_cli.core.policy import Kind, OnSatisfied, Policy
-from pgcoord_cli.core.reconcile import (
+from pgcoord_cli.core.flows import executions, reconcile
+from pgcoord_cli.core.flows.dispatch import Advanced, dispatch_completion
+from pgcoord_cli.core.flows.flow_file import FlowPlan
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied
+from pgcoord_cli.core.flows.reconcile import (
     EVENTS_A_TRANSACTION,
     MOST_LOSSES,
     QUARANTINE_AFTER,
@@ -449,7 +449,9 @@ def test_siblings_that_need_not_run_are_cancelled_once(make: Make, conn: Conn, s
 
 
 def test_siblings_of_what_may_still_need_them_or_cannot_succeed_any_more_run_on(make: Make, conn: Conn) -> None:
-    flow = make(plan("a b c goal", "a>goal b>goal c>goal", goal=Policy(Kind.QUORUM, 3, OnSatisfied.CANCEL_REMAINING)))
+    flow = make(
+        plan("a b c goal", "a>goal b>goal c>goal", goal=JoinPolicy(Kind.QUORUM, 3, OnSatisfied.CANCEL_REMAINING))
+    )
     assert sibling_cancel(conn, NOW, Complaints()) == Tick()
     dispatch_completion(conn, flow.end("a", "failed"))
     assert flow.group("goal").state == "impossible"

@@ -18,15 +18,16 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from pytest_postgresql.executors import NoopExecutor
 
-from pgcoord_cli.core import codec, lease, recent, resolver
-from pgcoord_cli.core.codec import Mutation, Op, Range, Request
-from pgcoord_cli.core.embedded import throw_away_server
-from pgcoord_cli.core.lease import Term
-from pgcoord_cli.core.migrations import apply, migration_lock
-from pgcoord_cli.core.programs import Programs
-from pgcoord_cli.core.recent import RecentCommits
-from pgcoord_cli.core.resolver import Resolver
-from pgcoord_cli.core.session import migration_session, open_session
+from pgcoord_cli.core.commits import codec, recent_commits
+from pgcoord_cli.core.commits.codec import Mutation, Op, Range, Request
+from pgcoord_cli.core.commits.recent_commits import RecentCommits
+from pgcoord_cli.core.database.migrations import apply, migration_lock
+from pgcoord_cli.core.database.session import migration_session, open_session
+from pgcoord_cli.core.embedded.installation import Installation
+from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.leader import lease, resolver
+from pgcoord_cli.core.leader.lease import Term
+from pgcoord_cli.core.leader.resolver import Resolver
 from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
@@ -626,7 +627,7 @@ def test_a_writer_in_another_database_does_not_hold_the_queue_floor_up(
 
 
 @pytest.mark.usefixtures("always_observing")
-def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Programs) -> None:
+def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Installation) -> None:
     """Preparing a transaction changes the name under which pg_locks knows it."""
     with throw_away_server(programs, {"max_prepared_transactions": "2"}) as server:
         settings = Settings(dsn=server.dsn)
@@ -696,7 +697,7 @@ def forget_what_is_older_than_now(monkeypatch: pytest.MonkeyPatch, sql: Sql, lea
     """Makes one more commit, before which the conflict floor rises to the last one; returns that floor."""
     floor = leader.durable_version
     with monkeypatch.context() as patch:
-        patch.setattr(recent, "CONFLICT_WINDOW", timedelta(0))
+        patch.setattr(recent_commits, "CONFLICT_WINDOW", timedelta(0))
         submit(sql, writes(b"unrelated"), floor)
         drain(leader)
     return floor
@@ -725,7 +726,7 @@ def test_i4_a_batch_that_only_says_too_old_stores_the_floor_that_it_judged_by(
     submit(sql, writes(b"k"))
     drain(leader)
     with monkeypatch.context() as patch:
-        patch.setattr(recent, "CONFLICT_WINDOW", timedelta(0))
+        patch.setattr(recent_commits, "CONFLICT_WINDOW", timedelta(0))
         old = submit(sql, writes(b"j"), 0)
         drain(leader)
     successor = Resolver(leader_conn, begin_term(leader_conn))

@@ -11,9 +11,9 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
-from pgcoord_cli.core.programs import find_programs
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database.upgrade import upgrade
+from pgcoord_cli.core.embedded.installation import find_programs
+from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
 from pgcoord_cli.errors import ServerUnavailable
 from pgcoord_cli.settings import Settings
 

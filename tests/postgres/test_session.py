@@ -19,11 +19,11 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pgcoord_cli.core import session
-from pgcoord_cli.core.embedded import EmbeddedServer, throw_away_server
-from pgcoord_cli.core.locks import lock_key
-from pgcoord_cli.core.programs import Programs, server_account
-from pgcoord_cli.core.upgrade import upgrade
+from pgcoord_cli.core.database import session
+from pgcoord_cli.core.database.advisory_keys import lock_key
+from pgcoord_cli.core.database.upgrade import upgrade
+from pgcoord_cli.core.embedded.installation import Installation, server_account
+from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
 from pgcoord_cli.db import connection
 from pgcoord_cli.errors import Busy, ConnectionFailed, PgcoordError, TimedOut, UnsuitableServer, UsageError
 from pgcoord_cli.settings import Settings
@@ -46,7 +46,7 @@ def call(offline: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
 
 
 @pytest.fixture
-def primary(programs: Programs) -> Iterator[EmbeddedServer]:
+def primary(programs: Installation) -> Iterator[EmbeddedServer]:
     """A migrated server of the test's own, with one key."""
     with throw_away_server(programs) as running:
         upgrade(Settings(dsn=running.dsn))
@@ -56,7 +56,7 @@ def primary(programs: Programs) -> Iterator[EmbeddedServer]:
 
 
 @contextmanager
-def standby_of(primary: EmbeddedServer, programs: Programs) -> Iterator[EmbeddedServer]:
+def standby_of(primary: EmbeddedServer, programs: Installation) -> Iterator[EmbeddedServer]:
     """A streaming standby of the server."""
     with tempfile.TemporaryDirectory(prefix="pgcoord-standby-", dir="/tmp") as name:
         root = Path(name)
@@ -90,7 +90,7 @@ def everything(dsn: str) -> list[Any]:
 
 
 def test_i14_on_a_standby_commands_look_and_change_nothing(
-    call: Call, primary: EmbeddedServer, programs: Programs
+    call: Call, primary: EmbeddedServer, programs: Installation
 ) -> None:
     looking = {
         "leader status": 3, "leader history": 0, "leader assert --epoch 1": 6,

@@ -15,14 +15,15 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL, Identifier
 
-from pgcoord_cli.core import grants, subscriptions
-from pgcoord_cli.core.cursor import from_cursor
-from pgcoord_cli.core.locks import lock_key
-from pgcoord_cli.core.migrations import apply
-from pgcoord_cli.core.outbox import COMPLETION, LEASE, Outbox
-from pgcoord_cli.core.session import command_session, migration_session
-from pgcoord_cli.core.subscriptions import Subscription, checkpoint
-from pgcoord_cli.core.tail import Notice
+from pgcoord_cli.core.database import grants
+from pgcoord_cli.core.database.advisory_keys import lock_key
+from pgcoord_cli.core.database.migrations import apply
+from pgcoord_cli.core.database.session import command_session, migration_session
+from pgcoord_cli.core.events import subscriptions
+from pgcoord_cli.core.events.cursor import from_cursor
+from pgcoord_cli.core.events.outbox import COMPLETION, LEASE, Outbox
+from pgcoord_cli.core.events.subscriptions import Subscription, checkpoint
+from pgcoord_cli.core.events.tail import Notice
 from pgcoord_cli.errors import Busy, ConnectionFailed, Fenced, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until

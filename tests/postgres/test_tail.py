@@ -22,12 +22,11 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL, Identifier, Literal
 
-from pgcoord_cli.core import tail as tail_module
-from pgcoord_cli.core.cursor import from_cursor, to_cursor
-from pgcoord_cli.core.embedded import EmbeddedServer, StopMode
-from pgcoord_cli.core.feed import WAKE_SECONDS, Feed
-from pgcoord_cli.core.gc import collect_events
-from pgcoord_cli.core.outbox import (
+from pgcoord_cli.core.database.session import command_session
+from pgcoord_cli.core.embedded.server import EmbeddedServer, StopMode
+from pgcoord_cli.core.events import tail as tail_module
+from pgcoord_cli.core.events.cursor import from_cursor, to_cursor
+from pgcoord_cli.core.events.outbox import (
     COMPLETION,
     LEASE,
     CompletionEvent,
@@ -37,8 +36,9 @@ from pgcoord_cli.core.outbox import (
     append_completion_event,
     append_lease_event,
 )
-from pgcoord_cli.core.session import command_session
-from pgcoord_cli.core.tail import BATCH_LIMIT, GAP_LIMIT, Batch, Filters, From, Notice, Tail, tail
+from pgcoord_cli.core.events.tail import BATCH_LIMIT, GAP_LIMIT, Batch, Filters, Notice, StartPosition, Tail, tail
+from pgcoord_cli.core.events.tail_connection import WAKE_SECONDS, TailConnection
+from pgcoord_cli.core.gc import collect_events
 from pgcoord_cli.errors import ConnectionFailed, CursorExpired, PgcoordError, SchemaMissing, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until, value
@@ -236,7 +236,7 @@ def is_waiting(sql: Conn, pid: int) -> bool:
 # -- five writers, every order, every outcome
 
 
-class Ending(NamedTuple):
+class ExitResult(NamedTuple):
     """How a writer's transaction ends, and whether and when it is prepared before: `early` is before any ends."""
 
     commits: bool
@@ -252,12 +252,12 @@ class Case(NamedTuple):
     """In which order the five end, and how each of them does."""
 
     order: tuple[int, ...]
-    endings: tuple[Ending, ...]
+    endings: tuple[ExitResult, ...]
 
 
 ORDERS = list(permutations(range(5)))
-PLAIN = [Ending(True), Ending(False)]
-PREPARED = [Ending(commits, True, early) for commits in (True, False) for early in (True, False)]
+PLAIN = [ExitResult(True), ExitResult(False)]
+PREPARED = [ExitResult(commits, True, early) for commits in (True, False) for early in (True, False)]
 ALL_PLAIN = [Case(order, endings) for order, endings in product(ORDERS, product(PLAIN, repeat=5))]
 
 
@@ -297,7 +297,7 @@ class Five:
             self._check()
         self._reader.until(lambda: self._delivered == sorted(self._committed))
 
-    def _begin(self, conn: Conn, ending: Ending) -> int:
+    def _begin(self, conn: Conn, ending: ExitResult) -> int:
         conn.execute("BEGIN")
         if ending.prepared:
             conn.execute("SET LOCAL pgcoord.notify = off")
@@ -307,7 +307,7 @@ class Five:
         self._writers[place].execute(SQL("PREPARE TRANSACTION {}").format(self._gid(place)))
         self._check()
 
-    def _end(self, place: int, ending: Ending) -> None:
+    def _end(self, place: int, ending: ExitResult) -> None:
         gid = self._gid(place)
         if ending.prepared:
             self._sql.execute(SQL("{} PREPARED {}").format(SQL(ending.verb), gid))
@@ -455,7 +455,7 @@ def test_i10_a_transaction_in_another_database_holds_nothing_up(
     assert sql.execute(oid).fetchone() == twin.execute(oid).fetchone()
     with twin.transaction():
         write(twin)
-        reader = start_reader(start=From.beginning())
+        reader = start_reader(start=StartPosition.beginning())
         reader.wait_for(gap_and_event(sql))
         reader.wait_for([2, *gap_and_event(sql)])
         assert reader.said == []
@@ -483,7 +483,7 @@ def test_i10_an_unrelated_transaction_holds_nothing_up(
     with writer.transaction():
         for statement in statements:
             writer.execute(statement.encode())
-        reader = start_reader(start=From.beginning())
+        reader = start_reader(start=StartPosition.beginning())
         first = gap_and_event(sql)
         reader.wait_for(first)
         reader.wait_for([*first, *gap_and_event(sql)])
@@ -532,7 +532,7 @@ def test_a_tail_that_does_not_follow_ends_at_a_gap_and_names_the_writer(
     (first,) = write(sql)
     with under_way(writer) as missing:
         write(sql)
-        reader = start_reader(start=From.beginning(), follow=False)
+        reader = start_reader(start=StartPosition.beginning(), follow=False)
         reader.wait_for_end()
         since = sql.execute("SELECT xact_start FROM pg_stat_activity WHERE pid = %s", [writer.info.backend_pid])
         (notice,) = reader.notices
@@ -548,7 +548,7 @@ def test_a_tail_that_is_held_up_by_a_prepared_transaction_names_it(
     gid = f"{sql.info.dbname} transfer"
     (missing,) = prepare(writer, gid)
     write(sql)
-    reader = start_reader(start=From.beginning(), follow=False)
+    reader = start_reader(start=StartPosition.beginning(), follow=False)
     reader.wait_for_end()
     since = sql.execute("SELECT prepared FROM pg_prepared_xacts WHERE gid = %s", [gid]).fetchone() or ()
     (notice,) = reader.notices
@@ -562,7 +562,7 @@ def test_several_holders_are_named_longest_first(
 ) -> None:
     with connect(settings, application_name="another") as later, under_way(writer), under_way(later):
         write(sql)
-        reader = start_reader(start=From.beginning(), follow=False)
+        reader = start_reader(start=StartPosition.beginning(), follow=False)
         reader.wait_for_end()
     assert [holder.application for holder in reader.notices[0].holders] == ["a service", "another"]
 
@@ -595,7 +595,7 @@ def test_rolled_back_ids_hold_nobody_up(sql: Conn, start_reader: StartReader) ->
     roll_back(sql, 3)
     written = [*write(sql), *gap_and_event(sql)]
     roll_back(sql)
-    reader = start_reader(start=From.beginning(), follow=False)
+    reader = start_reader(start=StartPosition.beginning(), follow=False)
     reader.wait_for_end()
     assert (reader.ids, reader.said) == (written, [])
 
@@ -652,7 +652,11 @@ def test_from_now_begins_at_the_head_where_nobody_is_writing(sql: Conn, start_re
 
 def test_from_the_beginning_and_from_a_position(sql: Conn, start_reader: StartReader) -> None:
     ids = write(sql, 5)
-    for start, expected in ((From.beginning(), ids), (From.position(3), ids[3:]), (From.position(5), [])):
+    for start, expected in (
+        (StartPosition.beginning(), ids),
+        (StartPosition.position(3), ids[3:]),
+        (StartPosition.position(5), []),
+    ):
         reader = start_reader(start=start, follow=False)
         reader.wait_for_end()
         assert reader.ids == expected
@@ -664,7 +668,7 @@ def test_from_the_beginning_starts_at_the_oldest_that_is_kept(
     write_before(sql, LONG_BEFORE)
     kept = write(sql)
     collect(settings)
-    reader = start_reader(start=From.beginning(), follow=False)
+    reader = start_reader(start=StartPosition.beginning(), follow=False)
     reader.wait_for_end()
     assert (reader.batches[0].position, reader.ids) == (1, kept)
 
@@ -682,7 +686,7 @@ def test_from_the_beginning_starts_at_the_oldest_that_is_kept(
 def test_from_a_time(sql: Conn, start_reader: StartReader, start: datetime | timedelta, first: int) -> None:
     for hours in (2, 1, 0.5):
         write_before(sql, round(hours * 3_600_000))
-    reader = start_reader(start=From.time(start))
+    reader = start_reader(start=StartPosition.time(start))
     write(sql)
     reader.wait_for(list(range(first, 5)))
 
@@ -694,7 +698,7 @@ def test_i12_so_long_ago_is_by_the_clock_of_the_server(
     write_before(sql, 3_600_000)
     young = write(sql)
     monkeypatch.setattr(time, "time", lambda: clock)
-    reader = start_reader(start=From.time(timedelta(minutes=10)), follow=False)
+    reader = start_reader(start=StartPosition.time(timedelta(minutes=10)), follow=False)
     reader.wait_for_end()
     assert reader.ids == young
 
@@ -705,7 +709,7 @@ def test_i10_from_a_time_delivers_what_a_writer_under_way_holds_below_the_first_
     write_before(sql, LONG_BEFORE)
     with under_way(writer) as held:
         (seen,) = write(sql)
-        reader = start_reader(start=From.time(timedelta(hours=1)))
+        reader = start_reader(start=StartPosition.time(timedelta(hours=1)))
         let_look(sql)
     reader.until(lambda: seen in reader.ids)
     assert reader.ids == [held, seen]
@@ -714,7 +718,7 @@ def test_i10_from_a_time_delivers_what_a_writer_under_way_holds_below_the_first_
 def test_a_cursor_ahead_of_the_head_is_a_usage_error(sql: Conn, settings: Settings) -> None:
     write(sql, 3)
     with pytest.raises(UsageError, match=f"{to_cursor(4)} is ahead of the outbox, which ends at {to_cursor(3)}"):
-        list(tail(settings, "lease", start=From.position(4), follow=False))
+        list(tail(settings, "lease", start=StartPosition.position(4), follow=False))
 
 
 # -- where it ends
@@ -722,14 +726,14 @@ def test_a_cursor_ahead_of_the_head_is_a_usage_error(sql: Conn, settings: Settin
 
 def test_until_a_position_ends_a_following_tail(sql: Conn, start_reader: StartReader) -> None:
     ids = write(sql, 5)
-    reader = start_reader(start=From.beginning(), until=From.position(3))
+    reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(3))
     reader.wait_for_end()
     assert reader.ids == ids[:3]
 
 
 def test_until_a_position_to_come_waits_for_it(sql: Conn, start_reader: StartReader) -> None:
     write(sql, 2)
-    reader = start_reader(start=From.beginning(), until=From.position(4))
+    reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(4))
     let_look(sql)
     assert reader.ids == [1, 2]
     assert not reader.has_ended
@@ -743,7 +747,7 @@ def test_until_an_id_that_was_rolled_back_ends_with_the_first_event_beyond(
 ) -> None:
     ids = write(sql, 2)
     roll_back(sql, 3)
-    reader = start_reader(start=From.beginning(), until=From.position(5))
+    reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(5))
     let_look(sql)
     assert not reader.has_ended
     write(sql)
@@ -754,7 +758,7 @@ def test_until_an_id_that_was_rolled_back_ends_with_the_first_event_beyond(
 def test_i10_until_an_id_that_may_still_come_waits_for_it(sql: Conn, writer: Conn, start_reader: StartReader) -> None:
     write(sql)
     with under_way(writer) as last:
-        reader = start_reader(start=From.beginning(), until=From.position(last))
+        reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(last))
         let_look(sql)
         assert reader.ids == [1]
         assert not reader.has_ended
@@ -775,7 +779,7 @@ def test_until_a_time(sql: Conn, start_reader: StartReader, end: datetime | time
     for hours in (2, 1, 0.5):
         write_before(sql, round(hours * 3_600_000))
     roll_back(sql)
-    reader = start_reader(start=From.beginning(), until=From.time(end))
+    reader = start_reader(start=StartPosition.beginning(), until=StartPosition.time(end))
     write(sql)
     reader.wait_for_end()
     assert reader.ids == list(range(1, last + 1))
@@ -804,7 +808,7 @@ def test_filters_choose_and_the_position_passes_the_rest(
     write(sql, partition_key=7, namespace="deploys", instance_tag="blue", event_type="acquired")
     write(sql, partition_key=8, namespace="builds", instance_tag="green", event_type="expired")
     write(sql, namespace="", instance_tag="")
-    reader = start_reader(start=From.beginning(), follow=False, filters=filters)
+    reader = start_reader(start=StartPosition.beginning(), follow=False, filters=filters)
     reader.wait_for_end()
     assert reader.ids == expected
     assert reader.batches[-1].position == 4
@@ -814,7 +818,7 @@ def test_outcomes_of_completion_events_are_filtered_too(sql: Conn, settings: Set
     for outcome in ("success", "failed", "success"):
         append_completion_event(sql, uuid4(), outcome)
     wanted = Filters(kinds=frozenset({"success"}))
-    events = list(tail(settings, "completion", start=From.beginning(), follow=False, filters=wanted))
+    events = list(tail(settings, "completion", start=StartPosition.beginning(), follow=False, filters=wanted))
     assert [(event.event_id, event.kind) for event in events] == [(1, "success"), (3, "success")]
 
 
@@ -834,13 +838,13 @@ def test_i10_a_cursor_older_than_what_is_kept_says_where_to_resume(settings: Set
     collect(settings)
     for position in (0, 2):
         with (
-            closing(Tail(settings, LEASE, start=From.position(position))) as expired,
+            closing(Tail(settings, LEASE, start=StartPosition.position(position))) as expired,
             pytest.raises(CursorExpired) as caught,
         ):
             next(expired.batches())  # before anything is said to have been dealt with
         assert (caught.value.exit_code, to_cursor(position) in caught.value.message) == (8, True)
     assert caught.value.hint
-    resume = From.position(from_cursor(caught.value.hint.split()[-1], "hint"))
+    resume = StartPosition.position(from_cursor(caught.value.hint.split()[-1], "hint"))
     assert [event.event_id for event in tail(settings, "lease", start=resume, follow=False)] == kept
 
 
@@ -871,7 +875,7 @@ def test_collection_behind_a_tail_does_not_disturb_it(settings: Settings, sql: C
 
 def test_batches_are_bounded(sql: Conn, start_reader: StartReader) -> None:
     ids = write(sql, MANY)
-    reader = start_reader(start=From.beginning(), follow=False)
+    reader = start_reader(start=StartPosition.beginning(), follow=False)
     reader.wait_for_end()
     assert [len(batch.events) for batch in reader.batches] == [0, BATCH_LIMIT, BATCH_LIMIT, BATCH_LIMIT // 2]
     assert reader.ids == ids
@@ -894,13 +898,13 @@ def test_i10_a_gap_that_is_filled_before_more_than_a_batch_of_events(
 def test_a_tail_that_is_held_up_reads_little_until_it_is_not(
     sql: Conn, writer: Conn, start_reader: StartReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits, rows_of = [], Feed._rows
+    limits, rows_of = [], TailConnection._rows
 
-    def noted(feed: Feed, position: int, limit: int) -> Any:
+    def noted(feed: TailConnection, position: int, limit: int) -> Any:
         limits.append(limit)
         return rows_of(feed, position, limit)
 
-    monkeypatch.setattr(Feed, "_rows", noted)
+    monkeypatch.setattr(TailConnection, "_rows", noted)
     reader = start_reader()
     with under_way(writer) as held:
         ids = write(sql, 10 * GAP_LIMIT)
@@ -918,7 +922,7 @@ def test_a_tail_that_is_held_up_reads_little_until_it_is_not(
 def test_i10_an_end_far_beyond_a_rolled_back_id(sql: Conn, start_reader: StartReader) -> None:
     roll_back(sql)
     ids = write(sql, MANY)
-    reader = start_reader(start=From.beginning(), until=From.position(MANY + 1))
+    reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(MANY + 1))
     reader.wait_for_end()
     assert reader.ids == ids
 
@@ -927,7 +931,7 @@ def test_i10_many_rolled_back_ids_before_many_events(sql: Conn, start_reader: St
     ids = write(sql)
     roll_back(sql, MANY)
     ids += write(sql, MANY)
-    reader = start_reader(start=From.beginning(), follow=False)
+    reader = start_reader(start=StartPosition.beginning(), follow=False)
     reader.wait_for_end()
     assert reader.ids == ids
 
@@ -989,7 +993,7 @@ def test_i7_a_tail_that_ends_does_not_speak_for_another_that_waits(sql: Conn, st
 def test_i7_without_follow_a_tail_never_asks_to_be_woken(sql: Conn, start_reader: StartReader) -> None:
     roll_back(sql)  # so that it has to look
     written = write(sql, 3)
-    reader = start_reader(start=From.beginning(), follow=False)
+    reader = start_reader(start=StartPosition.beginning(), follow=False)
     reader.wait_for_end()
     assert (reader.ids, wake_until(sql)) == (written, None)
 
@@ -1002,7 +1006,7 @@ def test_i10_without_follow_a_gap_that_nobody_fills_is_passed_although_others_wr
     has_looked = "SELECT state = 'idle' AND strpos(query, 'outbox_floors') > 0 FROM pg_stat_activity WHERE pid = %s"
     with connect(settings) as next_writer, ExitStack() as later:
         with under_way(writer):
-            reader = start_reader(start=From.beginning(), follow=False)
+            reader = start_reader(start=StartPosition.beginning(), follow=False)
             until(lambda: reader.has_ended or value(sql, has_looked, tail_pid(sql)))
             held = later.enter_context(under_way(next_writer))
         reader.wait_for_end()
@@ -1013,7 +1017,7 @@ def test_i10_without_follow_a_gap_that_nobody_fills_is_passed_although_others_wr
 
 def test_i10_what_lies_behind_the_end_is_not_counted_as_passed(sql: Conn, start_reader: StartReader) -> None:
     written = write(sql, 10)
-    reader = start_reader(start=From.beginning(), until=From.position(written[4]))
+    reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(written[4]))
     reader.wait_for_end()
     assert (reader.ids, reader.batches[-1].position) == (written[:5], written[4])
 
@@ -1140,7 +1144,7 @@ def test_what_is_wrong_at_the_very_beginning_is_raised(settings: Settings, empty
 
 def test_unknown_types_and_ids_that_are_no_uuids_are_delivered_as_they_are(sql: Conn, settings: Settings) -> None:
     write(sql, execution_id="job 7 \u00e4\n", event_type="teleported", lease_id="", namespace="", partition_key=-1)
-    (event,) = tail(settings, "lease", start=From.beginning(), follow=False)
+    (event,) = tail(settings, "lease", start=StartPosition.beginning(), follow=False)
     assert isinstance(event, LeaseEvent)
     assert event[:4] == (1, "job 7 \u00e4\n", "", "teleported")
     assert (event.kind, event.partition_key, event.namespace, event.instance_tag) == ("teleported", -1, "", None)
@@ -1152,7 +1156,7 @@ def test_the_values_of_a_completion_event_are_those_that_were_written(sql: Conn,
     append_completion_event(
         sql, execution, "odd", flow_id=flow, partition_key=3, namespace="n", instance_tag="t", occurred_at=then
     )
-    (event,) = tail(settings, "completion", start=From.beginning(), follow=False)
+    (event,) = tail(settings, "completion", start=StartPosition.beginning(), follow=False)
     assert isinstance(event, CompletionEvent)
     written = (1, str(execution), str(flow), "odd", round(then.timestamp() * 1000), 3, "n", "t")
     assert event[:-1] == written
@@ -1163,7 +1167,7 @@ def test_the_two_outboxes_are_apart(sql: Conn, settings: Settings) -> None:
     append_lease_event(sql, "job", "acquired")
     append_completion_event(sql, uuid4(), "success")
     append_completion_event(sql, uuid4(), "failed")
-    counts = {noun: len(list(tail(settings, noun, start=From.beginning(), follow=False)))
+    counts = {noun: len(list(tail(settings, noun, start=StartPosition.beginning(), follow=False)))
               for noun in ("lease", "completion")}  # fmt: skip
     assert counts == {"lease": 1, "completion": 2}
 
@@ -1171,15 +1175,15 @@ def test_the_two_outboxes_are_apart(sql: Conn, settings: Settings) -> None:
 def test_i10_the_cursor_of_any_event_resumes_after_it(sql: Conn, settings: Settings) -> None:
     write(sql, 3)
     gap_and_event(sql)
-    events = list(tail(settings, "lease", start=From.beginning(), follow=False))
+    events = list(tail(settings, "lease", start=StartPosition.beginning(), follow=False))
     for place, event in enumerate(events, start=1):
-        start = From.position(from_cursor(event.cursor, "--from"))
+        start = StartPosition.position(from_cursor(event.cursor, "--from"))
         assert list(tail(settings, "lease", start=start, follow=False)) == events[place:]
 
 
 def test_a_tail_that_is_left_gives_its_connection_back(sql: Conn, settings: Settings) -> None:
     write(sql)
-    with closing(tail(settings, "lease", start=From.beginning())) as events:  # type: ignore[type-var]
+    with closing(tail(settings, "lease", start=StartPosition.beginning())) as events:  # type: ignore[type-var]
         assert next(events).event_id == 1
         pid = tail_pid(sql)
     until(lambda: not sql.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone())

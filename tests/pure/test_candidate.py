@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pgcoord_cli.core import candidate
-from pgcoord_cli.core.candidate import RECONNECT_SECONDS, Candidate, CandidateEvent
+from pgcoord_cli.core.leader import candidate
+from pgcoord_cli.core.leader.candidate import RECONNECT_SECONDS, Candidate, CandidateEvent
 from pgcoord_cli.errors import ConnectionFailed
 from pgcoord_cli.settings import Settings
 

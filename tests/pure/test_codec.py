@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pgcoord_cli.core import codec
-from pgcoord_cli.core.codec import Mutation, Op, Request, Undecodable
+from pgcoord_cli.core.commits import codec
+from pgcoord_cli.core.commits.codec import Mutation, Op, Request, Undecodable
 
 LONGEST_REASON = 300
 """Characters of a reason that still fit on a screen."""

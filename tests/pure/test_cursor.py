@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgcoord_cli.core.cursor import MAX_POSITION, from_cursor, looks_like_cursor, to_cursor
+from pgcoord_cli.core.events.cursor import MAX_POSITION, from_cursor, looks_like_cursor, to_cursor
 from pgcoord_cli.errors import UsageError
 
 positions = st.integers(0, MAX_POSITION)

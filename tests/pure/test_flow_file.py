@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgcoord_cli.core.flow_file import MAX_NAME, FlowPlan, PlannedExecution, parse_flow
-from pgcoord_cli.core.policy import Kind, OnSatisfied, Policy
+from pgcoord_cli.core.flows.flow_file import MAX_NAME, FlowPlan, PlannedExecution, parse_flow
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied
 from pgcoord_cli.errors import UsageError
 
 DESIGN = """\
@@ -51,7 +51,7 @@ def test_the_form_that_the_design_shows() -> None:
         "deploys", None,
         [PlannedExecution("build", ["make", "build"]), PlannedExecution("test"), PlannedExecution("release")],
         [("build", "test"), ("test", "release")],
-        {"release": Policy(Kind.QUORUM, 1, OnSatisfied.LET_RUN)},
+        {"release": JoinPolicy(Kind.QUORUM, 1, OnSatisfied.LET_RUN)},
     )  # fmt: skip
     assert plan.upstreams() == {"test": ["build"], "release": ["test"]}
 
@@ -72,7 +72,7 @@ def test_everything_that_can_be_said() -> None:
         """)
     assert (plan.namespace, plan.instance_tag) == ("ci", "blue")
     assert plan.executions[0] == PlannedExecution("a", ["sh", "-c", "echo 'ä'"], 3, "green")
-    assert plan.policies == {"c": Policy(Kind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING)}
+    assert plan.policies == {"c": JoinPolicy(Kind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING)}
 
 
 def test_names_that_yaml_takes_for_something_else_are_texts() -> None:
@@ -83,7 +83,7 @@ def test_names_that_yaml_takes_for_something_else_are_texts() -> None:
 
 def test_a_policy_may_leave_out_what_has_a_default() -> None:
     text = "executions: [{name: a}, {name: b}]\nedges: [{from: a, to: b}]\npolicies: {b: {}}"
-    assert parse(text).policies == {"b": Policy()}
+    assert parse(text).policies == {"b": JoinPolicy()}
 
 
 def test_the_longest_name_there_can_be() -> None:
@@ -104,7 +104,7 @@ def document(name: str = "build") -> dict[str, Any]:
 
 def meant(name: str = "build") -> FlowPlan:
     executions = [PlannedExecution(name, ["make", "a/b"]), PlannedExecution("test", None, 2)]
-    return FlowPlan("deploys", None, executions, [(name, "test")], {"test": Policy(Kind.QUORUM, 1)})
+    return FlowPlan("deploys", None, executions, [(name, "test")], {"test": JoinPolicy(Kind.QUORUM, 1)})
 
 
 @pytest.mark.parametrize(

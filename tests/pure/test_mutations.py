@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pgcoord_cli.core.codec import MAX_VALUE_BYTES, Mutation, Op, Range
-from pgcoord_cli.core.mutations import WriteSet, apply, covers, fold, stamped, versionstamp
+from pgcoord_cli.core.commits.codec import MAX_VALUE_BYTES, Mutation, Op, Range
+from pgcoord_cli.core.commits.mutations import WriteSet, apply, covers, fold, stamped, versionstamp
 
 Data = dict[bytes, bytes]
 

@@ -16,19 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pgcoord_cli.core import codec
-from pgcoord_cli.core.codec import Mutation, Op, Range, Request
-from pgcoord_cli.core.conflicts import ConflictWindow
-from pgcoord_cli.core.lease import Term
-from pgcoord_cli.core.mutations import versionstamp
-from pgcoord_cli.core.recent import Marks, RecentCommits, StoredCommit, stored_writes
-from pgcoord_cli.core.resolver import (
+from pgcoord_cli.core.commits import codec
+from pgcoord_cli.core.commits.codec import Mutation, Op, Range, Request
+from pgcoord_cli.core.commits.conflict_window import ConflictWindow
+from pgcoord_cli.core.commits.mutations import versionstamp, with_stamps, writes_of
+from pgcoord_cli.core.commits.recent_commits import Marks, RecentCommits, StoredCommit, stored_writes
+from pgcoord_cli.core.leader.lease import Term
+from pgcoord_cli.core.leader.resolver import (
     Claimed,
     QueueFloor,
     Verdict,
     decide,
-    with_stamps,
-    writes_of,
 )
 
 FIRST = Term(1, UUID(int=1), durable_version=0, conflict_floor=0, window_start_id=0, queue_floor_id=0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgcoord_cli.core import channels
+from pgcoord_cli.core.database import channels
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import MAX_SCHEMA_BYTES, OutputFormat, parse_duration, parse_schema, resolve_settings
 

@@ -7,7 +7,7 @@ from uuid import RFC_4122, UUID
 
 import pytest
 
-from pgcoord_cli.core.submissions import new_request_id
+from pgcoord_cli.core.kv.submissions import new_request_id
 
 
 def test_a_request_id_is_a_uuid_of_version_7() -> None:

@@ -1,4 +1,4 @@
-"""Nothing in the package waits by sleeping (rule I7): the one sleep spreads attempts out, in core/backoff.py."""
+"""Nothing in the package waits by sleeping (rule I7): the one sleep spreads attempts out, in core/concurrency/backoff.py."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_i7_nothing_sleeps_but_the_back_off() -> None:
     found = {
         str(file.relative_to(PACKAGE)): lines for file in PACKAGE.rglob("*.py") if (lines := sleeps(file.read_text()))
     }
-    assert list(found) == ["core/backoff.py"]
-    assert len(found["core/backoff.py"]) == 1
+    assert list(found) == ["core/concurrency/backoff.py"]
+    assert len(found["core/concurrency/backoff.py"]) == 1
 
 
 def test_i7_no_statement_sleeps() -> None:

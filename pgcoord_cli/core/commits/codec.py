@@ -1,0 +1,241 @@
+"""The bytes of a commit request: what was read, what is to be written. Pure.
+
+One byte of format version, then a MessagePack array of four:
+
+    [read_keys, read_ranges, write_ranges, mutations]
+
+    read_keys     [key, …]                  keys that were read
+    read_ranges   [[begin, end], …]         half-open ranges that were read; an end of nil is past the last key
+    write_ranges  [[begin, end], …]         ranges that count as written without being so
+    mutations     [[op, key, operand], …]   in the order in which they apply
+
+Version 2 knows all operations; version 1, which this program still reads, only set, clear and clear_range.
+
+Keys, bounds and operands are binary. `docs/wire-format.md` says the same for other languages. Whatever cannot be
+decoded raises Undecodable with a reason; the leader answers that one request with `rejected` (rule I6).
+"""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import msgpack
+
+FORMAT_VERSION = 2
+VERSIONSTAMP_BYTES = 10
+STAMP_OFFSET_BYTES = 4
+_HEADER = bytes([FORMAT_VERSION])
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+MAX_KEY_BYTES = 2_600
+"""What a B-tree entry of PostgreSQL takes, whatever the key's bytes, with some room to spare."""
+
+PAST_THE_LAST_KEY = b"\xff" * (MAX_KEY_BYTES + 1)
+"""Greater than every key: the end of a range that has none, where a statement needs one."""
+
+MAX_VALUE_BYTES = 100_000
+MAX_TRANSACTION_BYTES = 10_000_000
+
+Range = tuple[bytes, bytes | None]
+
+
+class Op(IntEnum):
+    """What a mutation does. Numbers are part of the wire format."""
+
+    SET = 0
+    CLEAR = 1
+    CLEAR_RANGE = 2
+    ADD = 3
+    BIT_AND = 4
+    BIT_OR = 5
+    BIT_XOR = 6
+    APPEND_IF_FITS = 7
+    MAX = 8
+    MIN = 9
+    BYTE_MAX = 10
+    BYTE_MIN = 11
+    COMPARE_AND_CLEAR = 12
+    SET_VERSIONSTAMPED_KEY = 13
+    SET_VERSIONSTAMPED_VALUE = 14
+
+
+_OPERATIONS = {op.value: op for op in Op}
+
+LAST_OPERATION = {1: Op.CLEAR_RANGE, 2: Op.SET_VERSIONSTAMPED_VALUE}
+"""The last operation that each format version knows."""
+
+
+class Mutation(NamedTuple):
+    """One change. `operand` is the value, or the end of a cleared range (None: past the last key)."""
+
+    op: Op
+    key: bytes
+    operand: bytes | None
+
+
+class Request(NamedTuple):
+    """What a transaction asks to have committed."""
+
+    read_keys: tuple[bytes, ...]
+    read_ranges: tuple[Range, ...]
+    write_ranges: tuple[Range, ...]
+    mutations: tuple[Mutation, ...]
+
+
+class Undecodable(ValueError):
+    """The payload is not a request that this program understands; the text says why."""
+
+
+class KeyTooLong(Undecodable):
+    """A key or bound is longer than MAX_KEY_BYTES."""
+
+
+class ValueTooLong(Undecodable):
+    """A value or operand is longer than MAX_VALUE_BYTES."""
+
+
+class TooManyBytes(Undecodable):
+    """The whole payload is longer than MAX_TRANSACTION_BYTES."""
+
+
+def encode(request: Request) -> bytes:
+    """The payload of a request whose parts were checked one by one; raises TooManyBytes."""
+    payload = _HEADER + bytes(msgpack.packb(request))
+    if len(payload) > MAX_TRANSACTION_BYTES:
+        raise TooManyBytes(f"the transaction has more than {MAX_TRANSACTION_BYTES} bytes")
+    return payload
+
+
+def decode(payload: bytes) -> Request:
+    """The request in a payload, its shape and sizes checked; raises Undecodable."""
+    if not payload:
+        raise Undecodable("the payload is empty")
+    last_operation = LAST_OPERATION.get(payload[0])
+    if last_operation is None:
+        raise Undecodable(f"format version {payload[0]} is unknown")
+    if len(payload) > MAX_TRANSACTION_BYTES:
+        raise TooManyBytes(f"the transaction has more than {MAX_TRANSACTION_BYTES} bytes")
+    request = _request(_unpack(payload[1:]))
+    check(request)
+    if any(mutation.op > last_operation for mutation in request.mutations):
+        raise Undecodable(f"format version {payload[0]} has only the operations up to {last_operation}")
+    return request
+
+
+def decode_stored(payload: bytes) -> tuple[list[tuple[int, bytes, bytes | None]], list[Range]]:
+    """Mutations and write ranges of a payload that a leader has committed, so that nothing is checked again.
+
+    A new leader reads every commit of the last seconds before it can begin; this takes a quarter of `decode`.
+    """
+    _, _, write_ranges, stored = msgpack.unpackb(payload[1:])
+    return stored, [(begin, end) for begin, end in write_ranges]
+
+
+def _unpack(body: bytes) -> Any:
+    try:
+        return msgpack.unpackb(body, use_list=False)
+    except Exception as error:  # noqa: BLE001 - msgpack raises a dozen unrelated kinds
+        raise Undecodable(f"the payload is not MessagePack: {str(error) or type(error).__name__}") from None
+
+
+def _request(fields: Any) -> Request:
+    if not isinstance(fields, tuple) or len(fields) != len(Request._fields):
+        raise Undecodable("the payload is not an array of four")
+    keys, reads, writes, mutations = map(_array, fields)
+    return Request(
+        tuple(map(_key, keys)), tuple(map(_range, reads)), tuple(map(_range, writes)), tuple(map(_mutation, mutations))
+    )
+
+
+def _array(field: Any) -> tuple[Any, ...]:
+    if not isinstance(field, tuple):
+        raise Undecodable("an array was expected")
+    return field
+
+
+def _key(key: Any) -> bytes:
+    if not isinstance(key, bytes):
+        raise Undecodable("a key is not binary")
+    return key
+
+
+def _range(item: Any) -> Range:
+    if not isinstance(item, tuple) or len(item) != 2:
+        raise Undecodable("a range is not an array of two")
+    begin, end = item
+    return _key(begin), None if end is None else _key(end)
+
+
+def _mutation(item: Any) -> Mutation:
+    if not isinstance(item, tuple) or len(item) != len(Mutation._fields):
+        raise Undecodable("a mutation is not an array of three")
+    op, key, operand = item
+    if type(op) is not int:  # it may be nested so deeply that even printing it fails
+        raise Undecodable("the kind of a mutation is not a number")
+    known = _OPERATIONS.get(op)
+    if known is None:
+        raise Undecodable(f"mutation {op} is unknown")
+    return Mutation(known, _key(key), None if operand is None else _key(operand))
+
+
+def check(request: Request) -> None:
+    """Undecodable unless every key, range and value is one that PostgreSQL and the resolver can take."""
+    for key in request.read_keys:
+        check_key(key)
+    for begin, end in (*request.read_ranges, *request.write_ranges):
+        check_range(begin, end)
+    for mutation in request.mutations:
+        check_mutation(mutation)
+
+
+def check_key(key: bytes) -> None:
+    """Undecodable when the key is longer than an index entry may be, or no bytes at all."""
+    _key(key)
+    if len(key) > MAX_KEY_BYTES:
+        raise KeyTooLong(f"a key of {len(key)} bytes is longer than {MAX_KEY_BYTES}")
+
+
+def check_range(begin: bytes, end: bytes | None) -> None:
+    """Undecodable when the range runs backwards or a bound is too long."""
+    check_key(begin)
+    if end is not None:
+        check_key(end)
+        if begin > end:
+            raise Undecodable("a range begins after its end")
+
+
+def check_mutation(mutation: Mutation) -> None:
+    """Undecodable when the mutation's key, range or value cannot be applied."""
+    op, key, operand = mutation
+    if op == Op.CLEAR_RANGE:
+        check_range(key, operand)
+        return
+    if op == Op.SET_VERSIONSTAMPED_KEY:
+        _check_stamp_place(key, "key")
+        check_key(key[:-STAMP_OFFSET_BYTES])
+    else:
+        check_key(key)
+    if op == Op.SET_VERSIONSTAMPED_VALUE:
+        _check_stamp_place(operand or b"", "value")
+    if op != Op.CLEAR and operand is None:
+        raise Undecodable(f"{op.name.lower()} has no operand")
+    if operand is not None and len(operand) > MAX_VALUE_BYTES:
+        raise ValueTooLong(f"a value of {len(operand)} bytes is longer than {MAX_VALUE_BYTES}")
+
+
+def _check_stamp_place(template: bytes, what: str) -> None:
+    """The last four bytes say, little-endian, where in what is before them the ten bytes of the stamp go."""
+    room = len(template) - STAMP_OFFSET_BYTES
+    offset = int.from_bytes(template[-STAMP_OFFSET_BYTES:], "little")
+    if offset + VERSIONSTAMP_BYTES > room:
+        raise Undecodable(f"there is no room for a versionstamp at offset {offset} of a {what} of {max(room, 0)} bytes")
+
+
+def is_text(data: bytes) -> bool:
+    """Whether the bytes are UTF-8 without control characters other than tabs and line ends."""
+    try:
+        return not _CONTROL.search(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False

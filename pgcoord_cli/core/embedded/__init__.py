@@ -1,0 +1,1 @@
+"""A PostgreSQL that comes with pgcoord, for tests, the demo and development."""

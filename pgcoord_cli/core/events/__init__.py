@@ -1,0 +1,1 @@
+"""The two outboxes, their tails, and the positions from which a tail resumes."""

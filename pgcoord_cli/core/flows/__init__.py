@@ -1,0 +1,1 @@
+"""Executions that depend on each other: creating, claiming, running, ending, dispatching and repairing them."""

@@ -1,0 +1,1 @@
+"""The transaction client and everything else that reads or writes the key-value data."""

@@ -1,0 +1,1 @@
+"""Election, lease, and the resolver that decides commit requests."""

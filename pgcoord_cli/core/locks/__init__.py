@@ -1,0 +1,1 @@
+"""One owner for a name, and commands that run while their process owns one."""

@@ -1,0 +1,205 @@
+"""Owning a name: at most one owner at a time, by an advisory lock and nothing else.
+
+    with acquire_leadership(dsn, "billing") as leadership:
+        for event in source(leadership.checkpoint.load()):
+            with service.transaction():
+                project(service, event)
+                leadership.checkpoint.save(event.position, service)
+
+**The lock** is taken at once or not at all (LockNotAcquired), over a connection of its own that is not a pool's, and is
+held as long as that connection lives: through a crash, a `kill -9` or an ended session it is free again at once.
+There is nothing to renew, nothing to configure, and nothing to ask in the owner's loop.
+
+**The fence** is what makes that safe. An owner whose connection was ended may not know it. With each acquisition a
+number is drawn that grows; every save of the checkpoint names it, and the same statement compares it, under the
+row's lock and in the transaction of the writes that it belongs to. Once another has acquired the name, the former
+owner's saves are refused, and its writes roll back with them (rule I13).
+
+**The key** is a hash of schema and name in 64 bits. The name behind each key is stored and compared, so that two names
+that share one are found out (KeyCollision) rather than kept from each other for no reason.
+
+**Fork.** A child process does not share the ownership: there the guard lets the connection be.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Any, Self
+
+import psycopg
+from psycopg import Connection, RawCursor
+from psycopg.rows import dict_row
+
+from pgcoord_cli.core.database.advisory_keys import LockHolder, lock_holder, lock_key
+from pgcoord_cli.core.database.session import adopt_session, open_session
+from pgcoord_cli.db.connection import translate
+from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import (
+    ConditionFalse,
+    ConnectionFailed,
+    CoordinationError,
+    Fenced,
+    KeyCollision,
+    LockNotAcquired,
+    UsageError,
+)
+from pgcoord_cli.settings import Settings
+
+MAX_NAME = 200
+"""Characters."""
+
+
+def check_name(name: str, option: str) -> str:
+    """`name`, or UsageError when it cannot be one."""
+    if not 0 < len(name) <= MAX_NAME or "\0" in name:
+        raise UsageError(f"{option}: a name has 1 to {MAX_NAME} characters")
+    return name
+
+
+def acquire_leadership(target: str | Connection[Any], subscription_name: str, *, schema: str = "pgcoord") -> Ownership:
+    """Owns the name from now on, over a new connection to the DSN or over a connection that is handed over for this.
+
+    Raises LockNotAcquired at once when somebody else owns it, CoordinationError when the database is in trouble, and
+    UnsuitableServer, SchemaMissing, KeyCollision.
+    """
+    check_name(subscription_name, "subscription_name")
+    try:
+        conn = _session(target, schema)
+        try:
+            take_lock(conn, schema, subscription_name)
+            fence = draw_fence(conn, subscription_name, None)[0]
+        except BaseException:
+            conn.close()
+            raise
+    except psycopg.Error as error:
+        raise CoordinationError(translate(error).message) from error
+    except ConnectionFailed as error:
+        raise CoordinationError(error.message, hint=error.hint) from error
+    return Ownership(conn, subscription_name, fence, schema)
+
+
+def _session(target: str | Connection[Any], schema: str) -> Connection[Any]:
+    if isinstance(target, str):
+        return open_session(Settings(dsn=target, dsn_source="dsn", schema=schema), "leadership", writes=True)
+    return adopt_session(target, Settings(schema=schema), writes=True)
+
+
+def subscription_lock(schema: str, name: str) -> int:
+    """The advisory lock key of a name's owner."""
+    return lock_key(schema, f"subscription {name}")
+
+
+def take_lock(conn: Connection[Any], schema: str, name: str, wait_seconds: float = 0.0) -> None:
+    """Takes the lock of a name for this session, in its turn within `wait_seconds`, or at once or not at all."""
+    key = subscription_lock(schema, name)
+    conn.execute(sql("locks", "name_key"), [key, name])
+    (known,) = conn.execute(sql("locks", "name_of_key"), [key]).fetchone() or (name,)
+    if known != name:
+        raise KeyCollision(f"{name!r} has the same lock key as {known!r}", hint="choose another name")
+    if not (_wait_for(conn, key, wait_seconds) if wait_seconds else _try(conn, key)):
+        holder = lock_holder(conn, key)
+        raise LockNotAcquired(name, f"{name!r} is held by {holder or 'somebody who has just ended'}")
+
+
+def _try(conn: Connection[Any], key: int) -> bool:
+    row = conn.execute(sql("locks", "try_lock"), [key]).fetchone()
+    return bool(row and row[0])
+
+
+def _wait_for(conn: Connection[Any], key: int, seconds: float) -> bool:
+    """PostgreSQL itself hands the lock on, in turn; nothing is asked again and again."""
+    conn.execute(sql("locks", "set_lock_timeout"), [str(max(1, round(seconds * 1000)))])
+    try:
+        conn.execute(sql("locks", "wait_for_lock"), [key])
+    except psycopg.errors.LockNotAvailable:
+        return False
+    return True
+
+
+def draw_fence(conn: Connection[Any], name: str, outbox: str | None) -> tuple[int, int | None, str | None]:
+    """The next fence of a name, its position and the outbox that this counts in; the caller holds the lock."""
+    row = conn.execute(sql("subscriptions", "acquire"), [name, outbox]).fetchone()
+    assert row is not None
+    fence, position, table = row
+    return fence, position, table
+
+
+class Ownership:
+    """The ownership of a name, until it is released or its connection ends. Made by `acquire_leadership`."""
+
+    def __init__(self, conn: Connection[Any], subscription_name: str, fence: int, schema: str) -> None:
+        self._conn = conn
+        self._pid = os.getpid()
+        self.subscription_name = subscription_name
+        self.fence = fence
+        self.checkpoint = Checkpoint(conn, subscription_name, fence, schema)
+
+    def release(self) -> None:
+        """Gives the name back by ending the connection; more than once is no harm."""
+        if os.getpid() == self._pid:
+            self._conn.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Checkpoint:
+    """How far the owner of a name has got."""
+
+    def __init__(self, conn: Connection[Any], name: str, fence: int, schema: str) -> None:
+        self._conn = conn
+        self._name = name
+        self._fence = fence
+        self._schema = schema
+
+    def load(self) -> int | None:
+        """The position that was saved last, by whichever owner; None: none has been."""
+        row = self._execute(self._conn, sql("subscriptions", "checkpoint"), [self._name])
+        return row[1] if row else None
+
+    def save(self, position: int, conn: Connection[Any] | None = None) -> None:
+        """Moves forward to `position` in the transaction that `conn` is in; by itself without a `conn`.
+
+        Positions never go back: a smaller one changes nothing. Fenced when another has acquired the name since; let
+        that end the transaction.
+        """
+        row = self._execute(conn or self._conn, sql("subscriptions", "save"), [self._name, self._fence, position])
+        if not (row and row[0]):
+            raise Fenced(f"{self._name!r} has another owner by now; nothing was saved")
+
+    def _execute(self, conn: Connection[Any], text: str, values: list[Any]) -> tuple[Any, ...] | None:
+        """The caller's search path is the caller's own, so the table is named in full."""
+        for word in ("FROM", "UPDATE"):
+            text = text.replace(f"{word} subscriptions", f"{word} {self._schema}.subscriptions")
+        try:
+            return RawCursor(conn).execute(text, values).fetchone()
+        except psycopg.OperationalError as error:
+            raise CoordinationError(translate(error).message) from error
+        except psycopg.Error as error:
+            raise translate(error) from error
+
+
+def list_locks(conn: Connection[Any]) -> list[dict[str, Any]]:
+    """Holders and waiters of the locks that have names in this schema."""
+    return conn.cursor(row_factory=dict_row).execute(sql("locks", "list")).fetchall()
+
+
+def holder_of(conn: Connection[Any], schema: str, name: str) -> LockHolder:
+    """Who holds a lock. ConditionFalse: nobody does."""
+    holder = lock_holder(conn, subscription_lock(schema, name))
+    if holder is None:
+        raise ConditionFalse(f"nobody holds {name!r}")
+    return holder
+
+
+def break_lock(conn: Connection[Any], schema: str, name: str) -> LockHolder:
+    """Ends the session that holds a lock, and with it the lock; returns whose it was. ConditionFalse: nobody's."""
+    holder = holder_of(conn, schema, name)
+    conn.execute(sql("locks", "end_session"), [holder.pid])
+    return holder

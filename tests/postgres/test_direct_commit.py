@@ -1,0 +1,766 @@
+"""Clients that commit without the leader: as the leader would, never beside it, and never instead of an error."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from pgcoord_cli.core.commits import codec, mutations
+from pgcoord_cli.core.commits.codec import Mutation, Op, Request
+from pgcoord_cli.core.commits.recent_commits import stored_writes
+from pgcoord_cli.core.database import channels
+from pgcoord_cli.core.database.session import open_session
+from pgcoord_cli.core.kv import direct_commit
+from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.submissions import PendingCommit, Submitter
+from pgcoord_cli.core.leader import lease, resolver
+from pgcoord_cli.core.leader.lease import Term, read_lease
+from pgcoord_cli.core.leader.lease_keeper import mark_leader_session
+from pgcoord_cli.core.leader.resolver import Resolver
+from pgcoord_cli.db.lane import Answer
+from pgcoord_cli.db.sqlfiles import sql as statement
+from pgcoord_cli.errors import Conflict, Fenced, Rejected
+from pgcoord_cli.settings import Settings
+from tests.asking import PATIENCE, until, until_async, value
+from tests.postgres.commit_world import Data, Sql, data, leading, needs_leader, play, played, put, requests
+
+if TYPE_CHECKING:
+    from tests.conftest import StartLeader
+
+FOR_EVER = 10 * PATIENCE
+
+LOCKS = (
+    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    " AND classid = 'commit_requests'::regclass"
+)
+"""How many hold the lock that keeps lone commits and the leader apart."""
+
+
+def paths(sql: Sql) -> list[str]:
+    """How each committed request got there: who goes through the queue says where he is to be called."""
+    found = sql.execute("SELECT reply_channel FROM commit_requests WHERE status = 'committed' ORDER BY id")
+    return ["alone" if channel is None else "queue" for (channel,) in found]
+
+
+@pytest.fixture
+def term(settings: Settings, leader_conn: Sql) -> Term:
+    """Somebody leads, and does nothing."""
+    mark_leader_session(leader_conn, "pgcoord")
+    term = lease.take_over(leader_conn, "pgcoord", "test", 600, lock_held=True)
+    assert term
+    return term
+
+
+@pytest.fixture
+def leader_conn(settings: Settings) -> Iterator[Sql]:
+    with open_session(replace(settings, lock_timeout=0, statement_timeout=0), "leader run", writes=True) as conn:
+        yield conn
+
+
+@pytest.fixture
+def judge(leader_conn: Sql, term: Term) -> Resolver:
+    """A leader that resolves when it is told to."""
+    return Resolver(leader_conn, term)
+
+
+def commit_alone(conn: Sql, version: int, key: bytes = b"k", *, reads: tuple[bytes, ...] = ()) -> Any:
+    """The version that a commit of b"v" under a key got, or None."""
+    arguments = [uuid4(), 1, version, list(reads), [], [], [], [], [], [key], [b"v"], "reply"]
+    row = psycopg.RawCursor(conn).execute(statement("commits", "commit_alone"), arguments).fetchone()
+    assert row
+    return row[0]
+
+
+# -- as the leader would
+
+
+@needs_leader
+def test_i5_a_client_that_is_alone_commits_without_the_leader_at_the_next_version(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> None:
+        assert [await put(db, a=b"1"), await put(db, a=b"2", b=b"3")] == [1, 2]
+        assert await db.transaction().get(b"a") == b"2"
+
+    play(settings, scenario)
+    assert paths(sql) == ["alone", "alone"]
+    assert data(sql) == {b"a": b"2", b"b": b"3"}
+    assert value(sql, "SELECT durable_version FROM leader_lease") == 2
+
+
+small = st.binary(max_size=3)
+sized = st.sampled_from([255, 256, 65_535, 65_536]).map(lambda length: b"x" * length)
+operand = small | sized
+interval = st.tuples(small, small | st.none())
+mutation = (
+    st.tuples(st.just(Op.SET), small, operand)
+    | st.tuples(st.just(Op.CLEAR), small, st.none())
+    | st.tuples(st.just(Op.CLEAR_RANGE), small, small | st.none())
+)
+plain_requests = st.builds(
+    lambda keys, ranges, changes: Request(keys, ranges, (), tuple(Mutation(*change) for change in changes)),
+    st.lists(small, max_size=20).map(tuple),
+    st.lists(interval, max_size=20).map(tuple),
+    st.lists(mutation, min_size=1, max_size=20),
+)
+
+
+@given(plain_requests)
+@hypothesis_settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_stored_of_a_lone_commit_is_what_a_client_would_have_sent(settings: Settings, request: Request) -> None:
+    writes = mutations.fold(request.mutations)
+    net = [
+        *(Mutation(Op.CLEAR_RANGE, begin, end) for begin, end in writes.ranges),
+        *(Mutation(Op.CLEAR, key, None) for key in writes.removed),
+        *(Mutation(Op.SET, key, written) for key, written in writes.written.items()),
+    ]
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as conn:
+        cursor = psycopg.RawCursor(conn)
+        packed = cursor.execute(
+            "SELECT packed_request($1::bytea[], $2, $3, $4, $5, $6, $7, $8)",
+            [
+                list(request.read_keys),
+                *map(list, columns_of(request.read_ranges)),
+                *map(list, columns_of(writes.ranges)),
+                writes.removed,
+                *map(list, columns_of(writes.written.items())),
+            ],
+        ).fetchone()
+    assert packed == (codec.encode(request._replace(mutations=tuple(net))),)
+
+
+def columns_of(pairs: Any) -> list[tuple[Any, ...]]:
+    return list(zip(*pairs, strict=True)) or [(), ()]
+
+
+@needs_leader
+@played
+async def test_a_lone_commit_clears_ranges_and_keys_before_it_writes(db: Database, sql: Sql) -> None:
+    await put(db, a=b"1", b=b"2", c=b"3", d=b"4", y=b"5", z=b"6")
+    tr = db.transaction()
+    await tr.get_range(b"a", b"c")
+    tr.set(b"b", b"hidden by the range")
+    tr.clear_range(b"b", b"d")
+    tr.set(b"c", b"new")
+    tr.clear(b"a")
+    tr.clear_range(b"y", None)
+    await tr.commit()
+    assert paths(sql) == ["alone", "alone"]
+    assert data(sql) == {b"c": b"new", b"d": b"4"}
+
+
+@needs_leader
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda tr: tr.add(b"k", b"\x01"),
+        lambda tr: tr.set_versionstamped_value(b"k", bytes(14)),
+        lambda tr: (tr.set(b"k", b""), tr.add_write_conflict_key(b"j")),
+        lambda tr: tr.set(b"k", bytes(direct_commit.MOST_BYTES)),
+    ],
+)
+def test_what_needs_the_leader_goes_to_the_leader(
+    settings: Settings, sql: Sql, work: Callable[[Transaction], Any]
+) -> None:
+    async def scenario(db: Database) -> None:
+        tr = db.transaction()
+        work(tr)
+        assert await tr.commit() == 1
+
+    play(settings, scenario)
+    assert paths(sql) == ["queue"]
+
+
+@needs_leader
+@played
+async def test_whoever_watches_is_woken_by_a_lone_commit(
+    db: Database, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "POLL_SECONDS", FOR_EVER)
+    tr = db.transaction()
+    watch = await tr.watch(b"k")
+    await tr.commit()
+    await put(db, other=b"1")
+    await put(db, k=b"1")
+    await asyncio.wait_for(watch, PATIENCE)
+    assert paths(sql) == ["alone", "alone"]
+
+
+@needs_leader
+@pytest.mark.parametrize(("default", "during"), [("on", "on"), ("off", "on"), ("remote_write", "remote_write")])
+def test_i3_a_lone_commit_is_as_durable_as_the_database_wants_it_and_never_less_than_that_it_survives(
+    settings: Settings, sql: Sql, default: str, during: str
+) -> None:
+    sql.execute(
+        "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " NEW.value = convert_to(current_setting('synchronous_commit'), 'UTF8'); RETURN NEW; END $$"
+    )
+    sql.execute("CREATE TRIGGER note BEFORE INSERT ON kv FOR EACH ROW EXECUTE FUNCTION note()")
+    sql.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {sql.info.dbname} SET synchronous_commit = {default}")
+    play(settings, lambda db: put(db, k=b""))
+    assert paths(sql) == ["alone"]
+    assert data(sql) == {b"k": during.encode()}
+
+
+# -- never beside the leader
+
+
+def another_commit(sql: Sql) -> None:
+    sql.execute("UPDATE leader_lease SET durable_version = durable_version + 1")
+
+
+def next_epoch(sql: Sql) -> None:
+    sql.execute("UPDATE leader_lease SET epoch = epoch + 1")
+
+
+def lease_run_out(sql: Sql) -> None:
+    sql.execute("UPDATE leader_lease SET expires_at = clock_timestamp()")
+
+
+def lease_released(sql: Sql) -> None:
+    sql.execute("UPDATE leader_lease SET term_id = NULL, leader_addr = NULL")
+
+
+def leader_at_work(sql: Sql) -> None:
+    sql.execute("SELECT pg_advisory_lock_shared('commit_requests'::regclass::oid::integer, 0)")
+
+
+@pytest.mark.parametrize("happens", [another_commit, next_epoch, lease_run_out, lease_released, leader_at_work])
+@pytest.mark.usefixtures("term")
+def test_i2_whoever_is_not_alone_goes_into_the_queue(
+    settings: Settings, sql: Sql, happens: Callable[[Sql], None]
+) -> None:
+    happens(sql)
+    with psycopg.connect(settings.dsn, autocommit=True, options="-c search_path=pgcoord") as conn:
+        conn.execute('LISTEN "pgcoord.commits"')
+        assert commit_alone(conn, 0, reads=(b"r",)) is None
+        assert [heard.channel for heard in conn.notifies(timeout=PATIENCE, stop_after=1)] == ["pgcoord.commits"]
+    assert requests(sql) == [("pending", None)]
+    assert data(sql) == {}
+    (payload, reply) = sql.execute("SELECT payload, reply_channel FROM commit_requests").fetchone() or (b"", "")
+    assert codec.decode(payload) == Request((b"r",), (), (), (Mutation(Op.SET, b"k", b"v"),))
+    assert reply == "reply"
+
+
+@pytest.mark.usefixtures("term")
+def test_i1_where_no_leader_lives_nobody_commits_alone_however_long_the_lease(
+    settings: Settings, sql: Sql, leader_conn: Sql
+) -> None:
+    """As on a standby that was promoted: the lease is a copy, and so may be what a client has read before."""
+    assert commit_alone(sql, 0) == 1
+    leader_conn.execute("SELECT pg_advisory_unlock_all(), set_config('lock_timeout', '10s', false)")
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as client:
+        assert commit_alone(client, 1) is None
+        mark_leader_session(leader_conn, "pgcoord")  # whoever leads next need not wait for the end of that transaction
+    assert requests(sql) == [("committed", 1), ("pending", None)]
+
+
+@contextmanager
+def a_commit_that_does_not_end(settings: Settings) -> Iterator[None]:
+    """Somebody makes one by hand in a transaction, which then lies about as long as it is let."""
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as client:
+        assert commit_alone(client, 0) == 1
+        client.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        yield
+        with pytest.raises(psycopg.OperationalError):
+            client.execute("SELECT 1")
+
+
+def test_a_leader_whose_lease_a_lone_commit_holds_up_ends_that_and_goes_on_leading(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    start_leader("only", "--ttl", "2s").wait_for("elected epoch 1")
+    ran_out = value(sql, "SELECT expires_at FROM leader_lease")
+    with a_commit_that_does_not_end(settings):
+        until(lambda: value(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
+    assert value(sql, "SELECT epoch FROM leader_lease") == 1
+    assert data(sql) == {}
+
+
+def test_a_candidate_whose_election_a_lone_commit_holds_up_ends_that_and_leads(
+    settings: Settings, sql: Sql, start_leader: StartLeader
+) -> None:
+    first = start_leader("first", "--ttl", "2s")
+    first.wait_for("elected epoch 1")
+    second = start_leader("second", "--ttl", "1s")
+    second.wait_for("standing")
+    with a_commit_that_does_not_end(settings):
+        first.signal(signal.SIGKILL)
+        second.wait_for("elected epoch 2")
+
+
+@pytest.mark.usefixtures("term")
+@pytest.mark.parametrize("happens", [another_commit, next_epoch, lease_run_out, lease_released])
+def test_i2_what_happens_in_the_middle_of_a_lone_commit_undoes_it(
+    settings: Settings, sql: Sql, happens: Callable[[Sql], None]
+) -> None:
+    """It has looked, and waits for a row of the data: now somebody else leads, or commits."""
+
+    async def scenario() -> None:
+        await until_async(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE NOT granted"))
+        happens(sql)
+        holder.rollback()
+
+    async def both() -> Any:
+        committing = asyncio.to_thread(commit_alone, conn, 0)
+        return await asyncio.gather(committing, scenario(), return_exceptions=True)
+
+    sql.execute("INSERT INTO kv VALUES ('k', 'old')")
+    with (
+        psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder,
+        psycopg.connect(settings.dsn, autocommit=True, options="-c search_path=pgcoord") as conn,
+    ):
+        holder.execute("SELECT FROM kv FOR UPDATE")
+        error, _ = asyncio.run(both())
+    assert isinstance(error, psycopg.Error)
+    assert error.sqlstate == resolver.FENCED
+    assert requests(sql) == []
+    assert data(sql) == {b"k": b"old"}
+
+
+def test_i2_a_client_whose_lone_commit_was_undone_goes_through_the_queue(settings: Settings, sql: Sql) -> None:
+    async def scenario(db: Database) -> int:
+        with leading(settings):
+            await put(db, k=b"0")
+            with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder:
+                holder.execute("SELECT FROM kv FOR UPDATE")
+                commit = asyncio.create_task(put(db, k=b"1"))
+                await until_async(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE NOT granted"))
+                sql.execute("UPDATE leader_lease SET epoch = epoch + 1, expires_at = clock_timestamp()")
+        with leading(settings):
+            return await commit
+
+    assert play(settings, scenario) == 2
+    assert paths(sql) == ["alone", "queue"]
+    assert data(sql) == {b"k": b"1"}
+
+
+def test_i1_the_leader_takes_in_what_was_committed_alone_before_it_decides(sql: Sql, judge: Resolver) -> None:
+    judge.resolve_batch()
+    for version in range(5):
+        assert commit_alone(sql, version, b"k%d" % version) == version + 1
+    for read_version in range(6):
+        request = Request((b"k3",), (), (), (Mutation(Op.SET, b"other", b"v"),))
+        enqueue(sql, codec.encode(request), read_version)
+    assert judge.resolve_batch() == 6
+    queued = requests(sql)[5:]
+    assert queued == [*[("conflict", None)] * 4, ("committed", 6), ("committed", 7)]
+
+
+def enqueue(sql: Sql, payload: bytes, read_version: int) -> None:
+    columns = "request_id, epoch, read_version, payload, reply_channel"
+    sql.execute(
+        f"INSERT INTO commit_requests ({columns}) VALUES (gen_random_uuid(), 1, %s, %s, 'r')", [read_version, payload]
+    )
+
+
+def test_i8_a_new_leader_knows_what_was_committed_alone_and_refuses_nothing_else(
+    sql: Sql, leader_conn: Sql, judge: Resolver
+) -> None:
+    for version in range(5):
+        commit_alone(sql, version, b"k%d" % version)
+    successor = Resolver(leader_conn, lease.take_over(leader_conn, "pgcoord", "b", 600, lock_held=True) or judge._term)
+    for read_version in range(6):
+        enqueue(sql, codec.encode(Request((b"k3",), (), (), (Mutation(Op.SET, b"o", b"v"),))), read_version)
+    successor.resolve_batch()
+    assert [status for status, _ in requests(sql)[5:]] == ["conflict"] * 4 + ["committed"] * 2
+
+
+def test_i1_a_lone_commit_between_a_claim_and_its_settlement_undoes_the_batch_which_is_decided_anew(
+    sql: Sql, judge: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock keeps that from happening; here it cannot be had. The fence alone is what safety stands on."""
+    sql.execute("SELECT pg_advisory_lock('commit_requests'::regclass::oid::integer, 0)")
+    monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
+    enqueue(sql, codec.encode(Request((b"k",), (), (), (Mutation(Op.SET, b"stale", b"v"),))), 0)
+    enqueue(sql, codec.encode(Request((), (), (), (Mutation(Op.SET, b"blind", b"v"),))), 0)
+    decide = resolver.decide
+
+    def decide_while_somebody_commits(*arguments: Any) -> Any:
+        verdicts = decide(*arguments)
+        monkeypatch.setattr(resolver, "decide", decide)
+        assert commit_alone(sql, 0) == 1
+        return verdicts
+
+    monkeypatch.setattr(resolver, "decide", decide_while_somebody_commits)
+    while judge.resolve_batch():
+        pass
+    assert requests(sql) == [("conflict", None), ("committed", 2), ("committed", 1)]
+    assert data(sql) == {b"k": b"v", b"blind": b"v"}
+
+
+def test_the_leader_keeps_lone_commits_out_while_it_works_and_lets_them_in_when_it_rests(
+    sql: Sql, judge: Resolver, leader_conn: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during: list[Any] = []
+    decide = resolver.decide
+
+    def note(*arguments: Any) -> Any:
+        during.append(value(sql, LOCKS))
+        return decide(*arguments)
+
+    monkeypatch.setattr(resolver, "decide", note)
+    blind = codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),)))
+    enqueue(sql, blind, 0)
+    judge.resolve_batch()
+    assert (during, value(sql, LOCKS)) == ([1], 0), "one request is no crowd"
+    enqueue(sql, blind, 0)
+    enqueue(sql, blind, 0)
+    judge.resolve_batch()
+    assert (during, value(sql, LOCKS)) == ([1, 1], 1), "where there are two, more will come"
+    judge.resolve_batch()
+    assert value(sql, LOCKS) == 0, "none came"
+    judge.resolve_batch(expected=False)
+    assert (len(during), value(sql, LOCKS)) == (2, 0)
+
+
+def test_the_leader_that_could_not_keep_lone_commits_out_tries_again_with_each_batch(
+    sql: Sql, judge: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stuck lone commit is over some time. Without the lock, others could undo batches as long as there are any."""
+    monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
+    mine = f"{LOCKS} AND mode = 'ShareLock'"
+    blind = codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),)))
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder:
+        holder.execute("SELECT pg_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0)")
+        for _ in range(2):
+            enqueue(sql, blind, 0)
+        assert (judge.resolve_batch(), value(sql, mine)) == (2, 0)
+        assert judge._lock_out_within == resolver.LOCK_OUT_AGAIN, "nobody waits that long for each batch"
+    for _ in range(2):
+        enqueue(sql, blind, 0)
+    assert (judge.resolve_batch(), value(sql, mine)) == (2, 1)
+    assert judge._lock_out_within == resolver.LOCK_OUT_WITHIN
+
+
+def test_a_locked_table_makes_the_leader_wait_and_lose_no_count_of_its_locks(
+    sql: Sql, judge: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an operator's ALTER TABLE holds is no lone commit: the limit of the wait is not for that."""
+    monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
+    judge.resolve_batch()
+    enqueue(sql, codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),))), 0)
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder, ThreadPoolExecutor(1) as pool:
+        holder.execute("LOCK TABLE commit_requests IN ACCESS EXCLUSIVE MODE")
+        batch = pool.submit(judge.resolve_batch)
+        until(
+            lambda: value(
+                sql, "SELECT count(*) FROM pg_locks WHERE relation = 'commit_requests'::regclass AND NOT granted"
+            )
+        )
+        holder.rollback()
+        assert batch.result(PATIENCE) == 1
+    judge.resolve_batch()
+    assert value(sql, LOCKS) == 0
+
+
+def test_a_look_without_a_call_is_in_nobodys_way(sql: Sql, judge: Resolver, settings: Settings) -> None:
+    """With a lone commit under way, which holds the lock, the leader would wait if it asked for it."""
+    judge.resolve_batch(expected=False)
+    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as client:
+        assert commit_alone(client, 0) == 1
+        assert judge.resolve_batch(expected=False) == 0
+    assert judge.resolve_batch(expected=False) == 0
+    assert judge.durable_version == 1
+
+
+def test_i8_floors_follow_when_everybody_commits_alone(
+    sql: Sql, judge: Resolver, leader_conn: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is ever claimed; still a successor reads no more than the window, and the queue's floor rises."""
+    monkeypatch.setattr(resolver, "NOTE_AFTER", 10)
+    monkeypatch.setattr(resolver, "OBSERVE_AFTER", 10)
+    for version in range(40):
+        commit_alone(sql, version)
+        sql.execute("UPDATE commit_requests SET resolved_at = now() + %s * interval '1 s' WHERE id > %s", [version] * 2)
+        judge.resolve_batch(expected=False)
+    stored = read_lease(leader_conn)
+    assert stored.durable_version == 40
+    assert stored.conflict_floor > 20
+    assert stored.window_start_id > 20
+    assert stored.queue_floor_id > 20
+    assert [mark.version for mark in judge._recent.marks] == list(range(35, 41)), "a commit a second, for six seconds"
+
+
+def test_i2_a_superseded_leader_notes_no_floors(sql: Sql, judge: Resolver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver, "NOTE_AFTER", 0)
+    commit_alone(sql, 0)
+    next_epoch(sql)
+    with pytest.raises(Fenced):
+        judge.resolve_batch(expected=False)
+
+
+# -- who is alone
+
+
+@needs_leader
+def test_i1_clients_that_each_believe_to_be_alone_lose_no_update(settings: Settings, sql: Sql) -> None:
+    """Six of them, each with a connection of its own; every commit stored is one increment, in version order."""
+
+    async def increment(tr: Transaction) -> None:
+        tr.set(b"n", b"%d" % (int(await tr.get(b"n") or 0) + 1))
+
+    async def client(commits: int) -> None:
+        async with await connect(settings, pool_size=1) as db:
+            for _ in range(commits):
+                await db.run(increment)
+
+    async def scenario() -> None:
+        await asyncio.gather(*(client(25) for _ in range(6)))
+
+    asyncio.run(scenario())
+    assert data(sql) == {b"n": b"150"}
+    stored = sql.execute(
+        "SELECT commit_version, payload FROM commit_requests WHERE commit_version IS NOT NULL ORDER BY commit_version"
+    ).fetchall()
+    assert [version for version, _ in stored] == list(range(1, 151))
+    assert replayed(payload for _, payload in stored) == {b"n": b"150"}
+    assert {stored_writes(payload, version)[0][0] for version, payload in stored} == {b"n"}
+
+
+def replayed(payloads: Iterator[bytes]) -> Data:
+    held: Data = {}
+    for payload in payloads:
+        for _, key, written in codec.decode(payload).mutations:
+            assert int(written or 0) == int(held.get(key, b"0")) + 1
+            held[key] = written or b""
+    return held
+
+
+@needs_leader
+def test_a_client_that_was_not_alone_goes_through_the_queue_for_a_while(
+    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_commit, "PAUSE_SECONDS", FOR_EVER)
+
+    async def scenario(db: Database) -> None:
+        late = db.transaction()
+        await late.get(b"k")
+        async with await connect(settings) as another:
+            await put(another, j=b"1")
+        late.set(b"k", b"1")
+        await late.commit()
+        await put(db, k=b"2")
+        assert paths(sql) == ["alone", "queue", "queue"]
+        db._submitter._solitude.was_wrong(-FOR_EVER * 2)
+        await put(db, k=b"3")
+        assert paths(sql)[3:] == ["alone"]
+
+    play(settings, scenario)
+
+
+@needs_leader
+@played
+async def test_several_at_once_are_not_alone(db: Database, sql: Sql) -> None:
+    await put(db, a=b"0")
+    await asyncio.gather(*(put(db, **{f"k{number}": b"1"}) for number in range(5)))
+    assert paths(sql) == ["alone", *["queue"] * 5]
+
+
+@needs_leader
+def test_i6_what_postgresql_refuses_of_a_lone_commit_the_leader_rejects(
+    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "MAX_KEY_BYTES", 2_650)
+
+    async def scenario(db: Database) -> None:
+        tr = db.transaction()
+        tr.set(bytes(2_650), b"")
+        with pytest.raises(Rejected):
+            await tr.commit()
+
+    play(settings, scenario)
+    assert [status for status, _ in requests(sql)] == ["rejected"]
+
+
+# -- rule I3: what became of it
+
+
+def lose_the_answer(monkeypatch: pytest.MonkeyPatch, before: Callable[[], Any]) -> None:
+    """The answer to a lone commit does not reach the client."""
+    hear = Submitter._on_alone
+
+    def lose(submitter: Submitter, undecided: PendingCommit, _: Answer) -> None:
+        before()
+        hear(submitter, undecided, psycopg.OperationalError("the connection is lost"))
+
+    monkeypatch.setattr(Submitter, "_on_alone", lose)
+
+
+@needs_leader
+def test_i3_a_lone_commit_whose_answer_was_lost_is_found_and_applied_once(
+    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_the_answer(monkeypatch, lambda: None)
+
+    async def scenario(db: Database) -> None:
+        assert await put(db, k=b"1") == 1
+
+    play(settings, scenario)
+    assert requests(sql) == [("committed", 1)]
+
+
+@needs_leader
+@pytest.mark.parametrize("while_it_waits", ["for the data", "for the lease"])
+def test_i3_a_session_ended_in_the_middle_of_a_lone_commit_is_replaced_and_it_applies_once(
+    settings: Settings, sql: Sql, while_it_waits: str
+) -> None:
+    lock = "SELECT FROM kv FOR UPDATE" if while_it_waits == "for the data" else "SELECT FROM leader_lease FOR UPDATE"
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'commit_alone'"
+    end = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = 'pgcoord/client' AND datname = current_database()"
+    )
+
+    async def scenario(db: Database) -> None:
+        await put(db, k=b"0")
+        with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder:
+            holder.execute(lock)
+            commit = asyncio.create_task(put(db, k=b"1"))
+            await until_async(lambda: value(sql, waiting))
+            sql.execute(end)
+            await until_async(lambda: not value(sql, waiting))
+        assert await commit == 2
+
+    play(settings, scenario)
+    assert requests(sql)[0] == ("committed", 1)
+    assert [status for status, _ in requests(sql)] == ["committed", "committed"]
+    assert data(sql) == {b"k": b"1"}
+
+
+@needs_leader
+@played
+async def test_i3_a_conflict_is_still_a_conflict(db: Database, sql: Sql) -> None:
+    loser = db.transaction()
+    await loser.get(b"k")
+    await put(db, k=b"1")
+    loser.set(b"k", b"2")
+    with pytest.raises(Conflict):
+        await loser.commit()
+    assert data(sql) == {b"k": b"1"}
+
+
+# -- rights
+
+
+def test_only_who_may_commit_may_commit_alone(settings: Settings, sql: Sql) -> None:
+    sql.execute("DROP ROLE IF EXISTS passer_by")
+    sql.execute("CREATE ROLE passer_by")
+    try:
+        sql.execute("GRANT USAGE ON SCHEMA pgcoord TO passer_by")
+        sql.execute("SET ROLE passer_by")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="commit_alone"):
+            commit_alone(sql, 0)
+    finally:
+        sql.execute("RESET ROLE")
+        sql.execute("DROP OWNED BY passer_by")
+        sql.execute("DROP ROLE passer_by")
+
+
+def refuse_lone_commits(sql: Sql) -> None:
+    """As for a role that may not; what was tried is counted by a sequence, since that is not rolled back."""
+    sql.execute("CREATE SEQUENCE tries")
+    sql.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.status = 'committed' THEN"
+        " PERFORM nextval('pgcoord.tries'); RAISE insufficient_privilege; END IF; RETURN NEW; END $$"
+    )
+    sql.execute("CREATE TRIGGER refuse BEFORE INSERT ON commit_requests FOR EACH ROW EXECUTE FUNCTION refuse()")
+
+
+@needs_leader
+def test_a_role_that_may_not_commit_alone_commits_through_the_queue_and_does_not_try_again(
+    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_commit, "PAUSE_SECONDS", 0.0)
+
+    async def scenario(db: Database) -> None:
+        for number in range(3):
+            await put(db, k=b"%d" % number)
+
+    refuse_lone_commits(sql)
+    play(settings, scenario)
+    assert value(sql, "SELECT last_value FROM tries") == 1
+    assert paths(sql) == ["queue"] * 3
+
+
+PLACES = [
+    "read_keys", "read_begins", "read_ends", "cleared_begins", "cleared_ends", "cleared_keys", "written_keys",
+    "written_values",
+]  # fmt: skip
+
+
+def call_with(sql: Sql, **given: Any) -> Any:
+    """What commit_alone answers when it is called by hand; lists that are not given are empty."""
+    names = ", ".join(f"{place} => %s::bytea[]" for place in PLACES)
+    text = f"SELECT version FROM commit_alone(gen_random_uuid(), 1, 0, {names}, reply_channel => 'reply')"
+    row = sql.execute(text, [given.get(place, []) for place in PLACES]).fetchone()
+    assert row
+    return row[0]
+
+
+@pytest.mark.usefixtures("term")
+@pytest.mark.parametrize("place", ["read_keys", "read_begins", "cleared_begins", "cleared_keys", "written_keys"])
+def test_i6_a_nil_among_the_keys_is_for_the_leader_to_reject(sql: Sql, place: str) -> None:
+    partner = {"read_begins": "read_ends", "cleared_begins": "cleared_ends", "written_keys": "written_values"}
+    assert call_with(sql, **{place: [None], partner.get(place, place): [None]}) is None
+    (payload,) = sql.execute("SELECT payload FROM commit_requests").fetchone() or (b"",)
+    with pytest.raises(codec.Undecodable):
+        codec.decode(payload)
+
+
+@pytest.mark.usefixtures("term")
+@pytest.mark.parametrize("items", ["{{a},{b}}", "[0:1]={a,b}", "[2:2]={a}", None], ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_i6_what_is_no_list_is_refused(sql: Sql, place: str, items: str | None) -> None:
+    """What is stored has to be what is written, whatever the array looks like."""
+    given = dict.fromkeys(PLACES, "{x}") | {place: items}
+    with pytest.raises(psycopg.errors.InvalidParameterValue):
+        call_with(sql, **given)
+
+
+@pytest.mark.usefixtures("term")
+@pytest.mark.parametrize("place", [place for place in PLACES if not place.endswith("_keys")] + ["written_keys"])
+def test_i6_lists_that_belong_together_have_to_have_one_length(sql: Sql, place: str) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue):
+        call_with(sql, **{place: [b"x"]})
+
+
+@pytest.mark.parametrize(
+    "setting", ["standard_conforming_strings = off", "search_path = pg_temp", "plpgsql.extra_errors = 'all'",
+                "bytea_output = escape", "transform_null_equals = on"]
+)  # fmt: skip
+@pytest.mark.usefixtures("term")
+def test_i6_no_setting_of_the_session_changes_what_is_stored(sql: Sql, settings: Settings, setting: str) -> None:
+    with psycopg.connect(settings.dsn, autocommit=True) as conn:
+        conn.execute(f"SET {setting}".encode())
+        names = ", ".join(f"{place} => ARRAY['{place}']::bytea[]" for place in PLACES)
+        call = f"SELECT version FROM pgcoord.commit_alone(gen_random_uuid(), 1, 0, {names}, reply_channel => 'r')"
+        assert conn.execute(call.encode()).fetchone() == (1,)
+    (payload,) = sql.execute("SELECT payload FROM commit_requests").fetchone() or (b"",)
+    assert codec.decode(payload) == Request(
+        (b"read_keys",),
+        ((b"read_begins", b"read_ends"),),
+        (),
+        (
+            Mutation(Op.CLEAR_RANGE, b"cleared_begins", b"cleared_ends"),
+            Mutation(Op.CLEAR, b"cleared_keys", None),
+            Mutation(Op.SET, b"written_keys", b"written_values"),
+        ),
+    )
+
+
+@pytest.mark.usefixtures("term")
+def test_i6_what_is_large_goes_into_the_queue_where_the_leader_is_guarded(sql: Sql) -> None:
+    for size, version in ((direct_commit.MOST_BYTES, None), (direct_commit.MOST_BYTES - 100, 1)):
+        assert call_with(sql, written_keys=[b"k"], written_values=[bytes(size)]) == version

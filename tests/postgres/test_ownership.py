@@ -1,0 +1,458 @@
+"""Owning a name over an advisory lock (core.leadership): the contract, and what is particular to it (rule I13)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from pgcoord_cli.core.database.advisory_keys import lock_holder
+from pgcoord_cli.core.database.migrations import apply
+from pgcoord_cli.core.database.session import migration_session
+from pgcoord_cli.core.embedded.server import EmbeddedServer
+from pgcoord_cli.core.locks.ownership import Ownership, acquire_leadership, subscription_lock
+from pgcoord_cli.db.connection import connect
+from pgcoord_cli.errors import (
+    CoordinationError,
+    Fenced,
+    KeyCollision,
+    LockNotAcquired,
+    PermissionDenied,
+    PgcoordError,
+    SchemaMissing,
+    UsageError,
+)
+from pgcoord_cli.settings import Settings
+from tests.asking import until, value
+from tests.postgres.ownership_contract import ELSEWHERE, Implementation, Owner, OwnershipContract
+
+Conn = psycopg.Connection[Any]
+
+HOLDER = """
+import sys
+from pgcoord_cli.core.locks.ownership import acquire_leadership
+owner = acquire_leadership(*sys.argv[1:])
+print("owned", flush=True)
+sys.stdin.read()
+"""
+
+FORKING = """
+import os, sys
+from pgcoord_cli.core.locks.ownership import acquire_leadership
+
+with acquire_leadership(*sys.argv[1:]) as owner:
+    if (child := os.fork()) == 0:
+        # Everything that a child may do with what it inherits, up to an end like any other's.
+        owner.release()
+        with owner:
+            pass
+        sys.exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    owner.checkpoint.save(3)
+    print("owned", flush=True)
+    sys.stdin.read()
+"""
+
+
+def python(text: str, *words: str) -> Sequence[str]:
+    """The command that runs this text."""
+    return [sys.executable, "-c", text, *words]
+
+
+def holder_pid(sql: Conn, name: str = "mailer") -> int | None:
+    """The session that owns the name."""
+    # The queries of the program number their parameters, as this connection's would not.
+    with psycopg.connect(sql.info.dsn, cursor_factory=psycopg.RawCursor) as conn:
+        holder = lock_holder(conn, subscription_lock("pgcoord", name))
+    return holder and holder.pid
+
+
+def end_session(sql: Conn, name: str = "mailer") -> None:
+    """Ends the owner's session without its knowing; returns when the server has ended it."""
+    pid = holder_pid(sql, name)
+    assert pid
+    assert value(sql, "SELECT pg_terminate_backend(%s, 30000)", pid)
+
+
+def no_advisory_locks(sql: Conn) -> bool:
+    """Whether nothing is stranded in this database; sessions that were closed need a moment to end."""
+    return not value(
+        sql,
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+    )
+
+
+@pytest.fixture
+def elsewhere(settings: Settings) -> None:
+    """A second schema in the test's database."""
+    with migration_session(replace(settings, schema=ELSEWHERE, schema_given=True), read_only=False) as (conn, _):
+        apply(conn, ELSEWHERE, None, lambda _: None)
+
+
+# -- the contract
+
+
+class ByDsn:
+    """Over a connection that acquire_leadership makes."""
+
+    def __init__(self, dsn: str, sql: Conn) -> None:
+        self._dsn = dsn
+        self._sql = sql
+
+    def acquire(self, name: str, schema: str) -> Owner:
+        return acquire_leadership(self._dsn, name, schema=schema)
+
+    def acquire_without_a_server(self, name: str) -> Owner:
+        return acquire_leadership(make_conninfo(self._dsn, host="/nowhere"), name)
+
+    def holder(self, name: str) -> Sequence[str]:
+        return python(HOLDER, self._dsn, name)
+
+    def end_session(self, name: str) -> None:
+        end_session(self._sql, name)
+
+
+class ByConnection(ByDsn):
+    """Over a connection that is handed over: autocommit or not, as its maker left it."""
+
+    def acquire(self, name: str, schema: str) -> Owner:
+        return acquire_leadership(psycopg.connect(self._dsn), name, schema=schema)
+
+    def acquire_without_a_server(self, name: str) -> Owner:
+        conn = psycopg.connect(self._dsn)
+        assert value(self._sql, "SELECT pg_terminate_backend(%s, 30000)", conn.info.backend_pid)
+        return acquire_leadership(conn, name)
+
+
+class TestByDsn(OwnershipContract):
+    @pytest.fixture
+    def implementation(self, settings: Settings, sql: Conn, elsewhere: None) -> Implementation:
+        return ByDsn(settings.dsn, sql)
+
+
+class TestByConnection(OwnershipContract):
+    @pytest.fixture
+    def implementation(self, settings: Settings, sql: Conn, elsewhere: None) -> Implementation:
+        return ByConnection(settings.dsn, sql)
+
+
+# -- the lock
+
+
+Acquire = Callable[..., Ownership]
+
+
+@pytest.fixture
+def acquire(settings: Settings) -> Iterator[Acquire]:
+    """Owns a name; gives back those that are left when the test is over."""
+    owners: list[Ownership] = []
+
+    def own(name: str = "mailer", target: str | Conn = settings.dsn) -> Ownership:
+        owners.append(acquire_leadership(target, name))
+        return owners[-1]
+
+    yield own
+    for owner in owners:
+        owner.release()
+
+
+def test_the_block_of_an_owner_gives_the_name_back_whatever_happens_in_it(settings: Settings, sql: Conn) -> None:
+    with pytest.raises(ZeroDivisionError), acquire_leadership(settings.dsn, "mailer"):
+        assert holder_pid(sql)
+        raise ZeroDivisionError
+    until(lambda: holder_pid(sql) is None)
+
+
+def test_a_refusal_names_the_holder_and_draws_no_fence(sql: Conn, acquire: Acquire) -> None:
+    acquire()
+    with pytest.raises(LockNotAcquired, match=rf"held by pid {holder_pid(sql)} \(pgcoord/leadership, local\) since"):
+        acquire()
+    assert value(sql, "SELECT fence FROM subscriptions") == 1
+
+
+def test_a_handed_over_connection_is_the_one_that_holds_the_lock(
+    settings: Settings, sql: Conn, acquire: Acquire
+) -> None:
+    conn = psycopg.connect(settings.dsn, application_name="mine")
+    owner = acquire(target=conn)
+    assert holder_pid(sql) == conn.info.backend_pid
+    with pytest.raises(LockNotAcquired, match="mine"):
+        acquire()
+    owner.release()
+    assert conn.closed
+
+
+def test_a_handed_over_connection_that_is_refused_is_closed(settings: Settings, sql: Conn, acquire: Acquire) -> None:
+    acquire()
+    conn = psycopg.connect(settings.dsn)
+    with pytest.raises(LockNotAcquired):
+        acquire(target=conn)
+    assert conn.closed
+
+
+def test_a_handed_over_connection_that_is_closed_or_in_a_transaction_is_trouble(settings: Settings, sql: Conn) -> None:
+    closed, busy = psycopg.connect(settings.dsn), psycopg.connect(settings.dsn)
+    closed.close()
+    busy.execute("SELECT 1")
+    for conn in (closed, busy):
+        with pytest.raises(CoordinationError):
+            acquire_leadership(conn, "mailer")
+    assert busy.closed
+    assert value(sql, "SELECT count(*) FROM subscriptions") == 0
+
+
+def test_a_checkpoint_that_the_caller_may_not_move_says_so(settings: Settings, sql: Conn) -> None:
+    with (
+        acquire_leadership(settings.dsn, "billing") as leadership,
+        sql.transaction(force_rollback=True),
+        pytest.raises(PermissionDenied, match="subscriptions"),
+    ):
+        sql.execute("CREATE ROLE stranger_to_checkpoints")
+        sql.execute("GRANT USAGE ON SCHEMA pgcoord TO stranger_to_checkpoints")
+        sql.execute("SET LOCAL ROLE stranger_to_checkpoints")
+        leadership.checkpoint.save(7, sql)
+
+
+def test_the_child_of_a_fork_does_not_release_what_its_parent_owns(
+    settings: Settings, sql: Conn, acquire: Acquire
+) -> None:
+    command = python(FORKING, settings.dsn, "mailer")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == b"owned\n"
+        assert holder_pid(sql)
+        with pytest.raises(LockNotAcquired):
+            acquire()
+        assert parent.stdin
+        parent.stdin.close()
+    assert parent.returncode == 0
+    until(lambda: holder_pid(sql) is None)
+    assert acquire().checkpoint.load() == 3
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "a\0b"])
+def test_a_name_that_cannot_be_one_is_refused_before_anything_is_done(name: str) -> None:
+    with pytest.raises(UsageError, match="subscription_name: a name has 1 to 200 characters"):
+        acquire_leadership("host=/nowhere", name)
+
+
+# -- trouble is no refusal
+
+
+@pytest.mark.parametrize("change", [{"host": "/nowhere"}, {"dbname": "nobodys"}, {"user": "nobody"}], ids=str)
+def test_an_address_that_is_wrong_is_trouble(settings: Settings, change: dict[str, str]) -> None:
+    with pytest.raises(CoordinationError) as trouble:
+        acquire_leadership(make_conninfo(settings.dsn, **change), "mailer")
+    assert trouble.value.exit_code == 4
+    assert not isinstance(trouble.value, LockNotAcquired)
+
+
+def test_a_connection_string_that_is_none_is_a_usage_error() -> None:
+    with pytest.raises(UsageError):
+        acquire_leadership("host", "mailer")
+
+
+def test_a_schema_that_was_not_migrated_is_told(settings: Settings) -> None:
+    with pytest.raises(SchemaMissing):
+        acquire_leadership(settings.dsn, "mailer", schema="elsewhere")
+
+
+def test_a_server_that_went_down_is_trouble_for_all_that_an_owner_does(
+    own_server: EmbeddedServer, own_settings: Settings
+) -> None:
+    with acquire_leadership(own_settings.dsn, "mailer") as owner:
+        own_server.stop()
+        for attempt in (owner.checkpoint.load, lambda: owner.checkpoint.save(1)):
+            with pytest.raises(CoordinationError):
+                attempt()
+        with pytest.raises(CoordinationError):
+            acquire_leadership(own_settings.dsn, "mailer")
+
+
+def test_two_names_with_one_key_are_found_out(sql: Conn, acquire: Acquire) -> None:
+    key = subscription_lock("pgcoord", "mailer")
+    sql.execute("INSERT INTO lock_names (lock_key, lock_name) VALUES (%s, 'billing')", [key])
+    with pytest.raises(KeyCollision, match="'mailer' has the same lock key as 'billing'"):
+        acquire()
+    until(lambda: no_advisory_locks(sql))
+    assert value(sql, "SELECT count(*) FROM subscriptions") == 0
+
+
+def test_an_acquisition_that_fails_half_way_strands_nothing(settings: Settings, sql: Conn) -> None:
+    """The lock is taken, but no fence can be drawn: twice, as what the first one left would hinder the second."""
+    sql.execute("ALTER TABLE subscriptions ADD CHECK (fence < 1)")
+    for _ in range(2):
+        with pytest.raises(CoordinationError) as trouble:
+            acquire_leadership(settings.dsn, "mailer")
+        assert not isinstance(trouble.value, LockNotAcquired)
+        until(lambda: no_advisory_locks(sql))
+
+
+# -- the checkpoint
+
+
+@pytest.fixture
+def service(settings: Settings) -> Iterator[Conn]:
+    """A connection with transactions and a search path of its own, as the owner's program has it."""
+    with psycopg.connect(settings.dsn) as conn:
+        yield conn
+
+
+def position(sql: Conn) -> int | None:
+    """Where the subscription stands."""
+    found: int | None = value(sql, "SELECT last_position FROM subscriptions")
+    return found
+
+
+def test_a_checkpoint_begins_nowhere_and_is_loaded_as_it_was_saved(acquire: Acquire) -> None:
+    owner = acquire()
+    assert owner.checkpoint.load() is None
+    for number in (0, 7, 2**63 - 1):
+        owner.checkpoint.save(number)
+        assert owner.checkpoint.load() == number
+
+
+def test_i13_a_position_never_goes_back(sql: Conn, acquire: Acquire, service: Conn) -> None:
+    owner = acquire()
+    for number, expected in ((5, 5), (3, 5), (5, 5), (6, 6), (0, 6)):
+        owner.checkpoint.save(number, service)
+        service.commit()
+        assert position(sql) == expected
+
+
+def test_i13_a_save_is_part_of_the_callers_transaction(sql: Conn, acquire: Acquire, service: Conn) -> None:
+    owner = acquire()
+    sql.execute("CREATE TABLE public.invoices (number integer)")
+    for end, expected in ((service.rollback, (0, None)), (service.commit, (1, 4))):
+        service.execute("INSERT INTO invoices VALUES (1)")
+        owner.checkpoint.save(4, service)
+        assert (owner.checkpoint.load(), position(sql)) == (None, None), "nobody else sees it before it is committed"
+        end()
+        assert (value(sql, "SELECT count(*) FROM public.invoices"), position(sql)) == expected
+
+
+def test_every_acquisition_draws_a_greater_fence(sql: Conn, acquire: Acquire) -> None:
+    for number in (1, 2, 3):
+        assert acquire().fence == number
+        end_session(sql)
+
+
+def test_i13_an_owner_that_was_ended_saves_on_until_another_has_acquired(
+    sql: Conn, acquire: Acquire, service: Conn
+) -> None:
+    """Nobody is told that a session has ended; what counts is that nobody saves beside a successor."""
+    first = acquire()
+    end_session(sql)
+    first.checkpoint.save(1, service)
+    service.commit()
+    second = acquire()
+    assert second.checkpoint.load() == 1
+    with pytest.raises(Fenced) as refused:
+        first.checkpoint.save(2, service)
+    assert refused.value.exit_code == 6
+    service.rollback()
+    assert position(sql) == 1
+
+
+def test_i13_a_successor_fences_its_predecessor_before_it_has_saved_anything(
+    sql: Conn, acquire: Acquire, service: Conn
+) -> None:
+    first = acquire()
+    first.release()
+    until(lambda: holder_pid(sql) is None)
+    second = acquire()
+    service.execute("CREATE TABLE public.invoices (number integer)")
+    with pytest.raises(Fenced):
+        first.checkpoint.save(9, service)
+    service.rollback()
+    assert position(sql) is None
+    assert value(sql, "SELECT to_regclass('public.invoices')") is None, "its writes went with the save"
+    second.checkpoint.save(1, service)
+    service.commit()
+    assert position(sql) == 1
+
+
+def test_i13_the_saves_of_an_owner_that_was_ended_are_trouble_over_its_own_connection(
+    sql: Conn, acquire: Acquire
+) -> None:
+    first = acquire()
+    end_session(sql)
+    acquire()
+    with pytest.raises(CoordinationError):
+        first.checkpoint.save(9)
+    assert position(sql) is None
+
+
+@pytest.mark.parametrize(("is_kept", "loaded"), [(True, 5), (False, None)], ids=["committed", "rolled back"])
+def test_i13_a_successor_waits_for_a_save_that_is_under_way_and_loads_what_became_of_it(
+    is_kept: bool, loaded: int | None, sql: Conn, acquire: Acquire, service: Conn
+) -> None:
+    """Otherwise it would begin at an older position than its predecessor then commits."""
+    first = acquire()
+    first.checkpoint.save(5, service)
+    end_session(sql)
+    with ThreadPoolExecutor(1) as pool:
+        acquired = pool.submit(acquire)
+        until(lambda: waits_for(sql, service) or acquired.done())
+        assert not acquired.done(), "it did not wait"
+        (service.commit if is_kept else service.rollback)()
+        assert acquired.result().checkpoint.load() == loaded
+
+
+def waits_for(sql: Conn, conn: Conn) -> bool:
+    """Whether a session waits for something that this connection holds."""
+    text = "SELECT count(*) FROM pg_locks WHERE %s = ANY (pg_blocking_pids(pid))"
+    return bool(value(sql, text, conn.info.backend_pid))
+
+
+def test_i13_a_save_that_waits_for_an_acquisition_is_refused_after_it(
+    settings: Settings, sql: Conn, acquire: Acquire, service: Conn
+) -> None:
+    """The fence is compared with what the row says by then, not with what it said when the statement began."""
+    first = acquire()
+    end_session(sql)
+    successor = psycopg.connect(settings.dsn)
+    successor.execute("UPDATE pgcoord.subscriptions SET fence = fence + 1")
+    with ThreadPoolExecutor(1) as pool, successor:
+        saved = pool.submit(first.checkpoint.save, 9, service)
+        until(lambda: waits_for(sql, successor))
+        successor.commit()
+        with pytest.raises(Fenced):
+            saved.result()
+    service.rollback()
+    assert position(sql) is None
+
+
+def test_a_checkpoint_is_found_whatever_the_callers_search_path_is(
+    settings: Settings, elsewhere: None, sql: Conn
+) -> None:
+    with (
+        acquire_leadership(settings.dsn, "mailer", schema=ELSEWHERE) as owner,
+        psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as service,
+    ):
+        owner.checkpoint.save(4, service)
+        service.commit()
+    assert value(sql, f"SELECT last_position FROM {ELSEWHERE}.subscriptions") == 4
+    assert value(sql, "SELECT count(*) FROM pgcoord.subscriptions") == 0
+
+
+def test_connections_of_the_program_can_save_too(settings: Settings, sql: Conn, acquire: Acquire) -> None:
+    owner = acquire()
+    with connect(settings, "test") as conn, conn.transaction():
+        owner.checkpoint.save(4, conn)
+    assert position(sql) == 4
+
+
+def test_all_of_it_is_a_pgcoord_error() -> None:
+    for kind in (LockNotAcquired, CoordinationError, KeyCollision, Fenced):
+        assert issubclass(kind, PgcoordError)
+    assert not issubclass(LockNotAcquired, CoordinationError)
+    assert not issubclass(CoordinationError, LockNotAcquired)
