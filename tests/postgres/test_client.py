@@ -28,8 +28,9 @@ from pgcoord_cli.core.commits import codec, recent_commits
 from pgcoord_cli.core.commits.codec import Mutation, Op, Range
 from pgcoord_cli.core.commits.mutations import apply, covers
 from pgcoord_cli.core.commits.requests import find_request
-from pgcoord_cli.core.concurrency.wakeup import Notifications, Wakeup
+from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
+from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.database.listener import Listener
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.kv import client, submissions, transaction
@@ -39,7 +40,7 @@ from pgcoord_cli.core.kv.hot_keys import kind_of
 from pgcoord_cli.core.kv.snapshots import RangeRead, ReadSet
 from pgcoord_cli.core.kv.submissions import PendingCommit, Submitter
 from pgcoord_cli.core.leader import candidate
-from pgcoord_cli.db.lane import Answer
+from pgcoord_cli.db.callback_connection import Answer
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until_async, value
@@ -752,8 +753,8 @@ def test_a_connection_that_falls_silent_is_replaced(
             await asyncio.gather(*db._pool._openings)
         # Asleep, so that they freeze with no lock of the server's in hand.
         sleepers = "FROM pg_stat_activity WHERE application_name = 'pgcoord/client' AND wait_event = 'ClientRead'"
-        lanes = len(db._pool._lanes)
-        await until_async(lambda: value(sql, f"SELECT count(*) {sleepers}") == lanes + 1)
+        connections = len(db._pool._connections)
+        await until_async(lambda: value(sql, f"SELECT count(*) {sleepers}") == connections + 1)
         pids = [pid for (pid,) in sql.execute(f"SELECT pid {sleepers} AND query NOT LIKE 'LISTEN%'".encode())]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -768,7 +769,7 @@ def test_a_connection_that_falls_silent_is_replaced(
 
 @needs_leader
 def test_large_transactions_go_out_in_several_groups(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submissions, "GROUP_BYTES", 150_000)
+    monkeypatch.setattr(submissions, "BATCH_BYTES", 150_000)
     enqueue, sizes = Submitter._enqueue, []
 
     def noted(submitter: Submitter, group: list[PendingCommit]) -> None:
@@ -878,9 +879,9 @@ async def test_i3_what_no_connection_could_be_opened_for_certainly_did_not_happe
     tr.set(b"k", b"v")
     db._pool._opener = Unreachable()
     await asyncio.gather(*db._pool._openings)
-    for lane in list(db._pool._lanes):
-        lane.close()
-        db._pool._forget(lane)
+    for connection in list(db._pool._connections):
+        connection.close()
+        db._pool._forget(connection)
     with pytest.raises(ConnectionFailed, match="not sent: the server is down"):
         await tr.commit()
     assert data(sql) == {b"first": b"v"}
@@ -908,15 +909,15 @@ def test_i3_a_request_that_may_have_arrived_and_cannot_be_sent_again_has_an_unkn
 @pytest.fixture
 def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """Client and leader listen to channels that nobody notifies; they look a little more often instead."""
-    listen = Listener.listen
+    listen = AsyncListener.listen
 
-    async def listen_elsewhere(listener: Listener, channel: str, on_news: Callable[[], None]) -> None:
+    async def listen_elsewhere(listener: AsyncListener, channel: str, on_news: Callable[[], None]) -> None:
         await listen(listener, f"nobody notifies this: {channel}", on_news)
 
-    def listen_to_nothing(conn: psycopg.Connection[Any], _channels: Sequence[str], wakeup: Wakeup) -> Notifications:
-        return Notifications(conn, wakeup)
+    def listen_to_nothing(conn: psycopg.Connection[Any], _channels: Sequence[str], wakeup: Wakeup) -> Listener:
+        return Listener(conn, wakeup)
 
-    monkeypatch.setattr(Listener, "listen", listen_elsewhere)
+    monkeypatch.setattr(AsyncListener, "listen", listen_elsewhere)
     monkeypatch.setattr(candidate, "listen", listen_to_nothing)
     monkeypatch.setattr(channels, "POLL_SECONDS", 0.1)
 
@@ -958,7 +959,7 @@ def test_a_listener_outlives_a_server_that_is_unsuitable_for_a_while(settings: S
     async def scenario() -> None:
         heard = asyncio.Event()
         openings = Openings(settings, [2, 3], STANDBY)
-        listener = Listener(openings)
+        listener = AsyncListener(openings)
         await listener.listen("news", heard.set)
         heard.clear()
         end_sessions(sql)
@@ -975,7 +976,7 @@ def test_whoever_asks_a_listener_first_hears_why_it_cannot_listen_and_may_ask_ag
 ) -> None:
     async def scenario() -> None:
         heard = asyncio.Event()
-        listener = Listener(Openings(settings, [1], STANDBY))
+        listener = AsyncListener(Openings(settings, [1], STANDBY))
         with pytest.raises(UnsuitableServer):
             await listener.listen("news", heard.set)
         await asyncio.wait_for(listener.listen("news", heard.set), PATIENCE)
@@ -991,7 +992,7 @@ def test_i7_a_channel_asked_for_while_the_listener_reconnects_misses_nothing_unn
     """Whoever was told that a channel is listened to hears of what is notified there from then on."""
 
     async def scenario() -> None:
-        listener = Listener(Openings(settings))
+        listener = AsyncListener(Openings(settings))
         await listener.listen("old", lambda: None)
         for number in range(10):
             heard = asyncio.Event()

@@ -29,7 +29,7 @@ from pgcoord_cli.core.leader import lease, resolver
 from pgcoord_cli.core.leader.lease import Term, read_lease
 from pgcoord_cli.core.leader.lease_keeper import mark_leader_session
 from pgcoord_cli.core.leader.resolver import Resolver
-from pgcoord_cli.db.lane import Answer
+from pgcoord_cli.db.callback_connection import Answer
 from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.errors import Conflict, Fenced, Rejected
 from pgcoord_cli.settings import Settings
@@ -553,7 +553,7 @@ def test_a_client_that_was_not_alone_goes_through_the_queue_for_a_while(
         await late.commit()
         await put(db, k=b"2")
         assert paths(sql) == ["alone", "queue", "queue"]
-        db._submitter._solitude.was_wrong(-FOR_EVER * 2)
+        db._submitter._direct_backoff.was_wrong(-FOR_EVER * 2)
         await put(db, k=b"3")
         assert paths(sql)[3:] == ["alone"]
 
@@ -589,13 +589,13 @@ def test_i6_what_postgresql_refuses_of_a_lone_commit_the_leader_rejects(
 
 def lose_the_answer(monkeypatch: pytest.MonkeyPatch, before: Callable[[], Any]) -> None:
     """The answer to a lone commit does not reach the client."""
-    hear = Submitter._on_alone
+    hear = Submitter._on_direct_answer
 
     def lose(submitter: Submitter, undecided: PendingCommit, _: Answer) -> None:
         before()
         hear(submitter, undecided, psycopg.OperationalError("the connection is lost"))
 
-    monkeypatch.setattr(Submitter, "_on_alone", lose)
+    monkeypatch.setattr(Submitter, "_on_direct_answer", lose)
 
 
 @needs_leader

@@ -16,9 +16,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.concurrency.wakeup import Wakeup, listen
+from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.advisory_keys import lock_key
+from pgcoord_cli.core.database.listener import listen
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.leader import lease
 from pgcoord_cli.core.leader.lease import Renewal, Term

@@ -12,7 +12,7 @@ import pytest
 
 from pgcoord_cli.core.database.pool import Pool
 from pgcoord_cli.db.binary import integer
-from pgcoord_cli.db.lane import Row, settle
+from pgcoord_cli.db.callback_connection import Row, settle
 from pgcoord_cli.errors import ConnectionFailed
 from pgcoord_cli.settings import Settings
 from tests.asking import PATIENCE, until_async

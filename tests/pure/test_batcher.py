@@ -1,31 +1,29 @@
-"""Grouped calls: everybody gets the result of their own item, and nobody is sent twice or forgotten."""
+"""Batching: every item is sent once, in order, in batches that grow while one is in flight."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import wraps
 
-import pytest
-
+from pgcoord_cli.core.concurrency import batcher
 from pgcoord_cli.core.concurrency.batcher import Batcher
 
 
 class Sender:
-    """Sends groups when it is let, and remembers them."""
+    """Notes the batches, and what was refused. A batch with the item 13 cannot be sent."""
 
     def __init__(self) -> None:
-        self.groups: list[list[int]] = []
-        self._done: list[Callable[[Sequence[str] | Exception], None]] = []
+        self.batches: list[list[int]] = []
+        self.refused: list[tuple[list[int], str]] = []
 
-    def __call__(self, items: Sequence[int], done: Callable[[Sequence[str] | Exception], None]) -> None:
-        self.groups.append(list(items))
-        self._done.append(done)
+    def send(self, batch: list[int]) -> None:
+        if 13 in batch:
+            raise TypeError("thirteen")
+        self.batches.append(batch)
 
-    def let_go(self) -> None:
-        """The results of the group that is under way."""
-        items = self.groups[-1]
-        self._done[-1](ValueError("thirteen") if 13 in items else [str(item) for item in items])
+    def refuse(self, batch: list[int], error: Exception) -> None:
+        self.refused.append((batch, str(error)))
 
 
 def played(scenario: Callable[[Sender], Awaitable[None]]) -> Callable[[], None]:
@@ -41,64 +39,83 @@ def played(scenario: Callable[[Sender], Awaitable[None]]) -> Callable[[], None]:
 
 
 @played
-async def test_a_lone_caller_is_sent_at_once_and_those_who_come_meanwhile_share_the_next_group(sender: Sender) -> None:
-    group = Batcher(sender, limit=3)
-    callers = [group(1)]
+async def test_items_that_arrive_in_one_step_of_the_event_loop_share_a_batch(sender: Sender) -> None:
+    calls = Batcher(sender.send, sender.refuse, limit=10)
+    calls.add(1)
+    calls.add(2)
+    assert sender.batches == []
     await asyncio.sleep(0)
-    callers += [group(number) for number in range(2, 7)]
+    assert sender.batches == [[1, 2]]
+
+
+@played
+async def test_items_that_arrive_while_a_batch_is_in_flight_share_the_next_ones(sender: Sender) -> None:
+    calls = Batcher(sender.send, sender.refuse, limit=3)
+    calls.add(1)
+    await asyncio.sleep(0)
+    for number in range(2, 7):
+        calls.add(number)
+    await asyncio.sleep(0)
     for expected in ([[1]], [[1], [2, 3, 4]], [[1], [2, 3, 4], [5, 6]]):
-        assert sender.groups == expected
-        sender.let_go()
-    assert await asyncio.gather(*callers) == ["1", "2", "3", "4", "5", "6"]
-    assert len(sender.groups) == 3
+        assert sender.batches == expected
+        assert not calls.is_idle
+        calls.succeeded()
+    assert calls.is_idle
+    calls.add(7)
+    await asyncio.sleep(0)
+    assert sender.batches[-1] == [7]
 
 
 @played
-async def test_an_error_reaches_its_whole_group_and_no_other(sender: Sender) -> None:
-    group = Batcher(sender, limit=2)
-    callers = [group(number) for number in (11, 12, 13, 14)]
+async def test_a_batch_ends_with_the_item_that_reaches_the_size_limit(sender: Sender) -> None:
+    calls = Batcher(sender.send, sender.refuse, limit=100, size_of=lambda item: item, size_limit=10)
+    for size in (3, 6, 1, 50, 9, 1, 1):
+        calls.add(size)
     await asyncio.sleep(0)
-    for _ in range(2):
-        sender.let_go()
-    results = await asyncio.gather(*callers, return_exceptions=True)
-    assert sender.groups == [[11, 12], [13, 14]]
-    assert [type(result) for result in results] == [str, str, ValueError, ValueError]
-    last = group(15)
-    await asyncio.sleep(0)
-    sender.let_go()
-    assert await last == "15", "and the next call is sent as ever"
+    for _ in range(3):
+        calls.succeeded()
+    assert sender.batches == [[3, 6, 1], [50], [9, 1], [1]]
 
 
 @played
-async def test_a_caller_who_gives_up_takes_nobody_along(sender: Sender) -> None:
-    group = Batcher(sender, limit=10)
-    first = group(1)
+async def test_a_batch_that_cannot_be_sent_is_refused_and_the_next_one_follows(sender: Sender) -> None:
+    calls = Batcher(sender.send, sender.refuse, limit=2)
+    for number in (12, 13, 14):
+        calls.add(number)
     await asyncio.sleep(0)
-    second, third = group(2), group(3)
-    for given_up in (first, second):
-        given_up.cancel()
-    for _ in range(2):
-        sender.let_go()
-    assert await third == "3"
-    with pytest.raises(asyncio.CancelledError):
-        await first
+    assert sender.refused == [([12, 13], "thirteen")]
+    assert sender.batches == [[14]]
+    calls.succeeded()
+    assert calls.is_idle
 
 
-def test_what_cannot_even_be_sent_harms_nobody_else() -> None:
+def test_a_batch_that_failed_is_sent_again_first_after_a_pause() -> None:
     async def scenario() -> None:
-        sender = Sender()
+        sender, sent = Sender(), asyncio.Event()
 
-        def send(items: Sequence[int], done: Callable[[Sequence[str] | Exception], None]) -> None:
-            if 13 in items:
-                raise TypeError("thirteen")
-            sender(items, done)
+        def send(batch: list[int]) -> None:
+            sender.send(batch)
+            sent.set()
 
-        group = Batcher(send, limit=10)
-        with pytest.raises(TypeError):
-            await group(13)
-        later = group(14)
-        await asyncio.sleep(0)
-        sender.let_go()
-        assert await later == "14"
+        calls = Batcher(send, sender.refuse, limit=2)
+        for number in (1, 2, 3):
+            calls.add(number)
+        await sent.wait()
+        sent.clear()
+        calls.add_first(sender.batches[0])
+        calls.failed()
+        assert not calls.is_idle
+        await asyncio.wait_for(sent.wait(), 20 * batcher.FIRST_PAUSE)
+        calls.succeeded()
+        assert sender.batches == [[1, 2], [1, 2], [3]]
 
     asyncio.run(scenario())
+
+
+@played
+async def test_nothing_is_sent_after_the_close(sender: Sender) -> None:
+    calls = Batcher(sender.send, sender.refuse, limit=2)
+    calls.add(1)
+    calls.close()
+    await asyncio.sleep(0)
+    assert sender.batches == []

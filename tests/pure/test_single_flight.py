@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 
 import pytest
 
-from pgcoord_cli.core.concurrency import backoff
 from pgcoord_cli.core.concurrency.single_flight import SingleFlight
 
 
@@ -18,7 +18,7 @@ class Timers:
         self.pauses: list[float] = []
         self._ends: list[Callable[[], None]] = []
         monkeypatch.setattr(asyncio.get_running_loop(), "call_later", self._call_later)
-        monkeypatch.setattr(backoff, "jittered", lambda seconds: seconds)
+        monkeypatch.setattr(random, "uniform", lambda _low, high: high)
 
     def _call_later(self, seconds: float, end: Callable[[], None]) -> asyncio.TimerHandle:
         self.pauses.append(seconds)
@@ -39,11 +39,11 @@ def play(scenario: Callable[[], Awaitable[None]]) -> None:
 def test_after_a_success_the_next_goes_at_once() -> None:
     async def scenario() -> None:
         goes: list[bool] = []
-        gate = SingleFlight(lambda: goes.append(gate.is_open), 1, 8)
-        assert gate.is_open
-        gate.shut()
-        assert not gate.is_open
-        gate.open()
+        flight = SingleFlight(lambda: goes.append(flight.is_idle), 1, 8)
+        assert flight.is_idle
+        flight.begin()
+        assert not flight.is_idle
+        flight.succeeded()
         assert goes == [True]
 
     play(scenario)
@@ -52,32 +52,32 @@ def test_after_a_success_the_next_goes_at_once() -> None:
 def test_pauses_grow_while_one_failure_follows_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         timers, goes = Timers(monkeypatch), []
-        gate = SingleFlight(lambda: goes.append("again"), 1, 4)
+        flight = SingleFlight(lambda: goes.append("again"), 1, 4)
         for failures in range(1, 5):
-            gate.shut()
-            gate.open_later()
-            assert not gate.is_open
+            flight.begin()
+            flight.failed()
+            assert not flight.is_idle
             timers.end_last()
-            assert gate.is_open
+            assert flight.is_idle
             assert len(goes) == failures
-        gate.open()
-        gate.open_later()
+        flight.succeeded()
+        flight.failed()
         assert timers.pauses == [1, 2, 4, 4, 1]
 
     play(scenario)
 
 
-def test_nobody_goes_through_one_that_is_closed() -> None:
+def test_nothing_begins_after_the_close() -> None:
     async def scenario() -> None:
         goes: list[str] = []
-        gate = SingleFlight(lambda: goes.append("again"), 0, 0)
-        gate.shut()
-        gate.open_later()
-        gate.close()
+        flight = SingleFlight(lambda: goes.append("again"), 0, 0)
+        flight.begin()
+        flight.failed()
+        flight.close()
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        gate.open()
-        assert not gate.is_open
+        flight.succeeded()
+        assert not flight.is_idle
         assert not goes
 
     play(scenario)

@@ -1,4 +1,4 @@
-"""Nothing in the package waits by sleeping (rule I7): the one sleep spreads attempts out, in core/concurrency/backoff.py."""
+"""Nothing in the package waits by sleeping (rule I7); only core/concurrency/backoff.py sleeps, between attempts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Pauses that double, with jitter, between attempts at something that failed.
+"""Pauses between attempts at an operation that failed: they double, and a random part is taken off each.
 
-This is the one place where pgcoord sleeps. A back-off waits for nothing: it only spreads attempts out. Whoever
-waits *for* something waits on a notification, a socket or a condition (rule I7).
+This is the only place in pgcoord that sleeps. A back-off does not wait for an event: it spreads attempts out, so that
+many processes that failed together do not try again together. Code that waits *for* something blocks on a
+notification, a socket or a condition (rule I7).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 
 
 class Backoff:
-    """Pauses from `first` seconds on, doubling up to `last`, each shortened at random by up to a half."""
+    """Pauses in seconds: `first`, then twice as long each time, up to `last`; each is shortened by up to a half."""
 
     def __init__(self, first: float, last: float) -> None:
         self._first = first
@@ -19,19 +20,14 @@ class Backoff:
         self._next = first
 
     def reset(self) -> None:
-        """Something worked: begin small again."""
+        """Returns to the first pause, after an attempt that succeeded."""
         self._next = self._first
 
     def next_pause(self) -> float:
-        """The seconds to pause now; makes the next pause longer."""
+        """Returns the seconds to pause before the next attempt, and doubles the pause after it."""
         seconds, self._next = self._next, min(self._next * 2, self._last)
-        return jittered(seconds)
+        return seconds * random.uniform(0.5, 1.0)
 
     async def pause(self) -> None:
-        """Waits, and makes the next pause longer."""
+        """Sleeps for the next pause."""
         await asyncio.sleep(self.next_pause())
-
-
-def jittered(seconds: float) -> float:
-    """A pause shortened at random by up to a half, so that many who failed together do not come back together."""
-    return seconds * random.uniform(0.5, 1.0)

@@ -1,61 +1,93 @@
-"""Many callers, few statements: what waits while a statement is in flight goes out together in the next one.
+"""Batching: items that arrive while a statement is in flight go out together in the next one.
 
-There is no timer and no task: a lone caller is sent in the next step of the event loop, together with whoever calls in
-the same one, and the busier the connection, the larger the groups become by themselves.
+There is no timer and no task. The first item of a batch schedules the send for the next step of the event loop, so that
+callers of the same step share it; while a batch is in flight, items collect. The busier the connection, the larger the
+batches become by themselves.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Generic, TypeVar
 
+from pgcoord_cli.core.concurrency.single_flight import SingleFlight
+
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+
+FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0
+"""Seconds between a batch that failed and the next one."""
 
 
-class Batcher(Generic[Item, Result]):
-    """Calls `send` with lists of items, one list at a time, and hands each caller the result of its own item.
+class Batcher(Generic[Item]):
+    """Hands items to `send` in batches, one batch in flight at a time.
 
-    `send` gets the items, and what to call later with as many results or with one error.
+    `send` starts the work and returns; the owner then reports its end by `succeeded` or `failed`. When `send` itself
+    raises, the batch goes to `refuse` with the error, and the next batch follows. A batch ends at `limit` items, or
+    with the item at which the sizes that `size_of` gives reach `size_limit`.
     """
 
     def __init__(
-        self, send: Callable[[Sequence[Item], Callable[[Sequence[Result] | Exception], None]], None], limit: int
+        self,
+        send: Callable[[list[Item]], None],
+        refuse: Callable[[list[Item], Exception], None],
+        limit: int,
+        size_of: Callable[[Item], int] = lambda _item: 0,
+        size_limit: int = 1,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._send = send
+        self._refuse = refuse
         self._limit = limit
-        self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
-        self._is_sending = False
+        self._size_of = size_of
+        self._size_limit = size_limit
+        self._waiting: deque[Item] = deque()
+        self._flight = SingleFlight(self._send_next, FIRST_PAUSE, LAST_PAUSE)
 
-    def __call__(self, item: Item) -> asyncio.Future[Result]:
-        """The result of one item, or what went wrong with its group."""
-        future: asyncio.Future[Result] = self._loop.create_future()
-        self._waiting.append((item, future))
+    @property
+    def is_idle(self) -> bool:
+        """Whether no batch is in flight and none failed a moment ago."""
+        return self._flight.is_idle
+
+    def add(self, item: Item) -> None:
+        """Sends an item with the next batch."""
+        self._waiting.append(item)
         if len(self._waiting) == 1:
             self._loop.call_soon(self._send_next)
-        return future
+
+    def add_first(self, items: Sequence[Item]) -> None:
+        """Puts the items of a batch that failed in front of all others, in their order, for the next batch."""
+        self._waiting.extendleft(reversed(items))
+
+    def succeeded(self) -> None:
+        """Reports that the batch in flight has ended; the next one is sent at once."""
+        self._flight.succeeded()
+
+    def failed(self) -> None:
+        """Reports that the batch in flight has failed; the next one is sent after a pause."""
+        self._flight.failed()
+
+    def close(self) -> None:
+        """Sends nothing from now on."""
+        self._flight.close()
 
     def _send_next(self) -> None:
-        if self._waiting and not self._is_sending:
-            self._is_sending = True
-            group, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
-            try:
-                self._send([item for item, _ in group], partial(self._on_results, group))
-            except Exception as error:  # noqa: BLE001 - theirs, and nobody else's
-                self._on_results(group, error)
+        if not (self._waiting and self._flight.is_idle):
+            return
+        self._flight.begin()
+        batch = self._next_batch()
+        try:
+            self._send(batch)
+        except Exception as error:  # noqa: BLE001 - the batch's own fault; the batches after it must go on
+            self._refuse(batch, error)
+            self._flight.succeeded()
 
-    def _on_results(
-        self, group: list[tuple[Item, asyncio.Future[Result]]], results: Sequence[Result] | Exception
-    ) -> None:
-        self._is_sending = False
-        self._send_next()  # first, so that the server has something to do meanwhile
-        for place, (_, future) in enumerate(group):
-            if future.done():
-                continue
-            if isinstance(results, Exception):
-                future.set_exception(results)
-            else:
-                future.set_result(results[place])
+    def _next_batch(self) -> list[Item]:
+        batch: list[Item] = []
+        room = self._size_limit
+        while self._waiting and len(batch) < self._limit and room > 0:
+            item = self._waiting.popleft()
+            batch.append(item)
+            room -= self._size_of(item)
+        return batch

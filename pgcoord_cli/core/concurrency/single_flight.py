@@ -1,7 +1,8 @@
-"""A gate: what is done again and again, one at a time, and after a failure only after a pause.
+"""Single flight: an operation that runs once at a time, at once after a success, and after a pause following a failure.
 
-It replaces a task that loops: whoever has something to do looks whether it is open, shuts it, and opens it when the
-answer is there; then it calls `again`, for what has come up meanwhile.
+It replaces a task that loops. A caller that has work checks `is_idle`, calls `begin`, starts the operation, and reports
+its end with `succeeded` or `failed`. Both call `again` once the next operation may begin, so that work that arrived in
+the meantime is taken up.
 """
 
 from __future__ import annotations
@@ -13,36 +14,36 @@ from pgcoord_cli.core.concurrency.backoff import Backoff
 
 
 class SingleFlight:
-    """Open at first. Pauses grow from `first` to `last` seconds while one failure follows the other."""
+    """Idle at first. While failures follow each other, pauses grow from `first` to `last` seconds."""
 
     def __init__(self, again: Callable[[], None], first: float, last: float) -> None:
-        self.is_open = True
+        self.is_idle = True
         self._again = again
         self._backoff = Backoff(first, last)
         self._pause: asyncio.TimerHandle | None = None
         self._is_closed = False
 
-    def shut(self) -> None:
-        """Somebody is under way."""
-        self.is_open = False
+    def begin(self) -> None:
+        """Marks an operation as running."""
+        self.is_idle = False
 
-    def open(self) -> None:
-        """He is through, and all went well."""
+    def succeeded(self) -> None:
+        """Reports success: resets the back-off and admits the next operation."""
         self._backoff.reset()
-        self._reopen()
+        self._admit()
 
-    def open_later(self) -> None:
-        """He failed."""
-        self._pause = asyncio.get_running_loop().call_later(self._backoff.next_pause(), self._reopen)
+    def failed(self) -> None:
+        """Reports failure: admits the next operation after a pause."""
+        self._pause = asyncio.get_running_loop().call_later(self._backoff.next_pause(), self._admit)
 
     def close(self) -> None:
-        """Nobody goes through any more."""
-        self.is_open = False
+        """Admits nothing from now on, and cancels a pause that is running."""
+        self.is_idle = False
         self._is_closed = True
         if self._pause:
             self._pause.cancel()
 
-    def _reopen(self) -> None:
+    def _admit(self) -> None:
         if not self._is_closed:
-            self.is_open = True
+            self.is_idle = True
             self._again()

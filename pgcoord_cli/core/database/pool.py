@@ -1,8 +1,8 @@
-"""A few connections that run whatever statements come up, and are replaced when they break.
+"""A few connections that run statements in the order in which they come up, and are replaced when they break.
 
-A statement takes the connection that is free; where none is, one more is opened, up to the pool's size, and the
-statement goes over whichever is ready first. Nobody holds a connection for longer than one statement. Where one broke
-under a statement, the idle ones are not trusted either.
+A statement takes a free connection. Where none is free, another is opened, up to the pool's size, and the statement
+runs on whichever is ready first. A connection belongs to one statement at a time and to none in between, so that a
+program that thinks between two statements holds none.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
-from pgcoord_cli.core.concurrency.backoff import jittered
-from pgcoord_cli.db.lane import Answer, Lane, PendingStatement
+from pgcoord_cli.core.concurrency.backoff import Backoff
+from pgcoord_cli.db.callback_connection import Answer, CallbackConnection, PendingStatement
 from pgcoord_cli.errors import ConnectionFailed
 
-RETRY_SECONDS = 1.0
-"""After one more connection could not be opened, the next attempt waits so long, if somebody still waits then."""
+FIRST_PAUSE, LAST_PAUSE = 1.0, 5.0
+"""Seconds between attempts to open one more connection while others work."""
 
 CLOSED = "this client was closed"
 
@@ -28,59 +28,60 @@ Opener = Callable[[], Awaitable[AsyncConnection[Any]]]
 
 
 class Pool:
-    """At most `size` connections, opened when first needed; `opener` makes one, or raises what is in the way.
+    """At most `size` connections, opened when first needed; `opener` opens one, or raises why it cannot.
 
-    A connection that leaves a statement without an answer for `patience` seconds, if there are any, is taken for lost.
+    A statement without an answer for `timeout` seconds counts as a lost connection; None: no limit.
     """
 
-    def __init__(self, opener: Opener, size: int, patience: float | None = None) -> None:
+    def __init__(self, opener: Opener, size: int, timeout: float | None = None) -> None:
         self._opener = opener
         self._size = size
-        self._patience = patience
-        self._lanes: set[Lane] = set()
-        self._free: list[Lane] = []
-        """The last one used comes first: its process is still warm."""
+        self._timeout = timeout
+        self._connections: set[CallbackConnection] = set()
+        self._free: list[CallbackConnection] = []
+        """Used as a stack: the server process used last has its caches warm."""
         self._waiting: deque[PendingStatement] = deque()
-        self._openings: set[asyncio.Task[Lane]] = set()
+        self._openings: set[asyncio.Task[CallbackConnection]] = set()
+        self._backoff = Backoff(FIRST_PAUSE, LAST_PAUSE)
         self._closed = False
 
     def run(self, text: str, parameters: Sequence[bytes | None], done: Callable[[Answer], None]) -> None:
-        """Runs a statement; `done` gets its rows, a psycopg.Error, or what opening a connection raised."""
+        """Runs a statement; `done` gets its rows, a psycopg.Error, or the error that opening a connection raised."""
         self._waiting.append(PendingStatement(text, parameters, done))
         self._advance()
 
     async def open(self) -> None:
-        """Opens one connection, and raises what is in the way."""
+        """Opens one connection. Raises why it cannot."""
         self._add(await self._open_another())
 
     async def close(self) -> None:
-        """Closes every connection; who waits for a statement is told so."""
+        """Closes every connection; statements that wait or run get an error as their answer."""
         self._closed = True
         for opening in self._openings:
             opening.cancel()
         await asyncio.gather(*self._openings, return_exceptions=True)
-        for lane in list(self._lanes):
-            self._forget(lane)
-            lane.close()
+        for connection in list(self._connections):
+            self._forget(connection)
+            connection.close()
         self._advance()
 
     def _advance(self) -> None:
         while self._waiting and self._free:
-            statement, lane = self._waiting.popleft(), self._free.pop()
-            lane.run(statement._replace(done=partial(self._on_answer, lane, statement.done)))
+            statement, connection = self._waiting.popleft(), self._free.pop()
+            connection.run(statement._replace(done=partial(self._on_answer, connection, statement.done)))
         while self._waiting and self._closed:
             loop = asyncio.get_running_loop()
             loop.call_soon(self._waiting.popleft().done, ConnectionFailed(CLOSED))
-        while len(self._openings) < min(len(self._waiting), self._size - len(self._lanes)):
+        while len(self._openings) < min(len(self._waiting), self._size - len(self._connections)):
             opening = asyncio.create_task(self._open_another())
             self._openings.add(opening)
             opening.add_done_callback(self._on_opened)
 
-    def _on_answer(self, lane: Lane, done: Callable[[Answer], None], answer: Answer) -> None:
-        if lane.is_open:
-            self._free.append(lane)
+    def _on_answer(self, connection: CallbackConnection, done: Callable[[Answer], None], answer: Answer) -> None:
+        if connection.is_open:
+            self._free.append(connection)
         else:
-            self._forget(lane)
+            self._forget(connection)
             self._close_idle()
         try:
             done(answer)
@@ -88,36 +89,38 @@ class Pool:
             self._advance()
 
     def _close_idle(self) -> None:
-        """What ended one connection has probably ended the others, and a second try should not find that out too."""
-        for lane in list(self._free):
-            self._forget(lane)
-            lane.close()
+        # What ended one connection has probably ended the idle ones too; a retry must not find that out again.
+        for connection in list(self._free):
+            self._forget(connection)
+            connection.close()
 
-    async def _open_another(self) -> Lane:
-        return Lane(await self._opener(), patience=self._patience)
+    async def _open_another(self) -> CallbackConnection:
+        return CallbackConnection(await self._opener(), timeout=self._timeout)
 
-    def _on_opened(self, opening: asyncio.Task[Lane]) -> None:
-        """One who waits goes on. Where that failed, all wait for the connections there are, or one hears why."""
+    def _on_opened(self, opening: asyncio.Task[CallbackConnection]) -> None:
+        """Adds the connection. Where opening failed, the statements wait for those that are open, or one gets why."""
         self._openings.discard(opening)
         if opening.cancelled():
             return
         try:
             self._add(opening.result())
-        except Exception as error:  # noqa: BLE001 - handed on
-            if self._lanes:
-                asyncio.get_running_loop().call_later(jittered(RETRY_SECONDS), self._advance)
+        except Exception as error:  # noqa: BLE001 - passed to the statement that waits
+            if self._connections:
+                asyncio.get_running_loop().call_later(self._backoff.next_pause(), self._advance)
                 return
             if self._waiting:
                 self._waiting.popleft().done(error)
+        else:
+            self._backoff.reset()
         self._advance()
 
-    def _add(self, lane: Lane) -> None:
-        lane.on_lost = partial(self._forget, lane)
-        self._lanes.add(lane)
-        self._free.append(lane)
+    def _add(self, connection: CallbackConnection) -> None:
+        connection.on_lost = partial(self._forget, connection)
+        self._connections.add(connection)
+        self._free.append(connection)
 
-    def _forget(self, lane: Lane) -> None:
-        """Leaves room for another in its place."""
-        self._lanes.discard(lane)
-        if lane in self._free:
-            self._free.remove(lane)
+    def _forget(self, connection: CallbackConnection) -> None:
+        # From now on another connection may be opened in its place.
+        self._connections.discard(connection)
+        if connection in self._free:
+            self._free.remove(connection)

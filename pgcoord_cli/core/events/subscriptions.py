@@ -14,7 +14,7 @@ from typing import Any
 from psycopg import Connection
 from psycopg.rows import dict_row
 
-from pgcoord_cli.core.concurrency.backoff import jittered
+from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.advisory_keys import lock_holder
 from pgcoord_cli.core.database.session import open_session
@@ -57,7 +57,7 @@ class Subscription:
 
         Busy or Fenced when somebody else has it by then; ConnectionFailed when told to stop meanwhile.
         """
-        pause = FIRST_PAUSE
+        backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while True:
             try:
                 if self._conn.closed:
@@ -70,8 +70,7 @@ class Subscription:
                 if self._stopping:
                     raise
                 self._report(Notice("disconnected", to_cursor(position), f"not saved yet: {error.message}"))
-            self._wakeup.wait(jittered(pause))
-            pause = min(pause * 2, LONGEST_PAUSE)
+            self._wakeup.wait(backoff.next_pause())
 
     def stop(self) -> None:
         """Has a `save` that waits for a connection give up. May be called from a signal handler."""

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
-from pgcoord_cli.core.concurrency.backoff import jittered
+from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.channels import POLL_SECONDS
 from pgcoord_cli.core.events.cursor import to_cursor
@@ -228,7 +228,7 @@ class Tail:
 
     def batches(self) -> Iterator[Batch]:
         """Batches, in order, until stopped or, without `follow`, caught up. The first one says where it starts."""
-        pause = FIRST_PAUSE
+        backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while not self._stopping:
             try:
                 with closing(TailConnection(self._settings, self._outbox, self._wakeup)) as feed:
@@ -237,15 +237,14 @@ class Tail:
                         yield Batch([], self._frontier.position)
                     else:
                         self._say("connected", self._check_after_crash(feed, self._frontier.position))
-                    pause = FIRST_PAUSE
+                    backoff.reset()
                     yield from self._read_on(feed, self._frontier)
                     return
             except PgcoordError as error:
                 if self._frontier is None or isinstance(error, _FINAL):
                     raise
                 self._say("disconnected", error.message)
-            self._wakeup.wait(jittered(pause))
-            pause = min(pause * 2, LONGEST_PAUSE)
+            self._wakeup.wait(backoff.next_pause())
 
     def _check_after_crash(self, feed: TailConnection, position: int) -> str:
         """Goes back to the end of the outbox if that lies before the position; returns what to say.

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from psycopg import Connection
 
-from pgcoord_cli.core.concurrency.wakeup import Wakeup, listen
+from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
+from pgcoord_cli.core.database.listener import listen
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.events.outbox import Event, Outbox
 from pgcoord_cli.db.binary import int4, int8

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import Connection
 
-from pgcoord_cli.core.concurrency.backoff import jittered
+from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.db.sqlfiles import sql
 
 TRIES = 4
-FIRST_PAUSE = 0.02
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 0.16
 TRANSIENT = ("40001", "40P01", "55P03")
 """Serialization failure, deadlock, lock not available."""
 
@@ -52,7 +52,7 @@ def dispatch_completion(conn: Connection[Any], event_id: int) -> Advanced | NoOp
 
 def dispatch_all(conn: Connection[Any], event_ids: Sequence[int]) -> dict[int, int]:
     """Carries events a hop further in one transaction: for each that was claimed, how many edges were counted."""
-    pause = FIRST_PAUSE
+    backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
     for remaining in reversed(range(TRIES)):
         try:
             return dict(conn.execute(sql("reconcile", "dispatch"), [list(event_ids)]).fetchall())
@@ -60,6 +60,5 @@ def dispatch_all(conn: Connection[Any], event_ids: Sequence[int]) -> dict[int, i
             if error.sqlstate not in TRANSIENT or not remaining:
                 raise
         with closing(Wakeup()) as wakeup:
-            wakeup.wait(jittered(pause))
-        pause *= 2
+            wakeup.wait(backoff.next_pause())
     raise AssertionError

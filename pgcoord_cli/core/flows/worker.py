@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import Connection
 
-from pgcoord_cli.core.concurrency.backoff import jittered
+from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.concurrency.process_group import ProcessGroup
-from pgcoord_cli.core.concurrency.wakeup import Wakeup, listen
+from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
+from pgcoord_cli.core.database.listener import listen
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.flows import executions
 from pgcoord_cli.core.flows.dispatcher import CompletionDispatcher
@@ -50,7 +51,8 @@ ANSWER_WITHIN = 1 / 8
 END_AFTER = 4 / 5
 """Parts of a lease: until it is renewed, for a renewal to be answered, until the command is ended without one."""
 
-RECONNECT_SECONDS = 1.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
+"""Seconds between attempts to connect."""
 
 
 class WorkEvent(NamedTuple):
@@ -201,16 +203,18 @@ class Slot:
 
     def run(self) -> None:
         """Claims and runs until stopped, over one connection after the other."""
+        backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while not self._is_over():
             try:
                 with closing(open_session(self._settings, "worker", writes=True)) as conn, mapped_errors():
+                    backoff.reset()
                     self._work(conn)
                     return
             except FINAL as error:
                 self._company.fail(error)
             except PgcoordError as error:
                 self._report(WorkEvent("trouble", "", None, None, error.message))
-                self._wakeup.wait(jittered(RECONNECT_SECONDS))
+                self._wakeup.wait(backoff.next_pause())
 
     def _is_over(self) -> bool:
         return self._stopping or self._company.failure is not None
@@ -278,6 +282,7 @@ class Slot:
 
     def _end(self, claim: Claim, ending: ExitResult, conn: Connection[Any]) -> None:
         """Reports how the command ended, over a new connection if need be, until it is known to have arrived."""
+        backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         with ExitStack() as opened:
             while True:
                 try:
@@ -291,7 +296,7 @@ class Slot:
                     self._report(
                         WorkEvent("trouble", claim.name, str(claim.execution_id), claim.attempt, error.message)
                     )
-                    self._wakeup.wait(jittered(RECONNECT_SECONDS))
+                    self._wakeup.wait(backoff.next_pause())
                     with suppress(PgcoordError):
                         conn = opened.enter_context(closing(open_session(self._settings, "worker", writes=True)))
 

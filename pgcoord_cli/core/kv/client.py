@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 from psycopg import AsyncConnection
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
-from pgcoord_cli.core.database.listener import Listener
+from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.database.pool import Pool
 from pgcoord_cli.core.database.session import answer_expected, open_session_async
 from pgcoord_cli.core.kv.hot_keys import HotKeys
@@ -64,7 +64,7 @@ class Database:
         limit = settings.statement_timeout  # what the server itself keeps to; 0 is no limit
         self._pool = Pool(self._open_connection, pool_size, limit + ANSWER_SECONDS if limit else None)
         self._reader = SnapshotReader(self._pool)
-        self._listener = Listener(self._open_connection)
+        self._listener = AsyncListener(self._open_connection)
         self._submitter = Submitter(settings.schema, self._pool, self._listener)
         self._turns = HotKeys()
         self._watcher = Watcher(settings.schema, self._reader, self._listener)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import psycopg
@@ -12,12 +13,12 @@ from pgcoord_cli.core.commits.codec import PAST_THE_LAST_KEY, Range
 from pgcoord_cli.core.concurrency.batcher import Batcher
 from pgcoord_cli.core.database.pool import Pool
 from pgcoord_cli.db.binary import bool_array, bytea_array, int8_array, integer
+from pgcoord_cli.db.callback_connection import Answer, Row
 from pgcoord_cli.db.connection import mapped_errors
-from pgcoord_cli.db.lane import Answer, Row
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 
-GROUP_LIMIT = 500
+BATCH_LIMIT = 500
 RETRIES = 2
 
 Rows = tuple[tuple[bytes, bytes], ...]
@@ -55,37 +56,63 @@ class Snapshot(NamedTuple):
     rows: dict[RangeRead, Rows]
 
 
+class PendingRead(NamedTuple):
+    """A read that waits for the next statement, and the future of its snapshot."""
+
+    wanted: ReadSet
+    snapshot: asyncio.Future[Snapshot]
+
+
 class SnapshotReader:
-    """Reads for many transactions at once: what is wanted while a statement is in flight shares the next one."""
+    """Reads for many transactions at once: the reads that arrive while a statement is in flight share the next one."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._group = Batcher(self._read_group, GROUP_LIMIT)
+        self._loop = asyncio.get_running_loop()
+        self._batcher = Batcher(self._send, _fail, BATCH_LIMIT)
 
     async def read(self, wanted: ReadSet) -> Snapshot:
-        """A snapshot that holds at least what is wanted; whoever asked at the same time shares it.
+        """Returns a snapshot that holds at least what is wanted; reads of the same batch share it.
 
-        What fails is tried again: over a new connection where the old one broke, and over another where the new one was
-        ended while it was being opened. Raises PgcoordError after that.
+        A read that fails is retried: over a new connection where the old one broke, and over another where the new one
+        was terminated while it was being opened. Raises PgcoordError after that.
         """
         for _ in range(RETRIES):
             with suppress(psycopg.Error, ConnectionFailed):
-                return await self._group(wanted)
+                return await self._read_once(wanted)
         with mapped_errors():
-            return await self._group(wanted)
+            return await self._read_once(wanted)
 
-    def _read_group(self, group: Sequence[ReadSet], done: Callable[[Sequence[Snapshot] | Exception], None]) -> None:
-        keys = list({key for wanted in group for key in wanted.keys})
-        ranges = list({interval for wanted in group for interval in wanted.ranges})
+    def _read_once(self, wanted: ReadSet) -> asyncio.Future[Snapshot]:
+        read = PendingRead(wanted, self._loop.create_future())
+        self._batcher.add(read)
+        return read.snapshot
 
-        def on_answer(answer: Answer) -> None:
-            found = _snapshot(keys, ranges, answer)
-            done(found if isinstance(found, Exception) else [found] * len(group))
-
+    def _send(self, batch: list[PendingRead]) -> None:
+        keys = list({key for read in batch for key in read.wanted.keys})
+        ranges = list({interval for read in batch for interval in read.wanted.ranges})
+        done = partial(self._on_answer, batch, keys, ranges)
         if ranges:
-            self._pool.run(sql("kv", "read_snapshot"), [bytea_array(keys), *_bounds(ranges)], on_answer)
+            self._pool.run(sql("kv", "read_snapshot"), [bytea_array(keys), *_bounds(ranges)], done)
         else:
-            self._pool.run(sql("kv", "read_keys"), [bytea_array(keys)], on_answer)
+            self._pool.run(sql("kv", "read_keys"), [bytea_array(keys)], done)
+
+    def _on_answer(self, batch: list[PendingRead], keys: list[bytes], ranges: list[RangeRead], answer: Answer) -> None:
+        # The next batch goes out before these callers continue, so that the server works in the meantime.
+        self._batcher.succeeded()
+        found = _snapshot(keys, ranges, answer)
+        if isinstance(found, Exception):
+            _fail(batch, found)
+            return
+        for read in batch:
+            if not read.snapshot.done():
+                read.snapshot.set_result(found)
+
+
+def _fail(batch: list[PendingRead], error: Exception) -> None:
+    for read in batch:
+        if not read.snapshot.done():
+            read.snapshot.set_exception(error)
 
 
 def _bounds(ranges: list[RangeRead]) -> list[bytes]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.database import channels
-from pgcoord_cli.core.database.listener import Listener
+from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.kv.snapshots import ReadSet, SnapshotReader
 from pgcoord_cli.errors import PgcoordError
 
@@ -37,7 +37,7 @@ class Watch:
 class Watcher:
     """Looks after the watches of one client."""
 
-    def __init__(self, schema: str, reader: SnapshotReader, listener: Listener) -> None:
+    def __init__(self, schema: str, reader: SnapshotReader, listener: AsyncListener) -> None:
         self._channel = channels.data(schema)
         self._reader = reader
         self._look = asyncio.Event()

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import Connection
 
-from pgcoord_cli.core.concurrency.wakeup import Wakeup, listen
+from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
+from pgcoord_cli.core.database.listener import listen
 from pgcoord_cli.core.database.session import command_session, open_session
 from pgcoord_cli.core.leader.lease import Renewal, Term, read_lease, successor
 from pgcoord_cli.core.leader.lease_keeper import RENEWALS_PER_TTL, LeaseKeeper, mark_leader_session

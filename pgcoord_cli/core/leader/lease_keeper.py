@@ -31,8 +31,9 @@ from typing import Any
 import psycopg
 from psycopg import Connection
 
-from pgcoord_cli.core.concurrency.wakeup import Notifications, Wakeup
+from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.advisory_keys import lock_key
+from pgcoord_cli.core.database.listener import Listener
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.leader import lease
 from pgcoord_cli.core.leader.lease import Renewal, Term
@@ -186,11 +187,11 @@ class LeaseKeeper(threading.Thread):
         if self.term is None:
             return
         set_lock_timeout(self._conn, self._ttl / RENEWALS_PER_TTL)
-        signals = Notifications(self._conn, self._signal)  # or the end of the connection
+        listener = Listener(self._conn, self._signal)  # also wakes when the connection ends
         while not self._stopping.is_set():
             if not self._renew(self.term):
                 return
-            signals.wait(self._ttl / RENEWALS_PER_TTL)
+            listener.wait(self._ttl / RENEWALS_PER_TTL)
         self._release(self.term, self._release_reason)
 
     def _renew(self, term: Term) -> bool:

@@ -16,8 +16,9 @@ from typing import Any
 
 from psycopg import Connection
 
-from pgcoord_cli.core.concurrency.wakeup import Wakeup, listen
+from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
+from pgcoord_cli.core.database.listener import listen
 from pgcoord_cli.core.leader.lease import Lease, ask_to_step_down, read_lease
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import Fenced, NoLeader, TimedOut

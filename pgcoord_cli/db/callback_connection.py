@@ -1,14 +1,13 @@
-"""A lane: one asyncio connection that runs prepared statements with binary values, one at a time, at little cost.
+"""An asyncio connection that runs prepared statements with binary values, one at a time, and calls back.
 
-psycopg's cursors serve every type and every way of use. The commit client sends the same handful of statements tens
-of thousands of times a second, and for those most of the time would go into choosing dumpers, into registering and
-unregistering the socket with the event loop, and into tasks that wait for each other. A lane registers the socket
-once, prepares each statement at its first use, hands bytes through (`binary` holds the few conversions), and calls
-back, so that what follows an answer goes out in the same step of the event loop. It stands on psycopg's own wrapper of
-libpq.
+psycopg's cursors serve every type and every way of use. The commit client sends the same few statements tens of
+thousands of times a second; there, most of the time would go into choosing dumpers, into registering the socket with
+the event loop and removing it again, and into tasks that wait for each other. This connection registers the socket
+once, prepares each statement at its first use, and passes parameters and rows as bytes (`db.binary` has the few
+conversions). It calls back, so that what follows an answer is sent in the same step of the event loop. It is built on
+psycopg's public wrapper of libpq, `psycopg.pq`.
 
-Notifications that arrive on the connection go to `on_notify`, whenever they arrive, and `on_lost` is called when the
-connection turns out to be lost.
+Notifications go to `on_notify` whenever they arrive. `on_lost` is called when the connection is found to be lost.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ from pgcoord_cli.db.connection import LAST_WORDS
 
 Row = tuple[bytes | None, ...]
 Answer = list[Row] | Exception
-"""The rows of a statement, or what came in their place."""
+"""The rows of a statement, or the error that came instead."""
 
 
 class PendingStatement(NamedTuple):
-    """A statement with `$1` and so on, its parameters in PostgreSQL's binary formats, and who gets the answer."""
+    """A statement with `$1`, `$2` …, its parameters in PostgreSQL's binary formats, and the callback for its answer."""
 
     text: str
     parameters: Sequence[bytes | None]
     done: Callable[[Answer], None]
 
 
-class Lane:
-    """Runs one statement at a time over a connection that it owns from now on.
+class CallbackConnection:
+    """Runs one statement at a time over a connection that it owns and closes.
 
-    A server that leaves a statement without an answer for `patience` seconds, if there are any, is taken for lost.
+    A statement without an answer for `timeout` seconds counts as a lost connection; None: no limit.
     """
 
     def __init__(
@@ -48,14 +47,14 @@ class Lane:
         conn: AsyncConnection[Any],
         on_notify: Callable[[str], None] = lambda _channel: None,
         on_lost: Callable[[], None] = lambda: None,
-        patience: float | None = None,
+        timeout: float | None = None,
     ) -> None:
-        self._conn = conn  # what it is made of ends with it
+        self._conn = conn  # kept because its end would close the libpq connection below
         self._pgconn = conn.pgconn
         self._pgconn.nonblocking = 1
         self._on_notify = on_notify
         self.on_lost = on_lost
-        self._patience = patience
+        self._timeout = timeout
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._names: dict[str, bytes] = {}
@@ -69,30 +68,31 @@ class Lane:
 
     @property
     def is_open(self) -> bool:
-        """Whether the connection still stands, as far as is known."""
+        """Whether the connection is open, as far as libpq knows."""
         return self._pgconn.status != pq.ConnStatus.BAD
 
     def run(self, statement: PendingStatement) -> None:
-        """Sends a statement; its `done` is called later, with the rows or a psycopg.Error. One at a time."""
-        assert self._running is None, "a lane runs one statement at a time"
+        """Sends a statement. Its `done` is called later, with the rows or a psycopg.Error; one statement at a time."""
+        assert self._running is None, "a statement is running on this connection"
         self._running = statement
-        self._expect_answer()
+        self._set_deadline()
         try:
             if name := self._names.get(statement.text):
                 self._execute(name)
             else:
-                self._preparing = b"lane_%d" % len(self._names)
+                self._preparing = b"statement_%d" % len(self._names)
                 self._pgconn.send_prepare(self._preparing, statement.text.encode())
             self._flush()
-        except Exception as error:  # noqa: BLE001 - told to whoever waits
-            self._forget_socket()  # libpq has closed it, and the next one opened may get its number
+        except Exception as error:  # noqa: BLE001 - passed to the statement's callback
+            # libpq has closed the socket; the next one that is opened may get the same number.
+            self._forget_socket()
             reason = error if isinstance(error, psycopg.Error) else psycopg.OperationalError(f"cannot send: {error}")
             self._loop.call_soon(self._break, reason)
 
-    def _expect_answer(self) -> None:
-        """One timer serves many statements: when it is over, it looks whether the one that runs then is late."""
-        if self._patience is not None:
-            self._deadline = self._loop.time() + self._patience
+    def _set_deadline(self) -> None:
+        # One timer serves many statements: when it fires, it checks whether the one that runs then is late.
+        if self._timeout is not None:
+            self._deadline = self._loop.time() + self._timeout
             self._timer = self._timer or self._loop.call_at(self._deadline, self._on_timer)
 
     def _on_timer(self) -> None:
@@ -103,7 +103,7 @@ class Lane:
             self._timer = self._loop.call_at(self._deadline, self._on_timer)
 
     async def fetch(self, text: str, parameters: Sequence[bytes | None]) -> list[Row]:
-        """The rows of a statement; raises psycopg.Error."""
+        """Runs a statement and returns its rows. Raises psycopg.Error."""
         rows: asyncio.Future[list[Row]] = self._loop.create_future()
         self.run(PendingStatement(text, parameters, partial(settle, rows)))
         return await rows
@@ -127,7 +127,7 @@ class Lane:
     def _on_readable(self) -> None:
         try:
             self._pgconn.consume_input()
-            while self._running and not self._pgconn.is_busy():  # otherwise the next result is still to come
+            while self._running and not self._pgconn.is_busy():  # busy: the next result has not arrived whole
                 self._take(self._pgconn.get_result())
             while notification := self._pgconn.notifies():
                 self._on_notify(notification.relname.decode())
@@ -135,7 +135,7 @@ class Lane:
             self._break(error)
 
     def _take(self, result: pq.abc.PGresult | None) -> None:
-        """One result of the statement that runs; after the last comes None."""
+        """Takes one result of the running statement; None follows the last."""
         if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
             self._on_error(error_from_result(result))
         elif result is not None:
@@ -146,7 +146,7 @@ class Lane:
             self._end(self._error or _rows(self._result))
 
     def _on_error(self, error: psycopg.Error) -> None:
-        # Without a state it is libpq that speaks, not the server: the connection is gone.
+        # An error without a SQLSTATE comes from libpq, not from the server: the connection is gone.
         self._error = error if error.sqlstate else psycopg.OperationalError(str(error))
         if not self.is_open or error.diag.severity_nonlocalized in LAST_WORDS:
             self._break(self._error)
@@ -169,7 +169,7 @@ class Lane:
         self.on_lost()
 
     def close(self, reason: psycopg.Error | None = None) -> None:
-        """Ends the connection, in whatever state it is; a statement that is under way gets the reason."""
+        """Closes the connection in any state; a running statement gets `reason` as its answer."""
         self._forget_socket()
         if self._timer:
             self._timer.cancel()
@@ -184,7 +184,7 @@ class Lane:
 
 
 def settle(rows: asyncio.Future[list[Row]], answer: Answer) -> None:
-    """Hands an answer to whoever still waits for it."""
+    """Sets a future's result or error, unless it was cancelled."""
     if rows.done():
         return
     if isinstance(answer, Exception):
