@@ -1,4 +1,4 @@
-"""How tests ask until something has come true, and what they give up after."""
+"""Waiting in tests: poll a condition on the server until it holds, with one timeout for every test."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from typing import Any
 
 import psycopg
 
-PATIENCE = 30.0
-"""Seconds after which a test that waits for something gives up. Nothing is asserted about shorter times."""
+TIMEOUT = 30.0
+"""Seconds after which a test that waits for something fails. No test asserts anything about shorter times."""
+
+PATIENCE = TIMEOUT
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Asks until the answer is yes. Conditions ask the server, so this does not spin."""
-    deadline = time.monotonic() + PATIENCE
+    """Polls `condition` until it is true; fails after TIMEOUT seconds.
+
+    There is no pause between two polls: a condition makes a round trip to the server, which is pause enough.
+    """
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, f"the condition did not become true within {TIMEOUT:g} s"
 
 
 async def until_async(condition: Callable[[], object]) -> None:
-    """The same, and lets the others run in between."""
-    deadline = time.monotonic() + PATIENCE
+    """Polls `condition` like `until`, and lets other tasks of the event loop run between two polls."""
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, f"the condition did not become true within {TIMEOUT:g} s"
         await asyncio.sleep(0)
 
 
 def value(sql: psycopg.Connection[Any], text: str, *parameters: object) -> Any:
-    """The one value that a query gives."""
+    """Returns the first column of the first row of a query; fails when there is no row."""
     row = sql.execute(text, parameters).fetchone()
     assert row
     return row[0]

@@ -34,7 +34,7 @@ from pgcoord_cli.core.database.session import migration_session
 from pgcoord_cli.core.embedded.installation import Installation, find_programs
 from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,7 +81,7 @@ def migrate_schema(settings: Settings) -> None:
     """What `pgcoord migrate up` does."""
     with (
         migration_session(settings, read_only=False) as (conn, _),
-        migrations.migration_lock(conn, settings.schema, PATIENCE, lambda _: None),
+        migrations.migration_lock(conn, settings.schema, TIMEOUT, lambda _: None),
     ):
         migrations.apply(conn, settings.schema, None, lambda _: None)
 
@@ -165,7 +165,7 @@ def cli(request: pytest.FixtureRequest) -> Cli:
         chosen = settings or request.getfixturevalue("settings")
         return subprocess.run(
             [sys.executable, "-m", "pgcoord_cli", *words],
-            env=environment(chosen) | (env or {}), capture_output=True, text=True, timeout=PATIENCE * 2, input=stdin,
+            env=environment(chosen) | (env or {}), capture_output=True, text=True, timeout=TIMEOUT * 2, input=stdin,
             check=False,
         )  # fmt: skip
 
@@ -213,7 +213,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
-            signal.alarm(int(PATIENCE))
+            signal.alarm(int(TIMEOUT))
             code = program.run(words)
             signal.alarm(0)
             return Answer(code, *capsys.readouterr())
@@ -226,7 +226,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def give_up(*_: Any) -> None:
-    raise AssertionError(f"the command goes on for more than {PATIENCE} s")
+    raise AssertionError(f"the command goes on for more than {TIMEOUT} s")
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ class LeaderProcess:
         """The next line on stderr that holds `text`; fails when none comes in time."""
         while True:
             try:
-                line = self._lines.get(timeout=PATIENCE)
+                line = self._lines.get(timeout=TIMEOUT)
             except Empty:
                 raise AssertionError(f"{self.node_id} never said {text!r}; it said {self.said}") from None
             self.said.append(line)
@@ -287,7 +287,7 @@ class LeaderProcess:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
-        return self.process.wait(PATIENCE)
+        return self.process.wait(TIMEOUT)
 
 
 StartLeader = Callable[..., LeaderProcess]

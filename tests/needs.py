@@ -1,4 +1,4 @@
-"""Programs that a developer may do without: what they are needed for is skipped where they are missing."""
+"""Optional programs: a test that runs one is skipped on a machine that lacks it."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import pytest
 
 
 def needs(program: str, purpose: str) -> pytest.MarkDecorator:
-    """Skips a test that runs this program, and says what installing it would be good for."""
+    """Skips a test unless `program` is on PATH; the reason says what to install, and for what purpose."""
     return pytest.mark.skipif(shutil.which(program) is None, reason=f"install {program} to {purpose}")

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 if TYPE_CHECKING:
     from tests.conftest import LeaderProcess, StartLeader, StartProgram
@@ -39,7 +39,7 @@ def leader(start_leader: StartLeader) -> LeaderProcess:
 
 def until(sql: Session, condition: str) -> None:
     """Returns as soon as the condition is true."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not sql.execute(f"SELECT {condition}").fetchall()[0][0]:
         assert time.monotonic() < deadline, f"never true: {condition}"
 
@@ -60,7 +60,7 @@ def freeze(leader: LeaderProcess) -> None:
 
 def ending(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr, which have to be free of tracebacks."""
-    out, err = process.communicate(timeout=PATIENCE)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert "Traceback" not in out + err
     assert "Exception ignored" not in err
     return process.returncode, out, err
@@ -78,7 +78,7 @@ def test_a_leader_releases_its_lease(
     number: signal.Signals, code: int, word: str, leader: LeaderProcess, sql: Session
 ) -> None:
     leader.signal(number)
-    assert leader.process.wait(PATIENCE) == code
+    assert leader.process.wait(TIMEOUT) == code
     assert "released" in leader.wait_for("released"), word
     assert sql.execute("SELECT term_id, leader_addr FROM leader_lease").fetchall() == [(None, None)]
     assert history(sql) == [(1, "n1", "released")]

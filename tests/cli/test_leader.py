@@ -21,7 +21,7 @@ import psycopg
 import pytest
 
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 if TYPE_CHECKING:
     from tests.conftest import Cli, StartLeader
@@ -49,7 +49,7 @@ class Watch:
     def line(self) -> str:
         """The next line; fails when none comes in time."""
         try:
-            return self._lines.get(timeout=PATIENCE)
+            return self._lines.get(timeout=TIMEOUT)
         except Empty:
             raise AssertionError("nothing more was printed") from None
 
@@ -63,7 +63,7 @@ class Watch:
         """Sends a signal; returns the exit code and what is on stderr."""
         self.process.send_signal(number)
         assert self.process.stderr
-        return self.process.wait(PATIENCE), self.process.stderr.read()
+        return self.process.wait(TIMEOUT), self.process.stderr.read()
 
 
 StartWatch = Callable[..., Watch]
@@ -208,7 +208,7 @@ def test_a_watch_whose_reader_is_gone_ends_quietly(settings: Settings) -> None:
         line = f"{sys.executable} -m pgcoord_cli leader status --watch --interval 10ms{words} | head -1"
         done = subprocess.run(
             ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"],
-            env=environment(settings), capture_output=True, text=True, timeout=PATIENCE, check=False,
+            env=environment(settings), capture_output=True, text=True, timeout=TIMEOUT, check=False,
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
         assert len(done.stdout.splitlines()) == 1
@@ -228,18 +228,18 @@ def test_a_watch_on_a_terminal_stays_in_its_place(settings: Settings) -> None:
     with suppress(OSError):  # how Linux says that the other end is closed
         while os.read(ours, 65_536):
             pass
-    assert process.wait(PATIENCE) == 130
+    assert process.wait(TIMEOUT) == 130
     os.close(ours)
 
 
 def test_a_watch_whose_server_goes_away_says_so(watch: StartWatch, sql: psycopg.Connection[Any]) -> None:
     watching = watch("--interval", FOREVER, "-o", "json")
     watching.until(held=False)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not sql.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgcoord/leader status'"
         " AND datname = current_database()"
     ).fetchall():
         assert time.monotonic() < deadline
     error = json.loads(watching.line())["error"]
-    assert (error["code"], watching.process.wait(PATIENCE)) == ("cannot_connect", 4)
+    assert (error["code"], watching.process.wait(TIMEOUT)) == ("cannot_connect", 4)

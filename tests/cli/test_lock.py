@@ -17,7 +17,7 @@ import pytest
 
 from pgcoord_cli.core.locks.ownership import Ownership, acquire_leadership, subscription_lock
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 from tests.faults.lock_process import StartLock, lock_starter, until_free, until_waiting
 from tests.faults.program_process import environment
 from tests.faults.tail_process import Sql
@@ -290,7 +290,7 @@ def test_at_a_terminal_the_name_has_to_be_typed(
         env=environment(settings.dsn), stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         os.write(ours, f"{typed}\n".encode())
-        _, err = process.communicate(timeout=PATIENCE)
+        _, err = process.communicate(timeout=TIMEOUT)
     os.close(ours)
     os.close(theirs)
     assert process.returncode == code

@@ -16,7 +16,7 @@ import pytest
 from pgcoord_cli.core.flows import executions
 from pgcoord_cli.core.flows.reconcile import QUARANTINE_AFTER
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 from tests.faults.program_process import Lines, environment
 from tests.postgres.flow_world import Conn, Flow, Make, chain, everything, plan, sessions
 
@@ -255,7 +255,7 @@ def test_a_loop_ends_on_a_signal_in_the_middle_of_its_interval(
     with loop(settings, "--interval", "1h") as (process, lines):
         assert list(next(ticks(lines))) == RECONCILERS
         process.send_signal(number)
-        assert process.wait(PATIENCE) == code
+        assert process.wait(TIMEOUT) == code
 
 
 def test_a_loop_ticks_again_and_again(settings: Settings, make: Make) -> None:
@@ -266,7 +266,7 @@ def test_a_loop_ticks_again_and_again(settings: Settings, make: Make) -> None:
         assert any(tick["dependency"]["reconciled"] for tick in ticks(lines))
         assert flow.state("b") == "eligible"
         process.terminate()
-        assert process.wait(PATIENCE) == 143
+        assert process.wait(TIMEOUT) == 143
 
 
 def test_a_loop_outlives_its_connection(settings: Settings, make: Make, sql: Conn) -> None:
@@ -283,7 +283,7 @@ def test_a_loop_outlives_its_connection(settings: Settings, make: Make, sql: Con
             assert value(sql, f"SELECT pg_terminate_backend(({waiting}))")
         assert any(tick["dependency"]["reconciled"] for tick in ticks(lines))
         process.terminate()
-        assert process.wait(PATIENCE) == 143
+        assert process.wait(TIMEOUT) == 143
 
 
 def test_nothing_is_changed_by_looking(reconcile: Call, quarantined: tuple[Flow, int], sql: Conn) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from pgcoord_cli.core.events.tail import BATCH_LIMIT
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 from tests.faults.program_process import environment
 from tests.faults.tail_process import (
     EXECUTION,
@@ -424,7 +424,7 @@ def run_piped(settings: Settings, words: str, reader: str) -> tuple[int, str, st
     """`pgcoord tail … | reader` in a shell: the tail's exit code, the reader's output, and what both said."""
     script = f'{sys.executable} -m pgcoord_cli tail {words} | {reader}; exit "${{PIPESTATUS[0]}}"'
     done = subprocess.run(
-        ["bash", "-c", script], env=environment(settings.dsn), capture_output=True, text=True, timeout=PATIENCE,
+        ["bash", "-c", script], env=environment(settings.dsn), capture_output=True, text=True, timeout=TIMEOUT,
         check=False,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 from signal import SIGKILL
 
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 from tests.faults.program_process import ProgramProcess, starter
 from tests.faults.tail_process import Sql
 
@@ -74,5 +74,5 @@ def until_free(sql: Sql) -> None:
 
 def end_holder(sql: Sql) -> None:
     """Ends the sessions of this database that hold an advisory lock; returns when they have ended."""
-    query = f"SELECT count(pg_terminate_backend(pid, {PATIENCE * 1000:.0f})) FROM pg_locks WHERE granted AND {HERE}"
+    query = f"SELECT count(pg_terminate_backend(pid, {TIMEOUT * 1000:.0f})) FROM pg_locks WHERE granted AND {HERE}"
     assert value(sql, query)

@@ -13,7 +13,7 @@ from threading import Thread
 from typing import IO, TypeVar
 
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 
 class Lines:
@@ -33,7 +33,7 @@ class Lines:
     def next(self) -> str | None:
         """The next line as it was written, None at the end."""
         try:
-            line = self._queue.get(timeout=PATIENCE)
+            line = self._queue.get(timeout=TIMEOUT)
         except Empty:
             raise AssertionError("no line came") from None
         if line is None:
@@ -50,7 +50,7 @@ class Lines:
 
     def close(self) -> None:
         """Once whoever writes has ended: the stream must not be closed under the thread that reads it."""
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         self._stream.close()
 
 
@@ -68,7 +68,7 @@ class ProgramProcess:
     def line(self) -> str:
         """The next line on stdout."""
         line = self.stdout.next()
-        assert line is not None, f"it ended with {self.process.wait(PATIENCE)}: {''.join(self.stderr.rest())}"
+        assert line is not None, f"it ended with {self.process.wait(TIMEOUT)}: {''.join(self.stderr.rest())}"
         return line
 
     def said(self, text: str) -> str:
@@ -90,7 +90,7 @@ class ProgramProcess:
         """Once it has ended by itself: its exit code, the lines on stdout that are left, and what is left of stderr."""
         out, err = self.stdout.rest(), "".join(self.stderr.rest())
         assert "Traceback" not in err
-        return self.process.wait(PATIENCE), out, err
+        return self.process.wait(TIMEOUT), out, err
 
     def end(self, number: int) -> tuple[int, list[str], str]:
         """The same, after a signal."""
@@ -100,7 +100,7 @@ class ProgramProcess:
     def remove(self) -> None:
         """Ends the process, whatever state it is in."""
         self.process.kill()
-        self.process.wait(PATIENCE)
+        self.process.wait(TIMEOUT)
         self.stdout.close()
         self.stderr.close()
 

@@ -21,7 +21,7 @@ from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind
 from pgcoord_cli.core.flows.reconcile import Scope, dependency
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 from tests.conftest import environment
 from tests.postgres.flow_world import (
     ANY,
@@ -197,7 +197,7 @@ def reconciler(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.kill()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
 
 
 @pytest.mark.usefixtures("gate")

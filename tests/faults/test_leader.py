@@ -19,7 +19,7 @@ from pgcoord_cli.core.embedded.server import EmbeddedServer
 from pgcoord_cli.core.kv.client import Database, Transaction, connect
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, until_async, value
+from tests.asking import TIMEOUT, until, until_async, value
 
 if TYPE_CHECKING:
     from tests.conftest import LeaderProcess, StartLeader, TwoLeaders
@@ -44,7 +44,7 @@ def commit(settings: Settings, key: bytes) -> int:
     """Writes one key by way of the leader; its version."""
 
     async def write(db: Database) -> int:
-        return await db.write(lambda tr: _set(tr, key), commit_seconds=PATIENCE)
+        return await db.write(lambda tr: _set(tr, key), commit_seconds=TIMEOUT)
 
     return play(settings, write)
 
@@ -110,9 +110,9 @@ def commit_held_up(
     """
 
     async def scenario(db: Database) -> int:
-        await db.write(lambda tr: _set(tr, b"first"), commit_seconds=PATIENCE)
+        await db.write(lambda tr: _set(tr, b"first"), commit_seconds=TIMEOUT)
         with locked_data(settings, sql):
-            writer = asyncio.create_task(db.write(lambda tr: write(tr, b"k"), commit_seconds=PATIENCE))
+            writer = asyncio.create_task(db.write(lambda tr: write(tr, b"k"), commit_seconds=TIMEOUT))
             await until_async(lambda: a_batch_waits(sql))
             await asyncio.to_thread(meanwhile)
         return await writer
@@ -292,7 +292,7 @@ def test_a_leader_that_is_asked_to_end_releases_its_lease_at_once(
     first.signal(number)
     first.wait_for("released epoch 1")
     second.wait_for("elected epoch 2")
-    assert first.process.wait(PATIENCE) == code
+    assert first.process.wait(TIMEOUT) == code
     assert commit(settings, b"b") == 2
     assert ends(sql) == [(1, "first", "released"), (2, "second", None)]
 
@@ -303,7 +303,7 @@ def test_a_candidate_that_waits_for_a_leader_ends_when_it_is_asked_to(
     _, second = two_leaders()
     until(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
     second.signal(signal.SIGTERM)
-    assert second.process.wait(PATIENCE) == 143
+    assert second.process.wait(TIMEOUT) == 143
     assert ends(sql) == [(1, "first", None)]
 
 
@@ -313,7 +313,7 @@ def test_a_leader_that_is_asked_to_end_finishes_the_batch_in_hand(
     first = start_leader("first")
     first.wait_for("elected epoch 1")
     assert commit_held_up(settings, sql, lambda: first.signal(signal.SIGTERM)) == 2
-    assert first.process.wait(PATIENCE) == 143
+    assert first.process.wait(TIMEOUT) == 143
     assert ends(sql) == [(1, "first", "released")]
 
 

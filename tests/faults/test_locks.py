@@ -22,7 +22,7 @@ from pgcoord_cli.core.locks import run as lock_run
 from pgcoord_cli.core.locks.ownership import acquire_leadership
 from pgcoord_cli.errors import LockLost
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 from tests.faults.lock_process import (
     FAMILY,
     STUBBORN,
@@ -75,11 +75,11 @@ def test_the_end_of_the_session_is_seen_without_a_heartbeat(
     run = lock_run.LockRun(settings, lock_run.LockOptions("nightly", ["sleep", "600"]))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run.run, started.set)
-        assert started.wait(PATIENCE)
+        assert started.wait(TIMEOUT)
         end_holder(sql)
         try:
             with pytest.raises(LockLost):
-                running.result(PATIENCE)
+                running.result(TIMEOUT)
         finally:
             run.signal(signal.SIGKILL)
 

@@ -19,7 +19,7 @@ from pgcoord_cli.core.database.migrations import migration_files
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.server import EmbeddedServer
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 if TYPE_CHECKING:
     from tests.conftest import StartProgram
@@ -63,7 +63,7 @@ def tables(conn: psycopg.Connection[Any]) -> set[str]:
 
 def until(conn: psycopg.Connection[Any], question: str, answer: Callable[[list[Any]], bool]) -> list[Any]:
     """The first column of the rows, as soon as `answer` agrees with them."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not answer(rows := [row[0] for row in conn.execute(question)]):
         assert time.monotonic() < deadline, f"it stayed at {rows}: {question}"
     return rows
@@ -87,7 +87,7 @@ def test_twenty_runs_at_once_all_succeed_and_apply_each_migration_once(
     together = threading.Barrier(20)
 
     def run() -> list[int]:
-        together.wait(PATIENCE)
+        together.wait(TIMEOUT)
         return [migration.version for migration in upgrade(empty_settings)]
 
     with ThreadPoolExecutor(20) as pool:
@@ -101,7 +101,7 @@ def test_processes_that_queue_for_the_lock_all_succeed(admin: psycopg.Connection
     processes = [start() for _ in range(6)]
     until(admin, WAITING_RUNS, lambda rows: rows == [6])
     admin.execute("SELECT pg_advisory_unlock_all()")
-    answers = [(*process.communicate(timeout=PATIENCE), process.returncode) for process in processes]
+    answers = [(*process.communicate(timeout=TIMEOUT), process.returncode) for process in processes]
     assert [code for _, _, code in answers] == [0] * 6
     assert all("waiting for the migration lock held by pid" in talk for _, talk, _ in answers)
     assert sum("applied 0001_leader" in talk for _, talk, _ in answers) == 1
@@ -120,7 +120,7 @@ def test_ctrl_c_while_waiting_for_the_lock_ends_at_once_with_nothing_written(
     process = start(*words)
     until(admin, WAITING_RUNS, lambda rows: rows == [1])
     process.send_signal(signal.SIGINT)
-    data, talk = process.communicate(timeout=PATIENCE)
+    data, talk = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert told in data
     assert "Traceback" not in talk
@@ -142,7 +142,7 @@ def test_a_signal_in_the_middle_leaves_neither_row_nor_objects(
         (pid,) = until(admin, IN_THE_MIDDLE, lambda rows: len(rows) == 1)
         before = tables(admin)
         process.send_signal(number)
-        _, talk = process.communicate(timeout=PATIENCE)
+        _, talk = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code
     assert "Traceback" not in talk
     # The server ends a session whose program is gone when it next writes to it; until then it holds the lock.
@@ -150,7 +150,7 @@ def test_a_signal_in_the_middle_leaves_neither_row_nor_objects(
     assert versions(admin) == [1]
     assert tables(admin) == before
     second = start()
-    assert second.wait(PATIENCE) == 0
+    assert second.wait(TIMEOUT) == 0
     assert versions(admin) == VERSIONS
 
 
@@ -162,7 +162,7 @@ def test_a_session_that_is_ended_in_the_middle_leaves_neither_row_nor_objects(
         (pid,) = until(admin, IN_THE_MIDDLE, lambda rows: len(rows) == 1)
         before = tables(admin)
         admin.execute("SELECT pg_terminate_backend(%s, 30000)", [pid])
-        _, talk = process.communicate(timeout=PATIENCE)
+        _, talk = process.communicate(timeout=TIMEOUT)
         assert (versions(admin), tables(admin)) == ([1], before)
     assert process.returncode == 4
     assert talk.startswith("error: connection lost: terminating connection due to administrator command\n")
@@ -178,7 +178,7 @@ def test_a_server_that_crashes_in_the_middle_comes_back_without_row_and_objects(
         running = elsewhere.submit(upgrade, settings)
         until(admin, IN_THE_MIDDLE, lambda rows: len(rows) == 1)
         own_server.stop("immediate")
-        error = running.exception(PATIENCE)
+        error = running.exception(TIMEOUT)
         other.close()
     assert getattr(error, "exit_code", None) == 4, error
     own_server.start()

@@ -17,7 +17,7 @@ from pgcoord_cli.core.flows import executions, flows
 from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.flows.reconcile import Scope, lease_expiry
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 from tests.faults.program_process import ProgramProcess, starter
 from tests.faults.tail_process import terminate
 from tests.postgres.flow_world import Conn, Flow, column, everything
@@ -77,7 +77,7 @@ class Watch:
     def _poll(self, events: int) -> None:
         poll = select.poll()
         poll.register(self._fd, events)
-        assert poll.poll(PATIENCE * 1000), "it never came to that"
+        assert poll.poll(TIMEOUT * 1000), "it never came to that"
 
     def close(self) -> None:
         os.close(self._fd)

@@ -16,7 +16,7 @@ import pytest
 from pgcoord_cli.core.kv.client import Database, connect
 from pgcoord_cli.core.leader.candidate import Candidate, CandidateEvent
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 T = TypeVar("T")
 Sql = psycopg.Connection[Any]
@@ -36,7 +36,7 @@ def leading(settings: Settings) -> Iterator[None]:
     thread = threading.Thread(target=leader.run)
     thread.start()
     try:
-        assert elected.wait(PATIENCE)
+        assert elected.wait(TIMEOUT)
         yield
     finally:
         leader.stop()

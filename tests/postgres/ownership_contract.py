@@ -22,7 +22,7 @@ from typing import Protocol
 import pytest
 
 from pgcoord_cli.errors import CoordinationError, LockNotAcquired
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 CONTENDERS = 50
 HERE, ELSEWHERE = "pgcoord", "elsewhere"
@@ -78,7 +78,7 @@ class OwnershipContract:
         """Owns a name that has just become free, and that nobody else wants."""
 
         def own(name: str = "mailer") -> Owner:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + TIMEOUT
             while True:
                 try:
                     return acquire(name)
@@ -150,7 +150,7 @@ class OwnershipContract:
         together = Barrier(CONTENDERS)
 
         def come() -> str | None:
-            together.wait(PATIENCE)
+            together.wait(TIMEOUT)
             try:
                 acquire()
             except LockNotAcquired as refused:

@@ -15,7 +15,7 @@ from pgcoord_cli.core.database.session import open_session_async
 from pgcoord_cli.db.binary import bytea_array, integer
 from pgcoord_cli.db.callback_connection import Answer, CallbackConnection, PendingStatement
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 Sql = psycopg.Connection[Any]
 PID = "SELECT pg_backend_pid()"
@@ -47,7 +47,7 @@ def on_a_connection(test: Callable[..., Awaitable[None]]) -> Callable[..., None]
             heard = Heard()
             connection = await heard.connection(settings)
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(TIMEOUT):
                     await test(connection, heard, sql)
             finally:
                 connection.close()

@@ -43,7 +43,7 @@ from pgcoord_cli.core.leader import candidate
 from pgcoord_cli.db.callback_connection import Answer
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until_async, value
+from tests.asking import TIMEOUT, until_async, value
 from tests.postgres.commit_world import Data, Sql, data, leading, needs_leader, play, played, put, requests
 from tests.postgres.openings import Openings
 
@@ -622,17 +622,17 @@ def test_a_reply_that_comes_before_the_word_of_the_arrival_is_heeded(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They come over two connections, in any order; and there is no other reply."""
-    monkeypatch.setattr(channels, "POLL_SECONDS", 10 * PATIENCE)
+    monkeypatch.setattr(channels, "POLL_SECONDS", 10 * TIMEOUT)
     hear, late = Submitter._on_enqueued, []
     monkeypatch.setattr(Submitter, "_on_enqueued", lambda *arrival: late.append(arrival))
 
     async def scenario(db: Database) -> None:
-        assert await asyncio.wait_for(put(db, k=b"v"), PATIENCE) == 1
+        assert await asyncio.wait_for(put(db, k=b"v"), TIMEOUT) == 1
         hear(*late.pop())
         commit = asyncio.create_task(put(db, k=b"w"))
         await until_async(lambda: late)
         hear(*late.pop())
-        assert await asyncio.wait_for(commit, PATIENCE) == 2
+        assert await asyncio.wait_for(commit, TIMEOUT) == 2
 
     play(settings, scenario)
 
@@ -705,7 +705,7 @@ async def test_a_read_that_cannot_even_be_sent_harms_nobody_else(db: Database) -
             await db.transaction().get_range(b"a", b"z", limit=limit)
         with pytest.raises(struct.error):
             await db._reader.read(ReadSet(ranges=(RangeRead(b"a", b"z", limit),)))
-        assert await asyncio.wait_for(db.transaction().get(b"k"), PATIENCE) == b"v"
+        assert await asyncio.wait_for(db.transaction().get(b"k"), TIMEOUT) == b"v"
 
 
 @needs_leader
@@ -721,12 +721,12 @@ async def test_a_client_that_is_closed_in_the_middle_of_load_leaves_nobody_waiti
     workers = [asyncio.create_task(commit_on_and_on()) for _ in range(50)]
     await put(db, first=b"v")
     await db.close()
-    _, waiting = await asyncio.wait(workers, timeout=PATIENCE)
+    _, waiting = await asyncio.wait(workers, timeout=TIMEOUT)
     assert not waiting
     assert {type(worker.exception()) for worker in workers} <= {OutcomeUnknown, ConnectionFailed}
     for commit in (late.commit(), put(db, k=b"v")):
         with pytest.raises(ConnectionFailed, match="closed"):
-            await asyncio.wait_for(commit, PATIENCE)
+            await asyncio.wait_for(commit, TIMEOUT)
 
 
 @needs_leader
@@ -759,7 +759,7 @@ def test_a_connection_that_falls_silent_is_replaced(
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
-            assert await asyncio.wait_for(put(db, k=b"w"), PATIENCE) > 1
+            assert await asyncio.wait_for(put(db, k=b"w"), TIMEOUT) > 1
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
@@ -850,7 +850,7 @@ async def test_a_client_can_be_closed_while_the_server_is_down(db: Database) -> 
     await tr.commit()  # it wrote nothing, and waits for nobody
     commit = asyncio.create_task(put(db, k=b"v"))
     await until_async(lambda: db._submitter._trouble or db._submitter._listening)
-    await asyncio.wait_for(db.close(), PATIENCE)
+    await asyncio.wait_for(db.close(), TIMEOUT)
     assert watch.changed.cancelled()
     with pytest.raises(ConnectionFailed, match="not sent"):
         await commit
@@ -936,7 +936,7 @@ def test_i7_with_every_notification_dropped_everything_still_works(settings: Set
         watch = await tr.watch(b"k")
         await tr.commit()
         await put(db, k=b"changed")
-        await asyncio.wait_for(watch, PATIENCE)
+        await asyncio.wait_for(watch, TIMEOUT)
 
     play(settings, scenario)
     assert data(sql) == {b"k": b"changed", b"n": b"5"}
@@ -952,7 +952,7 @@ async def notify(sql: Sql, channel: str, heard: asyncio.Event) -> None:
     """Notifies the channel, and waits until it is heard."""
     heard.clear()
     sql.execute(f'NOTIFY "{channel}"')
-    await asyncio.wait_for(heard.wait(), PATIENCE)
+    await asyncio.wait_for(heard.wait(), TIMEOUT)
 
 
 def test_a_listener_outlives_a_server_that_is_unsuitable_for_a_while(settings: Settings, sql: Sql) -> None:
@@ -963,7 +963,7 @@ def test_a_listener_outlives_a_server_that_is_unsuitable_for_a_while(settings: S
         await listener.listen("news", heard.set)
         heard.clear()
         end_sessions(sql)
-        await asyncio.wait_for(heard.wait(), PATIENCE)  # after a reconnection, something may have been missed
+        await asyncio.wait_for(heard.wait(), TIMEOUT)  # after a reconnection, something may have been missed
         assert openings.count == 4
         await notify(sql, "news", heard)
         await listener.close()
@@ -979,7 +979,7 @@ def test_whoever_asks_a_listener_first_hears_why_it_cannot_listen_and_may_ask_ag
         listener = AsyncListener(Openings(settings, [1], STANDBY))
         with pytest.raises(UnsuitableServer):
             await listener.listen("news", heard.set)
-        await asyncio.wait_for(listener.listen("news", heard.set), PATIENCE)
+        await asyncio.wait_for(listener.listen("news", heard.set), TIMEOUT)
         await notify(sql, "news", heard)
         await listener.close()
 
@@ -999,7 +999,7 @@ def test_i7_a_channel_asked_for_while_the_listener_reconnects_misses_nothing_unn
             end_sessions(sql)
             await listener.listen(f"new {number}", heard.set)
             await notify(sql, f"new {number}", heard)
-        await asyncio.wait_for(listener.listen("last", lambda: None), PATIENCE)
+        await asyncio.wait_for(listener.listen("last", lambda: None), TIMEOUT)
         await listener.close()
 
     asyncio.run(scenario())

@@ -33,13 +33,13 @@ from pgcoord_cli.db.callback_connection import Answer
 from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.errors import Conflict, Fenced, Rejected
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, until_async, value
+from tests.asking import TIMEOUT, until, until_async, value
 from tests.postgres.commit_world import Data, Sql, data, leading, needs_leader, play, played, put, requests
 
 if TYPE_CHECKING:
     from tests.conftest import StartLeader
 
-FOR_EVER = 10 * PATIENCE
+FOR_EVER = 10 * TIMEOUT
 
 LOCKS = (
     "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted"
@@ -193,7 +193,7 @@ async def test_whoever_watches_is_woken_by_a_lone_commit(
     await tr.commit()
     await put(db, other=b"1")
     await put(db, k=b"1")
-    await asyncio.wait_for(watch, PATIENCE)
+    await asyncio.wait_for(watch, TIMEOUT)
     assert paths(sql) == ["alone", "alone"]
 
 
@@ -245,7 +245,7 @@ def test_i2_whoever_is_not_alone_goes_into_the_queue(
     with psycopg.connect(settings.dsn, autocommit=True, options="-c search_path=pgcoord") as conn:
         conn.execute('LISTEN "pgcoord.commits"')
         assert commit_alone(conn, 0, reads=(b"r",)) is None
-        assert [heard.channel for heard in conn.notifies(timeout=PATIENCE, stop_after=1)] == ["pgcoord.commits"]
+        assert [heard.channel for heard in conn.notifies(timeout=TIMEOUT, stop_after=1)] == ["pgcoord.commits"]
     assert requests(sql) == [("pending", None)]
     assert data(sql) == {}
     (payload, reply) = sql.execute("SELECT payload, reply_channel FROM commit_requests").fetchone() or (b"", "")
@@ -460,7 +460,7 @@ def test_a_locked_table_makes_the_leader_wait_and_lose_no_count_of_its_locks(
             )
         )
         holder.rollback()
-        assert batch.result(PATIENCE) == 1
+        assert batch.result(TIMEOUT) == 1
     judge.resolve_batch()
     assert value(sql, LOCKS) == 0
 

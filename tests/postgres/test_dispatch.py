@@ -20,7 +20,7 @@ from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, value
+from tests.asking import TIMEOUT, value
 from tests.postgres.flow_world import (
     ANY,
     ANY_CANCEL,
@@ -207,7 +207,7 @@ def test_i9_a_sibling_that_wins_at_the_same_time_stays_a_winner(settings: Settin
             executions.complete(other, claim.execution_id, claim.lease_epoch)
             dispatching = pool.submit(dispatch_completion, flow.conn, event)
             until_waiting(sql, flow.conn)
-        assert dispatching.result(PATIENCE) == Advanced(1)
+        assert dispatching.result(TIMEOUT) == Advanced(1)
     assert flow.states() == {"a": "success", "b": "success", "goal": "eligible"}
     flow.settle()
     assert flow.group("goal") == Group("satisfied", successes=2)
@@ -257,7 +257,7 @@ def test_i9_two_dispatchers_with_one_downstream_wait_for_each_other_and_lose_no_
         dispatching = pool.submit(dispatch_completion, flow.conn, second)
         until_waiting(sql, flow.conn)
         other.execute(ending.encode())
-        assert dispatching.result(PATIENCE) == Advanced(1)
+        assert dispatching.result(TIMEOUT) == Advanced(1)
     if ending == "ROLLBACK":
         assert flow.group("c") == Group("pending", successes=1, running=1)
         assert dispatch_completion(flow.conn, first) == Advanced(1)
@@ -279,7 +279,7 @@ def test_i9_dispatchers_with_many_common_downstreams_never_deadlock(settings: Se
             dispatching = [pool.submit(dispatch_completion, *each) for each in zip(conns, events, strict=True)]
             for conn in conns:
                 until_waiting(sql, conn)
-        assert [each.result(PATIENCE) for each in dispatching] == [Advanced(40)] * 2
+        assert [each.result(TIMEOUT) for each in dispatching] == [Advanced(40)] * 2
     assert {flow.group(name) for name in names} == {Group("satisfied", successes=2)}
 
 
@@ -298,7 +298,7 @@ def test_i9_a_dispatch_locks_what_it_changes_in_the_order_of_the_keys(
             dispatching = pool.submit(dispatch_completion, flow.conn, event)
             until_waiting(sql, flow.conn)
             assert column(sql, free, keys) == keys[11:]
-        assert dispatching.result(PATIENCE) == Advanced(21)
+        assert dispatching.result(TIMEOUT) == Advanced(21)
 
 
 @pytest.mark.usefixtures("no_second_try")
@@ -317,7 +317,7 @@ def test_i9_dispatchers_that_free_what_the_other_one_cancels_never_deadlock(
                 conn.execute("SET deadlock_timeout = '10ms'")
                 dispatching.append(pool.submit(dispatch_completion, conn, event))
                 until_waiting(sql, conn)
-        assert [each.result(PATIENCE) for each in dispatching] == [Advanced(2)] * 2
+        assert [each.result(TIMEOUT) for each in dispatching] == [Advanced(2)] * 2
     flow.settle()
     assert flow.states() == dict.fromkeys(("one", "two"), "success") | dict.fromkeys("xy", "cancelled") | dict.fromkeys(
         ("goal_one", "goal_two"), "eligible"
@@ -438,7 +438,7 @@ def ended_by_many(dispatchers: Sequence[Conn], flow: Flow, outcomes: Mapping[str
         while events := work(flow, outcomes, order):
             events += [duplicate(flow.sql, event) for event in events if order.random() < 0.1]
             shares = [order.sample(events + done[-9:], len(events + done[-9:])) for _ in dispatchers]
-            for _ in pool.map(dispatch_each, dispatchers, shares, timeout=PATIENCE):
+            for _ in pool.map(dispatch_each, dispatchers, shares, timeout=TIMEOUT):
                 pass
             done += events
 

@@ -14,7 +14,7 @@ from pgcoord_cli.core.flows import executions, flows, reconcile
 from pgcoord_cli.core.flows.executions import Claim
 from pgcoord_cli.errors import ConditionFalse, Fenced
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, value
+from tests.asking import TIMEOUT, value
 from tests.postgres.flow_world import Conn, Flow, Make, column, everything, plan, sessions, until_waiting, uuid_of
 
 
@@ -94,7 +94,7 @@ def test_of_many_who_claim_at_once_no_two_get_the_same(settings: Settings, make:
 
     def claim_all(conn: Conn) -> list[str]:
         got: list[str] = []
-        together.wait(PATIENCE)
+        together.wait(TIMEOUT)
         while claims := executions.claim(conn, "me", limit=2):
             got += names(claims)
         return got
@@ -109,7 +109,7 @@ def test_i7_whoever_waits_for_work_is_woken_when_something_becomes_eligible(make
     flow.end("a")
     sql.execute('LISTEN "pgcoord.executions"')
     flow.settle()
-    assert len(list(sql.notifies(timeout=PATIENCE, stop_after=1))) == 1
+    assert len(list(sql.notifies(timeout=TIMEOUT, stop_after=1))) == 1
 
 
 # -- the lease
@@ -161,7 +161,7 @@ def test_a_lease_that_is_renewed_while_it_is_being_taken_back_stays(
             executions.renew(other, claim.execution_id, claim.lease_epoch, 600)
             expiring = pool.submit(reconcile.lease_expiry, conn, reconcile.Scope(), lambda *_: None)
             until_waiting(sql, conn, expiring)
-        expiring.result(PATIENCE)
+        expiring.result(TIMEOUT)
     assert flow.state("a") == "running"
     executions.complete(conn, claim.execution_id, claim.lease_epoch)
 
@@ -248,7 +248,7 @@ def test_a_worker_whose_lease_is_just_being_revoked_waits_to_hear_of_it(
         working = pool.submit(VERBS[verb], conn, claim)
         until_waiting(sql, conn)
         other.execute(ending.encode())
-        assert isinstance(working.exception(PATIENCE), Fenced) == (ending == "COMMIT")
+        assert isinstance(working.exception(TIMEOUT), Fenced) == (ending == "COMMIT")
     if ending == "COMMIT":
         assert (flow.state("a"), lease_events(sql), completions(sql)) == ("eligible", ["acquired", "revoked"], [])
 

@@ -16,7 +16,7 @@ from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied, judge
 from pgcoord_cli.errors import ConditionFalse, Fenced, UsageError
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, value
+from tests.asking import TIMEOUT, value
 from tests.postgres.flow_world import (
     ANY,
     ANY_CANCEL,
@@ -86,7 +86,7 @@ def test_i7_workers_are_woken_by_a_new_flow(conn: Conn, settings: Settings) -> N
     with psycopg.connect(settings.dsn, autocommit=True) as ear:
         ear.execute('LISTEN "pgcoord.executions"')
         flows.create(conn, plan("a"))
-        assert len(list(ear.notifies(timeout=PATIENCE, stop_after=1))) == 1
+        assert len(list(ear.notifies(timeout=TIMEOUT, stop_after=1))) == 1
 
 
 # -- new edges
@@ -179,7 +179,7 @@ def test_i9_an_edge_below_an_upstream_that_is_just_ending_waits_for_it(
         adding = pool.submit(flows.add_edge, other, flow.ids["a"], flow.ids["c"])
         until_waiting(sql, other)
         flow.conn.execute(ending.encode())
-        adding.result(PATIENCE)
+        adding.result(TIMEOUT)
     is_counted = ending == "COMMIT"
     assert flow.group("c").running == (1 if is_counted else 2)
     assert value(sql, "SELECT outcome FROM edges WHERE upstream_id = %s", flow.ids["a"]) == (
@@ -200,7 +200,7 @@ def test_i9_an_upstream_does_not_end_while_an_edge_below_it_is_being_added(
             flows.add_edge(other, flow.ids["a"], flow.ids["c"])
             ending = pool.submit(executions.complete, flow.conn, claim.execution_id, claim.lease_epoch)
             until_waiting(sql, flow.conn)
-        ending.result(PATIENCE)
+        ending.result(TIMEOUT)
     assert dispatch_completion(flow.conn, flow.event("a")) == Advanced(1)
     assert flow.group("c") == Group("pending", successes=1, running=1)
 
@@ -216,7 +216,7 @@ def test_i9_of_an_edge_and_a_dispatch_into_the_same_group_one_waits_for_the_othe
             assert dispatch_completion(other, event) == Advanced(1)
             adding = pool.submit(flows.add_edge, flow.conn, flow.ids["d"], flow.ids["c"])
             until_waiting(sql, flow.conn)
-        adding.result(PATIENCE)
+        adding.result(TIMEOUT)
     assert flow.group("c") == Group("pending", successes=2, running=1)
 
 
@@ -236,8 +236,8 @@ def test_i9_an_edge_and_a_dispatch_that_cancels_its_upstream_never_deadlock(
             until_waiting(sql, dispatcher)
             adding = pool.submit(flows.add_edge, grower, flow.ids["loser"], flow.ids["below"])
             until_waiting(sql, grower)
-        assert dispatching.result(PATIENCE) == Advanced(2)
-        assert isinstance(adding.exception(PATIENCE), UsageError), "by then it does not wait any more"
+        assert dispatching.result(TIMEOUT) == Advanced(2)
+        assert isinstance(adding.exception(TIMEOUT), UsageError), "by then it does not wait any more"
 
 
 @pytest.mark.parametrize("outcome", ["success", "failed"])
@@ -319,7 +319,7 @@ def test_a_completion_that_is_under_way_is_not_cancelled(settings: Settings, mak
             executions.complete(other, claim.execution_id, claim.lease_epoch)
             cancelling = pool.submit(flows.cancel, flow.conn, flow.flow_id)
             until_waiting(sql, flow.conn)
-        assert cancelling.result(PATIENCE) == 1
+        assert cancelling.result(TIMEOUT) == 1
     assert flow.states() == {"a": "success", "b": "cancelled"}
     flow.settle()
     assert_sound(flow)

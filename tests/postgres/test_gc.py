@@ -17,7 +17,7 @@ from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.gc import check_retention, collect_commit_requests, count_commit_requests
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 HOUR, DAY, YEAR = 3_600, 86_400, 31_536_000
 TERMINAL = [status for status in Status if status is not Status.PENDING]
@@ -190,7 +190,7 @@ def test_runs_at_the_same_time_delete_each_row_once(sql: Session, settings: Sett
 
     def collect() -> int:
         with command_session(settings, "gc", writes=True) as conn:
-            together.wait(PATIENCE)
+            together.wait(TIMEOUT)
             return collect_commit_requests(conn, HOUR, 10, always).deleted
 
     with ThreadPoolExecutor(2) as pool:

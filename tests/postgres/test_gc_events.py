@@ -23,7 +23,7 @@ from pgcoord_cli.core.events.tail import StartPosition, tail
 from pgcoord_cli.core.gc import CollectedEvents, collect_events, count_events
 from pgcoord_cli.errors import CursorExpired
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 HOUR, DAY = 3_600, 86_400
 
@@ -431,7 +431,7 @@ def test_runs_at_the_same_time_delete_each_event_once(sql: Conn, settings: Setti
 
     def collect() -> int:
         with command_session(settings, "gc", writes=True) as conn:
-            together.wait(PATIENCE)
+            together.wait(TIMEOUT)
             return collect_events(conn, outbox, HOUR, 10, always).deleted
 
     with ThreadPoolExecutor(2) as pool:

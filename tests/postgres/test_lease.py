@@ -26,7 +26,7 @@ from pgcoord_cli.core.leader.lease import Renewal, Term
 from pgcoord_cli.core.leader.lease_keeper import CANCEL_AGAIN_SECONDS, LeaseKeeper, mark_leader_session, session_key
 from pgcoord_cli.db.sqlfiles import sql_root
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 
 Conn = psycopg.Connection[Any]
 
@@ -129,7 +129,7 @@ def test_i2_of_two_who_take_over_at_once_the_second_judges_by_what_the_first_lef
             second = pool.submit(take, rival, "b", lock_held=lock_held)
             until(lambda: second.done() or waits_for(sql, rival.info.backend_pid, conn.info.backend_pid))
             assert not second.done()
-        term = second.result(PATIENCE)
+        term = second.result(TIMEOUT)
     if lock_held:
         assert term
         assert ends(conn) == [(1, "a", "lost"), (2, "b", None)]
@@ -142,11 +142,11 @@ def test_i7_taking_over_and_releasing_wake_whoever_waits_for_a_leader(conn: Conn
     with closing(Wakeup()) as wakeup:
         notifications = listen(rival, [channels.leadership("pgcoord")], wakeup)
         term = taken(conn)
-        assert notifications.wait(PATIENCE)
+        assert notifications.wait(TIMEOUT)
         lease.renew(conn, term, 600)
         assert not notifications.wait(0), "a renewal is no news"
         lease.release(conn, "pgcoord", term, "released")
-        assert notifications.wait(PATIENCE)
+        assert notifications.wait(TIMEOUT)
 
 
 # -- keeping
@@ -193,7 +193,7 @@ def test_i12_a_renewal_that_had_to_wait_judges_by_the_time_at_which_it_goes_on(
             renewal = pool.submit(lease.renew, conn, term, 600)
             until(lambda: renewal.done() or waits_for(sql, conn.info.backend_pid, rival.info.backend_pid))
             assert not renewal.done()
-        assert renewal.result(PATIENCE) == Renewal.OVER
+        assert renewal.result(TIMEOUT) == Renewal.OVER
 
 
 def test_a_leader_hears_with_its_next_renewal_that_it_shall_step_down(conn: Conn, rival: Conn) -> None:
@@ -328,7 +328,7 @@ def keeper_of(settings: Settings, ttl: float = 600, *, elected: bool = True) -> 
         keeper.start()
         try:
             if elected:
-                wakeup.wait(PATIENCE)
+                wakeup.wait(TIMEOUT)
                 assert keeper.term, keeper.over
             yield keeper
         finally:

@@ -22,7 +22,7 @@ from pgcoord_cli.core.database.session import migration_session
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.errors import Busy, MigrationEdited, PgcoordError, SchemaMissing, SchemaUnknown, UsageError
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 VERSIONS = [migration.version for migration in migration_files()]
 
@@ -42,7 +42,7 @@ def versions(conn: psycopg.Connection[Any]) -> list[int]:
 
 def until(conn: psycopg.Connection[Any], question: str, *arguments: Any) -> None:
     """Returns once the server answers the question with true."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not conn.execute(question, arguments).fetchone()[0]:  # type: ignore[index]
         assert time.monotonic() < deadline, f"never true: {question}"
 
@@ -204,7 +204,7 @@ def test_a_run_that_had_to_wait_goes_on_with_the_usual_lock_timeout(empty_settin
     def wait_and_look() -> Any:
         with (
             migration_session(empty_settings, read_only=False) as (conn, _),
-            migrations.migration_lock(conn, "pgcoord", PATIENCE, lambda _: None),
+            migrations.migration_lock(conn, "pgcoord", TIMEOUT, lambda _: None),
         ):
             return conn.execute("SHOW lock_timeout").fetchone()
 
@@ -212,7 +212,7 @@ def test_a_run_that_had_to_wait_goes_on_with_the_usual_lock_timeout(empty_settin
         waiting = elsewhere.submit(wait_and_look)
         until(other, "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)")
         other.execute("SELECT pg_advisory_unlock_all()")
-        assert waiting.result(PATIENCE) == ("10s",)
+        assert waiting.result(TIMEOUT) == ("10s",)
 
 
 def test_the_lock_is_given_back(empty_settings: Settings) -> None:

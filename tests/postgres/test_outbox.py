@@ -36,7 +36,7 @@ from pgcoord_cli.core.events.outbox import (
 )
 from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 
 EVENT_ID = {"lease_events": "lease_events_event_id_seq", "completion_events": "completion_events_event_id_seq"}
 """The sequence that each outbox draws its ids from."""
@@ -193,7 +193,7 @@ def test_i10_a_writer_is_announced_before_it_draws_its_id(
             until(lambda: announced(sql, outbox).get(pid) == "waits" or writing.done())
             assert not writing.done()
             assert drawn(sql, outbox) == 0
-        writing.result(PATIENCE)
+        writing.result(TIMEOUT)
     assert stored(sql, outbox) == [1]
 
 
@@ -244,7 +244,7 @@ class Ear:
         end = uuid4().hex
         self._conn.execute("SELECT pg_notify(%s, %s)", [self._channel, end])
         heard: list[tuple[int, str]] = []
-        for notification in self._conn.notifies(timeout=PATIENCE):
+        for notification in self._conn.notifies(timeout=TIMEOUT):
             if notification.payload == end:
                 return heard
             heard.append((notification.pid, notification.payload))

@@ -15,7 +15,7 @@ from pgcoord_cli.db.binary import integer
 from pgcoord_cli.db.callback_connection import Row, settle
 from pgcoord_cli.errors import ConnectionFailed
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until_async
+from tests.asking import TIMEOUT, until_async
 from tests.postgres.openings import Openings
 
 Sql = psycopg.Connection[Any]
@@ -32,7 +32,7 @@ def on_a_pool(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
             opener = Openings(settings)
             pool = Pool(opener, SIZE)
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(TIMEOUT):
                     await test(pool, opener, sql)
             finally:
                 await pool.close()

@@ -20,7 +20,7 @@ from pgcoord_cli.core.database.session import open_session, open_session_async
 from pgcoord_cli.core.embedded.installation import identity, server_account
 from pgcoord_cli.errors import UnsuitableServer
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 from tests.faults.program_process import Lines
 from tests.faults.tail_process import add
 
@@ -74,7 +74,7 @@ def pool(settings: Settings, place: Path) -> Iterator[Pool]:
     yield start
     for process, said in started:
         process.terminate()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
         said.close()
 
 

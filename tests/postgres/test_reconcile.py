@@ -29,7 +29,7 @@ from pgcoord_cli.core.flows.reconcile import (
 )
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, value
+from tests.asking import TIMEOUT, value
 from tests.postgres.flow_world import (
     ANY_CANCEL,
     Conn,
@@ -188,7 +188,7 @@ def test_i9_many_reconcilers_at_once_share_the_work_and_count_every_edge_once(se
     together = Barrier(4)
 
     def reconcile_at_once(conn: Conn) -> Tick:
-        together.wait(PATIENCE)
+        together.wait(TIMEOUT)
         return tick(conn)
 
     with sessions(settings, 4) as conns, ThreadPoolExecutor(4) as pool:

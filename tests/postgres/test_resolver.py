@@ -31,7 +31,7 @@ from pgcoord_cli.core.leader.resolver import Resolver
 from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE
+from tests.asking import TIMEOUT
 
 Sql = psycopg.Connection[Any]
 
@@ -187,7 +187,7 @@ def test_i5_keys_statuses_and_version_become_visible_together(
     before = everything(sql)
     with stuck_batch(sql, other, leader, leader_conn, last) as batch:
         assert everything(sql) == before
-    assert batch.result(PATIENCE) == 2
+    assert batch.result(TIMEOUT) == 2
     assert outcomes(sql) == [("committed", 1), ("committed", 2), ("committed", 3)]
     assert data(sql) == {b"new": b"1"}
     assert lease.read_lease(leader_conn).durable_version == 3
@@ -394,7 +394,7 @@ def test_i2_a_leader_superseded_in_the_middle_of_a_batch_writes_nothing_of_it(
         end_the_term(sql, settings)
         before = everything(sql)
     with pytest.raises(Fenced):
-        batch.result(PATIENCE)
+        batch.result(TIMEOUT)
     assert everything(sql) == before
 
 
@@ -428,7 +428,7 @@ def test_i2_a_commit_that_was_under_way_is_part_of_what_the_next_leader_continue
             while not election.done() and leader_conn.info.backend_pid not in blockers(sql, candidate):
                 pass
             assert not election.done()
-        term = election.result(PATIENCE)
+        term = election.result(TIMEOUT)
         assert (term.epoch, term.durable_version) == (2, 1)
         successor = Resolver(candidate, term)
         number = submit(sql, writes(b"j", reads=[b"k"]), 0)
@@ -445,7 +445,7 @@ def test_i2_a_batch_cut_off_in_the_middle_leaves_nothing(
     with stuck_batch(sql, other, leader, leader_conn, last) as batch:
         sql.execute("SELECT pg_terminate_backend(%s)", [leader_conn.info.backend_pid])
         with pytest.raises(psycopg.OperationalError):
-            batch.result(PATIENCE)
+            batch.result(TIMEOUT)
     assert everything(sql) == before
 
 
@@ -486,7 +486,7 @@ def test_i3_a_request_that_somebody_else_settled_meanwhile_stays_as_it_is(
             "UPDATE commit_requests SET status = %s, resolved_at = clock_timestamp() WHERE id = %s", [status, taken]
         )
         other.commit()
-    assert batch.result(PATIENCE) == 3, "undone as a whole, to be claimed again"
+    assert batch.result(TIMEOUT) == 3, "undone as a whole, to be claimed again"
     assert data(sql) == {}
     drain(leader)
     assert outcomes(sql) == [("committed", 1), (status, None), ("committed", 2)]
@@ -501,7 +501,7 @@ def test_i3_a_request_that_was_deleted_meanwhile_is_not_applied(
     with stuck_batch(sql, other, leader, leader_conn, taken) as batch:
         other.execute("DELETE FROM commit_requests WHERE id = %s", [taken])
         other.commit()
-    batch.result(PATIENCE)
+    batch.result(TIMEOUT)
     drain(leader)
     assert outcomes(sql) == [("committed", 1)]
     assert data(sql) == {b"b": b"1"}
@@ -514,7 +514,7 @@ def test_a_deadlock_with_somebody_else_only_undoes_the_batch(
     other.execute("SET deadlock_timeout = '1h'")  # so that it is the leader that is chosen
     with stuck_batch(sql, other, leader, leader_conn, last) as batch:
         other.execute("SELECT FROM commit_requests WHERE id = %s FOR UPDATE", [first])
-    assert batch.result(PATIENCE) == 2
+    assert batch.result(TIMEOUT) == 2
     drain(leader)
     assert outcomes(sql) == [("committed", 1), ("committed", 2)]
 
@@ -633,7 +633,7 @@ def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Ins
         settings = Settings(dsn=server.dsn)
         with (
             migration_session(settings, read_only=False) as (conn, _),
-            migration_lock(conn, settings.schema, PATIENCE, lambda _: None),
+            migration_lock(conn, settings.schema, TIMEOUT, lambda _: None),
         ):
             apply(conn, settings.schema, None, lambda _: None)
         with (

@@ -27,7 +27,7 @@ from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
 from pgcoord_cli.db import connection
 from pgcoord_cli.errors import Busy, ConnectionFailed, PgcoordError, TimedOut, UnsuitableServer, UsageError
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 
 if TYPE_CHECKING:
     from tests.conftest import Call
@@ -300,11 +300,11 @@ def test_a_connection_that_is_lost_while_waiting_is_one_line_and_a_hint(empty_se
         waiting = (
             "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/migrate' AND wait_event = 'advisory'"
         )
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not (found := admin.execute(waiting).fetchone()):
             assert time.monotonic() < deadline
         admin.execute("SELECT pg_terminate_backend(%s)", found)
-        out, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate(timeout=TIMEOUT)
         assert admin.execute("SELECT to_regnamespace('pgcoord')").fetchone() == (None,)
     assert (process.returncode, out) == (4, "")
     assert err.splitlines() == [
@@ -437,7 +437,7 @@ def test_a_session_that_is_refused_is_closed(settings: Settings, empty_settings:
     with pytest.raises(UsageError):
         session.open_session(replace(settings, schema="other", schema_given=True), "test", writes=True)
     with psycopg.connect(settings.dsn, autocommit=True) as conn:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         others = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         while conn.execute(others).fetchone():
             assert time.monotonic() < deadline

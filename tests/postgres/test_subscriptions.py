@@ -26,7 +26,7 @@ from pgcoord_cli.core.events.subscriptions import Subscription, checkpoint
 from pgcoord_cli.core.events.tail import Notice
 from pgcoord_cli.errors import Busy, ConnectionFailed, Fenced, UsageError
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until
+from tests.asking import TIMEOUT, until
 
 Conn = psycopg.Connection[Any]
 
@@ -103,7 +103,7 @@ def test_i13_of_many_who_come_at_once_one_owns_the_name(sql: Conn, acquire: Owne
     together = Barrier(6)
 
     def come() -> bool:
-        together.wait(PATIENCE)
+        together.wait(TIMEOUT)
         try:
             acquire()
         except Busy:
@@ -218,10 +218,10 @@ def test_a_save_that_waits_for_a_server_gives_up_when_told_to_stop(
     cut_off(sql)
     with ThreadPoolExecutor(1) as pool:
         saving = pool.submit(owner.save, 4)
-        assert tried.wait(PATIENCE)
+        assert tried.wait(TIMEOUT)
         owner.stop()
         try:
-            assert isinstance(saving.exception(PATIENCE), ConnectionFailed)
+            assert isinstance(saving.exception(TIMEOUT), ConnectionFailed)
         finally:
             monkeypatch.undo()  # one that does not give up would keep the test from ending
     assert row_of(sql) == (1, None)

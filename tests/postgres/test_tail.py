@@ -41,7 +41,7 @@ from pgcoord_cli.core.events.tail_connection import WAKE_SECONDS, TailConnection
 from pgcoord_cli.core.gc import collect_events
 from pgcoord_cli.errors import ConnectionFailed, CursorExpired, PgcoordError, SchemaMissing, UsageError
 from pgcoord_cli.settings import Settings
-from tests.asking import PATIENCE, until, value
+from tests.asking import TIMEOUT, until, value
 from tests.faults.tail_process import wake_until
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Reader:
 
     def until(self, condition: Callable[[], object]) -> None:
         with self._news:
-            assert self._news.wait_for(condition, PATIENCE), (self.ids[-10:], self.notices, self.error)
+            assert self._news.wait_for(condition, TIMEOUT), (self.ids[-10:], self.notices, self.error)
 
     def wait_for(self, ids: list[int]) -> None:
         """Waits until as many events have been delivered, which then have to be these."""
@@ -117,7 +117,7 @@ class Reader:
 
     def end(self) -> None:
         self.tail.stop()
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
         self.tail.close()
 
@@ -155,7 +155,7 @@ def let_look(sql: Conn, looks: int = 3) -> None:
 def connect(settings: Settings, **options: Any) -> Conn:
     """A session of somebody's; one that waits for a lock for too long fails, so that no test stands still."""
     conn = psycopg.connect(make_conninfo(settings.dsn, **options), autocommit=True)
-    conn.execute("SELECT set_config('lock_timeout', %s, false)", [f"{PATIENCE:g}s"])
+    conn.execute("SELECT set_config('lock_timeout', %s, false)", [f"{TIMEOUT:g}s"])
     return conn
 
 
@@ -414,7 +414,7 @@ def test_i10_many_writers_at_once(settings: Settings, sql: Conn, start_reader: S
     def work(seed: int) -> None:
         chance = random.Random(seed)
         with connect(settings) as conn:
-            together.wait(PATIENCE)
+            together.wait(TIMEOUT)
             for _ in range(60):
                 with conn.transaction(force_rollback=chance.random() < 0.1):
                     for _ in range(chance.randint(1, 3)):
@@ -424,7 +424,7 @@ def test_i10_many_writers_at_once(settings: Settings, sql: Conn, start_reader: S
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
     reader.wait_for([row[0] for row in sql.execute("SELECT event_id FROM lease_events ORDER BY event_id")])
 
 
