@@ -146,7 +146,7 @@ def measure(
         "pgbench": rivals.run_pgbench(bin_dir, settings.dsn, script, workload.keys, workers, seconds),
     }
     if in_flight == 1:
-        with patch.object(DirectCommitBackoff, "is_likely", return_value=False):
+        with patch.object(DirectCommitBackoff, "admits", return_value=False):
             found["by leader"] = run_pgcoord(settings, workload, in_flight, seconds)
     if superseded and not workload.scan:
         stop = threading.Event()

@@ -21,7 +21,7 @@ import psycopg
 from psycopg import AsyncConnection, pq
 from psycopg.errors import error_from_result
 
-from pgcoord_cli.db.connection import LAST_WORDS
+from pgcoord_cli.db.connection import SESSION_ENDING_SEVERITIES
 
 Row = tuple[bytes | None, ...]
 Answer = list[Row] | Exception
@@ -148,7 +148,7 @@ class CallbackConnection:
     def _on_error(self, error: psycopg.Error) -> None:
         # An error without a SQLSTATE comes from libpq, not from the server: the connection is gone.
         self._error = error if error.sqlstate else psycopg.OperationalError(str(error))
-        if not self.is_open or error.diag.severity_nonlocalized in LAST_WORDS:
+        if not self.is_open or error.diag.severity_nonlocalized in SESSION_ENDING_SEVERITIES:
             self._break(self._error)
 
     def _on_prepared(self, name: bytes) -> None:

@@ -39,7 +39,7 @@ LIVENESS_DEFAULTS = {
 }
 
 
-LAST_WORDS = ("FATAL", "PANIC")
+SESSION_ENDING_SEVERITIES = ("FATAL", "PANIC")
 """Errors of this severity are the last that a session says, whatever their code."""
 
 MIGRATE_HINT = "create it with: pgcoord migrate up"
@@ -172,7 +172,7 @@ def translate(error: psycopg.Error) -> PgcoordError:
 
 def is_connection_lost(error: psycopg.Error) -> bool:
     """Whether the session is gone, so that the fate of a statement in flight is unknown."""
-    if error.diag.severity_nonlocalized in LAST_WORDS:
+    if error.diag.severity_nonlocalized in SESSION_ENDING_SEVERITIES:
         return True
     state = error.sqlstate or ""
     return isinstance(error, psycopg.OperationalError) and (not state or state.startswith(("08", "57P")))

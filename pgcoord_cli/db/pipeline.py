@@ -29,11 +29,11 @@ BoundStatement = tuple[str, Sequence[bytes | None]]
 class Pipeline:
     """Runs prepared statements over `conn`, which nobody else uses meanwhile.
 
-    A server that says nothing for `patience` seconds, if there are any, is taken for lost.
+    A server that says nothing for `timeout` seconds, if there are any, is taken for lost.
     """
 
-    def __init__(self, conn: Connection[Any], patience: float | None = None) -> None:
-        self._patience = None if patience is None else patience * 1000
+    def __init__(self, conn: Connection[Any], timeout: float | None = None) -> None:
+        self._timeout = None if timeout is None else timeout * 1000
         self._pgconn = conn.pgconn
         self._names: dict[str, bytes] = {}
         self._loader = Transformer(conn)
@@ -100,7 +100,7 @@ class Pipeline:
             self._pgconn.consume_input()
 
     def _ready(self, poll: select.poll) -> list[int]:
-        if ready := poll.poll(self._patience):
+        if ready := poll.poll(self._timeout):
             return [events for _, events in ready]
         self._pgconn.finish()
         raise psycopg.OperationalError("the server does not answer")

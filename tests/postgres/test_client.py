@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("never_alone")
 @pytest.fixture
 def never_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every client takes it that others are committing."""
-    monkeypatch.setattr(DirectCommitBackoff, "is_likely", lambda *_: False)
+    monkeypatch.setattr(DirectCommitBackoff, "admits", lambda *_: False)
 
 
 # -- reading
@@ -479,12 +479,12 @@ async def test_a_hot_key_stays_hot_for_work_that_fails_and_cools_when_a_turn_was
             raise error
 
     kind = kind_of(work)
-    db._turns.heat(b"k", kind)
+    db._hot_keys.mark_hot(b"k", kind)
     with pytest.raises(RuntimeError):
         await db.run(work)
-    assert db._turns.queue_of(b"k", kind)
+    assert db._hot_keys.queue_of(b"k", kind)
     await db.run(work)
-    assert db._turns.queue_of(b"k", kind) is None
+    assert db._hot_keys.queue_of(b"k", kind) is None
 
 
 @needs_leader

@@ -167,7 +167,7 @@ async def test_a_lone_commit_clears_ranges_and_keys_before_it_writes(db: Databas
         lambda tr: tr.add(b"k", b"\x01"),
         lambda tr: tr.set_versionstamped_value(b"k", bytes(14)),
         lambda tr: (tr.set(b"k", b""), tr.add_write_conflict_key(b"j")),
-        lambda tr: tr.set(b"k", bytes(direct_commit.MOST_BYTES)),
+        lambda tr: tr.set(b"k", bytes(direct_commit.MAX_BYTES)),
     ],
 )
 def test_what_needs_the_leader_goes_to_the_leader(
@@ -490,7 +490,9 @@ def test_i8_floors_follow_when_everybody_commits_alone(
     assert stored.conflict_floor > 20
     assert stored.window_start_id > 20
     assert stored.queue_floor_id > 20
-    assert [mark.version for mark in judge._recent.marks] == list(range(35, 41)), "a commit a second, for six seconds"
+    assert [period.version for period in judge._recent.periods] == list(range(35, 41)), (
+        "a commit a second, for six seconds"
+    )
 
 
 def test_i2_a_superseded_leader_notes_no_floors(sql: Sql, judge: Resolver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,7 +555,7 @@ def test_a_client_that_was_not_alone_goes_through_the_queue_for_a_while(
         await late.commit()
         await put(db, k=b"2")
         assert paths(sql) == ["alone", "queue", "queue"]
-        db._submitter._direct_backoff.was_wrong(-FOR_EVER * 2)
+        db._submitter._direct_backoff.fell_back(-FOR_EVER * 2)
         await put(db, k=b"3")
         assert paths(sql)[3:] == ["alone"]
 
@@ -762,5 +764,5 @@ def test_i6_no_setting_of_the_session_changes_what_is_stored(sql: Sql, settings:
 
 @pytest.mark.usefixtures("term")
 def test_i6_what_is_large_goes_into_the_queue_where_the_leader_is_guarded(sql: Sql) -> None:
-    for size, version in ((direct_commit.MOST_BYTES, None), (direct_commit.MOST_BYTES - 100, 1)):
+    for size, version in ((direct_commit.MAX_BYTES, None), (direct_commit.MAX_BYTES - 100, 1)):
         assert call_with(sql, written_keys=[b"k"], written_values=[bytes(size)]) == version

@@ -1,4 +1,4 @@
-"""Turns at hot keys: who goes when, and that nobody waits for ever."""
+"""Hot keys: the order in which attempts are admitted, and that no attempt waits for ever."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY, OTHER = b"counter", b"other"
 
 
 def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs a test in an event loop of its own; whoever waits too long fails it."""
+    """Runs a test in an event loop of its own; fails it after ten seconds."""
 
     @wraps(test)
     def run(*args: object, **named: object) -> None:
@@ -30,44 +30,44 @@ def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
 
 async def settled() -> None:
-    """Lets every task go on until it waits."""
+    """Runs the other tasks of the event loop until each of them waits."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
 async def work() -> None:
-    """What most attempts here run."""
+    """The work of most attempts in this file."""
 
 
 class TrialError(Exception):
-    """What the work of an attempt may raise."""
+    """Raised by the work of an attempt that ends as `failed`."""
 
 
 class Attempt:
-    """One attempt at a transaction that reads a key, in a task of its own."""
+    """One attempt at a transaction that reads a key, in a task of its own. It ends when `end` is called."""
 
-    def __init__(self, turns: HotKeys, key: bytes = KEY, kind: Callable[..., object] = work) -> None:
+    def __init__(self, hot_keys: HotKeys, key: bytes = KEY, kind: Callable[..., object] = work) -> None:
         self.has_read = False
         self._ending = asyncio.Event()
         self._outcome = "written"
-        self.task = asyncio.create_task(self._run(turns, key, kind))
+        self.task = asyncio.create_task(self._run(hot_keys, key, kind))
 
-    async def _run(self, turns: HotKeys, key: bytes, kind: Callable[..., object]) -> None:
-        turn = turns.turn(kind)
-        assert turn
-        with turn:
-            await turn.take(key)
+    async def _run(self, hot_keys: HotKeys, key: bytes, kind: Callable[..., object]) -> None:
+        ticket = hot_keys.ticket(kind)
+        assert ticket
+        with ticket:
+            await ticket.acquire(key)
             self.has_read = True
             await self._ending.wait()
-            if self._outcome == "lost":
-                turn.lost()
+            if self._outcome == "conflict":
+                ticket.conflicted()
             elif self._outcome == "only read":
-                turn.was_not_needed()
+                ticket.only_read()
             elif self._outcome == "failed":
                 raise TrialError
 
     async def end(self, outcome: str = "written") -> None:
-        """`written`, `lost` (and written), `only read`, or `failed`; then everybody goes on until he waits."""
+        """Ends the attempt as `written`, `conflict`, `only read` or `failed`; runs the others until each waits."""
         self._outcome = outcome
         self._ending.set()
         with pytest.raises(TrialError) if outcome == "failed" else nullcontext():
@@ -75,39 +75,40 @@ class Attempt:
         await settled()
 
 
-async def attempts(turns: HotKeys, number: int, key: bytes = KEY) -> list[Attempt]:
-    """So many, which have begun one after the other."""
+async def attempts(hot_keys: HotKeys, number: int, key: bytes = KEY) -> list[Attempt]:
+    """Starts `number` attempts one after the other, each once the one before it reads or waits."""
     made = []
     for _ in range(number):
-        made.append(Attempt(turns, key))
+        made.append(Attempt(hot_keys, key))
         await settled()
     return made
 
 
 async def hot(key: bytes = KEY) -> HotKeys:
-    """Turns of which one has just lost a commit over the key."""
-    turns = HotKeys()
-    (loser,) = await attempts(turns, 1, key)
-    await loser.end("lost")
-    return turns
+    """Hot keys of a client that has just had a conflict over `key`."""
+    hot_keys = HotKeys()
+    (conflicting,) = await attempts(hot_keys, 1, key)
+    await conflicting.end("conflict")
+    return hot_keys
 
 
 def reading(those: list[Attempt]) -> list[bool]:
+    """Which of the attempts were admitted to their read."""
     return [attempt.has_read for attempt in those]
 
 
 @in_loop
-async def test_nobody_waits_at_a_cold_key() -> None:
+async def test_no_attempt_waits_at_a_cold_key() -> None:
     assert reading(await attempts(HotKeys(), 3)) == [True, True, True]
 
 
 @in_loop
-async def test_at_a_hot_key_one_goes_after_the_other_in_order() -> None:
+async def test_attempts_at_a_hot_key_are_admitted_one_at_a_time_in_order_of_arrival() -> None:
     those = await attempts(await hot(), 3)
     assert reading(those) == [True, False, False]
     await those[0].end()
     assert reading(those) == [True, True, False]
-    await those[1].end("lost")
+    await those[1].end("conflict")
     assert reading(those) == [True, True, True]
 
 
@@ -118,14 +119,14 @@ async def test_other_keys_stay_cold() -> None:
 
 @in_loop
 async def test_other_work_never_waits() -> None:
-    async def look() -> None:
+    async def read_only() -> None:
         """Reads the same key."""
 
-    turns = await hot()
-    holder, waiting = await attempts(turns, 2)
-    lookers = [Attempt(turns, kind=look) for _ in range(2)]
+    hot_keys = await hot()
+    holder, waiting = await attempts(hot_keys, 2)
+    readers = [Attempt(hot_keys, kind=read_only) for _ in range(2)]
     await settled()
-    assert reading([holder, waiting, *lookers]) == [True, False, True, True]
+    assert reading([holder, waiting, *readers]) == [True, False, True, True]
 
 
 @in_loop
@@ -133,74 +134,76 @@ async def test_closures_over_one_function_and_partial_calls_are_the_same_work() 
     def closure(number: int) -> Callable[..., object]:
         return lambda: number
 
-    turns = HotKeys()
-    loser = Attempt(turns, kind=closure(1))
+    hot_keys = HotKeys()
+    conflicting = Attempt(hot_keys, kind=closure(1))
     await settled()
-    await loser.end("lost")
-    those = [Attempt(turns, kind=kind) for kind in (closure(2), partial(closure(3)), partial(partial(closure(4))))]
+    await conflicting.end("conflict")
+    those = [Attempt(hot_keys, kind=kind) for kind in (closure(2), partial(closure(3)), partial(partial(closure(4))))]
     await settled()
     assert reading(those) == [True, False, False]
 
 
 @in_loop
-async def test_a_transaction_inside_another_takes_no_turn() -> None:
-    turns = await hot()
-    outer = turns.turn(work)
+async def test_a_transaction_inside_another_has_no_ticket() -> None:
+    hot_keys = await hot()
+    outer = hot_keys.ticket(work)
     assert outer
     with outer:
-        assert turns.turn(work) is None
-        assert await asyncio.create_task(taken_in_a_task(turns)) is None
-    assert turns.turn(work)
+        assert hot_keys.ticket(work) is None
+        assert await asyncio.create_task(ticket_in_a_task(hot_keys)) is None
+    assert hot_keys.ticket(work)
 
 
-async def taken_in_a_task(turns: HotKeys) -> object:
-    return turns.turn(work)
+async def ticket_in_a_task(hot_keys: HotKeys) -> object:
+    return hot_keys.ticket(work)
 
 
 @in_loop
-async def test_a_reader_who_had_a_turn_lets_everybody_go() -> None:
-    turns = await hot()
-    those = await attempts(turns, 3)
+async def test_an_attempt_that_held_the_key_and_only_read_admits_every_other() -> None:
+    hot_keys = await hot()
+    those = await attempts(hot_keys, 3)
     await those[0].end("only read")
     assert reading(those) == [True, True, True]
-    assert reading(await attempts(turns, 2)) == [True, True], "the key is cold"
+    assert reading(await attempts(hot_keys, 2)) == [True, True], "the key is cold"
 
 
 @in_loop
-async def test_one_who_fails_passes_the_turn_on_and_says_nothing_about_the_key() -> None:
+async def test_a_failed_attempt_passes_the_key_on_and_leaves_it_hot() -> None:
     those = await attempts(await hot(), 3)
     await those[0].end("failed")
     assert reading(those) == [True, True, False]
 
 
 @in_loop
-async def test_a_turn_passes_on_after_a_while_whatever_its_holder_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = await hot()
-    monkeypatch.setattr(module, "TURN_SECONDS", 0.01)
-    (slow,) = await attempts(turns, 1)
-    monkeypatch.setattr(module, "TURN_SECONDS", 60.0)
-    second, third = await attempts(turns, 2)
+async def test_a_key_is_passed_on_after_ticket_seconds_whatever_its_holder_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hot_keys = await hot()
+    monkeypatch.setattr(module, "TICKET_SECONDS", 0.01)
+    (slow,) = await attempts(hot_keys, 1)
+    monkeypatch.setattr(module, "TICKET_SECONDS", 60.0)
+    second, third = await attempts(hot_keys, 2)
     while not second.has_read:
         await asyncio.sleep(0)
     assert not third.has_read
     await slow.end()
-    assert not third.has_read, "the turn is not his any more"
+    assert not third.has_read, "the end of the slow attempt must not release the key of the second"
     await second.end()
     assert third.has_read
 
 
 @in_loop
-async def test_nobody_waits_longer_than_a_turn_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    holder, *_ = await attempts(turns := await hot(), 1)
-    monkeypatch.setattr(module, "TURN_SECONDS", 0.01)
-    those = await attempts(turns, 20)
+async def test_no_attempt_waits_longer_than_ticket_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    holder, *_ = await attempts(hot_keys := await hot(), 1)
+    monkeypatch.setattr(module, "TICKET_SECONDS", 0.01)
+    those = await attempts(hot_keys, 20)
     while not all(reading(those)):
         await asyncio.sleep(0)
     await holder.end()
 
 
 @in_loop
-async def test_one_who_is_cancelled_while_waiting_is_passed_over() -> None:
+async def test_an_attempt_cancelled_while_it_waits_is_passed_over() -> None:
     those = await attempts(await hot(), 3)
     those[1].task.cancel()
     await settled()
@@ -209,7 +212,7 @@ async def test_one_who_is_cancelled_while_waiting_is_passed_over() -> None:
 
 
 @in_loop
-async def test_one_who_is_cancelled_in_the_moment_of_its_turn_passes_it_on() -> None:
+async def test_an_attempt_cancelled_in_the_step_of_its_admission_passes_the_key_on() -> None:
     those = await attempts(await hot(), 3)
     those[0]._ending.set()
     while not those[0].task.done():
@@ -220,32 +223,34 @@ async def test_one_who_is_cancelled_in_the_moment_of_its_turn_passes_it_on() -> 
 
 
 @in_loop
-async def test_a_key_is_cold_again_when_nobody_lost_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_key_is_cold_hot_seconds_after_the_last_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HOT_SECONDS", -1.0)
     assert reading(await attempts(await hot(), 2)) == [True, True]
 
 
 @in_loop
-async def test_a_key_stays_hot_as_long_as_somebody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = await hot()
-    first, second = await attempts(turns, 2)
+async def test_a_key_stays_hot_while_attempts_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hot_keys = await hot()
+    first, second = await attempts(hot_keys, 2)
     monkeypatch.setattr(module, "HOT_SECONDS", -1.0)
     await first.end()
-    (third,) = await attempts(turns, 1)
+    (third,) = await attempts(hot_keys, 1)
     assert reading([second, third]) == [True, False]
 
 
-@pytest.mark.parametrize(("seconds", "is_hot"), [(-1.0, True), (60.0, False)], ids=["cold ones go", "hot ones stay"])
+@pytest.mark.parametrize(
+    ("seconds", "is_hot"), [(-1.0, True), (60.0, False)], ids=["cold keys are evicted", "hot keys stay"]
+)
 @in_loop
-async def test_where_many_keys_are_hot_there_is_room_for_no_more(
+async def test_at_many_keys_a_cold_key_is_evicted_or_the_new_one_ignored(
     monkeypatch: pytest.MonkeyPatch, seconds: float, is_hot: bool
 ) -> None:
     monkeypatch.setattr(module, "HOT_SECONDS", seconds)
     monkeypatch.setattr(module, "MANY_KEYS", 10)
-    turns = HotKeys()
+    hot_keys = HotKeys()
     for number in range(100):
-        turns.heat(b"%d" % number, "kind")
+        hot_keys.mark_hot(b"%d" % number, "kind")
     monkeypatch.setattr(module, "HOT_SECONDS", 60.0)
-    turns.heat(KEY, "kind")
-    assert (turns.queue_of(KEY, "kind") is not None) == is_hot
-    assert len(turns._queues) == 10
+    hot_keys.mark_hot(KEY, "kind")
+    assert (hot_keys.queue_of(KEY, "kind") is not None) == is_hot
+    assert len(hot_keys._queues) == 10

@@ -20,7 +20,7 @@ from pgcoord_cli.core.commits import codec
 from pgcoord_cli.core.commits.codec import Mutation, Op, Range, Request
 from pgcoord_cli.core.commits.conflict_window import ConflictWindow
 from pgcoord_cli.core.commits.mutations import versionstamp, with_stamps, writes_of
-from pgcoord_cli.core.commits.recent_commits import Marks, RecentCommits, StoredCommit, stored_writes
+from pgcoord_cli.core.commits.recent_commits import CommitPeriods, RecentCommits, StoredCommit, stored_writes
 from pgcoord_cli.core.leader.lease import Term
 from pgcoord_cli.core.leader.resolver import (
     Claimed,
@@ -287,7 +287,7 @@ def test_i8_commits_that_are_no_longer_stored_raise_the_floor_and_hide_no_confli
         for key in keys_written(codec.decode(payload), version):
             if version > rebuilt.floor:
                 assert rebuilt.conflicts(version - 1, [key], [])
-    assert [mark.version for mark in recent.marks][-1:] == ([durable] if durable > rebuilt.floor else [])
+    assert [period.version for period in recent.periods][-1:] == ([durable] if durable > rebuilt.floor else [])
 
 
 def test_i8_the_floor_that_the_last_leader_stored_is_never_lowered() -> None:
@@ -321,7 +321,7 @@ def test_writes_are_the_keys_of_mutations_and_both_kinds_of_ranges() -> None:
     assert writes_of(request) == ([b"a", b"b"], [(b"c", b"d"), (b"x", None)])
 
 
-# -- marks
+# -- periods
 
 commit_times = st.lists(st.floats(0, 3), max_size=20)
 
@@ -330,48 +330,48 @@ commit_times = st.lists(st.floats(0, 3), max_size=20)
 def test_i4_marks_forget_no_commit_younger_than_asked_for_and_keep_none_much_older(
     pauses: list[float], back: float
 ) -> None:
-    marks, now, commits = Marks(), NOON, list[tuple[datetime, int]]()
+    periods, now, commits = CommitPeriods(), NOON, list[tuple[datetime, int]]()
     for version, pause in enumerate(pauses, start=1):
         now += timedelta(seconds=pause)
-        marks.add(now, version, version)
+        periods.add(now, version, version)
         commits.append((now, version))
     before = now - timedelta(seconds=back)
-    floor = marks.forget(before)
+    floor = periods.forget(before)
     assert all(version > floor for time, version in commits if time >= before)
-    surely_old = [version for time, version in commits if time < before - Marks.GRAIN]
+    surely_old = [version for time, version in commits if time < before - CommitPeriods.LENGTH]
     assert floor >= max(surely_old, default=0)
-    assert marks.forget(before) == floor, "what was forgotten stays so"
+    assert periods.forget(before) == floor, "what was forgotten stays so"
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 100)), max_size=20), st.floats(0, 30))
 def test_i8_marks_know_the_smallest_id_of_every_commit_that_they_still_hold(
     commits: list[tuple[float, int]], back: float
 ) -> None:
-    marks, now, ids = Marks(), NOON, dict[int, int]()
+    periods, now, ids = CommitPeriods(), NOON, dict[int, int]()
     for version, (pause, first_id) in enumerate(commits, start=1):
         now += timedelta(seconds=pause)
-        marks.add(now, version, first_id)
+        periods.add(now, version, first_id)
         ids[version] = first_id
-    floor = marks.forget(now - timedelta(seconds=back))
+    floor = periods.forget(now - timedelta(seconds=back))
     held = [first_id for version, first_id in ids.items() if version > floor]
-    assert min((mark.first_id for mark in marks), default=None) == min(held, default=None)
-    assert [mark.version for mark in marks][-1:] == ([len(commits)] if held else [])
+    assert min((period.first_id for period in periods), default=None) == min(held, default=None)
+    assert [period.version for period in periods][-1:] == ([len(commits)] if held else [])
 
 
 def test_marks_are_few_however_many_commits_there_are() -> None:
-    marks = Marks()
+    periods = CommitPeriods()
     for number in range(10_000):
-        marks.add(NOON + timedelta(milliseconds=number), number, number)
-    assert len(list(marks)) == 20
+        periods.add(NOON + timedelta(milliseconds=number), number, number)
+    assert len(list(periods)) == 20
 
 
 def test_marks_bear_a_clock_that_was_set_back() -> None:
-    marks = Marks()
-    marks.add(NOON, 1, 1)
-    marks.add(NOON - timedelta(hours=1), 2, 2)
-    marks.add(NOON, 3, 3)
-    assert marks.forget(NOON - timedelta(seconds=1)) == 0
-    assert marks.forget(NOON + timedelta(seconds=1)) == 3
+    periods = CommitPeriods()
+    periods.add(NOON, 1, 1)
+    periods.add(NOON - timedelta(hours=1), 2, 2)
+    periods.add(NOON, 3, 3)
+    assert periods.forget(NOON - timedelta(seconds=1)) == 0
+    assert periods.forget(NOON + timedelta(seconds=1)) == 3
 
 
 # -- the queue floor

@@ -1,6 +1,6 @@
 """The commits of the last seconds, as the resolver knows them: what each wrote, and when. Pure.
 
-The conflict window (`core.commits.conflict_window`) says what was written since when. Beside it are marks of the time, by which the
+The conflict window (`core.commits.conflict_window`) says what was written since when. Beside it are periods of the time, by which the
 window is kept to its length, and of the request ids, by which the next leader finds the same commits again.
 
 Commits come from two sides. Those that the resolver decides are in the window as soon as they are decided, and noted
@@ -62,9 +62,9 @@ class RecentCommits:
 
     def __init__(self, floor: int, durable_version: int, start_id: int, commits: Sequence[StoredCommit]) -> None:
         last = max(durable_version, commits[-1].version if commits else 0)
-        whole_from = last - _dense_tail([commit.version for commit in commits], last)
+        whole_from = last - _dense_suffix([commit.version for commit in commits], last)
         self.window = ConflictWindow(max(floor, whole_from))
-        self.marks = Marks()
+        self.periods = CommitPeriods()
         self.durable_version = self.window.floor
         self.last_id = max([start_id, *(commit.id for commit in commits)])
         """Whoever commits alone from now on has an id above this: it read, and then drew one, after these commits."""
@@ -76,31 +76,31 @@ class RecentCommits:
                 self.window.record(version, *stored_writes(payload, version))
             except Exception:  # noqa: BLE001 - somebody has tampered with it, in whatever way
                 self.window.raise_floor(version)  # what it wrote is not known, so that nothing older can be judged
-            self.marks.add(resolved_at, version, request_id)
+            self.periods.add(resolved_at, version, request_id)
             self.durable_version = version
             self.last_id = max(self.last_id, request_id)
 
-    def take_in(self, commits: Sequence[StoredCommit]) -> bool:
+    def add_stored(self, commits: Sequence[StoredCommit]) -> bool:
         """Takes in what was committed since; False, and nothing, when one is missing between."""
         if [commit.version - self.durable_version for commit in commits] != list(range(1, len(commits) + 1)):
             return False
         self._record(commits)
         if commits:
-            self.forget(commits[-1].resolved_at)
+            self.expire(commits[-1].resolved_at)
         return True
 
-    def note(self, committed_at: datetime, version: int, ids: Sequence[int]) -> None:
+    def add_durable(self, committed_at: datetime, version: int, ids: Sequence[int]) -> None:
         """The requests with these ids, whose writes are in the window, are durable up to `version`."""
         self.durable_version = version
         self.last_id = max(self.last_id, *ids)
-        self.marks.add(committed_at, version, min(ids))
+        self.periods.add(committed_at, version, min(ids))
 
-    def forget(self, now: datetime) -> None:
+    def expire(self, now: datetime) -> None:
         """Lets go of what was committed before the time that the window covers."""
-        self.window.raise_floor(self.marks.forget(now - CONFLICT_WINDOW))
+        self.window.raise_floor(self.periods.forget(now - CONFLICT_WINDOW))
 
 
-class Mark(NamedTuple):
+class CommitPeriod(NamedTuple):
     """A stretch of commits: the last began at `committed_at` and has `version`; none has an id below `first_id`."""
 
     committed_at: datetime
@@ -108,36 +108,36 @@ class Mark(NamedTuple):
     first_id: int
 
 
-class Marks:
+class CommitPeriods:
     """When the commits of the window were made, in stretches of half a second. Iterates oldest first."""
 
-    GRAIN = timedelta(seconds=0.5)
+    LENGTH = timedelta(seconds=0.5)
 
     def __init__(self) -> None:
-        self._marks: deque[Mark] = deque()
-        self._stretch_began: datetime | None = None
+        self._periods: deque[CommitPeriod] = deque()
+        self._period_began: datetime | None = None
         self._forgotten = 0
 
-    def __iter__(self) -> Iterator[Mark]:
-        return iter(self._marks)
+    def __iter__(self) -> Iterator[CommitPeriod]:
+        return iter(self._periods)
 
     def add(self, committed_at: datetime, version: int, first_id: int) -> None:
         """Notes commits up to `version`, none with an id below `first_id`."""
-        if self._marks and self._stretch_began and committed_at - self._stretch_began < self.GRAIN:
-            last = self._marks.pop()
+        if self._periods and self._period_began and committed_at - self._period_began < self.LENGTH:
+            last = self._periods.pop()
             first_id = min(first_id, last.first_id)
         else:
-            self._stretch_began = committed_at
-        self._marks.append(Mark(committed_at, version, first_id))
+            self._period_began = committed_at
+        self._periods.append(CommitPeriod(committed_at, version, first_id))
 
     def forget(self, before: datetime) -> int:
         """Drops the stretches that ended before a time; returns the last version that was ever dropped, or 0."""
-        while self._marks and self._marks[0].committed_at < before:
-            self._forgotten = self._marks.popleft().version
+        while self._periods and self._periods[0].committed_at < before:
+            self._forgotten = self._periods.popleft().version
         return self._forgotten
 
 
-def _dense_tail(versions: Sequence[int], last: int) -> int:
+def _dense_suffix(versions: Sequence[int], last: int) -> int:
     """How many of the versions, which ascend, lead up to `last` without a gap."""
     count = 0
     for version in reversed(versions):

@@ -66,7 +66,7 @@ class Database:
         self._reader = SnapshotReader(self._pool)
         self._listener = AsyncListener(self._open_connection)
         self._submitter = Submitter(settings.schema, self._pool, self._listener)
-        self._turns = HotKeys()
+        self._hot_keys = HotKeys()
         self._watcher = Watcher(settings.schema, self._reader, self._listener)
 
     async def __aenter__(self) -> Self:
@@ -134,19 +134,19 @@ class Database:
             await backoff.pause()
 
     async def _attempt(self, work: Callable[[Transaction], Awaitable[T]], commit_seconds: float) -> T:
-        turn = self._turns.turn(work)
-        transaction = Transaction(self._reader, self._submitter, self._watcher, commit_seconds, turn)
-        if turn is None:
+        ticket = self._hot_keys.ticket(work)
+        transaction = Transaction(self._reader, self._submitter, self._watcher, commit_seconds, ticket)
+        if ticket is None:
             return await _work_and_commit(work, transaction)
-        with turn:
+        with ticket:
             try:
                 result = await _work_and_commit(work, transaction)
             except Conflict:
-                if transaction.wrote_key_of_turn:
-                    turn.lost()
+                if transaction.wrote_ticket_key:
+                    ticket.conflicted()
                 raise
-            if not transaction.wrote_key_of_turn:
-                turn.was_not_needed()
+            if not transaction.wrote_ticket_key:
+                ticket.only_read()
             return result
 
 

@@ -33,13 +33,13 @@ from pgcoord_cli.core.commits.codec import Op, Request
 from pgcoord_cli.core.commits.mutations import fold
 from pgcoord_cli.db.binary import bytea_array, bytea_columns
 
-MOST_BYTES = 16_000
+MAX_BYTES = 16_000
 """A larger request goes into the queue: what commits alone keeps everybody else waiting."""
 
 PAUSE_SECONDS = 0.25
 """After it was not alone, a client goes through the queue for so long."""
 
-NEVER = ("42501", "42883")
+PERMANENT = ("42501", "42883")
 """Insufficient privilege; no such function, for somebody with no right to use the schema."""
 
 
@@ -66,14 +66,14 @@ class DirectCommitBackoff:
     def __init__(self) -> None:
         self._not_before = 0.0
 
-    def is_likely(self, now: float) -> bool:
+    def admits(self, now: float) -> bool:
         """Whether it may be so at `now`, in seconds of any clock that goes on."""
         return now >= self._not_before
 
-    def was_wrong(self, now: float) -> None:
+    def fell_back(self, now: float) -> None:
         """Somebody else was committing."""
         self._not_before = now + PAUSE_SECONDS
 
-    def failed(self, sqlstate: str | None, now: float) -> None:
+    def refused(self, sqlstate: str | None, now: float) -> None:
         """PostgreSQL refused. A role that got its rights before there was this one does not ask again."""
-        self._not_before = float("inf") if sqlstate in NEVER else now + PAUSE_SECONDS
+        self._not_before = float("inf") if sqlstate in PERMANENT else now + PAUSE_SECONDS

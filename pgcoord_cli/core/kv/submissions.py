@@ -259,8 +259,8 @@ class Submitter:
         return (
             len(self._pending) == 1
             and not commit.may_be_enqueued
-            and self._direct_backoff.is_likely(self._loop.time())
-            and len(commit.submission.payload) <= direct_commit.MOST_BYTES
+            and self._direct_backoff.admits(self._loop.time())
+            and len(commit.submission.payload) <= direct_commit.MAX_BYTES
             and direct_commit.is_plain(commit.submission.request)
         )
 
@@ -273,7 +273,7 @@ class Submitter:
     def _on_direct_answer(self, commit: PendingCommit, answer: Answer) -> None:
         if isinstance(answer, psycopg.Error) and not is_connection_lost(answer):
             # Nothing was written. Whether the request is at fault is decided by the leader.
-            self._direct_backoff.failed(answer.sqlstate, self._loop.time())
+            self._direct_backoff.refused(answer.sqlstate, self._loop.time())
             commit.sent = commit.may_be_enqueued
             self._batcher.add_first([commit])
             self._batcher.succeeded()
@@ -281,7 +281,7 @@ class Submitter:
         self._on_enqueued([commit], answer)
         if not isinstance(answer, Exception):
             if answer[0][0] is None:
-                self._direct_backoff.was_wrong(self._loop.time())
+                self._direct_backoff.fell_back(self._loop.time())
             else:
                 commit.settle(Outcome("committed", integer(answer[0][0]), None))
 

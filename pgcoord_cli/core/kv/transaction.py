@@ -93,13 +93,13 @@ class Transaction:
         submitter: Submitter,
         watcher: Watcher,
         commit_seconds: float,
-        turn: Ticket | None = None,
+        ticket: Ticket | None = None,
     ) -> None:
         self._reader = reader
         self._submitter = submitter
         self._watcher = watcher
         self._commit_seconds = commit_seconds
-        self._turn = turn
+        self._ticket = ticket
         self._snapshot: Snapshot | None = None
         self._began = 0.0
         self._values: dict[bytes, bytes | None] = {}
@@ -142,8 +142,8 @@ class Transaction:
                 codec.check_key(key)
             except Undecodable as error:
                 raise refusal(error) from None
-            if self._turn and self._snapshot is None and not snapshot:
-                await self._turn.take(key)
+            if self._ticket and self._snapshot is None and not snapshot:
+                await self._ticket.acquire(key)
             await self._extend((key,), ())
         if not snapshot:
             self._read_keys[key] = None
@@ -335,9 +335,9 @@ class Transaction:
             self._write_set.add(mutation)
 
     @property
-    def wrote_key_of_turn(self) -> bool:
+    def wrote_ticket_key(self) -> bool:
         """Whether it wrote the very key that it read first; a range that holds it does not count."""
-        key = self._turn.key if self._turn else None
+        key = self._ticket.key if self._ticket else None
         return key is not None and any(mutation.key == key for mutation in self._mutations)
 
     # -- ending

@@ -173,7 +173,7 @@ class Resolver:
         if not batch or batch[-1].id >= self._one_by_one_up_to:
             self._one_by_one_up_to = 0
         if batch:
-            self._recent.forget(batch[0].claimed_at)
+            self._recent.expire(batch[0].claimed_at)
             verdicts = decide(self._recent.window, self._recent.durable_version, batch, self._term)
             if not self._settle(verdicts, batch[0].claimed_at):
                 self.has_more = True
@@ -228,7 +228,7 @@ class Resolver:
         """What a claim finds, once what was committed without the leader is in the window."""
         known = [int8(self._recent.last_id), int8(self._recent.durable_version)]
         *_, commits, rows = self._pipeline.run([*before, (sql("commits", "window_commits"), known), claim])
-        if not self._recent.take_in([StoredCommit(*commit) for commit in commits]):
+        if not self._recent.add_stored([StoredCommit(*commit) for commit in commits]):
             self._recent = self._load(self._recent.window.floor, self._window_start_id())
         self._above_floor += len(commits)
         self._unnoted += len(commits)
@@ -255,13 +255,13 @@ class Resolver:
                 self._isolate(verdicts, error)
             return False
         if committed := [verdict.id for verdict in verdicts if verdict.version is not None]:
-            self._recent.note(now, _last_version(verdicts, self._recent.durable_version), committed)
+            self._recent.add_durable(now, _last_version(verdicts, self._recent.durable_version), committed)
         self._unnoted = 0
         return True
 
     def _window_start_id(self) -> int:
         """No commit of the window, nor any to come, has an id at or below this."""
-        return min([self._floor.id, *(mark.first_id - 1 for mark in self._recent.marks)])
+        return min([self._floor.id, *(period.first_id - 1 for period in self._recent.periods)])
 
     def _floors(self) -> list[bytes]:
         return [*map(int8, [self._recent.window.floor, self._window_start_id(), self._floor.id])]
