@@ -1,6 +1,6 @@
-"""The conflict window against an oracle that keeps every write and looks at all of them.
+"""The conflict window against an oracle that keeps every write and compares each read with all of them.
 
-Two-sided: a conflict that is missed breaks rule I1; one that is not there costs a client a retry for nothing.
+Both directions are checked: a missed conflict breaks rule I1, a false one costs a client a needless retry.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pgcoord_cli.core.commits.conflict_window import ConflictWindow
 
 BOUNDS = [b"", b"\0", b"a", b"a\0", b"b", b"b\0", b"\xff"]
 INTERVALS: list[Range] = [(begin, end) for begin in BOUNDS for end in [*BOUNDS, None]]
-"""All of them: open ends, empty ones and those that run backwards included."""
+"""All ranges between the bounds, including empty ones, backward ones and those without an end."""
 
 keys = st.sampled_from(BOUNDS)
 intervals = st.sampled_from(INTERVALS)
@@ -26,18 +26,18 @@ some_intervals = st.lists(intervals, max_size=1)
 
 
 def overlap(one: Range, other: Range) -> bool:
-    """Whether two half-open ranges have a key in common: if so, the greater of the two begins is one."""
+    """Whether two half-open ranges share a key; if they do, the greater of their begins is one that they share."""
     begin = max(one[0], other[0])
     return all(end is None or begin < end for _, end in (one, other))
 
 
 def point(key: bytes) -> Range:
-    """The range that holds one key: the next key after k is k followed by a zero byte."""
+    """The range that contains only `key`: the next key after k is k followed by a zero byte."""
     return key, key + b"\0"
 
 
 class Oracle:
-    """Every write ever, and the question answered by looking at each."""
+    """Keeps every write, and answers by comparing a read with each of them."""
 
     def __init__(self) -> None:
         self.writes: list[tuple[int, Range]] = []
@@ -46,12 +46,12 @@ class Oracle:
         self.writes += [(version, interval) for interval in [*map(point, written_keys), *ranges]]
 
     def last_write(self, read: Range) -> int:
-        """The newest version that wrote a key of the range."""
+        """Returns the newest version that wrote a key of the range, or 0."""
         return max((version for version, written in self.writes if overlap(read, written)), default=0)
 
 
 def check_everything(window: ConflictWindow, oracle: Oracle, version: int) -> None:
-    """Asks about every key and every range at every version from the floor on."""
+    """Compares window and oracle for every key and every range, at read versions from the floor on."""
     written = {key: oracle.last_write(point(key)) for key in BOUNDS}
     for read_version in range(window.floor, version + 1):
         for key in BOUNDS:
@@ -63,7 +63,7 @@ def check_everything(window: ConflictWindow, oracle: Oracle, version: int) -> No
 
 
 class Commit(NamedTuple):
-    """A commit that follows the one before by `gap` versions."""
+    """A step of a test: a commit whose version is `gap` above the last."""
 
     gap: int
     keys: list[bytes]
@@ -71,7 +71,7 @@ class Commit(NamedTuple):
 
 
 class Raise(NamedTuple):
-    """The floor rises, unless it is there already, to `back` versions before the newest."""
+    """A step of a test: the floor rises to `back` versions below the last commit, unless it is higher already."""
 
     back: int
 
@@ -82,7 +82,7 @@ raises = st.builds(Raise, st.integers(0, 6))
 
 @given(st.integers(0, 3), st.lists(commits | commits | commits | raises, max_size=14))
 @settings(max_examples=500, deadline=None)
-def test_i1_the_window_knows_every_conflict_above_its_floor_and_no_other(
+def test_i1_the_window_finds_every_conflict_above_its_floor_and_no_other(
     floor: int, steps: list[Commit | Raise]
 ) -> None:
     window, oracle, version = ConflictWindow(floor), Oracle(), floor
@@ -115,7 +115,7 @@ def test_i1_several_reads_conflict_when_any_of_them_does(
 
 
 @given(st.lists(st.tuples(some_keys, some_intervals), max_size=30))
-def test_a_window_whose_floor_has_caught_up_holds_nothing(writes: list[tuple[list[bytes], list[Range]]]) -> None:
+def test_a_window_whose_floor_is_the_last_version_is_empty(writes: list[tuple[list[bytes], list[Range]]]) -> None:
     window = ConflictWindow(0)
     for version, (written, ranges) in enumerate(writes, start=1):
         window.record(version, written, ranges)

@@ -1,7 +1,7 @@
-"""What the resolver decides, against a model that looks at every commit there ever was.
+"""The decisions of the resolver, against a model that compares each request with every earlier commit.
 
-The model says it as rule I1 does: a transaction commits if and only if nothing it read was written by a commit after
-its read version. So what commits is serialisable in version order, and nothing is refused without need.
+The model states rule I1: a transaction commits if and only if no commit after its read version wrote anything that it
+read. So the commits are serialisable in version order, and no request is refused without need.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ GARBAGE = b"\x01\xc1"
 
 
 class Asked(NamedTuple):
-    """A request in a test: `back` versions before the newest that exists when it is decided; None: garbage."""
+    """A request that read `back` versions before the durable version of its batch; None: an undecodable payload."""
 
     back: int
     request: Request | None
@@ -83,7 +83,7 @@ def keys_read(request: Request) -> set[bytes]:
 
 
 def keys_written(request: Request, version: int) -> set[bytes]:
-    """Said again here, so that an omission in the resolver's own list of writes shows."""
+    """The keys of UNIVERSE that a request writes, computed apart from the resolver, so that an omission there shows."""
     written = set().union(*map(covered, request.write_ranges))
     for op, key, operand in request.mutations:
         if op == Op.SET_VERSIONSTAMPED_KEY:
@@ -94,7 +94,7 @@ def keys_written(request: Request, version: int) -> set[bytes]:
 
 
 class Model:
-    """Every commit ever, by version, and what each wrote."""
+    """Every commit, by version, with the keys that it wrote."""
 
     def __init__(self) -> None:
         self.written: list[set[bytes]] = []
@@ -126,7 +126,7 @@ def test_i1_a_transaction_commits_exactly_when_nothing_it_read_was_written_since
         durable, now, expected = model.version, [], []
         for question in batch:
             number += 1
-            # Read versions are those that exist before the batch, and one that nobody can have seen.
+            # Read versions are those that exist before the batch, and one that has not been committed.
             read_version = durable - question.back
             now.append(claimed(number, read_version, codec.encode(question.request) if question.request else GARBAGE))
         for question, request in zip(batch, now, strict=True):
@@ -169,8 +169,8 @@ def test_i4_a_read_below_the_floor_is_too_old_even_if_nothing_it_read_was_writte
     assert verdicts[0].reason == "read at 4, checkable from 5"
 
 
-def test_i1_what_an_earlier_leadership_had_and_this_one_did_not_find_is_too_old_for_ever() -> None:
-    """The third leader took over at version 4, and has given 5 and 6 to other commits than those that were lost."""
+def test_i1_a_version_of_an_earlier_epoch_that_was_lost_is_too_old_for_ever() -> None:
+    """The leader of epoch 3 took over at version 4, and gave 5 and 6 to other commits than those that were lost."""
     window = ConflictWindow(0)
     read_b = codec.encode(Request((b"b",), (), (), ()))
     asked = [(2, 4), (2, 5), (1, 6), (3, 5), (3, 6)]
@@ -207,7 +207,7 @@ def test_i6_a_payload_that_cannot_be_decoded_is_rejected_and_the_rest_unaffected
     assert all(verdict.reason for verdict in verdicts if verdict.status == "rejected")
 
 
-def test_a_range_that_only_counts_as_written_conflicts_like_a_write() -> None:
+def test_a_write_conflict_range_conflicts_like_a_write() -> None:
     pretends = codec.encode(Request((), (), ((b"a", b"b"),), ()))
     verdicts = decided(ConflictWindow(0), 0, (0, pretends), (0, READ_A_SET_B))
     assert [verdict.status for verdict in verdicts] == ["committed", "conflict"]
@@ -217,7 +217,7 @@ def test_a_range_that_only_counts_as_written_conflicts_like_a_write() -> None:
 
 
 def history(asked: Sequence[Sequence[Asked]], floor_behind: int) -> tuple[ConflictWindow, list[Claimed], list[Verdict]]:
-    """A warm leader's window after some batches, and everything that it was asked and decided."""
+    """The window of a leader after some batches, all requests of those batches, and their verdicts."""
     window, everything, verdicts = ConflictWindow(0), list[Claimed](), list[Verdict]()
     durable = 0
     for batch in asked:
@@ -302,7 +302,7 @@ def test_i8_the_floor_that_the_last_leader_stored_is_never_lowered() -> None:
     [b"", b"\x02garbage", b"\x02\x94\x90\x90\x90\x91\x93\x00\xc0\xc0", b"\x02\x94\x90\x90\x91\x92\xc0\xc0\x90"],
 )
 def test_i8_below_a_stored_commit_that_cannot_be_read_nothing_can_be_checked(payload: bytes) -> None:
-    """Somebody has tampered with the table: the next leader has to lead all the same."""
+    """A row that was changed by hand must not keep the next leader from leading."""
     commits = [StoredCommit(n, n, payload if n == 5 else SET_A, NOON) for n in range(1, 8)]
     recent = RecentCommits(0, 7, 0, commits)
     assert (recent.window.floor, recent.durable_version) == (5, 7)
@@ -327,7 +327,7 @@ commit_times = st.lists(st.floats(0, 3), max_size=20)
 
 
 @given(commit_times, st.floats(0, 30))
-def test_i4_marks_forget_no_commit_younger_than_asked_for_and_keep_none_much_older(
+def test_i4_periods_drop_no_commit_younger_than_asked_for_and_keep_none_much_older(
     pauses: list[float], back: float
 ) -> None:
     periods, now, commits = CommitPeriods(), NOON, list[tuple[datetime, int]]()
@@ -340,11 +340,11 @@ def test_i4_marks_forget_no_commit_younger_than_asked_for_and_keep_none_much_old
     assert all(version > floor for time, version in commits if time >= before)
     surely_old = [version for time, version in commits if time < before - CommitPeriods.LENGTH]
     assert floor >= max(surely_old, default=0)
-    assert periods.forget(before) == floor, "what was forgotten stays so"
+    assert periods.forget(before) == floor, "a version that was dropped stays dropped"
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 100)), max_size=20), st.floats(0, 30))
-def test_i8_marks_know_the_smallest_id_of_every_commit_that_they_still_hold(
+def test_i8_periods_hold_the_smallest_id_of_the_commits_that_they_cover(
     commits: list[tuple[float, int]], back: float
 ) -> None:
     periods, now, ids = CommitPeriods(), NOON, dict[int, int]()
@@ -358,14 +358,14 @@ def test_i8_marks_know_the_smallest_id_of_every_commit_that_they_still_hold(
     assert [period.version for period in periods][-1:] == ([len(commits)] if held else [])
 
 
-def test_marks_are_few_however_many_commits_there_are() -> None:
+def test_periods_are_few_however_many_commits_there_are() -> None:
     periods = CommitPeriods()
     for number in range(10_000):
         periods.add(NOON + timedelta(milliseconds=number), number, number)
     assert len(list(periods)) == 20
 
 
-def test_marks_bear_a_clock_that_was_set_back() -> None:
+def test_periods_tolerate_a_clock_that_was_set_back() -> None:
     periods = CommitPeriods()
     periods.add(NOON, 1, 1)
     periods.add(NOON - timedelta(hours=1), 2, 2)
@@ -378,10 +378,10 @@ def test_marks_bear_a_clock_that_was_set_back() -> None:
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Writers draw ids and end in any order, a resolver claims and settles beside them: no request is passed over.
+    """Writers draw ids and end in any order while a resolver claims and settles: no request is passed over.
 
-    The model of PostgreSQL: a writer is known by its name in pg_locks from before its first id until it ends, or, once
-    prepared, by another name. What it inserted is visible from its commit on.
+    The model of PostgreSQL: a writer is listed in pg_locks under one name from before its first id until it ends; once
+    prepared, under another. Its rows are visible from its commit on.
     """
 
     @initialize(floor=st.integers(0, 3))
@@ -443,7 +443,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert self.floor.id <= min([*self.pending, *hidden, self.last_id + 1]) - 1
 
     def teardown(self) -> None:
-        """Once the writers are gone, the floor soon reaches the last id that was drawn."""
+        """Ends all writers and drains the queue; the floor then reaches the last id that was drawn."""
         if not hasattr(self, "floor"):
             return
         for ids in self.writers.values():

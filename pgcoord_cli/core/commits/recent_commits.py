@@ -1,12 +1,13 @@
-"""The commits of the last seconds, as the resolver knows them: what each wrote, and when. Pure.
+"""The commits of the last seconds, as the resolver knows them: what each one wrote, and when. Pure.
 
-The conflict window (`core.commits.conflict_window`) says what was written since when. Beside it are periods of the time, by which the
-window is kept to its length, and of the request ids, by which the next leader finds the same commits again.
+The conflict window (`core.commits.conflict_window`) holds the writes with their versions. Beside it are commit periods,
+which map time to versions and request ids: the window is cut to its length by time, and the next leader finds the same
+commits in the table by their ids.
 
-Commits come from two sides. Those that the resolver decides are in the window as soon as they are decided, and noted
-here when they are durable. Those that clients made by themselves (`core.kv.direct_commit`), and on beginning all of them, are
-taken in as the table has them. Their versions are dense, so what is missing shows. One that cannot be read is as good
-as missing: nothing below it can be checked, but the leader leads.
+Commits come from two sources. Writes that the resolver decides enter the window as soon as they are decided, and are
+recorded here once they are durable. Direct commits of clients (`core.kv.direct_commit`), and all commits when a leader
+begins, are added as the table has them. Commit versions are dense, so a missing commit shows as a gap. A stored commit
+that cannot be decoded counts as missing: no transaction that read below it can be checked, but the leader leads.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from pgcoord_cli.core.commits.codec import Mutation, Op, Range, Undecodable
 from pgcoord_cli.core.commits.conflict_window import ConflictWindow
 
 CONFLICT_WINDOW = timedelta(seconds=6)
-"""How long after a commit its writes can still be checked against; older reads are too_old.
+"""For how long after a commit its writes stay in the window; transactions that read before that are too_old.
 
-A second more than a transaction may take, so that one that was just in time can wait for its turn. Not much more,
-since a new leader has to read all commits of this time before it begins.
+One second more than the time limit of a transaction (`core.kv.transaction`), so that a request submitted at the limit
+can still wait in the queue. Not much more, since a new leader reads all commits of this time before it begins.
 """
 
 
 class StoredCommit(NamedTuple):
-    """A committed request as the table has it; `resolved_at` is the server's clock."""
+    """A committed request as the table has it; `resolved_at` is by the server's clock."""
 
     id: int
     version: int
@@ -38,50 +39,57 @@ class StoredCommit(NamedTuple):
 
 
 def stored_writes(payload: bytes, version: int) -> tuple[list[bytes], list[Range]]:
-    """The keys and the ranges that a stored commit wrote, from its payload and its version."""
+    """Returns the keys and the ranges that a stored commit wrote. Raises Undecodable, or what msgpack raises."""
     keys: list[bytes] = []
     stored, ranges = codec.decode_stored(payload)
     for op, key, operand in stored:
         if op == Op.CLEAR_RANGE:
             ranges.append((key, operand))
         elif op == Op.SET_VERSIONSTAMPED_KEY:
+            # The key contains the commit version, so that only now it is known which key was written.
             keys.append(mutations.stamped(Mutation(Op(op), key, operand), version).key)
         else:
             keys.append(key)
+    # `decode_stored` checks nothing; a key of another type would make every later comparison fail.
     if not all(isinstance(key, bytes) for key in (*keys, *(begin for begin, _ in ranges))):
         raise Undecodable("a key is not binary")
     return keys, ranges
 
 
 class RecentCommits:
-    """The commits above `floor` up to `durable_version`; `commits` are those that are stored, by version.
+    """The commits above `floor` up to `durable_version`, as a leader that never stopped would know them (rule I8).
 
-    All of them have ids above `start_id`. It is the window that a leader that never stopped would have (rule I8); below
-    the last gap nothing can be checked.
+    `commits` are those that the table still has, in version order, all with ids above `start_id`. If one is missing
+    between them, the floor rises to the last missing version, since what that one wrote is not known.
     """
 
     def __init__(self, floor: int, durable_version: int, start_id: int, commits: Sequence[StoredCommit]) -> None:
+        # The commits are read after the durable version, so a direct commit may have added one above it in between.
         last = max(durable_version, commits[-1].version if commits else 0)
         whole_from = last - _dense_suffix([commit.version for commit in commits], last)
         self.window = ConflictWindow(max(floor, whole_from))
         self.periods = CommitPeriods()
         self.durable_version = self.window.floor
         self.last_id = max([start_id, *(commit.id for commit in commits)])
-        """Whoever commits alone from now on has an id above this: it read, and then drew one, after these commits."""
+        """Each direct commit to come has a greater id: it reads the last of these commits before it draws its id."""
         self._record([commit for commit in commits if commit.version > self.window.floor])
 
     def _record(self, commits: Sequence[StoredCommit]) -> None:
         for request_id, version, payload, resolved_at in commits:
             try:
                 self.window.record(version, *stored_writes(payload, version))
-            except Exception:  # noqa: BLE001 - somebody has tampered with it, in whatever way
-                self.window.raise_floor(version)  # what it wrote is not known, so that nothing older can be judged
+            except Exception:  # noqa: BLE001 - a row that was changed by hand can raise anything
+                # What it wrote is not known, so a transaction that read below it cannot be checked.
+                self.window.raise_floor(version)
             self.periods.add(resolved_at, version, request_id)
             self.durable_version = version
             self.last_id = max(self.last_id, request_id)
 
     def add_stored(self, commits: Sequence[StoredCommit]) -> bool:
-        """Takes in what was committed since; False, and nothing, when one is missing between."""
+        """Adds the stored commits that follow the durable version. Returns False and adds nothing if one is missing.
+
+        The caller then builds the window anew, and its floor rises above the gap.
+        """
         if [commit.version - self.durable_version for commit in commits] != list(range(1, len(commits) + 1)):
             return False
         self._record(commits)
@@ -90,18 +98,21 @@ class RecentCommits:
         return True
 
     def add_durable(self, committed_at: datetime, version: int, ids: Sequence[int]) -> None:
-        """The requests with these ids, whose writes are in the window, are durable up to `version`."""
+        """Records that the requests with `ids`, whose writes are in the window already, are durable up to `version`.
+
+        `committed_at` is not later than their commit, by the server's clock.
+        """
         self.durable_version = version
         self.last_id = max(self.last_id, *ids)
         self.periods.add(committed_at, version, min(ids))
 
     def expire(self, now: datetime) -> None:
-        """Lets go of what was committed before the time that the window covers."""
+        """Raises the floor above the commits that are older than CONFLICT_WINDOW at `now`, by the server's clock."""
         self.window.raise_floor(self.periods.forget(now - CONFLICT_WINDOW))
 
 
 class CommitPeriod(NamedTuple):
-    """A stretch of commits: the last began at `committed_at` and has `version`; none has an id below `first_id`."""
+    """Consecutive commits: the last one was made at `committed_at` with `version`; no id is below `first_id`."""
 
     committed_at: datetime
     version: int
@@ -109,7 +120,7 @@ class CommitPeriod(NamedTuple):
 
 
 class CommitPeriods:
-    """When the commits of the window were made, in stretches of half a second. Iterates oldest first."""
+    """The times of the commits in the window, in periods of LENGTH, which bound their number. Iterates oldest first."""
 
     LENGTH = timedelta(seconds=0.5)
 
@@ -122,8 +133,9 @@ class CommitPeriods:
         return iter(self._periods)
 
     def add(self, committed_at: datetime, version: int, first_id: int) -> None:
-        """Notes commits up to `version`, none with an id below `first_id`."""
+        """Adds commits up to `version`, none with an id below `first_id`, to the current period or as a new one."""
         if self._periods and self._period_began and committed_at - self._period_began < self.LENGTH:
+            # The period takes the time of its last commit: it is dropped only when all of its commits are old.
             last = self._periods.pop()
             first_id = min(first_id, last.first_id)
         else:
@@ -131,14 +143,14 @@ class CommitPeriods:
         self._periods.append(CommitPeriod(committed_at, version, first_id))
 
     def forget(self, before: datetime) -> int:
-        """Drops the stretches that ended before a time; returns the last version that was ever dropped, or 0."""
+        """Drops the periods that ended before a time. Returns the last version that was ever dropped, or 0."""
         while self._periods and self._periods[0].committed_at < before:
             self._forgotten = self._periods.popleft().version
         return self._forgotten
 
 
 def _dense_suffix(versions: Sequence[int], last: int) -> int:
-    """How many of the versions, which ascend, lead up to `last` without a gap."""
+    """Returns how many of the ascending versions lead up to `last` without a gap."""
     count = 0
     for version in reversed(versions):
         if version != last - count:

@@ -1,30 +1,34 @@
-"""Committing without the leader, for a client that is alone.
+"""Direct commits: the fast path that commits a request without the leader, when no other commit is in progress.
 
-**Why.** Going through the queue pays when many commit: one statement, one wait for the disk, one wake-up serve all of
-them. A commit that nobody competes with has nothing to share, and would only wait for others to be woken. Most of
-what coordinates is like that, a write now and then.
+**Why.** The queue pays when many transactions commit at the same time: they share one statement, one flush of the WAL
+and one wake-up. A single commit shares nothing, and through the queue it would only wait for other processes to be
+woken. Much of what coordination writes is of this kind: a single write now and then.
 
-**How.** `commit_alone`, in the database, does in one transaction what the leader would do: stores the request as
-committed, writes the data, advances the durable version under the fence, wakes whoever watches. It checks no
-conflicts, because there can be none: the durable version is still the one that the transaction read at, so nobody
-has committed since. What it stores is what the leader would have stored, so that nobody needs to know who did it: the
-leader takes such commits into its window before it decides anything, and a new one finds them in the table.
+**How.** The SQL function `commit_alone` does in one transaction what the leader would do: it stores the request as
+committed, writes the data, advances the durable version under the fence, and notifies the watches. It checks no reads,
+since no conflict is possible: it requires that the durable version is still the read version of the transaction, so
+that no commit can have written what was read. The stored row has the form of one that the leader settled, so that
+readers of the table need not tell the two apart: a running leader adds direct commits to its conflict window before it
+decides a batch, and a new leader loads them from the table.
 
-**Never beside the leader.** While the leader works at a batch it holds a session lock that `commit_alone` tries for and
-does not wait for; while one of these commits is under way, the leader waits for the end of it, and then reads what
-they have left behind. Only the fence is what safety stands on: settling a batch, like a lone commit, names the version
-that it follows upon, and one of two that name the same is undone. The lock keeps that from happening; a leader that
-cannot get it, since somebody holds it who should not, goes on without.
+**Not beside the leader.** While the leader works at batches it holds a session-level advisory lock in shared mode.
+`commit_alone` tries for the same lock in exclusive mode and does not wait for it; the leader does wait for a direct
+commit in progress, and then reads what direct commits have written. Correctness rests on the fence alone: the
+settlement of a batch and a direct commit each name the version that they follow, and of two that name the same version
+one is rolled back. The lock makes that rare. A leader that cannot get the lock within its limit, because another
+session holds it for too long, goes on without it.
 
-**Never without a leader.** A lease alone does not count: it may be a copy, on a standby that was promoted with fewer
-commits than clients have seen. So `commit_alone` wants to see a session of the leader, by the lock that all of those
-share. Where somebody makes such a commit by hand, in a transaction that he does not end, the lease cannot be renewed;
-then the leader, or whoever stands for election, ends his session (`core.leader.lease_keeper`).
+**Not without a leader.** A valid lease is not enough: it may be a copy, on a standby that was promoted with fewer
+commits than clients have seen. `commit_alone` therefore also requires a living session of the leader, which it
+recognises by the advisory lock that all sessions of a leader share. A direct commit that is called by hand in a
+transaction that stays open blocks the renewal of the lease; the leader, or a candidate, then terminates that session
+(`core.leader.lease_keeper`).
 
-**Not alone.** Where anything is in the way, the same statement puts the request into the queue, and all goes on as
-usual. The client then takes it that others are committing, and tries again a moment later. Only what is plain is
-tried: keys and ranges read, written and cleared, and not much of it; what depends on stored values or on the version
-needs the leader, as does whoever competes within the client.
+**Fallback.** When any of these conditions fails, the same statement inserts the request into the queue, and the commit
+goes on as any other. The client then takes it that others are committing, and uses the queue for PAUSE_SECONDS. The
+client tries a direct commit only for small requests that read, set and clear keys and ranges, and only while no other
+commit of the same client is pending. Mutations that depend on the stored value or on the commit version, and conflict
+ranges added by hand, need the leader.
 """
 
 from __future__ import annotations
@@ -34,22 +38,26 @@ from pgcoord_cli.core.commits.mutations import fold
 from pgcoord_cli.db.binary import bytea_array, bytea_columns
 
 MAX_BYTES = 16_000
-"""A larger request goes into the queue: what commits alone keeps everybody else waiting."""
+"""Payload bytes of the largest direct commit, which excludes all others while it runs. `commit_alone` checks it too."""
 
 PAUSE_SECONDS = 0.25
-"""After it was not alone, a client goes through the queue for so long."""
+"""Seconds for which a client uses the queue after a direct commit that fell back to it."""
 
 PERMANENT = ("42501", "42883")
-"""Insufficient privilege; no such function, for somebody with no right to use the schema."""
+"""SQLSTATEs after which no direct commit is tried again: insufficient privilege, undefined function.
+
+The second is what a role without USAGE on the schema gets, which does not see the function.
+"""
 
 
 def is_plain(request: Request) -> bool:
-    """Whether a request writes only what it says itself. Pure."""
+    """Whether the writes of a request follow from the request alone, not from stored values or its version. Pure."""
+    # What the function stores is built from keys, ranges and values; it has no place for write conflict ranges.
     return not request.write_ranges and all(mutation.op <= Op.CLEAR_RANGE for mutation in request.mutations)
 
 
 def columns(request: Request) -> list[bytes]:
-    """What a plain request read and its net effect, as `commit_alone` takes them. Pure."""
+    """Returns the reads and the net writes of a plain request as `commit_alone` takes them: eight `bytea[]`. Pure."""
     writes = fold(request.mutations)
     return [
         bytea_array(request.read_keys),
@@ -61,19 +69,23 @@ def columns(request: Request) -> list[bytes]:
 
 
 class DirectCommitBackoff:
-    """Whether it is worth trying to commit alone; only a guess, which the database confirms or not."""
+    """Decides when a client tries a direct commit. It only saves statements that would fall back: the database decides.
+
+    Times are seconds of a monotonic clock.
+    """
 
     def __init__(self) -> None:
         self._not_before = 0.0
 
     def admits(self, now: float) -> bool:
-        """Whether it may be so at `now`, in seconds of any clock that goes on."""
+        """Whether a direct commit may be tried at `now`."""
         return now >= self._not_before
 
     def fell_back(self, now: float) -> None:
-        """Somebody else was committing."""
+        """Records that the database enqueued the request instead, as when another commit was in progress."""
         self._not_before = now + PAUSE_SECONDS
 
     def refused(self, sqlstate: str | None, now: float) -> None:
-        """PostgreSQL refused. A role that got its rights before there was this one does not ask again."""
+        """Records that the statement raised an error. After one of PERMANENT, no direct commit is tried again."""
+        # Grants that were made before the function existed do not cover it, and will not until they are renewed.
         self._not_before = float("inf") if sqlstate in PERMANENT else now + PAUSE_SECONDS

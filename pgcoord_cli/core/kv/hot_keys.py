@@ -5,8 +5,8 @@ much as the one that commits. The transactions of other processes are out of rea
 compete with each other.
 
 **Hot.** After a transaction that read a key first, and wrote it, has conflicted, the key is hot for HOT_SECONDS, for
-transactions that run the same work. A transaction that only reads the key is usually other work, and never waits.
-The key stays hot while transactions wait for it.
+transactions that run the same work. A transaction that only reads the key is usually other work, and never waits. The
+key stays hot while transactions wait for it.
 
 **Tickets.** Each attempt at a transaction has a ticket. If the first key that it reads is hot, the ticket joins the
 key's queue, and the attempt waits, in order of arrival, until the one before it has ended; so it reads the value that
