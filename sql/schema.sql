@@ -41,7 +41,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION pgcoord.commit_alone(request_id uuid, seen_epoch bigint, seen_version bigint, read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[], reply_channel text, OUT version bigint, OUT answered_at timestamp with time zone) RETURNS record
+CREATE FUNCTION pgcoord.commit_alone(request_id uuid, seen_epoch bigint, seen_term uuid, seen_version bigint, read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[], reply_channel text, OUT version bigint, OUT answered_at timestamp with time zone) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pgcoord', 'pg_temp'
     AS $_$
@@ -70,14 +70,14 @@ BEGIN
         ELSE
             SELECT lease.term_id INTO term
               FROM leader_lease AS lease
-             WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.durable_version = seen_version
-               AND lease.expires_at > clock_timestamp();
+             WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
+               AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
         END IF;
     END IF;
     answered_at := clock_timestamp();
     IF term IS NULL THEN
-        INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
-        VALUES ($1, seen_epoch, seen_version, request, $12);
+        INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, reply_channel)
+        VALUES ($1, seen_epoch, seen_term, seen_version, request, $13);
         PERFORM pg_notify(current_schema() || '.commits', '');
         RETURN;
     END IF;
@@ -87,8 +87,8 @@ BEGIN
     PERFORM set_config('synchronous_commit', coalesce(nullif(current_setting('pgcoord.durable', true), ''), 'on'), true),
             -- and who calls this by hand within a transaction, and lets it lie, does not hold up everybody else.
             set_config('idle_in_transaction_session_timeout', '1s', true);
-    INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, commit_version, resolved_at)
-    VALUES ($1, seen_epoch, seen_version, request, 'committed', version, answered_at);
+    INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, status, commit_version, resolved_at)
+    VALUES ($1, seen_epoch, seen_term, seen_version, request, 'committed', version, answered_at);
     PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values);
     UPDATE leader_lease AS lease
        SET durable_version = version
@@ -430,6 +430,7 @@ CREATE TABLE pgcoord.commit_requests (
     id bigint NOT NULL,
     request_id uuid NOT NULL,
     epoch bigint NOT NULL,
+    term_id uuid,
     read_version bigint NOT NULL,
     payload bytea NOT NULL,
     reply_channel text,
@@ -449,6 +450,8 @@ COMMENT ON TABLE pgcoord.commit_requests IS 'The queue of transactions that ask 
 COMMENT ON COLUMN pgcoord.commit_requests.request_id IS 'Made by the client; a request applies at most once.';
 
 COMMENT ON COLUMN pgcoord.commit_requests.epoch IS 'The leadership that the client saw in the snapshot it read in.';
+
+COMMENT ON COLUMN pgcoord.commit_requests.term_id IS 'leader_lease.last_term_id in that snapshot; null: no leader had ever been elected.';
 
 COMMENT ON COLUMN pgcoord.commit_requests.read_version IS 'The durable version of the snapshot that the client read in.';
 
@@ -641,6 +644,7 @@ CREATE TABLE pgcoord.leader_lease (
     id integer DEFAULT 1 NOT NULL,
     epoch bigint DEFAULT 0 NOT NULL,
     term_id uuid,
+    last_term_id uuid,
     leader_addr text,
     durable_version bigint DEFAULT 0 NOT NULL,
     conflict_floor bigint DEFAULT 0 NOT NULL,
@@ -658,6 +662,8 @@ WITH (fillfactor='10', autovacuum_vacuum_threshold='200', autovacuum_vacuum_scal
 COMMENT ON TABLE pgcoord.leader_lease IS 'Who leads, until when, and how far the committed data has got. Always one row.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.term_id IS 'Random name of this leadership; null when the lease was released.';
+
+COMMENT ON COLUMN pgcoord.leader_lease.last_term_id IS 'The term that began last, kept when the lease is released: what is read is read under it.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.durable_version IS 'Version of the last committed transaction; 0 on a new database.';
 

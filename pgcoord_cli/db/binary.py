@@ -45,10 +45,10 @@ def int8_array(values: Sequence[int | None]) -> bytes:
     return _array(INT8_OID, len(values), [_NULL if v is None else pack(8, v) for v in values])
 
 
-def uuid_array(values: Sequence[bytes]) -> bytes:
+def uuid_array(values: Sequence[bytes | None]) -> bytes:
     """`uuid[]`, from the 16 bytes of each."""
     length = _LENGTH.pack(16)
-    return _array(UUID_OID, len(values), [length + value for value in values])
+    return _array(UUID_OID, len(values), [_NULL if value is None else length + value for value in values])
 
 
 def bool_array(values: Sequence[bool]) -> bytes:

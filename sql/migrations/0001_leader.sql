@@ -5,6 +5,7 @@ CREATE TABLE leader_lease (
     id              integer     PRIMARY KEY DEFAULT 1 CHECK (id = 1),
     epoch           bigint      NOT NULL DEFAULT 0,
     term_id         uuid,
+    last_term_id    uuid,
     leader_addr     text,
     durable_version bigint      NOT NULL DEFAULT 0,
     conflict_floor  bigint      NOT NULL DEFAULT 0,
@@ -19,6 +20,7 @@ CREATE TABLE leader_lease (
 
 COMMENT ON TABLE leader_lease IS 'Who leads, until when, and how far the committed data has got. Always one row.';
 COMMENT ON COLUMN leader_lease.term_id IS 'Random name of this leadership; null when the lease was released.';
+COMMENT ON COLUMN leader_lease.last_term_id IS 'The term that began last, kept when the lease is released: what is read is read under it.';
 COMMENT ON COLUMN leader_lease.durable_version IS 'Version of the last committed transaction; 0 on a new database.';
 COMMENT ON COLUMN leader_lease.conflict_floor IS 'A request that read below this version is too_old, for ever.';
 COMMENT ON COLUMN leader_lease.window_start_id IS 'Every commit above conflict_floor has a request id above this.';

@@ -40,6 +40,7 @@ CREATE TABLE commit_requests (
     id             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     request_id     uuid        NOT NULL UNIQUE,
     epoch          bigint      NOT NULL,
+    term_id        uuid,
     read_version   bigint      NOT NULL,
     payload        bytea       NOT NULL,
     reply_channel  text,
@@ -56,6 +57,7 @@ CREATE TABLE commit_requests (
 COMMENT ON TABLE commit_requests IS 'The queue of transactions that ask to be committed, and what became of each.';
 COMMENT ON COLUMN commit_requests.request_id IS 'Made by the client; a request applies at most once.';
 COMMENT ON COLUMN commit_requests.epoch IS 'The leadership that the client saw in the snapshot it read in.';
+COMMENT ON COLUMN commit_requests.term_id IS 'leader_lease.last_term_id in that snapshot; null: no leader had ever been elected.';
 COMMENT ON COLUMN commit_requests.read_version IS 'The durable version of the snapshot that the client read in.';
 COMMENT ON COLUMN commit_requests.payload IS 'Read ranges and mutations; docs/wire-format.md.';
 

@@ -54,7 +54,7 @@ $$;
 -- version then. Otherwise puts it into the queue like any other; null. It runs with the rights of the schema's owner,
 -- so it makes what it stores from what it writes, and takes nobody's word for it.
 CREATE FUNCTION commit_alone(
-    request_id uuid, seen_epoch bigint, seen_version bigint,
+    request_id uuid, seen_epoch bigint, seen_term uuid, seen_version bigint,
     read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[],
     cleared_keys bytea[], written_keys bytea[], written_values bytea[], reply_channel text,
     OUT version bigint, OUT answered_at timestamptz
@@ -84,14 +84,14 @@ BEGIN
         ELSE
             SELECT lease.term_id INTO term
               FROM leader_lease AS lease
-             WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.durable_version = seen_version
-               AND lease.expires_at > clock_timestamp();
+             WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
+               AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
         END IF;
     END IF;
     answered_at := clock_timestamp();
     IF term IS NULL THEN
-        INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
-        VALUES ($1, seen_epoch, seen_version, request, $12);
+        INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, reply_channel)
+        VALUES ($1, seen_epoch, seen_term, seen_version, request, $13);
         PERFORM pg_notify(current_schema() || '.commits', '');
         RETURN;
     END IF;
@@ -101,8 +101,8 @@ BEGIN
     PERFORM set_config('synchronous_commit', coalesce(nullif(current_setting('pgcoord.durable', true), ''), 'on'), true),
             -- and who calls this by hand within a transaction, and lets it lie, does not hold up everybody else.
             set_config('idle_in_transaction_session_timeout', '1s', true);
-    INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, commit_version, resolved_at)
-    VALUES ($1, seen_epoch, seen_version, request, 'committed', version, answered_at);
+    INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, status, commit_version, resolved_at)
+    VALUES ($1, seen_epoch, seen_term, seen_version, request, 'committed', version, answered_at);
     PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values);
     UPDATE leader_lease AS lease
        SET durable_version = version

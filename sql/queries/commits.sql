@@ -1,29 +1,29 @@
 -- name: enqueue
 -- Puts new commit requests into the queue and wakes the leader.
 WITH enqueued AS (
-    INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
-    SELECT request.request_id, request.epoch, request.read_version, request.payload, $5::text
-      FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bytea[])
-           AS request (request_id, epoch, read_version, payload)
+    INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, reply_channel)
+    SELECT request.request_id, request.epoch, request.term_id, request.read_version, request.payload, $6::text
+      FROM unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::bigint[], $5::bytea[])
+           AS request (request_id, epoch, term_id, read_version, payload)
 )
-SELECT pg_notify($6::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
+SELECT pg_notify($7::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
 
 -- name: enqueue_again
 -- Puts commit requests into the queue unless they are there already, and wakes the leader.
 WITH enqueued AS (
-    INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
-    SELECT request.request_id, request.epoch, request.read_version, request.payload, $5::text
-      FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bytea[])
-           AS request (request_id, epoch, read_version, payload)
+    INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, reply_channel)
+    SELECT request.request_id, request.epoch, request.term_id, request.read_version, request.payload, $6::text
+      FROM unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::bigint[], $5::bytea[])
+           AS request (request_id, epoch, term_id, read_version, payload)
     ON CONFLICT (request_id) DO NOTHING
 )
-SELECT pg_notify($6::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
+SELECT pg_notify($7::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
 
 -- name: commit_alone
 -- Commits a request by itself, if nobody else is committing, and gives its version; otherwise puts it into the queue.
 SELECT version, answered_at
-  FROM commit_alone($1::uuid, $2::bigint, $3::bigint, $4::bytea[], $5::bytea[], $6::bytea[], $7::bytea[], $8::bytea[],
-                    $9::bytea[], $10::bytea[], $11::bytea[], $12::text);
+  FROM commit_alone($1::uuid, $2::bigint, $3::uuid, $4::bigint, $5::bytea[], $6::bytea[], $7::bytea[], $8::bytea[],
+                    $9::bytea[], $10::bytea[], $11::bytea[], $12::bytea[], $13::text);
 
 -- name: lock_out_lone_commits
 -- Waits, up to a limit, for the commit that a client is making by itself, and keeps others from making any. The limit is for that wait alone.
@@ -36,9 +36,16 @@ SELECT pg_advisory_lock_shared('commit_requests'::regclass::oid::integer, 0) IS 
 SELECT pg_advisory_unlock_shared('commit_requests'::regclass::oid::integer, 0) AS is_unlocked;
 
 -- name: claim
--- The pending requests above the queue floor, oldest first, with the server's clock, up to the payload that reaches $3 bytes; of each payload $4 bytes.
-SELECT id, epoch, read_version, substring(payload FOR $4::integer) AS payload, clock_timestamp() AS claimed_at
-  FROM (SELECT id, epoch, read_version, payload, least(octet_length(payload), $4::integer) AS bytes,
+-- The pending requests above the queue floor, oldest first, with the server's clock, up to the payload that reaches $3 bytes; of each payload $4 bytes. read_limit is the last version that could be read under the request's term; null: it is the present term, $5.
+SELECT id, CASE WHEN term_id = $5::uuid THEN NULL
+                WHEN term_id IS NULL THEN 0 -- read before the first election, when there was nothing but version 0
+                -- A term that this database does not know, or whose later versions it does not have, was led on another
+                -- copy of it: a primary that failed before a standby had everything, or the original of a backup.
+                ELSE coalesce((SELECT history.last_version FROM leader_history AS history
+                                WHERE history.term_id = oldest.term_id), -1)
+            END AS read_limit,
+       read_version, substring(payload FOR $4::integer) AS payload, clock_timestamp() AS claimed_at
+  FROM (SELECT id, term_id, read_version, payload, least(octet_length(payload), $4::integer) AS bytes,
                sum(least(octet_length(payload), $4::integer)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS bytes_so_far
           FROM commit_requests
          WHERE id > $1::bigint AND status = 'pending'

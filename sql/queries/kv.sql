@@ -1,6 +1,6 @@
 -- name: read_keys
 -- Single keys, with the epoch and the durable version of the very snapshot they are read in.
-SELECT lease.epoch, lease.durable_version, kv.key, kv.value
+SELECT lease.epoch, lease.last_term_id, lease.durable_version, kv.key, kv.value
   FROM leader_lease AS lease
   LEFT JOIN kv ON kv.key = ANY ($1::bytea[])
  WHERE lease.id = 1;
@@ -11,7 +11,7 @@ SELECT epoch, durable_version FROM leader_lease WHERE id = 1;
 
 -- name: read_snapshot
 -- Single keys ($1) and half-open ranges, each at most so many keys from its beginning or its end, of one snapshot; part 0 is the keys, part n the n-th range.
-SELECT lease.epoch, lease.durable_version, found.part, found.key, found.value
+SELECT lease.epoch, lease.last_term_id, lease.durable_version, found.part, found.key, found.value
   FROM leader_lease AS lease
   LEFT JOIN LATERAL (
         SELECT 0::bigint AS part, kv.key, kv.value

@@ -48,7 +48,7 @@ SELECT FROM leader_lease WHERE id = 1 FOR UPDATE;
 -- name: take_over
 -- Begins a new leadership: next epoch, new term, closing the one before. No row: the lease is held and unexpired, and the lock is not ours.
 WITH previous AS (
-    SELECT *, clock_timestamp() AS moment FROM leader_lease WHERE id = 1 FOR UPDATE
+    SELECT *, clock_timestamp() AS moment, gen_random_uuid() AS new_term_id FROM leader_lease WHERE id = 1 FOR UPDATE
 ), closed AS (
     UPDATE leader_history AS history
        SET ended_at = previous.moment, last_version = previous.durable_version,
@@ -58,7 +58,8 @@ WITH previous AS (
        AND ($3::boolean OR previous.expires_at <= previous.moment)
 ), taken AS (
     UPDATE leader_lease AS lease
-       SET epoch = previous.epoch + 1, term_id = gen_random_uuid(), leader_addr = $1::text,
+       SET epoch = previous.epoch + 1, term_id = previous.new_term_id, last_term_id = previous.new_term_id,
+           leader_addr = $1::text,
            acquired_at = previous.moment, renewed_at = previous.moment,
            expires_at = previous.moment + make_interval(secs => $2::double precision)
       FROM previous

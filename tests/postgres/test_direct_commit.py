@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -76,12 +76,34 @@ def judge(leader_conn: Sql, term: Term) -> Resolver:
     return Resolver(leader_conn, term)
 
 
-def commit_alone(conn: Sql, version: int, key: bytes = b"k", *, reads: tuple[bytes, ...] = ()) -> Any:
+def commit_alone(
+    conn: Sql, version: int, key: bytes = b"k", *, reads: tuple[bytes, ...] = (), term_id: UUID | None = None
+) -> Any:
     """The version that a commit of b"v" under a key got, or None."""
-    arguments = [uuid4(), 1, version, list(reads), [], [], [], [], [], [key], [b"v"], "reply"]
+    arguments = [
+        uuid4(),
+        1,
+        term_id or last_term(conn),
+        version,
+        list(reads),
+        [],
+        [],
+        [],
+        [],
+        [],
+        [key],
+        [b"v"],
+        "reply",
+    ]
     row = psycopg.RawCursor(conn).execute(statement("commits", "commit_alone"), arguments).fetchone()
     assert row
     return row[0]
+
+
+def last_term(conn: Sql) -> UUID:
+    (term_id,) = conn.execute("SELECT last_term_id FROM pgcoord.leader_lease").fetchone() or (None,)
+    assert isinstance(term_id, UUID)
+    return term_id
 
 
 # -- as the leader would
@@ -359,9 +381,12 @@ def test_i1_the_leader_takes_in_what_was_committed_alone_before_it_decides(sql: 
 
 
 def enqueue(sql: Sql, payload: bytes, read_version: int) -> None:
-    columns = "request_id, epoch, read_version, payload, reply_channel"
     sql.execute(
-        f"INSERT INTO commit_requests ({columns}) VALUES (gen_random_uuid(), 1, %s, %s, 'r')", [read_version, payload]
+        """
+        INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, reply_channel)
+        SELECT gen_random_uuid(), epoch, last_term_id, %s, %s, 'r' FROM leader_lease
+        """,
+        [read_version, payload],
     )
 
 
@@ -663,7 +688,7 @@ def test_only_who_may_commit_may_commit_alone(settings: Settings, sql: Sql) -> N
         sql.execute("GRANT USAGE ON SCHEMA pgcoord TO passer_by")
         sql.execute("SET ROLE passer_by")
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="commit_alone"):
-            commit_alone(sql, 0)
+            commit_alone(sql, 0, term_id=uuid4())
     finally:
         sql.execute("RESET ROLE")
         sql.execute("DROP OWNED BY passer_by")
@@ -702,10 +727,13 @@ PLACES = [
 ]  # fmt: skip
 
 
+TERM = "(SELECT last_term_id FROM pgcoord.leader_lease)"
+
+
 def call_with(sql: Sql, **given: Any) -> Any:
     """What commit_alone answers when it is called by hand; lists that are not given are empty."""
     names = ", ".join(f"{place} => %s::bytea[]" for place in PLACES)
-    text = f"SELECT version FROM commit_alone(gen_random_uuid(), 1, 0, {names}, reply_channel => 'reply')"
+    text = f"SELECT version FROM commit_alone(gen_random_uuid(), 1, {TERM}, 0, {names}, reply_channel => 'reply')"
     row = sql.execute(text, [given.get(place, []) for place in PLACES]).fetchone()
     assert row
     return row[0]
@@ -747,7 +775,9 @@ def test_i6_no_setting_of_the_session_changes_what_is_stored(sql: Sql, settings:
     with psycopg.connect(settings.dsn, autocommit=True) as conn:
         conn.execute(f"SET {setting}".encode())
         names = ", ".join(f"{place} => ARRAY['{place}']::bytea[]" for place in PLACES)
-        call = f"SELECT version FROM pgcoord.commit_alone(gen_random_uuid(), 1, 0, {names}, reply_channel => 'r')"
+        call = (
+            f"SELECT version FROM pgcoord.commit_alone(gen_random_uuid(), 1, {TERM}, 0, {names}, reply_channel => 'r')"
+        )
         assert conn.execute(call.encode()).fetchone() == (1,)
     (payload,) = sql.execute("SELECT payload FROM commit_requests").fetchone() or (b"",)
     assert codec.decode(payload) == Request(

@@ -151,19 +151,19 @@ EXPECTED = {
     "gc.count_lease_events": Shape("double precision", "deletable bigint"),
     "gc.count_completion_events": Shape("double precision", "deletable bigint"),
     "commits.enqueue": Shape(
-        "uuid[], bigint[], bigint[], bytea[], text, text", "announced boolean, enqueued_at timestamptz"
+        "uuid[], bigint[], uuid[], bigint[], bytea[], text, text", "announced boolean, enqueued_at timestamptz"
     ),
     "commits.enqueue_again": Shape(
-        "uuid[], bigint[], bigint[], bytea[], text, text", "announced boolean, enqueued_at timestamptz"
+        "uuid[], bigint[], uuid[], bigint[], bytea[], text, text", "announced boolean, enqueued_at timestamptz"
     ),
     "commits.claim": Shape(
-        "bigint, integer, bigint, integer",
-        "id bigint, epoch bigint, read_version bigint, payload bytea, claimed_at timestamptz",
+        "bigint, integer, bigint, integer, uuid",
+        "id bigint, read_limit bigint, read_version bigint, payload bytea, claimed_at timestamptz",
     ),
     "commits.queue_writers": Shape("", "last_id bigint, writers text[]"),
     "commits.write_data": Shape("bytea[], bytea[], bytea[], bytea[], bytea[]", "write_data void"),
     "commits.commit_alone": Shape(
-        "uuid, bigint, bigint, bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], text",
+        "uuid, bigint, uuid, bigint, bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], text",
         "version bigint, answered_at timestamptz",
     ),
     "commits.lock_out_lone_commits": Shape("text", "is_locked_out boolean, lock_timeout text"),
@@ -193,10 +193,10 @@ EXPECTED = {
     "grants.reader_grants": Shape("text", "statement text"),
     "grants.client_grants": Shape("text", "statement text"),
     "grants.operator_grants": Shape("text", "statement text"),
-    "kv.read_keys": Shape("bytea[]", "epoch bigint, durable_version bigint, key bytea, value bytea"),
+    "kv.read_keys": Shape("bytea[]", "epoch bigint, last_term_id uuid, durable_version bigint, key bytea, value bytea"),
     "kv.read_snapshot": Shape(
         "bytea[], bytea[], bytea[], bigint[], boolean[]",
-        "epoch bigint, durable_version bigint, part bigint, key bytea, value bytea",
+        "epoch bigint, last_term_id uuid, durable_version bigint, part bigint, key bytea, value bytea",
     ),
     "kv.read_version": Shape("", "epoch bigint, durable_version bigint"),
     "kv.read_range": Shape("bytea, bytea, bigint", "key bytea, value bytea"),

@@ -36,8 +36,8 @@ from tests.asking import TIMEOUT
 Sql = psycopg.Connection[Any]
 
 INSERT = """
-    INSERT INTO commit_requests (request_id, epoch, read_version, payload, reply_channel)
-    VALUES (%s, 1, %s, %s, %s) RETURNING id
+    INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, reply_channel)
+    SELECT %s, epoch, coalesce(%s, last_term_id), %s, %s, %s FROM leader_lease RETURNING id
 """
 
 
@@ -52,10 +52,15 @@ def packed(fields: Any) -> bytes:
 
 
 def submit(
-    sql: Sql, payload: bytes, read_version: int = 0, request_id: UUID | None = None, reply: str | None = None
+    sql: Sql,
+    payload: bytes,
+    read_version: int = 0,
+    request_id: UUID | None = None,
+    reply: str | None = None,
+    term_id: UUID | None = None,
 ) -> int:
-    """Puts a request into the queue; its id."""
-    row = sql.execute(INSERT, [request_id or uuid4(), read_version, payload, reply]).fetchone()
+    """Puts a request into the queue, read under a term, by default the last one; its id."""
+    row = sql.execute(INSERT, [request_id or uuid4(), term_id, read_version, payload, reply]).fetchone()
     assert row
     return int(row[0])
 
@@ -436,6 +441,48 @@ def test_i2_a_commit_that_was_under_way_is_part_of_what_the_next_leader_continue
         assert outcome(sql, number).status == "conflict"
 
 
+def test_i2_what_a_lost_term_committed_is_too_old_although_its_epoch_and_versions_are_given_out_again(
+    sql: Sql, leader_conn: psycopg.Connection[Any]
+) -> None:
+    """A standby that lagged is promoted: it has the first term up to version 2, and knows nothing of the second."""
+    first = begin_term(leader_conn)
+    commit_each(sql, Resolver(leader_conn, first), b"a", b"b")
+    standby = {
+        table: sql.execute(f"SELECT * FROM {table}".encode()).fetchall()
+        for table in ("kv", "commit_requests", "leader_lease", "leader_history")
+    }
+    commit_each(sql, Resolver(leader_conn, first), b"c")
+    lost = begin_term(leader_conn)
+    commit_each(sql, Resolver(leader_conn, lost), b"d")
+    promote(sql, standby)
+    leader = Resolver(leader_conn, begin_term(leader_conn))
+    commit_each(sql, leader, b"x", b"y", b"z")
+    third = Resolver(leader_conn, begin_term(leader_conn))
+    reads = writes(b"k", reads=[b"never written"])
+    asked = [(first, 2), (first, 3), (lost, 3), (lost, 4), (lost, 0), (leader._term, 5), (third._term, 5)]
+    numbers = [submit(sql, reads, version, term_id=term.term_id) for term, version in asked]
+    drain(third)
+    assert lost.epoch == leader._term.epoch
+    statuses = [outcome(sql, number).status for number in numbers]
+    assert statuses == ["committed", *["too_old"] * 4, "committed", "committed"]
+
+
+def commit_each(sql: Sql, leader: Resolver, *keys: bytes) -> None:
+    for key in keys:
+        submit(sql, writes(key), leader.durable_version)
+        drain(leader)
+
+
+def promote(sql: Sql, standby: dict[str, list[Any]]) -> None:
+    """Puts the tables back to what a standby had got."""
+    for table, rows in standby.items():
+        sql.execute(f"DELETE FROM {table}".encode())
+        for row in rows:
+            override = "OVERRIDING SYSTEM VALUE" if table == "commit_requests" else ""
+            places = ", ".join(["%s"] * len(row))
+            sql.execute(f"INSERT INTO {table} {override} VALUES ({places})".encode(), row)
+
+
 def test_i2_a_batch_cut_off_in_the_middle_leaves_nothing(
     sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
@@ -454,7 +501,8 @@ def test_i2_a_batch_cut_off_in_the_middle_leaves_nothing(
 
 def enqueue(conn: psycopg.Connection[Any], request_id: UUID, payload: bytes, read_version: int = 0) -> None:
     """As the client does it when it does not know whether the request arrived."""
-    arguments = [[request_id], [1], [read_version], [payload], "pgcoord.reply.test", "pgcoord.commits"]
+    (term_id,) = conn.execute("SELECT last_term_id FROM leader_lease").fetchone() or (None,)
+    arguments = [[request_id], [1], [term_id], [read_version], [payload], "pgcoord.reply.test", "pgcoord.commits"]
     conn.execute(statement("commits", "enqueue_again"), arguments)
 
 
@@ -669,7 +717,7 @@ def test_a_claim_above_the_floor_reads_no_settled_history(
 
     def read_in_vain(floor: int) -> int:
         text = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement('commits', 'claim')}"
-        plan = leader_conn.execute(text, [floor, 1_000, 1_000_000, 1_000]).fetchone()
+        plan = leader_conn.execute(text, [floor, 1_000, 1_000_000, 1_000, leader._term.term_id]).fetchone()
         assert plan
         assert "Seq Scan" not in json.dumps(plan[0]) or floor == 0
         return rows_thrown_away(plan[0])
@@ -761,8 +809,8 @@ def test_i8_a_new_leader_decides_like_the_one_before(
         verdicts = []
         for read_version, keys, ranges in asked:
             request = codec.encode(Request(tuple(keys), tuple(ranges), (), ()))
-            claimed = resolver.Claimed(1, 1, read_version, request, leader_started)
-            verdicts += resolver.decide(window, version, [claimed], leader._term)
+            claimed = resolver.Claimed(1, None, read_version, request, leader_started)
+            verdicts += resolver.decide(window, version, [claimed])
         return [Row(verdict.status, verdict.version, verdict.reason) for verdict in verdicts]
 
     started = sql.execute("SELECT clock_timestamp()").fetchone()

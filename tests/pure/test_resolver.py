@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
-from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
@@ -21,15 +20,12 @@ from pgcoord_cli.core.commits.codec import Mutation, Op, Range, Request
 from pgcoord_cli.core.commits.conflict_window import ConflictWindow
 from pgcoord_cli.core.commits.mutations import versionstamp, with_stamps, writes_of
 from pgcoord_cli.core.commits.recent_commits import CommitPeriods, RecentCommits, StoredCommit, stored_writes
-from pgcoord_cli.core.leader.lease import Term
 from pgcoord_cli.core.leader.resolver import (
     Claimed,
     QueueFloor,
     Verdict,
     decide,
 )
-
-FIRST = Term(1, UUID(int=1), durable_version=0, conflict_floor=0, window_start_id=0, queue_floor_id=0)
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -70,7 +66,7 @@ batches = st.lists(st.lists(questions, min_size=1, max_size=6), max_size=5)
 
 
 def claimed(number: int, read_version: int, payload: bytes) -> Claimed:
-    return Claimed(number, 1, read_version, payload, NOON)
+    return Claimed(number, None, read_version, payload, NOON)
 
 
 def covered(interval: Range) -> set[bytes]:
@@ -131,7 +127,7 @@ def test_i1_a_transaction_commits_exactly_when_nothing_it_read_was_written_since
             now.append(claimed(number, read_version, codec.encode(question.request) if question.request else GARBAGE))
         for question, request in zip(batch, now, strict=True):
             expected.append(model.decide(window.floor, request.read_version, question.request))
-        verdicts = decide(window, durable, now, FIRST)
+        verdicts = decide(window, durable, now)
         assert [verdict.status for verdict in verdicts] == expected
         assert [verdict.id for verdict in verdicts] == [request.id for request in now]
         versions = [verdict.version for verdict in verdicts if verdict.version is not None]
@@ -140,7 +136,7 @@ def test_i1_a_transaction_commits_exactly_when_nothing_it_read_was_written_since
 
 def decided(window: ConflictWindow, durable_version: int, *asked: tuple[int, bytes]) -> list[Verdict]:
     batch = [claimed(n, *question) for n, question in enumerate(asked, start=1)]
-    return decide(window, durable_version, batch, FIRST)
+    return decide(window, durable_version, batch)
 
 
 SET_A = codec.encode(Request((), (), (), (Mutation(Op.SET, b"a", b"1"),)))
@@ -169,14 +165,13 @@ def test_i4_a_read_below_the_floor_is_too_old_even_if_nothing_it_read_was_writte
     assert verdicts[0].reason == "read at 4, checkable from 5"
 
 
-def test_i1_a_version_of_an_earlier_epoch_that_was_lost_is_too_old_for_ever() -> None:
-    """The leader of epoch 3 took over at version 4, and gave 5 and 6 to other commits than those that were lost."""
-    window = ConflictWindow(0)
+def test_i2_what_was_read_of_a_term_beyond_its_last_version_here_is_too_old() -> None:
+    """Limits: 4 is the last version of the term read under, -1 says that the term is unknown, None that it is present."""
     read_b = codec.encode(Request((b"b",), (), (), ()))
-    asked = [(2, 4), (2, 5), (1, 6), (3, 5), (3, 6)]
-    batch = [Claimed(n, epoch, version, read_b, NOON) for n, (epoch, version) in enumerate(asked, start=1)]
-    statuses = [verdict.status for verdict in decide(window, 6, batch, FIRST._replace(epoch=3, durable_version=4))]
-    assert statuses == ["committed", "too_old", "too_old", "committed", "committed"]
+    asked = [(4, 4), (4, 5), (-1, 6), (-1, 0), (None, 5), (None, 6), (0, 0)]
+    batch = [Claimed(n, limit, version, read_b, NOON) for n, (limit, version) in enumerate(asked, start=1)]
+    statuses = [verdict.status for verdict in decide(ConflictWindow(0), 6, batch)]
+    assert statuses == ["committed", "too_old", "too_old", "too_old", "committed", "committed", "committed"]
 
 
 def test_i4_a_read_version_from_the_future_is_rejected_and_the_rest_unaffected() -> None:
@@ -230,7 +225,7 @@ def history(asked: Sequence[Sequence[Asked]], floor_behind: int) -> tuple[Confli
             )
             for place, question in enumerate(batch, start=1)
         ]
-        outcome = decide(window, durable, requests, FIRST)
+        outcome = decide(window, durable, requests)
         durable = max([durable, *(verdict.version for verdict in outcome if verdict.version)])
         everything += requests
         verdicts += outcome
@@ -268,7 +263,7 @@ def test_i8_a_window_rebuilt_from_stored_commits_decides_like_the_warm_one(
         claimed(1_000 + n, durable - back, codec.encode(request) if request else GARBAGE)
         for n, (back, request) in enumerate(later)
     ]
-    assert decide(rebuilt, durable, batch, FIRST) == decide(warm, durable, batch, FIRST)
+    assert decide(rebuilt, durable, batch) == decide(warm, durable, batch)
 
 
 @given(batches, st.data())

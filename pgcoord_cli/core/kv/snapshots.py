@@ -51,6 +51,7 @@ class Snapshot(NamedTuple):
     """What one snapshot of PostgreSQL holds of what was wanted; an absent key has None."""
 
     epoch: int
+    term_id: bytes | None
     version: int
     values: dict[bytes, bytes | None]
     rows: dict[RangeRead, Rows]
@@ -134,13 +135,13 @@ def _snapshot(keys: list[bytes], ranges: list[RangeRead], answer: Answer) -> Sna
 
 
 def _understood(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) -> Snapshot:
-    epoch, version = integer(found[0][0]), integer(found[0][1])
+    epoch, term_id, version = integer(found[0][0]), found[0][1], integer(found[0][2])
     values: dict[bytes, bytes | None] = dict.fromkeys(keys)
     if not ranges:
-        values.update((key, value) for _, _, key, value in found if key is not None)
-        return Snapshot(epoch, version, values, {})
+        values.update((key, value) for _, _, _, key, value in found if key is not None)
+        return Snapshot(epoch, term_id, version, values, {})
     rows: dict[int, list[tuple[bytes, bytes]]] = {}
-    for _, _, part, key, value in found:
+    for _, _, _, part, key, value in found:
         if key is not None and value is not None:
             if place := integer(part):
                 rows.setdefault(place, []).append((key, value))
@@ -150,4 +151,4 @@ def _understood(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) ->
         interval: tuple(sorted(rows.get(place, ()), reverse=interval.reverse))
         for place, interval in enumerate(ranges, start=1)
     }
-    return Snapshot(epoch, version, values, in_order)
+    return Snapshot(epoch, term_id, version, values, in_order)

@@ -62,10 +62,14 @@ SENT_TWICE = "it was sent more than once, and may have been settled and collecte
 
 
 class Submission(NamedTuple):
-    """A commit request to send; `request_id` is the 16 bytes of a UUID, `payload` the encoding of `request`."""
+    """A commit request to send: ids are the 16 bytes of UUIDs, `payload` is the encoding of `request`.
+
+    `term_id` is the term under which `read_version` was read; None: no leader had ever been elected.
+    """
 
     request_id: bytes
     epoch: int
+    term_id: bytes | None
     read_version: int
     payload: bytes
     request: Request
@@ -265,8 +269,9 @@ class Submitter:
         )
 
     def _commit_directly(self, commit: PendingCommit) -> None:
-        request_id, epoch, read_version, _, request = commit.submission
-        parameters = [request_id, int8(epoch), int8(read_version), *direct_commit.columns(request), self._reply_channel]
+        request_id, epoch, term_id, read_version, _, request = commit.submission
+        read_under = [int8(epoch), term_id, int8(read_version)]
+        parameters = [request_id, *read_under, *direct_commit.columns(request), self._reply_channel]
         commit.sent = True
         self._pool.run(sql("commits", "commit_alone"), parameters, partial(self._on_direct_answer, commit))
 
@@ -287,9 +292,9 @@ class Submitter:
 
     def _enqueue(self, batch: list[PendingCommit]) -> None:
         submissions = [commit.submission for commit in batch]
-        request_ids, epochs, read_versions, payloads, _ = zip(*submissions, strict=True)
-        columns = [uuid_array(request_ids), int8_array(epochs), int8_array(read_versions), bytea_array(payloads)]
-        columns += [self._reply_channel, self._queue_channel]
+        request_ids, epochs, term_ids, read_versions, payloads, _ = zip(*submissions, strict=True)
+        columns = [uuid_array(request_ids), int8_array(epochs), uuid_array(term_ids)]
+        columns += [int8_array(read_versions), bytea_array(payloads), self._reply_channel, self._queue_channel]
         again = any(commit.may_be_enqueued for commit in batch)
         for commit in batch:
             commit.sent = True

@@ -380,7 +380,7 @@ class Transaction:
             payload = codec.encode(request)
         except Undecodable as error:
             raise refusal(error) from None
-        submission = Submission(new_request_id(), snapshot.epoch, snapshot.version, payload, request)
+        submission = Submission(new_request_id(), snapshot.epoch, snapshot.term_id, snapshot.version, payload, request)
         return committed_version(await self._submitter.submit(submission, self._commit_seconds))
 
 

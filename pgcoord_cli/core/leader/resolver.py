@@ -5,12 +5,12 @@ applied in one PostgreSQL transaction that is sent as a whole, so that a leader 
 way: `write_data`, and at the end `settle_commits`, which sets the statuses, checks the fence, advances the durable
 version and wakes the clients. Either all of it happens or nothing (rules I2, I5).
 
-**Deciding.** In queue order: a payload that cannot be decoded is `rejected`; a read version below the conflict floor
-is `too_old`, and so is one that an earlier leadership had and this one did not find: a standby that was promoted, or a
-server whose crash lost what should have been durable, gives such versions to other commits. One from the future is
-`rejected` (a database restored from a backup has them); a request whose reads were written since is a `conflict`; any
-other gets the next version and its writes enter the window at once, so that later requests of the same batch are
-checked against it.
+**Deciding.** In queue order. A payload that cannot be decoded is `rejected`. A read version below the conflict floor is
+`too_old`. So is one that was read under another term, unless `leader_history` has that very term and the read version is
+at most its last version: a failover to a standby that lagged, or a restored backup, has lost what was read, and gives
+its versions to other commits (rule I2). A read version above the durable version of the present term is `rejected`. A
+request whose reads were written since is a `conflict`. Any other gets the next version, and its writes enter the window
+at once, so that later requests of the same batch are checked against it.
 
 **When PostgreSQL refuses a batch** for a reason that lies in the data, the window is rebuilt and the same requests are
 tried one by one; the one that is refused alone is `rejected` with PostgreSQL's reason (rule I6). When it undoes a
@@ -78,10 +78,14 @@ IN_THE_WAY = (ALREADY_SETTLED, COMMITTED_SINCE, "40001", "40P01")  # the last tw
 
 
 class Claimed(NamedTuple):
-    """A pending request as the leader sees it; `claimed_at` is the server's clock."""
+    """A pending request as the leader sees it; `claimed_at` is the server's clock.
+
+    `read_limit` is the last version that could be read under the term that the client read under; None: it is the
+    present term, whose last version is the durable version; -1: this database does not know that term.
+    """
 
     id: int
-    epoch: int
+    read_limit: int | None
     read_version: int
     payload: bytes
     claimed_at: datetime
@@ -97,12 +101,12 @@ class Verdict(NamedTuple):
     request: Request | None = None
 
 
-def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed], term: Term) -> list[Verdict]:
+def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed]) -> list[Verdict]:
     """One verdict a request, in order; committed writes enter `window`. Reads no clock and no database."""
     verdicts = []
     version = durable_version
     for claimed in batch:
-        verdict = _judge(window, version, claimed, term)
+        verdict = _judge(window, version, claimed)
         if verdict.request:
             version += 1
             request = mutations.with_stamps(verdict.request, version)
@@ -112,13 +116,12 @@ def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed
     return verdicts
 
 
-def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed, term: Term) -> Verdict:
+def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Verdict:
     if claimed.read_version < window.floor:
         return Verdict(claimed.id, "too_old", reason=f"read at {claimed.read_version}, checkable from {window.floor}")
-    if claimed.epoch < term.epoch and claimed.read_version > term.durable_version:
-        return Verdict(
-            claimed.id, "too_old", reason=f"version {claimed.read_version} of epoch {claimed.epoch} was lost"
-        )
+    # A failover to a standby that lagged, or a restored backup: other commits have got, or will get, these versions.
+    if claimed.read_limit is not None and claimed.read_version > claimed.read_limit:
+        return Verdict(claimed.id, "too_old", reason=f"read version {claimed.read_version} was lost with its term")
     if claimed.read_version > durable_version:
         return Verdict(claimed.id, "rejected", reason=f"read version {claimed.read_version} was never committed")
     try:
@@ -174,7 +177,7 @@ class Resolver:
             self._one_by_one_up_to = 0
         if batch:
             self._recent.expire(batch[0].claimed_at)
-            verdicts = decide(self._recent.window, self._recent.durable_version, batch, self._term)
+            verdicts = decide(self._recent.window, self._recent.durable_version, batch)
             if not self._settle(verdicts, batch[0].claimed_at):
                 self.has_more = True
                 return len(batch)
@@ -197,6 +200,7 @@ class Resolver:
     def _claim(self, limit: int, *, expected: bool) -> list[Claimed]:
         # Of a payload that is too large, one byte more than may be shows that it is.
         arguments = [int8(self._floor.id), int4(limit), int8(BATCH_BYTES), int4(codec.MAX_TRANSACTION_BYTES + 1)]
+        arguments.append(self._term.term_id.bytes)
         claim = (sql("commits", "claim"), arguments)
         if self._keeps_out:
             rows = self._pipeline.run([claim])[0]
