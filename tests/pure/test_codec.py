@@ -1,4 +1,4 @@
-"""The bytes of a commit request: what is packed comes back, and no bytes whatever do harm."""
+"""The encoding of commit requests: encode and decode are inverse, and any other bytes are refused with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pgcoord_cli.core.commits import codec
 from pgcoord_cli.core.commits.codec import Mutation, Op, Request, Undecodable
 
 LONGEST_REASON = 300
-"""Characters of a reason that still fit on a screen."""
+"""Characters of the longest reason: it is stored with the request and shown on one screen."""
 
 keys = st.binary(max_size=6)
 long_keys = st.just(b"k" * codec.MAX_KEY_BYTES)
@@ -21,7 +21,7 @@ values = st.binary(max_size=8) | st.just(b"v" * codec.MAX_VALUE_BYTES)
 
 
 def ordered(bounds: tuple[bytes, bytes | None]) -> tuple[bytes, bytes | None]:
-    """The same bounds, the smaller one first."""
+    """Swaps the bounds if the first is greater; an end of None stays."""
     begin, end = bounds
     return bounds if end is None else (min(begin, end), max(begin, end))
 
@@ -32,7 +32,7 @@ PLAIN = [op for op in Op if op not in (Op.CLEAR, Op.CLEAR_RANGE) and op < Op.SET
 
 @st.composite
 def templates(draw: st.DrawFn) -> bytes:
-    """Bytes with room for a versionstamp, and where it is."""
+    """Draws a versionstamp template: bytes with ten to replace, and their offset."""
     before, after = draw(keys), draw(keys)
     return before + b"?" * codec.VERSIONSTAMP_BYTES + after + len(before).to_bytes(4, "little")
 
@@ -60,11 +60,12 @@ shaped_like_a_request = st.tuples(*[st.lists(anything, max_size=3)] * 3, st.list
 
 
 def packed(fields: Any) -> bytes:
-    """A payload of format version 1 with any content."""
+    """Packs any content as a payload of the current format version."""
     return bytes([codec.FORMAT_VERSION]) + bytes(msgpack.packb(fields))
 
 
-def decodes_or_says_why(payload: bytes) -> None:
+def assert_decoded_or_refused(payload: bytes) -> None:
+    """Checks that `decode` returns a request that round-trips, or raises Undecodable with a storable reason."""
     try:
         request = codec.decode(payload)
     except Undecodable as error:
@@ -76,7 +77,7 @@ def decodes_or_says_why(payload: bytes) -> None:
 
 
 @given(requests)
-def test_what_was_encoded_is_decoded_again(request: Request) -> None:
+def test_a_request_survives_encode_and_decode(request: Request) -> None:
     codec.check(request)
     again = codec.decode(codec.encode(request))
     assert again == request
@@ -90,22 +91,22 @@ def test_what_was_encoded_is_decoded_again(request: Request) -> None:
 @example(b"\x01")
 @example(b"\x01\xc1")
 def test_i6_arbitrary_bytes_are_decoded_or_refused_with_a_reason(payload: bytes) -> None:
-    decodes_or_says_why(payload)
+    assert_decoded_or_refused(payload)
 
 
 @given(st.binary())
 def test_i6_arbitrary_bytes_of_the_right_version_are_decoded_or_refused(body: bytes) -> None:
-    decodes_or_says_why(bytes([codec.FORMAT_VERSION]) + body)
+    assert_decoded_or_refused(bytes([codec.FORMAT_VERSION]) + body)
 
 
 @given(anything)
 def test_i6_any_messagepack_is_decoded_or_refused(content: Any) -> None:
-    decodes_or_says_why(packed(content))
+    assert_decoded_or_refused(packed(content))
 
 
 @given(shaped_like_a_request)
 def test_i6_anything_in_the_shape_of_a_request_is_decoded_or_refused(content: Any) -> None:
-    decodes_or_says_why(packed(content))
+    assert_decoded_or_refused(packed(content))
 
 
 @given(st.data(), requests)
@@ -113,7 +114,7 @@ def test_i6_a_request_with_flipped_bytes_is_decoded_or_refused(data: st.DataObje
     payload = bytearray(codec.encode(request))
     for _ in range(data.draw(st.integers(1, 4))):
         payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
-    decodes_or_says_why(bytes(payload))
+    assert_decoded_or_refused(bytes(payload))
 
 
 @given(requests, st.data())
@@ -143,8 +144,8 @@ def test_i6_deep_nesting_is_refused(depth: int, place: str) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"\xdd\xff\xff\xff\xff",  # an array of 4,294,967,295
-        b"\xdf\xff\xff\xff\xff",  # a map of as many
+        b"\xdd\xff\xff\xff\xff",  # an array of 4,294,967,295 items
+        b"\xdf\xff\xff\xff\xff",  # a map of as many items
         b"\xc6\xff\xff\xff\xff",  # as many bytes
         b"\xdb\xff\xff\xff\xff",  # as much text
         b"\xc9\xff\xff\xff\xff\x01",  # an extension of that size
@@ -174,7 +175,7 @@ def test_i6_the_reason_stays_short_whatever_was_sent() -> None:
 
 @pytest.mark.parametrize("op", list(Op))
 def test_i6_a_format_version_has_only_its_own_operations(op: Op) -> None:
-    """What an older leader would not understand must not look like something that it does."""
+    """An operation that an older leader does not know must not be sent under a version that it reads."""
     template = b"?" * 10 + b"\0" * 4
     operand = None if op in (Op.CLEAR, Op.CLEAR_RANGE) else template
     fields = bytes(msgpack.packb([[], [], [], [[op, template, operand]]]))

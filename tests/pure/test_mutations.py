@@ -1,4 +1,4 @@
-"""Mutations folded into one write set do what they do one after the other."""
+"""Mutations folded into one write set have the effect that they have one after the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ keys = st.sampled_from([b"", b"\0", b"a", b"a\0", b"aa", b"b", b"b\xff", b"c", b
 values = st.binary(max_size=3) | st.sampled_from([b"\0\0", b"\xff\xff", b"\x01", b"v" * MAX_VALUE_BYTES])
 stored = st.dictionaries(keys, values)
 intervals = st.tuples(keys, st.none() | keys)
-"""Also those that run backwards: they hold nothing."""
+"""Includes backward ranges, which contain no key."""
 
 ATOMIC = [op for op in Op if Op.CLEAR_RANGE < op < Op.SET_VERSIONSTAMPED_KEY]
 
@@ -39,12 +39,12 @@ def within(interval: Range, key: bytes) -> bool:
 
 
 def digits(value: bytes, length: int) -> list[int]:
-    """Bytes, the least significant first, cut or filled up to a length."""
+    """Returns the bytes as numbers, the least significant first, cut or zero-filled to a length."""
     return [value[place] if place < len(value) else 0 for place in range(length)]
 
 
 def added(one: list[int], other: list[int]) -> list[int]:
-    """Addition as one does it on paper, forgetting the last carry."""
+    """Adds two numbers digit by digit with a carry; the last carry is dropped."""
     total, carry = [], 0
     for a, b in zip(one, other, strict=True):
         total.append((a + b + carry) % 256)
@@ -52,8 +52,8 @@ def added(one: list[int], other: list[int]) -> list[int]:
     return total
 
 
-def meant(op: Op, before: bytes | None, operand: bytes) -> bytes | None:  # noqa: PLR0911 - one for each operation
-    """FoundationDB's meaning of an operation on one key, said once more and in another way than in the program."""
+def expected(op: Op, before: bytes | None, operand: bytes) -> bytes | None:  # noqa: PLR0911 - one for each operation
+    """Computes one operation as FoundationDB defines it, by other means than the program: a list of digits."""
     mine, theirs = digits(before or b"", len(operand)), digits(operand, len(operand))
     greater = mine if mine[::-1] > theirs[::-1] else theirs
     if op == Op.APPEND_IF_FITS:
@@ -79,13 +79,13 @@ def meant(op: Op, before: bytes | None, operand: bytes) -> bytes | None:  # noqa
 
 
 def one_by_one(data: Data, changes: Iterable[Mutation]) -> Data:
-    """The model: each mutation applied to a dictionary before the next."""
+    """The model: applies each mutation to a dictionary before the next."""
     data = dict(data)
     for op, key, operand in changes:
         if op == Op.CLEAR_RANGE:
             data = {kept: value for kept, value in data.items() if not within((key, operand), kept)}
             continue
-        value = None if op == Op.CLEAR else operand if op == Op.SET else meant(op, data.get(key), operand or b"")
+        value = None if op == Op.CLEAR else operand if op == Op.SET else expected(op, data.get(key), operand or b"")
         data.pop(key, None)
         if value is not None:
             data[key] = value
@@ -93,7 +93,7 @@ def one_by_one(data: Data, changes: Iterable[Mutation]) -> Data:
 
 
 def in_three_steps(data: Data, write_set: WriteSet) -> Data:
-    """What the resolver does: it reads the undecided, and then removes ranges, removes keys, writes keys."""
+    """Applies a write set as the resolver does: decides keys, removes ranges, removes keys, writes keys."""
     write_set.decide({key: data.get(key) for key in write_set.undecided})
     assert write_set.undecided == []
     data = {key: value for key, value in data.items() if not any(within(cleared, key) for cleared in write_set.ranges)}
@@ -110,7 +110,7 @@ def in_three_steps(data: Data, write_set: WriteSet) -> Data:
 @example(
     {b"a": b"5"}, [Mutation(Op.ADD, b"a", b"\1"), Mutation(Op.CLEAR_RANGE, b"a", b"b"), Mutation(Op.ADD, b"a", b"\2")]
 )
-def test_folded_mutations_leave_what_one_after_the_other_leaves(data: Data, changes: list[Mutation]) -> None:
+def test_folded_mutations_leave_the_data_that_they_leave_one_by_one(data: Data, changes: list[Mutation]) -> None:
     assert in_three_steps(data, fold(changes)) == one_by_one(data, changes)
 
 
@@ -149,7 +149,7 @@ def test_cleared_ranges_neither_overlap_nor_touch(changes: list[Mutation]) -> No
 
 
 @given(mutations, mutations)
-def test_a_write_set_can_be_asked_at_any_time(first: list[Mutation], later: list[Mutation]) -> None:
+def test_reading_a_write_set_between_mutations_changes_nothing(first: list[Mutation], later: list[Mutation]) -> None:
     grown = fold(first)
     _ = grown.ranges, grown.removed, grown.written, grown.undecided
     for mutation in later:
@@ -172,7 +172,7 @@ def test_a_write_set_is_empty_only_when_it_would_change_nothing(changes: list[Mu
 
 @given(mutations)
 def test_no_key_is_both_removed_and_written(changes: list[Mutation]) -> None:
-    """PostgreSQL would otherwise have to be told twice about one row in one batch."""
+    """Each row is touched at most once in a batch."""
     write_set = fold(changes)
     assert not {*write_set.removed, *write_set.written} & {*write_set.undecided}
     assert not set(write_set.removed) & write_set.written.keys()
@@ -189,8 +189,8 @@ def test_a_range_holds_its_begin_and_not_its_end(interval: Range, key: bytes) ->
 
 @given(st.sampled_from(ATOMIC), st.none() | values, values)
 @settings(max_examples=400, deadline=None)
-def test_an_operation_means_what_it_means_in_foundationdb(op: Op, before: bytes | None, operand: bytes) -> None:
-    assert apply(op, before, operand) == meant(op, before, operand)
+def test_operations_compute_what_foundationdb_computes(op: Op, before: bytes | None, operand: bytes) -> None:
+    assert apply(op, before, operand) == expected(op, before, operand)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What a commit request is: its bytes, its mutations, and the window that decides whether it conflicts."""
+"""Commit requests: their encoding, their mutations, and the conflict window that decides whether they commit."""

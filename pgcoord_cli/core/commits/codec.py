@@ -1,4 +1,4 @@
-"""The bytes of a commit request: what was read, what is to be written. Pure.
+"""The encoding of a commit request: what the transaction read, and what it writes. Pure.
 
 One byte of format version, then a MessagePack array of four:
 
@@ -6,13 +6,13 @@ One byte of format version, then a MessagePack array of four:
 
     read_keys     [key, …]                  keys that were read
     read_ranges   [[begin, end], …]         half-open ranges that were read; an end of nil is past the last key
-    write_ranges  [[begin, end], …]         ranges that count as written without being so
+    write_ranges  [[begin, end], …]         ranges that conflict with reads like writes, without being written
     mutations     [[op, key, operand], …]   in the order in which they apply
 
 Version 2 knows all operations; version 1, which this program still reads, only set, clear and clear_range.
 
-Keys, bounds and operands are binary. `docs/wire-format.md` says the same for other languages. Whatever cannot be
-decoded raises Undecodable with a reason; the leader answers that one request with `rejected` (rule I6).
+Keys, bounds and operands are binary. `docs/wire-format.md` describes the format for other languages. A payload that
+cannot be decoded raises Undecodable with a reason; the leader settles that one request as `rejected` (rule I6).
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ _HEADER = bytes([FORMAT_VERSION])
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 MAX_KEY_BYTES = 2_600
-"""What a B-tree entry of PostgreSQL takes, whatever the key's bytes, with some room to spare."""
+"""Longest key: an entry of a PostgreSQL B-tree holds it even if its bytes do not compress, with some room to spare."""
 
 PAST_THE_LAST_KEY = b"\xff" * (MAX_KEY_BYTES + 1)
-"""Greater than every key: the end of a range that has none, where a statement needs one."""
+"""Greater than every key: stands for the end of a range without one, in statements that need an end."""
 
 MAX_VALUE_BYTES = 100_000
 MAX_TRANSACTION_BYTES = 10_000_000
+"""Longest value, and longest payload: the limits of FoundationDB."""
 
 Range = tuple[bytes, bytes | None]
+"""A half-open range of keys: the first one, and the one after the last (None: past the last key)."""
 
 
 class Op(IntEnum):
-    """What a mutation does. Numbers are part of the wire format."""
+    """The operation of a mutation. The numbers are part of the wire format."""
 
     SET = 0
     CLEAR = 1
@@ -64,11 +66,11 @@ class Op(IntEnum):
 _OPERATIONS = {op.value: op for op in Op}
 
 LAST_OPERATION = {1: Op.CLEAR_RANGE, 2: Op.SET_VERSIONSTAMPED_VALUE}
-"""The last operation that each format version knows."""
+"""The last operation of each format version; an operation is known if its number is not greater."""
 
 
 class Mutation(NamedTuple):
-    """One change. `operand` is the value, or the end of a cleared range (None: past the last key)."""
+    """One write. `operand` is the value or number; of clear_range the end (None: past the last key); of clear, None."""
 
     op: Op
     key: bytes
@@ -76,7 +78,7 @@ class Mutation(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a transaction asks to have committed."""
+    """The contents of a commit request: what the transaction read, and what it writes."""
 
     read_keys: tuple[bytes, ...]
     read_ranges: tuple[Range, ...]
@@ -85,7 +87,7 @@ class Request(NamedTuple):
 
 
 class Undecodable(ValueError):
-    """The payload is not a request that this program understands; the text says why."""
+    """A payload, or a part of a request, is not valid. The text is the reason, for the client that sent it."""
 
 
 class KeyTooLong(Undecodable):
@@ -101,7 +103,7 @@ class TooManyBytes(Undecodable):
 
 
 def encode(request: Request) -> bytes:
-    """The payload of a request whose parts were checked one by one; raises TooManyBytes."""
+    """Encodes a request whose keys, ranges and mutations were checked one by one. Raises TooManyBytes."""
     payload = _HEADER + bytes(msgpack.packb(request))
     if len(payload) > MAX_TRANSACTION_BYTES:
         raise TooManyBytes(f"the transaction has more than {MAX_TRANSACTION_BYTES} bytes")
@@ -109,25 +111,26 @@ def encode(request: Request) -> bytes:
 
 
 def decode(payload: bytes) -> Request:
-    """The request in a payload, its shape and sizes checked; raises Undecodable."""
+    """Decodes a payload from any client, and checks its shape, sizes and operations. Raises Undecodable."""
     if not payload:
         raise Undecodable("the payload is empty")
     last_operation = LAST_OPERATION.get(payload[0])
     if last_operation is None:
         raise Undecodable(f"format version {payload[0]} is unknown")
-    if len(payload) > MAX_TRANSACTION_BYTES:
+    if len(payload) > MAX_TRANSACTION_BYTES:  # before unpacking, which would take memory in proportion
         raise TooManyBytes(f"the transaction has more than {MAX_TRANSACTION_BYTES} bytes")
     request = _request(_unpack(payload[1:]))
     check(request)
+    # A leader of that version would misread them, so they are not accepted under its number.
     if any(mutation.op > last_operation for mutation in request.mutations):
         raise Undecodable(f"format version {payload[0]} has only the operations up to {last_operation}")
     return request
 
 
 def decode_stored(payload: bytes) -> tuple[list[tuple[int, bytes, bytes | None]], list[Range]]:
-    """Mutations and write ranges of a payload that a leader has committed, so that nothing is checked again.
+    """Decodes the mutations and write ranges of a committed payload, which was checked before it was committed.
 
-    A new leader reads every commit of the last seconds before it can begin; this takes a quarter of `decode`.
+    A new leader decodes all commits of the last seconds before it begins; this takes a quarter of the time of `decode`.
     """
     _, _, write_ranges, stored = msgpack.unpackb(payload[1:])
     return stored, [(begin, end) for begin, end in write_ranges]
@@ -142,7 +145,7 @@ def _unpack(body: bytes) -> Any:
 
 def _request(fields: Any) -> Request:
     if not isinstance(fields, tuple) or len(fields) != len(Request._fields):
-        raise Undecodable("the payload is not an array of four")
+        raise Undecodable("the payload is not an array of four fields")
     keys, reads, writes, mutations = map(_array, fields)
     return Request(
         tuple(map(_key, keys)), tuple(map(_range, reads)), tuple(map(_range, writes)), tuple(map(_mutation, mutations))
@@ -151,7 +154,7 @@ def _request(fields: Any) -> Request:
 
 def _array(field: Any) -> tuple[Any, ...]:
     if not isinstance(field, tuple):
-        raise Undecodable("an array was expected")
+        raise Undecodable("a field of the payload is not an array")
     return field
 
 
@@ -172,7 +175,7 @@ def _mutation(item: Any) -> Mutation:
     if not isinstance(item, tuple) or len(item) != len(Mutation._fields):
         raise Undecodable("a mutation is not an array of three")
     op, key, operand = item
-    if type(op) is not int:  # it may be nested so deeply that even printing it fails
+    if type(op) is not int:  # not printed in the reason: it may be nested so deeply that `repr` fails
         raise Undecodable("the kind of a mutation is not a number")
     known = _OPERATIONS.get(op)
     if known is None:
@@ -181,7 +184,7 @@ def _mutation(item: Any) -> Mutation:
 
 
 def check(request: Request) -> None:
-    """Undecodable unless every key, range and value is one that PostgreSQL and the resolver can take."""
+    """Checks every key, range and mutation of a request. Raises Undecodable for one that cannot be applied."""
     for key in request.read_keys:
         check_key(key)
     for begin, end in (*request.read_ranges, *request.write_ranges):
@@ -191,14 +194,14 @@ def check(request: Request) -> None:
 
 
 def check_key(key: bytes) -> None:
-    """Undecodable when the key is longer than an index entry may be, or no bytes at all."""
+    """Raises KeyTooLong for a key of more than MAX_KEY_BYTES, and Undecodable for one that is not bytes."""
     _key(key)
     if len(key) > MAX_KEY_BYTES:
         raise KeyTooLong(f"a key of {len(key)} bytes is longer than {MAX_KEY_BYTES}")
 
 
 def check_range(begin: bytes, end: bytes | None) -> None:
-    """Undecodable when the range runs backwards or a bound is too long."""
+    """Raises Undecodable for a range whose begin is greater than its end; checks its bounds like `check_key`."""
     check_key(begin)
     if end is not None:
         check_key(end)
@@ -207,26 +210,26 @@ def check_range(begin: bytes, end: bytes | None) -> None:
 
 
 def check_mutation(mutation: Mutation) -> None:
-    """Undecodable when the mutation's key, range or value cannot be applied."""
+    """Raises Undecodable, or a subclass that names the limit, for a mutation that cannot be applied."""
     op, key, operand = mutation
     if op == Op.CLEAR_RANGE:
         check_range(key, operand)
         return
     if op == Op.SET_VERSIONSTAMPED_KEY:
-        _check_stamp_place(key, "key")
-        check_key(key[:-STAMP_OFFSET_BYTES])
+        _check_stamp_offset(key, "key")
+        check_key(key[:-STAMP_OFFSET_BYTES])  # the offset is not part of the key that is written
     else:
         check_key(key)
     if op == Op.SET_VERSIONSTAMPED_VALUE:
-        _check_stamp_place(operand or b"", "value")
+        _check_stamp_offset(operand or b"", "value")
     if op != Op.CLEAR and operand is None:
         raise Undecodable(f"{op.name.lower()} has no operand")
     if operand is not None and len(operand) > MAX_VALUE_BYTES:
         raise ValueTooLong(f"a value of {len(operand)} bytes is longer than {MAX_VALUE_BYTES}")
 
 
-def _check_stamp_place(template: bytes, what: str) -> None:
-    """The last four bytes say, little-endian, where in what is before them the ten bytes of the stamp go."""
+def _check_stamp_offset(template: bytes, what: str) -> None:
+    """Checks the last four bytes: the offset, little-endian, at which the ten bytes of the stamp fit into the rest."""
     room = len(template) - STAMP_OFFSET_BYTES
     offset = int.from_bytes(template[-STAMP_OFFSET_BYTES:], "little")
     if offset + VERSIONSTAMP_BYTES > room:
@@ -234,7 +237,7 @@ def _check_stamp_place(template: bytes, what: str) -> None:
 
 
 def is_text(data: bytes) -> bool:
-    """Whether the bytes are UTF-8 without control characters other than tabs and line ends."""
+    """Whether the bytes are UTF-8 without control characters other than tab, line feed and carriage return."""
     try:
         return not _CONTROL.search(data.decode("utf-8"))
     except UnicodeDecodeError:

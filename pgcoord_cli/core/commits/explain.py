@@ -1,4 +1,4 @@
-"""Why a commit request ended as it did: what it read and wrote, when, under whom, and which commit it lost to."""
+"""Explaining the outcome of a commit request: its reads, writes, epoch and times, and the commit that it lost to."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pgcoord_cli.core.commits.requests import CommitRequest, Status, find_reques
 from pgcoord_cli.db.sqlfiles import sql
 
 
-class Rival(NamedTuple):
-    """The commit that a request lost to, and what of the request's reads it wrote."""
+class ConflictingCommit(NamedTuple):
+    """The commit that a request conflicted with; `wrote` lists the reads of the request that it wrote."""
 
     request_id: UUID
     commit_version: int
@@ -25,7 +25,10 @@ class Rival(NamedTuple):
 
 
 def explain(conn: Connection[Any], request_id: UUID) -> dict[str, Any] | None:
-    """Everything that is stored about a request, as a nested record; None when it is not there."""
+    """Returns all that is stored about a request as a nested record, or None if there is no such request.
+
+    The record of a conflict has `lost_to`: the conflicting commit, or a reason if it has been garbage-collected.
+    """
     found = find_request(conn, request_id)
     if found is None:
         return None
@@ -37,8 +40,8 @@ def explain(conn: Connection[Any], request_id: UUID) -> dict[str, Any] | None:
         return record | {"payload": {"bytes": len(payload), "undecodable": str(error)}}
     record |= {"reads": _reads(request), "writes": _writes(request)}
     if found.status == Status.CONFLICT:
-        rival = _rival(conn, found, request)
-        record["lost_to"] = rival._asdict() if rival else {"request_id": None, "reason": "collected since"}
+        commit = _conflicting_commit(conn, found, request)
+        record["lost_to"] = commit._asdict() if commit else {"request_id": None, "reason": "garbage-collected since"}
     return record
 
 
@@ -63,7 +66,7 @@ def _target(op: Op, key: bytes, operand: bytes | None) -> str:
 
 
 def shown(key: bytes) -> str:
-    """A key as text, or as hexadecimal where it is none."""
+    """Returns a key as text, or as hexadecimal with 0x in front if it is not text."""
     return key.decode() if codec.is_text(key) else f"0x{key.hex()}"
 
 
@@ -72,18 +75,19 @@ def _interval(interval: Range) -> str:
     return f"[{shown(begin)}, {'…' if end is None else shown(end)})"
 
 
-def _rival(conn: Connection[Any], found: CommitRequest, request: Request) -> Rival | None:
-    """The first stored commit after the read version that wrote what the request read."""
+def _conflicting_commit(conn: Connection[Any], found: CommitRequest, request: Request) -> ConflictingCommit | None:
+    """Returns the first stored commit above the read version that wrote a key or range that the request read."""
     (last,) = conn.execute(sql("commits", "version_before"), [found.request_id]).fetchone() or (0,)
     for request_id, version, payload in conn.execute(sql("commits", "commits_between"), [found.read_version, last]):
         keys, ranges = writes_of(with_stamps(codec.decode(payload), version))
         if wrote := list(_overlap(request, keys, ranges)):
-            return Rival(request_id, version, wrote)
+            return ConflictingCommit(request_id, version, wrote)
     return None
 
 
 def _overlap(request: Request, keys: list[bytes], ranges: list[Range]) -> Iterable[str]:
-    """Which of the request's reads the writes touch."""
+    """Returns the reads of the request that conflict with the writes, as text."""
+    # The window itself is asked, so that the explanation cannot differ from the decision of the resolver.
     window = ConflictWindow(0)
     window.record(1, keys, ranges)
     yield from (shown(key) for key in request.read_keys if window.conflicts(0, [key], []))

@@ -1,23 +1,24 @@
-"""What mutations mean, alone and folded together. Pure.
+"""Mutations: the value that one leaves, and write sets, which hold the net effect of many. Pure.
 
-**Alone.** `apply` gives the value that one mutation leaves where another was. Meanings are FoundationDB's: arithmetic
-is on unsigned little-endian numbers of the operand's length, to which the stored value is cut or zero-extended; on an
-absent key the bitwise operations, `min` and the byte comparisons leave the operand, `compare_and_clear` leaves
-nothing.
+**One mutation.** `apply` returns the value that a mutation leaves where another value was. The operations are those of
+FoundationDB: arithmetic is on unsigned little-endian numbers of the operand's length, to which the stored value is cut
+or zero-extended; on an absent key the bitwise operations, `min` and the byte comparisons leave the operand, and
+`compare_and_clear` leaves nothing.
 
-**Folded.** A WriteSet takes mutations in commit order and holds their net effect, so that a whole batch becomes one
-write. For each key it keeps the value, if the mutations decide it, or else those that wait for the stored value:
-setting a key decides it, adding to it afterwards is worked out at once, adding to a key that nobody set waits. The
-leader reads the stored values of `undecided` keys and settles them with `decide`; a client that reads its own writes
-does the same for the key it asks about. Cleared ranges are joined where they meet, and from the first on the
-keys are in order beside, so that neither many ranges nor many keys make a batch slow.
+**Write sets.** A WriteSet takes mutations in commit order and holds their net effect, so that a whole batch becomes one
+write. For each key it holds the value, if the mutations alone decide it, or else the mutations that need the stored
+value: setting a key decides it, adding to it afterwards is computed at once, adding to a key that was not set before
+needs the stored value. The leader reads the stored values of the `undecided` keys and computes them with `decide`; a
+client that reads its own writes does the same for the key that it reads. Cleared ranges are joined where they meet, and
+from the first cleared range on the keys are also kept in order, so that neither many ranges nor many keys make a batch
+slow.
 
-**Applied** in three steps: ranges are removed, keys are removed, keys are written. So a key that was set after its
-range was cleared is simply among the written ones.
+**Order of application.** Ranges are removed, then keys are removed, then keys are written. So a key that was set after
+its range was cleared is simply one of the written keys.
 
-**Versionstamps** are ten bytes that only the commit knows: the version, eight bytes big-endian, and two bytes for the
-order within it, which is always zero since a version belongs to one transaction. The operand or key says by its last
-four bytes, little-endian, where they go.
+**Versionstamps** are ten bytes that are known only at the commit: the version, eight bytes big-endian, and two bytes
+for the order within the version, which are always zero since a version belongs to one transaction. The last four bytes
+of the key or value template are the offset, little-endian, at which they go.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from sortedcontainers import SortedDict, SortedSet
 from pgcoord_cli.core.commits.codec import MAX_VALUE_BYTES, VERSIONSTAMP_BYTES, Mutation, Op, Range, Request
 
 Bytes = bytes | None
-"""A value, or None where there is none."""
+"""The value of a key, or None if the key is absent."""
 
 
 def apply(op: Op, stored: Bytes, operand: bytes) -> Bytes:
-    """The value after one mutation of a key that held `stored`. Not for ranges and versionstamps."""
+    """Returns the value after one mutation of a key that held `stored`. Not for ranges and versionstamps."""
     if op == Op.SET:
         return operand
-    return _MEANINGS[op](stored, operand)
+    return _FUNCTIONS[op](stored, operand)
 
 
 def _add(stored: Bytes, operand: bytes) -> Bytes:
@@ -62,7 +63,7 @@ def _append_if_fits(stored: Bytes, operand: bytes) -> Bytes:
 
 
 def _max(stored: Bytes, operand: bytes) -> Bytes:
-    # The whole stored number is cut to the operand's length before the two are compared.
+    # As in FoundationDB, the stored number is cut to the operand's length before the comparison, not after it.
     length = len(operand)
     return max(_number(stored or b"", length), int.from_bytes(operand, "little")).to_bytes(length, "little")
 
@@ -91,11 +92,11 @@ def _clear(_stored: Bytes, _operand: bytes) -> Bytes:
 
 
 def _number(stored: bytes, length: int) -> int:
-    """The little-endian number in the first `length` bytes; what is missing counts as zero."""
+    """Returns the little-endian number in the first `length` bytes; missing bytes count as zero."""
     return int.from_bytes(stored[:length], "little")
 
 
-_MEANINGS: dict[Op, Callable[[Bytes, bytes], Bytes]] = {
+_FUNCTIONS: dict[Op, Callable[[Bytes, bytes], Bytes]] = {
     Op.CLEAR: _clear,
     Op.ADD: _add,
     Op.BIT_AND: _bitwise(lambda a, b: a & b),
@@ -111,12 +112,12 @@ _MEANINGS: dict[Op, Callable[[Bytes, bytes], Bytes]] = {
 
 
 def versionstamp(version: int) -> bytes:
-    """The ten bytes that name the commit with this version."""
+    """Returns the ten bytes of the commit with this version. They sort in commit order."""
     return version.to_bytes(8, "big") + b"\0\0"
 
 
 def stamped(mutation: Mutation, version: int) -> Mutation:
-    """The plain mutation that a versionstamped one is once its commit has a version; any other as it is."""
+    """Returns the plain mutation that a versionstamped one becomes at this commit version; any other unchanged."""
     if mutation.op == Op.SET_VERSIONSTAMPED_KEY:
         return Mutation(Op.SET, _with_stamp(mutation.key, version), mutation.operand)
     if mutation.op == Op.SET_VERSIONSTAMPED_VALUE:
@@ -131,39 +132,41 @@ def _with_stamp(template: bytes, version: int) -> bytes:
 
 
 class WriteSet:
-    """The net effect of mutations, taken in commit order."""
+    """The net effect of mutations, added in commit order. A key is either decided or undecided, never both."""
 
     def __init__(self) -> None:
         self._cleared: SortedDict | None = None  # made when first needed: most write sets clear no range
         self._decided: dict[bytes, Bytes] = {}
         self._undecided: dict[bytes, list[Mutation]] = {}
+        # All keys in order, so that clearing a range finds the keys in it; made with the first cleared range.
         self._ordered: SortedSet | None = None
 
     def __bool__(self) -> bool:
+        """Whether the write set changes anything."""
         return bool(self._cleared or self._decided or self._undecided)
 
     @property
     def ranges(self) -> list[Range]:
-        """Ranges to remove first; they neither overlap nor touch."""
+        """The ranges to remove first; they neither overlap nor touch."""
         return list(self._cleared.items()) if self._cleared else []
 
     @property
     def undecided(self) -> list[bytes]:
-        """Keys whose value depends on what is stored."""
+        """The keys whose new value depends on the stored one. Empty after `decide`."""
         return list(self._undecided)
 
     @property
     def removed(self) -> list[bytes]:
-        """Keys to remove after the ranges."""
+        """The keys to remove after the ranges."""
         return [key for key, value in self._decided.items() if value is None]
 
     @property
     def written(self) -> dict[bytes, bytes]:
-        """Keys to write last, with their values."""
+        """The keys to write last, with their values."""
         return {key: value for key, value in self._decided.items() if value is not None}
 
     def add(self, mutation: Mutation) -> None:
-        """Takes in one more mutation, later than all before it. Versionstamped ones have to be `stamped` before."""
+        """Adds a mutation that applies after all added before. Versionstamped ones have to be `stamped` first."""
         op, key, operand = mutation
         if op == Op.CLEAR_RANGE:
             self._clear_range(key, operand)
@@ -174,6 +177,7 @@ class WriteSet:
         elif key in self._decided:
             self._decided[key] = apply(op, self._decided[key], operand or b"")
         elif key not in self._undecided and self._is_cleared(key):
+            # The range is removed before keys are written, so that this mutation finds the key absent.
             self._decided[key] = apply(op, None, operand or b"")
         else:
             self._undecided.setdefault(key, []).append(mutation)
@@ -192,15 +196,16 @@ class WriteSet:
         self._join(begin, end)
 
     def _join(self, begin: bytes, end: Bytes) -> None:
-        """Adds a range to the cleared ones, made one with those that it meets."""
+        """Adds a cleared range, joined with those that it overlaps or touches."""
         if self._cleared is None:
             self._cleared = SortedDict()
         place = self._cleared.bisect_right(begin) - 1
         if place >= 0:
             before, its_end = self._cleared.peekitem(place)
             begin = before if its_end is None or begin <= its_end else begin
-        for met in list(self._cleared.irange(begin, end)):
-            its_end = self._cleared.pop(met)
+        # The end is included: a range that begins there touches this one.
+        for touching in list(self._cleared.irange(begin, end)):
+            its_end = self._cleared.pop(touching)
             end = None if end is None or its_end is None else max(end, its_end)
         self._cleared[begin] = end
 
@@ -211,24 +216,27 @@ class WriteSet:
         return place >= 0 and covers(self._cleared.peekitem(place), key)
 
     def decide(self, stored: Mapping[bytes, Bytes]) -> None:
-        """Works out every undecided key from what is stored under it."""
-        for key, waiting in self._undecided.items():
-            self._decided[key] = _apply_all(waiting, stored.get(key))
+        """Computes every undecided key from its stored value; a key that `stored` lacks counts as absent."""
+        for key, mutations in self._undecided.items():
+            self._decided[key] = _apply_all(mutations, stored.get(key))
         self._undecided.clear()
 
     def lookup(self, key: bytes) -> tuple[bool, Bytes]:
-        """Whether the write set alone says what `key` holds, and if so its value (None: nothing)."""
+        """Returns whether the write set alone decides the value of `key`, and if so the value (None: absent)."""
         if key in self._decided:
             return True, self._decided[key]
         return key not in self._undecided and self._is_cleared(key), None
 
     def value(self, key: bytes, stored: Bytes) -> Bytes:
-        """What `key` holds once the write set is applied to what is stored."""
+        """Returns the value of `key` after the write set is applied to its stored value."""
         decided, value = self.lookup(key)
         return value if decided else _apply_all(self._undecided.get(key, ()), stored)
 
     def over(self, rows: Mapping[bytes, bytes], begin: bytes, end: bytes | None) -> dict[bytes, bytes]:
-        """What `rows`, all that is stored in the range, look like once this write set is applied. Unordered."""
+        """Applies the write set to a range, and returns its keys and values, unordered.
+
+        `rows` are all rows that are stored from `begin` up to but without `end`.
+        """
         touched = (key for key in (*self._decided, *self._undecided) if covers((begin, end), key))
         values = {key: self.value(key, rows.get(key)) for key in (*rows, *touched)}
         return {key: value for key, value in values.items() if value is not None}
@@ -241,7 +249,7 @@ def _apply_all(mutations: Iterable[Mutation], stored: Bytes) -> Bytes:
 
 
 def fold(mutations: Iterable[Mutation]) -> WriteSet:
-    """One write set that does what the mutations do one after the other."""
+    """Returns the write set with the effect of the mutations applied one after the other."""
     result = WriteSet()
     for mutation in mutations:
         result.add(mutation)
@@ -249,20 +257,21 @@ def fold(mutations: Iterable[Mutation]) -> WriteSet:
 
 
 def covers(interval: Range, key: bytes) -> bool:
-    """Whether the half-open range holds the key."""
+    """Whether the key lies in the half-open range."""
     begin, end = interval
     return begin <= key and (end is None or key < end)
 
 
 def writes_of(request: Request) -> tuple[list[bytes], list[Range]]:
-    """The keys and the ranges that later reads are checked against; of a request whose versionstamps are in. Pure."""
+    """Returns the keys and ranges that later reads conflict with. The request has gone through `with_stamps`."""
     keys = [key for op, key, _ in request.mutations if op != Op.CLEAR_RANGE]
     ranges = [(key, end) for op, key, end in request.mutations if op == Op.CLEAR_RANGE]
     return keys, [*ranges, *request.write_ranges]
 
 
 def with_stamps(request: Request, version: int) -> Request:
-    """The request as its commit version makes it: versionstamped mutations have become plain ones. Pure."""
+    """Returns the request with its versionstamped mutations made plain for this commit version."""
+    # Most requests have none, and are returned as they are, without a copy.
     for mutation in request.mutations:
         if mutation.op >= Op.SET_VERSIONSTAMPED_KEY:
             break

@@ -1,4 +1,4 @@
-"""Looking at commit requests: what is in the queue, and what became of the rest."""
+"""Reading commit requests: those that are pending in the queue, and those that were settled."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from psycopg import Connection
 from pgcoord_cli.db.sqlfiles import sql
 
 SHORTEST_RETENTION = 60.0
-"""Seconds for which a settled request is kept at least.
+"""Seconds for which a settled request is kept at least; garbage collection refuses less (rule I11).
 
-A client that asks for its outcome, a new leader that rebuilds the conflict window, and a client that submits again
-what a crash lost reach back that far. Garbage collection never goes below it (rule I11); a client stops asking at half.
+Three readers need settled requests: a client that asks for its outcome, a new leader that rebuilds the conflict window,
+and a client that submits again a request that a crash may have lost. None of them relies on a request that is older; a
+client relies on half of it (`core.kv.submissions`).
 """
 
 
 class Status(StrEnum):
-    """What a request can be. All but pending are final."""
+    """The status of a request. All but pending are terminal."""
 
     PENDING = "pending"
     COMMITTED = "committed"
@@ -45,11 +46,11 @@ class CommitRequest(NamedTuple):
 
 
 def list_requests(conn: Connection[Any], status: Status | None, limit: int) -> list[CommitRequest]:
-    """The newest `limit` requests, newest first."""
+    """Returns the newest `limit` requests, newest first; with a status, only those that have it."""
     return [CommitRequest(*row) for row in conn.execute(sql("commits", "list"), [status, limit])]
 
 
 def find_request(conn: Connection[Any], request_id: UUID) -> CommitRequest | None:
-    """The request that a client made under this id, or None."""
+    """Returns the request with this id, which the client made, or None."""
     row = conn.execute(sql("commits", "show"), [request_id]).fetchone()
     return CommitRequest(*row) if row else None
