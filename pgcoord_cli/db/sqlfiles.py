@@ -7,8 +7,12 @@ A query file holds statements, each headed by its name and one line of purpose:
     SELECT …;
 
 Parameters are the server's own `$1`, so that psql's PREPARE and other drivers run the same text; psycopg's
-raw cursors pass it through untouched. Object names are unqualified: the session's `search_path` names the
-schema (`session.prepare_session` sets it).
+raw cursors pass it through untouched.
+
+Object names are unqualified: the session's `search_path` names the schema (`session.prepare_session` sets it). A
+statement that also runs on a connection of the caller, whose `search_path` pgcoord must not change, writes its tables
+as `{schema}.table`; `sql` fills the placeholder with the quoted name of the schema. It names functions, operators and
+types of PostgreSQL in full, since the caller's `search_path` may hold others of the same names.
 """
 
 from __future__ import annotations
@@ -17,6 +21,10 @@ import re
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from psycopg.sql import SQL, Identifier
+
+SCHEMA_PLACEHOLDER = "{schema}"
 
 _HEADER = re.compile(r"^-- name: (\w+)\n-- (.+)\n", re.MULTILINE)
 
@@ -44,6 +52,13 @@ def statements(noun: str) -> dict[str, NamedStatement]:
     return {name: NamedStatement(name, purpose, body.strip().removesuffix(";")) for name, purpose, body in triples}
 
 
-def sql(noun: str, name: str) -> str:
-    """The text of one statement, ready for a raw cursor."""
-    return statements(noun)[name].text
+@cache
+def sql(noun: str, name: str, *, schema: str | None = None) -> str:
+    """Returns the text of one statement, ready for a raw cursor.
+
+    `schema` fills the statement's placeholder `{schema}`; it must be given exactly if the statement has one.
+    """
+    text = statements(noun)[name].text
+    if (schema is not None) != (SCHEMA_PLACEHOLDER in text):
+        raise ValueError(f"{noun}.{name}: `schema` is for statements with {SCHEMA_PLACEHOLDER}, and needed there")
+    return text if schema is None else SQL(text).format(schema=Identifier(schema)).as_string(None)

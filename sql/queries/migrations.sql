@@ -1,3 +1,11 @@
+-- name: create_schema
+-- Creates the schema, unless it exists.
+CREATE SCHEMA IF NOT EXISTS {schema};
+
+-- name: choose_schema
+-- Has the session create and find tables in the schema.
+SET search_path = {schema}, pg_temp;
+
 -- name: create_ledger
 -- Makes the table that remembers which migrations this schema has had.
 CREATE TABLE IF NOT EXISTS schema_migrations (

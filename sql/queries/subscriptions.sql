@@ -10,9 +10,10 @@ RETURNING fence, last_position, outbox;
 -- name: save
 -- Moves a checkpoint forward, under the fence of whoever saves; says whether it did.
 WITH saved AS (
-    UPDATE subscriptions
-       SET last_position = greatest(last_position, $3::bigint), updated_at = clock_timestamp()
-     WHERE subscription_name = $1::text AND fence = $2::bigint
+    UPDATE {schema}.subscriptions
+       SET last_position = greatest(last_position, $3::bigint), updated_at = pg_catalog.clock_timestamp()
+     WHERE subscription_name OPERATOR(pg_catalog.=) $1::pg_catalog.text
+       AND fence OPERATOR(pg_catalog.=) $2::bigint
     RETURNING fence
 )
 SELECT EXISTS (SELECT FROM saved) AS is_saved;

@@ -15,12 +15,16 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import (
+    DivisionByZero,
     FeatureNotSupported,
     GeneratedAlways,
+    InFailedSqlTransaction,
     InsufficientPrivilege,
     InvalidTextRepresentation,
     NotNullViolation,
 )
+from psycopg.pq import TransactionStatus
+from psycopg.rows import dict_row, namedtuple_row, scalar_row
 from psycopg.sql import SQL, Identifier
 
 from pgcoord_cli.core.database import grants
@@ -432,6 +436,63 @@ def test_an_append_takes_no_notice_of_the_callers_search_path(
         append(service, outbox)
     assert append(sql, outbox, schema="elsewhere") == 1
     assert stored(sql, outbox) == [1, 2]
+
+
+def hostile_schema(sql: Conn) -> str:
+    """A schema with a type, a function and an operator that the append statements would use if they named none."""
+    sql.execute("CREATE SCHEMA hostile")
+    sql.execute("CREATE DOMAIN hostile.text AS pg_catalog.text CHECK (VALUE = 'hostile')")
+    sql.execute("CREATE DOMAIN hostile.uuid AS pg_catalog.uuid CHECK (VALUE IS NULL)")
+    sql.execute("CREATE FUNCTION hostile.clock_timestamp() RETURNS timestamptz LANGUAGE sql"
+                " AS 'SELECT to_timestamp(0)'")  # fmt: skip
+    sql.execute("CREATE FUNCTION hostile.zero(numeric, integer) RETURNS numeric LANGUAGE sql AS 'SELECT 0.0'")
+    sql.execute("CREATE OPERATOR hostile.* (FUNCTION = hostile.zero, LEFTARG = numeric, RIGHTARG = integer)")
+    sql.execute("GRANT USAGE ON SCHEMA hostile TO PUBLIC")
+    return "hostile, pg_catalog"
+
+
+@both
+def test_an_append_uses_only_what_is_postgresqls_own(service: Conn, sql: Conn, outbox: Outbox) -> None:
+    service.execute("SELECT set_config('search_path', %s, false)", [hostile_schema(sql)])
+    append(service, outbox)
+    assert value(sql, f"SELECT clock_timestamp() - to_timestamp(occurred_at_ms / 1000.0) < '1h' FROM {outbox.table}")
+
+
+@both
+@pytest.mark.parametrize("row_factory", [dict_row, namedtuple_row, scalar_row], ids=lambda factory: factory.__name__)
+def test_an_append_works_with_the_row_and_cursor_factories_of_the_caller(
+    settings: Settings, sql: Conn, row_factory: Any, outbox: Outbox
+) -> None:
+    options = {"row_factory": row_factory, "cursor_factory": psycopg.ClientCursor}
+    with psycopg.connect(settings.dsn, **options) as conn:
+        assert append(conn, outbox) == 1
+        assert stored(sql, outbox) == [], "it is not committed yet"
+        assert (conn.row_factory, conn.cursor_factory, conn.autocommit) == (*options.values(), False)
+    assert stored(sql, outbox) == [1]
+
+
+@both
+def test_an_append_is_one_of_the_statements_of_a_pipeline(sql: Conn, service: Conn, outbox: Outbox) -> None:
+    with service.pipeline(), service.transaction():
+        service.execute("SELECT 1")
+        assert append(service, outbox) == 1
+        assert append(service, outbox) == 2
+    assert stored(sql, outbox) == [1, 2]
+
+
+@both
+def test_an_append_in_a_failed_transaction_is_refused_and_leaves_it_to_the_caller(
+    sql: Conn, service: Conn, outbox: Outbox
+) -> None:
+    service.execute("BEGIN")
+    with pytest.raises(DivisionByZero):
+        service.execute("SELECT 1 / 0")
+    with pytest.raises(InFailedSqlTransaction):
+        append(service, outbox)
+    assert service.info.transaction_status is TransactionStatus.INERROR
+    service.execute("ROLLBACK")
+    append(service, outbox)
+    assert stored(sql, outbox) == [1]
 
 
 def test_what_is_appended_is_what_is_stored(sql: Conn) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row
 
 from pgcoord_cli.core.database.advisory_keys import lock_holder
 from pgcoord_cli.core.database.migrations import apply
@@ -442,6 +443,24 @@ def test_a_checkpoint_is_found_whatever_the_callers_search_path_is(
         service.commit()
     assert value(sql, f"SELECT last_position FROM {ELSEWHERE}.subscriptions") == 4
     assert value(sql, "SELECT count(*) FROM pgcoord.subscriptions") == 0
+
+
+def test_a_save_uses_only_what_is_postgresqls_own(acquire: Acquire, sql: Conn, service: Conn) -> None:
+    sql.execute("CREATE SCHEMA hostile")
+    sql.execute("CREATE FUNCTION hostile.no(bigint, bigint) RETURNS boolean LANGUAGE sql AS 'SELECT false'")
+    sql.execute("CREATE OPERATOR hostile.= (FUNCTION = hostile.no, LEFTARG = bigint, RIGHTARG = bigint)")
+    service.execute("SET search_path = hostile, pg_catalog")
+    acquire().checkpoint.save(4, service)
+    service.commit()
+    assert position(sql) == 4
+
+
+def test_connections_with_any_row_factory_own_and_save(settings: Settings, sql: Conn) -> None:
+    owning, saving = (psycopg.connect(settings.dsn, row_factory=dict_row) for _ in range(2))
+    with acquire_leadership(owning, "mailer") as owner, saving:
+        owner.checkpoint.save(4, saving)
+        assert owner.checkpoint.load() is None, "it is not committed yet"
+    assert position(sql) == 4
 
 
 def test_connections_of_the_program_can_save_too(settings: Settings, sql: Conn, acquire: Acquire) -> None:

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
+import pytest
 from psycopg.pq import ExecStatus
+from psycopg.sql import SQL, Identifier
 
 import pgcoord_cli
-from pgcoord_cli.db.sqlfiles import NamedStatement, sql_root, statements
+from pgcoord_cli.db.sqlfiles import SCHEMA_PLACEHOLDER, NamedStatement, sql_root, statements
+from pgcoord_cli.db.sqlfiles import sql as statement_text
 
 PACKAGE = Path(pgcoord_cli.__file__).parent
 FILES = sorted((sql_root() / "queries").iterdir())
 
-UTILITY = {"migrations.create_ledger"}
+UTILITY = {"migrations.create_schema", "migrations.choose_schema", "migrations.create_ledger"}
 """Statements that PREPARE does not take, as it takes none of DDL."""
 
 
@@ -230,6 +233,8 @@ EXPECTED = {
     "lease.release": Shape("bigint, uuid, text, text", "durable_version bigint, announced boolean"),
     "lease.successor": Shape("", "epoch bigint, leader_addr text"),
     "locks.lock_holder": Shape("bigint", "pid integer, application text, client text, since timestamptz"),
+    "migrations.create_schema": Shape("", ""),
+    "migrations.choose_schema": Shape("", ""),
     "migrations.create_ledger": Shape("", ""),
     "migrations.find_ledger": Shape("text", "ledger text"),
     "migrations.schema_to_create": Shape("text", "statement text"),
@@ -265,13 +270,11 @@ SQL_IN_PYTHON = re.compile(
 SESSION_COMMAND = re.compile(r"SELECT set_config\(.*|SELECT 1")
 
 ALLOWED = {
-    ("core/database/migrations.py", "CREATE SCHEMA"),  # of the script that `migrate sql` prints without asking a server
     ("core/database/migrations.py", "BEGIN;"),
     ("core/database/migrations.py", "COMMIT;"),
     ("commands/kv.py", "BEGIN"),  # the name of an argument
     ("core/database/pooler_check.py", "BEGIN; "),
     ("core/database/pooler_check.py", "COMMIT;"),
-    ("core/locks/ownership.py", "UPDATE"),  # a word that is replaced in a statement
     ("core/database/grants.py", "CREATE ROLE"),  # of a hint
 }
 
@@ -283,8 +286,13 @@ def every_statement() -> Iterator[tuple[str, NamedStatement]]:
 
 
 def test_every_statement_has_the_expected_types(sql: psycopg.Connection[Any]) -> None:
-    found = {name: shape(sql, name, statement.text) for name, statement in every_statement()}
+    found = {name: shape(sql, name, in_schema(statement.text)) for name, statement in every_statement()}
     assert found == EXPECTED
+
+
+def in_schema(text: str) -> str:
+    """The statement in the schema of the tests, if it names one by a placeholder."""
+    return SQL(text).format(schema=Identifier("pgcoord")).as_string(None) if SCHEMA_PLACEHOLDER in text else text
 
 
 def shape(conn: psycopg.Connection[Any], name: str, text: str) -> Shape:
@@ -311,6 +319,18 @@ def type_name(conn: psycopg.Connection[Any], oid: int) -> str:
 
 def short(types: str) -> str:
     return types.replace("timestamp with time zone", "timestamptz")
+
+
+def test_a_schema_enters_a_statement_as_a_quoted_name() -> None:
+    text = statement_text("outbox", "append_lease_event", schema='a"b')
+    assert 'INSERT INTO "a""b".lease_events' in text
+
+
+def test_a_statement_that_names_its_schema_is_never_used_without_one() -> None:
+    with pytest.raises(ValueError, match=r"outbox\.append_lease_event"):
+        statement_text("outbox", "append_lease_event")
+    with pytest.raises(ValueError, match=r"tail\.lease_bounds"):
+        statement_text("tail", "lease_bounds", schema="pgcoord")
 
 
 def test_i12_no_statement_takes_a_time_from_a_client() -> None:

@@ -224,10 +224,14 @@ def _run_script(conn: Connection[Any], text: str) -> None:
 
 
 def script(schema: str, migrations: Sequence[Migration]) -> str:
-    """The same as `apply`, as a psql script for those who run DDL by hand. It ends at the first error."""
-    head = f'CREATE SCHEMA IF NOT EXISTS "{schema}";\nSET search_path = "{schema}", pg_temp;\n'
-    ledger = sql("migrations", "create_ledger") + ";\n"
-    return "\\set ON_ERROR_STOP on\n" + head + ledger + "".join(_script_of(migration) for migration in migrations)
+    """Returns what `apply` does as a psql script, for DDL that is run by hand. The script ends at the first error."""
+    head = (
+        sql("migrations", "create_schema", schema=schema),
+        sql("migrations", "choose_schema", schema=schema),
+        sql("migrations", "create_ledger"),
+    )
+    parts = [f"{statement};\n" for statement in head] + [_script_of(migration) for migration in migrations]
+    return "\\set ON_ERROR_STOP on\n" + "".join(parts)
 
 
 def _script_of(migration: Migration) -> str:

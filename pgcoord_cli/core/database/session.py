@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from psycopg import AsyncConnection, Connection, RawCursor
+from psycopg.rows import tuple_row
 
 from pgcoord_cli.core.database.migrations import check_ledger, mending_command, read_ledger, read_ledger_async
 from pgcoord_cli.core.database.pooler_check import require_own_backend
@@ -73,6 +74,7 @@ def adopt_session(conn: Connection[Any], settings: Settings, *, writes: bool) ->
     try:
         conn.autocommit = True
         conn.cursor_factory = RawCursor
+        conn.row_factory = tuple_row
         with mapped_errors():
             server = _prepare(conn, settings)
             require_primary(server, writes=writes)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from psycopg import Connection, RawCursor
+from psycopg.rows import tuple_row
 
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.db.sqlfiles import sql
@@ -140,10 +141,10 @@ def _append(
     conn: Connection[Any], schema: str, outbox: Outbox, execution_id: UUID | str, link: UUID | str | None, kind: str,
     labels: tuple[int, str | None, str | None], occurred_at: datetime | None,
 ) -> int:  # fmt: skip
-    """The caller's search path is the caller's own, so the table is named in full."""
-    text = sql("outbox", f"append_{outbox.noun}_event").replace(outbox.table, f"{schema}.{outbox.table}", 1)
     milliseconds = None if occurred_at is None else round(occurred_at.timestamp() * 1000)
     values = [str(execution_id), None if link is None else str(link), kind, *labels, milliseconds]
-    row = RawCursor(conn).execute(text, values).fetchone()
+    statement = sql("outbox", f"append_{outbox.noun}_event", schema=schema)
+    # The caller's connection keeps its cursor and row factories: both are chosen for this one cursor.
+    row = RawCursor(conn, row_factory=tuple_row).execute(statement, values).fetchone()
     assert row is not None
     return int(row[0])

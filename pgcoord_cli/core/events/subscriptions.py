@@ -114,7 +114,8 @@ class Subscription:
     def _save(self, position: int) -> None:
         values = [self._name.encode(), int8(self._fence), int8(position)]
         with mapped_errors():
-            (is_saved,) = self._pipeline.fetch(sql("subscriptions", "save"), values)[0]
+            save = sql("subscriptions", "save", schema=self._settings.schema)
+            (is_saved,) = self._pipeline.fetch(save, values)[0]
         if not is_saved:
             raise Fenced(f"subscription {self._name!r} has another owner by now; nothing was saved")
 

@@ -29,7 +29,7 @@ from typing import Any, Self
 
 import psycopg
 from psycopg import Connection, RawCursor
-from psycopg.rows import dict_row
+from psycopg.rows import dict_row, tuple_row
 
 from pgcoord_cli.core.database.advisory_keys import LockHolder, lock_holder, lock_key
 from pgcoord_cli.core.database.session import adopt_session, open_session
@@ -169,16 +169,15 @@ class Checkpoint:
         Positions never go back: a smaller one changes nothing. Fenced when another has acquired the name since; let
         that end the transaction.
         """
-        row = self._execute(conn or self._conn, sql("subscriptions", "save"), [self._name, self._fence, position])
+        statement = sql("subscriptions", "save", schema=self._schema)
+        row = self._execute(conn or self._conn, statement, [self._name, self._fence, position])
         if not (row and row[0]):
             raise Fenced(f"{self._name!r} has another owner by now; nothing was saved")
 
     def _execute(self, conn: Connection[Any], text: str, values: list[Any]) -> tuple[Any, ...] | None:
-        """The caller's search path is the caller's own, so the table is named in full."""
-        for word in ("FROM", "UPDATE"):
-            text = text.replace(f"{word} subscriptions", f"{word} {self._schema}.subscriptions")
         try:
-            return RawCursor(conn).execute(text, values).fetchone()
+            # The caller's connection keeps its cursor and row factories: both are chosen for this one cursor.
+            return RawCursor(conn, row_factory=tuple_row).execute(text, values).fetchone()
         except psycopg.OperationalError as error:
             raise CoordinationError(translate(error).message) from error
         except psycopg.Error as error:
