@@ -63,16 +63,13 @@ BEGIN
     IF array_position(read_keys || read_begins || cleared_begins || cleared_keys || written_keys, NULL) IS NULL
        AND octet_length(request) <= 16000
        AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
-        -- Every session of the leader shares this lock. Where it can be had, none lives: the server has been started
-        -- or promoted since, and may have lost what others have read. It is given back at once, for a leader to share.
-        IF pg_try_advisory_lock('leader_lease'::regclass::oid::integer, 0) THEN
-            PERFORM pg_advisory_unlock('leader_lease'::regclass::oid::integer, 0);
-        ELSE
-            SELECT lease.term_id INTO term
-              FROM leader_lease AS lease
-             WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
-               AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
-        END IF;
+        -- A lease that began under another postmaster is a copy of the one that clients have seen: on a standby that was
+        -- promoted, or a restored backup, which may lack commits that they have read.
+        SELECT lease.term_id INTO term
+          FROM leader_lease AS lease
+         WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
+           AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp()
+           AND lease.server_started_at = pg_postmaster_start_time();
     END IF;
     answered_at := clock_timestamp();
     IF term IS NULL THEN
@@ -382,11 +379,13 @@ BEGIN
        SET durable_version = version_after, conflict_floor = new_conflict_floor,
            window_start_id = new_window_start_id, queue_floor_id = new_queue_floor_id
      WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
-       AND durable_version = version_before AND expires_at > clock_timestamp();
+       AND durable_version = version_before AND expires_at > clock_timestamp()
+       AND server_started_at = pg_postmaster_start_time();
     IF NOT FOUND THEN
         PERFORM FROM leader_lease
           WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
-            AND durable_version > version_before AND expires_at > clock_timestamp();
+            AND durable_version > version_before AND expires_at > clock_timestamp()
+            AND server_started_at = pg_postmaster_start_time();
         IF FOUND THEN
             RAISE EXCEPTION 'version % is not the last one any more', version_before USING ERRCODE = 'PC003';
         END IF;
@@ -646,6 +645,7 @@ CREATE TABLE pgcoord.leader_lease (
     term_id uuid,
     last_term_id uuid,
     leader_addr text,
+    server_started_at timestamp with time zone,
     durable_version bigint DEFAULT 0 NOT NULL,
     conflict_floor bigint DEFAULT 0 NOT NULL,
     window_start_id bigint DEFAULT 0 NOT NULL,
@@ -664,6 +664,8 @@ COMMENT ON TABLE pgcoord.leader_lease IS 'Who leads, until when, and how far the
 COMMENT ON COLUMN pgcoord.leader_lease.term_id IS 'Random name of this leadership; null when the lease was released.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.last_term_id IS 'The term that began last, kept when the lease is released: what is read is read under it.';
+
+COMMENT ON COLUMN pgcoord.leader_lease.server_started_at IS 'Start of the postmaster on which the term began: on a promoted standby or a restored copy, the lease is void.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.durable_version IS 'Version of the last committed transaction; 0 on a new database.';
 

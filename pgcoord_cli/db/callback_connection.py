@@ -18,10 +18,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import psycopg
-from psycopg import AsyncConnection, pq
+from psycopg import AsyncConnection, errors, pq
 from psycopg.errors import error_from_result
 
-from pgcoord_cli.db.connection import SESSION_ENDING_SEVERITIES
+from pgcoord_cli.db.connection import SESSION_ENDING_SEVERITIES, Unconfirmed, is_unconfirmed
 
 Row = tuple[bytes | None, ...]
 Answer = list[Row] | Exception
@@ -49,6 +49,7 @@ class CallbackConnection:
         on_lost: Callable[[], None] = lambda: None,
         timeout: float | None = None,
     ) -> None:
+        conn.add_notice_handler(self._on_notice)
         self._conn = conn  # kept because its end would close the libpq connection below
         self._pgconn = conn.pgconn
         self._pgconn.nonblocking = 1
@@ -150,6 +151,11 @@ class CallbackConnection:
         self._error = error if error.sqlstate else psycopg.OperationalError(str(error))
         if not self.is_open or error.diag.severity_nonlocalized in SESSION_ENDING_SEVERITIES:
             self._break(self._error)
+
+    def _on_notice(self, notice: errors.Diagnostic) -> None:
+        # It arrives behind the rows, before the end of the statement: an answer that must not count as committed.
+        if is_unconfirmed(notice):
+            self._error = Unconfirmed("the server stopped waiting for synchronous replication")
 
     def _on_prepared(self, name: bytes) -> None:
         assert self._running is not None

@@ -8,19 +8,22 @@ one about a malformed string, which quotes it, and that one is not passed on.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, Connection, errors, pq
+from psycopg import AsyncConnection, Connection, errors, pq, waiting
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.raw_cursor import AsyncRawCursor, RawCursor
 
 from pgcoord_cli.errors import (
     Busy,
     ConnectionFailed,
+    OutcomeUnknown,
     PermissionDenied,
     PgcoordError,
     SchemaMissing,
@@ -51,6 +54,61 @@ _BAD_OPTION = re.compile(
     r"(connection to server .* failed: )?(invalid|bad) [\w ]*(value|number)|could not match|definition of service"
 )
 """What libpq and psycopg themselves say of an option's value; what a server says begins with FATAL."""
+
+
+T = TypeVar("T")
+
+
+class Unconfirmed(psycopg.OperationalError):
+    """The server committed here, but stopped waiting for the synchronous standbys: the commit may be lost with it."""
+
+
+def is_unconfirmed(notice: errors.Diagnostic) -> bool:
+    """Whether a notice says that the wait for synchronous replication was cancelled, in whatever language."""
+    return notice.source_function == "SyncRepWaitForLSN"
+
+
+class Session(Connection[Any]):
+    """A connection that never cancels a statement, and reports a commit that replication has not confirmed.
+
+    psycopg cancels the running statement at Ctrl-C. If that is a commit which waits for a synchronous standby, the
+    server then shows it to others although a failover may lose it (rule I16). Closing the socket does not: the
+    server goes on waiting.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._is_unconfirmed = False
+        self.add_notice_handler(self._on_notice)
+
+    def _on_notice(self, notice: errors.Diagnostic) -> None:
+        self._is_unconfirmed |= is_unconfirmed(notice)
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """As psycopg's, but for an interrupt. Raises Unconfirmed after a commit that replication did not confirm."""
+        limits = {} if timeout is None else {"timeout": timeout}
+        try:
+            result = waiting.wait(gen, self.pgconn.socket, interval=interval, **limits)
+        except KeyboardInterrupt:
+            self.pgconn.finish()
+            raise
+        if self._is_unconfirmed:
+            self._is_unconfirmed = False
+            raise Unconfirmed("the server stopped waiting for synchronous replication")
+        return result
+
+
+class AsyncSession(AsyncConnection[Any]):
+    """The same for asyncio, where a cancelled task must not cancel the statement either."""
+
+    async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """As psycopg's, but for an interrupt or a cancelled task."""
+        limits = {} if timeout is None else {"timeout": timeout}
+        try:
+            return await waiting.wait_async(gen, self.pgconn.socket, interval=interval, **limits)
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            self.pgconn.finish()
+            raise
 
 
 def conninfo(settings: Settings, command: str) -> str:
@@ -102,7 +160,7 @@ def connect(settings: Settings, command: str) -> Connection[Any]:
     """A synchronous autocommit connection that takes `$1` parameters; raises ConnectionFailed, UsageError."""
     target = conninfo(settings, command)
     try:
-        return Connection.connect(target, autocommit=True, cursor_factory=RawCursor)
+        return Session.connect(target, autocommit=True, cursor_factory=RawCursor)
     except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
         raise connection_failed(settings, error) from None
 
@@ -111,7 +169,7 @@ async def connect_async(settings: Settings, command: str) -> AsyncConnection[Any
     """The same for asyncio."""
     target = conninfo(settings, command)
     try:
-        return await AsyncConnection.connect(target, autocommit=True, cursor_factory=AsyncRawCursor)
+        return await AsyncSession.connect(target, autocommit=True, cursor_factory=AsyncRawCursor)
     except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
         raise connection_failed(settings, error) from None
 
@@ -162,6 +220,11 @@ _CLASSES: tuple[tuple[tuple[type[psycopg.Error], ...], type[PgcoordError], str |
 def translate(error: psycopg.Error) -> PgcoordError:
     """The PgcoordError for a psycopg error; its message is the server's first line."""
     message = redact(error.diag.message_primary or (str(error).strip().splitlines() or [type(error).__name__])[0])
+    if isinstance(error, Unconfirmed):
+        return OutcomeUnknown(
+            f"{message}: the change is made on this server, but a failover may lose it",
+            hint="look at it again once the standby is back; docs/replication.md",
+        )
     for kinds, target, hint in _CLASSES:
         if isinstance(error, kinds):
             return target(message, hint=hint)

@@ -29,10 +29,12 @@ BoundStatement = tuple[str, Sequence[bytes | None]]
 class Pipeline:
     """Runs prepared statements over `conn`, which nobody else uses meanwhile.
 
-    A server that says nothing for `timeout` seconds, if there are any, is taken for lost.
+    A server that does not answer for `timeout` seconds counts as lost; None: no limit. So does one that has not
+    answered when the descriptor `abandon` becomes readable. Nothing is cancelled: the connection is closed, and a
+    commit that waits for a standby goes on waiting (rule I16).
     """
 
-    def __init__(self, conn: Connection[Any], timeout: float | None = None) -> None:
+    def __init__(self, conn: Connection[Any], timeout: float | None = None, abandon: int | None = None) -> None:
         self._timeout = None if timeout is None else timeout * 1000
         self._pgconn = conn.pgconn
         self._names: dict[str, bytes] = {}
@@ -41,6 +43,10 @@ class Pipeline:
         self._readable.register(self._pgconn.socket, select.POLLIN)
         self._either = select.poll()
         self._either.register(self._pgconn.socket, select.POLLIN | select.POLLOUT)
+        self._abandon = abandon
+        if abandon is not None:
+            self._readable.register(abandon, select.POLLIN)
+            self._either.register(abandon, select.POLLIN)
 
     def fetch(self, text: str, parameters: Sequence[bytes | None]) -> list[tuple[Any, ...]]:
         """The rows of one statement, its values as psycopg loads them; raises psycopg.Error."""
@@ -100,7 +106,8 @@ class Pipeline:
             self._pgconn.consume_input()
 
     def _ready(self, poll: select.poll) -> list[int]:
-        if ready := poll.poll(self._timeout):
-            return [events for _, events in ready]
-        self._pgconn.finish()
-        raise psycopg.OperationalError("the server does not answer")
+        ready = poll.poll(self._timeout)
+        if not ready or any(descriptor == self._abandon for descriptor, _ in ready):
+            self._pgconn.finish()
+            raise psycopg.OperationalError("the server does not answer")
+        return [events for _, events in ready]

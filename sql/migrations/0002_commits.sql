@@ -95,11 +95,13 @@ BEGIN
        SET durable_version = version_after, conflict_floor = new_conflict_floor,
            window_start_id = new_window_start_id, queue_floor_id = new_queue_floor_id
      WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
-       AND durable_version = version_before AND expires_at > clock_timestamp();
+       AND durable_version = version_before AND expires_at > clock_timestamp()
+       AND server_started_at = pg_postmaster_start_time();
     IF NOT FOUND THEN
         PERFORM FROM leader_lease
           WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
-            AND durable_version > version_before AND expires_at > clock_timestamp();
+            AND durable_version > version_before AND expires_at > clock_timestamp()
+            AND server_started_at = pg_postmaster_start_time();
         IF FOUND THEN
             RAISE EXCEPTION 'version % is not the last one any more', version_before USING ERRCODE = 'PC003';
         END IF;

@@ -77,16 +77,13 @@ BEGIN
     IF array_position(read_keys || read_begins || cleared_begins || cleared_keys || written_keys, NULL) IS NULL
        AND octet_length(request) <= 16000
        AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
-        -- Every session of the leader shares this lock. Where it can be had, none lives: the server has been started
-        -- or promoted since, and may have lost what others have read. It is given back at once, for a leader to share.
-        IF pg_try_advisory_lock('leader_lease'::regclass::oid::integer, 0) THEN
-            PERFORM pg_advisory_unlock('leader_lease'::regclass::oid::integer, 0);
-        ELSE
-            SELECT lease.term_id INTO term
-              FROM leader_lease AS lease
-             WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
-               AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
-        END IF;
+        -- A lease that began under another postmaster is a copy of the one that clients have seen: on a standby that was
+        -- promoted, or a restored backup, which may lack commits that they have read.
+        SELECT lease.term_id INTO term
+          FROM leader_lease AS lease
+         WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
+           AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp()
+           AND lease.server_started_at = pg_postmaster_start_time();
     END IF;
     answered_at := clock_timestamp();
     IF term IS NULL THEN

@@ -84,12 +84,20 @@ SELECT id, commit_version, payload, resolved_at
  ORDER BY commit_version;
 
 -- name: ask
--- Of these requests, those that are settled and, if asked for ($2), those that are pending, with the epoch of the same snapshot.
-SELECT lease.epoch, request.request_id, request.status, request.commit_version, request.reason
+-- Of these requests, those that are settled and, if asked for ($2), those that are pending, with the epoch of the same snapshot; and whether commits are to be confirmed by standbys.
+SELECT lease.epoch, request.request_id, request.status, request.commit_version, request.reason,
+       current_setting('synchronous_standby_names') <> '' AS needs_barrier
   FROM leader_lease AS lease
   LEFT JOIN commit_requests AS request
     ON request.request_id = ANY ($1::uuid[]) AND (request.status <> 'pending' OR $2::boolean)
  WHERE lease.id = 1;
+
+-- name: barrier
+-- Commits a message in the log at the level that acknowledged commits have: once it returns, all that was visible before is as safe as it is.
+SELECT set_config('synchronous_commit',
+                  CASE current_setting('pgcoord.durable', true) WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
+                  true) AS level,
+       pg_logical_emit_message(true, 'pgcoord', '')::text AS message;
 
 -- name: queue_state
 -- How many requests wait, and for how many seconds the oldest has.

@@ -15,35 +15,70 @@ SELECT pg_advisory_lock($1::bigint);
 -- Takes the same lock if it is free.
 SELECT pg_try_advisory_lock($1::bigint) AS locked;
 
--- name: terminate_holders
--- Ends the sessions that hold the lock that a leader's sessions share, if its lease ran out while it was frozen or cut off.
-SELECT pid, pg_terminate_backend(pid) AS terminated
-  FROM pg_locks
- WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND pid <> pg_backend_pid()
-   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-   AND classid::bigint = ($1::bigint >> 32) & 4294967295
-   AND objid::bigint = $1::bigint & 4294967295
+-- name: terminate_idle_leader_sessions
+-- Ends sessions of a leader whose lease has run out, if they wait for their client: one that is frozen or cut off may hold locks for ever. Never a session that may be committing.
+SELECT locks.pid, pg_terminate_backend(locks.pid) AS terminated
+  FROM pg_locks AS locks
+  JOIN pg_stat_activity AS activity USING (pid)
+ WHERE locks.locktype = 'advisory' AND locks.objsubid = 1 AND locks.granted AND locks.pid <> pg_backend_pid()
+   AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND locks.classid::bigint = ($1::bigint >> 32) & 4294967295
+   AND locks.objid::bigint = $1::bigint & 4294967295
+   -- A commit that waits for a synchronous standby would become visible, and be acknowledged, without its copy.
+   AND activity.wait_event = 'ClientRead'
    AND EXISTS (SELECT FROM leader_lease WHERE id = 1 AND expires_at <= clock_timestamp());
 
 -- name: share_session_lock
--- Marks this session as one of the leader's, so that whoever takes over can end it, and whoever commits alone sees that there is one.
-SELECT pg_advisory_lock_shared($1::bigint), pg_advisory_lock_shared('leader_lease'::regclass::oid::integer, 0);
+-- Marks this session as one of the leader's, so that a successor can end it. False: another session keeps the lock to itself; the leader does without.
+SELECT pg_try_advisory_lock_shared($1::bigint) AS is_marked;
 
--- name: end_lone_commits
--- Ends the sessions that are committing alone: that takes a moment, so that one that holds up the lease is stuck.
-SELECT pid, pg_terminate_backend(pid) AS terminated
-  FROM pg_locks
- WHERE locktype = 'advisory' AND objsubid = 2 AND mode = 'ExclusiveLock' AND granted AND pid <> pg_backend_pid()
-   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-   AND classid = 'commit_requests'::regclass::oid AND objid = 0;
+-- name: is_elected_here
+-- Whether this server is the one on which a term was elected, and not a copy of it.
+SELECT EXISTS (SELECT FROM leader_lease
+                WHERE id = 1 AND term_id = $1::uuid AND server_started_at = pg_postmaster_start_time()) AS is_here;
+
+-- name: terminate_idle_direct_commits
+-- Ends sessions that hold up the lease with a direct commit in a transaction of their own, if they wait for their client or sleep. Never a session that may be committing.
+SELECT locks.pid, pg_terminate_backend(locks.pid) AS terminated
+  FROM pg_locks AS locks
+  JOIN pg_stat_activity AS activity USING (pid)
+ WHERE locks.locktype = 'advisory' AND locks.objsubid = 2 AND locks.mode = 'ExclusiveLock' AND locks.granted
+   AND locks.pid <> pg_backend_pid()
+   AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND locks.classid = 'commit_requests'::regclass::oid AND locks.objid = 0
+   AND activity.wait_event IN ('ClientRead', 'PgSleep');
+
+-- name: lease_holders
+-- The sessions that have the lease row locked or are changing it, longest first, and whether each waits for a synchronous standby; null: this role may not see that.
+SELECT activity.pid, activity.application_name AS application, activity.usename::text AS role,
+       activity.wait_event = 'SyncRep' AS waits_for_standby,
+       extract(epoch FROM clock_timestamp() - activity.xact_start)::double precision AS seconds
+  FROM pg_locks AS locks
+  JOIN pg_stat_activity AS activity USING (pid)
+ WHERE locks.locktype = 'relation' AND locks.relation = 'leader_lease'::regclass
+   AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND locks.mode IN ('RowShareLock', 'RowExclusiveLock') AND locks.granted AND locks.pid <> pg_backend_pid()
+ GROUP BY activity.pid, activity.application_name, activity.usename, activity.wait_event, activity.xact_start
+ ORDER BY activity.xact_start NULLS LAST, activity.pid;
+
+-- name: waits_for_standby
+-- For how many seconds the longest commit of ours has been waiting for a synchronous standby, as far as this role may see, and for which standbys.
+SELECT max(extract(epoch FROM clock_timestamp() - state_change))::double precision AS seconds,
+       current_setting('synchronous_standby_names') AS standbys
+  FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name LIKE 'pgcoord/%' AND wait_event = 'SyncRep';
 
 -- name: make_commits_durable
 -- Has this session's commits wait for the disk where its default would not; any stronger default stays.
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
 
 -- name: lock_lease
--- Waits until nobody else is changing the lease, so that the next statement of the transaction sees what they left.
-SELECT FROM leader_lease WHERE id = 1 FOR UPDATE;
+-- Waits until nobody else is changing the lease, so that the next statement of the transaction sees what they left; the transaction will be durable, and confirmed by synchronous standbys.
+SELECT CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')
+            THEN set_config('synchronous_commit', 'on', true) END AS synchronous_commit
+  FROM leader_lease
+ WHERE id = 1
+   FOR UPDATE;
 
 -- name: take_over
 -- Begins a new leadership: next epoch, new term, closing the one before. No row: the lease is held and unexpired, and the lock is not ours.
@@ -59,7 +94,7 @@ WITH previous AS (
 ), taken AS (
     UPDATE leader_lease AS lease
        SET epoch = previous.epoch + 1, term_id = previous.new_term_id, last_term_id = previous.new_term_id,
-           leader_addr = $1::text,
+           leader_addr = $1::text, server_started_at = pg_postmaster_start_time(),
            acquired_at = previous.moment, renewed_at = previous.moment,
            expires_at = previous.moment + make_interval(secs => $2::double precision)
       FROM previous
@@ -80,7 +115,9 @@ UPDATE leader_lease
    SET renewed_at = clock_timestamp(),
        expires_at = clock_timestamp() + make_interval(secs => $3::double precision)
  WHERE id = 1 AND epoch = $1::bigint AND term_id = $2::uuid AND expires_at > clock_timestamp()
-RETURNING step_down_epoch IS NOT DISTINCT FROM epoch AS asked_to_step_down;
+RETURNING step_down_epoch IS NOT DISTINCT FROM epoch AS asked_to_step_down,
+          -- A renewal that a crash loses does no harm, and one must not wait for a standby with the row locked.
+          set_config('synchronous_commit', 'off', true) AS synchronous_commit;
 
 -- name: ask_to_step_down
 -- Asks the leader of the present epoch to finish its batch, release the lease and stand behind the others.
@@ -121,7 +158,9 @@ WITH released AS (
       FROM released
      WHERE history.term_id = $2::uuid AND history.ended_at IS NULL
 )
-SELECT durable_version, pg_notify($4::text, '') IS NOT NULL AS announced FROM released;
+SELECT durable_version, pg_notify($4::text, '') IS NOT NULL AS announced,
+       set_config('synchronous_commit', 'off', true) AS synchronous_commit -- lost in a crash, the lease just runs out
+  FROM released;
 
 -- name: successor
 -- Who holds the lease now: for a fenced leader to say who fenced it.

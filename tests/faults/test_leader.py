@@ -200,12 +200,12 @@ def test_i2_a_frozen_leader_is_replaced_when_its_lease_runs_out_and_writes_nothi
 def test_i2_a_leader_frozen_in_the_middle_of_a_batch_leaves_nothing_of_it(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
-    """Its transaction waits for a lock, on the server, when it freezes; the successor ends it and does the work."""
+    """Its transaction waits for a lock, on the server, when it freezes. It may not be ended, and the fence refuses it."""
     first, second = two_leaders("1s", "10s")
     assert commit_held_up(settings, sql, lambda: freeze_until_replaced(first, second)) == 2
     assert value(sql, "SELECT epoch FROM leader_lease WHERE leader_addr = 'second'") == 2
     first.signal(signal.SIGCONT)
-    first.wait_for("lost")
+    first.wait_for("fenced")
     assert value(sql, "SELECT count(*) FROM commit_requests WHERE status = 'committed'") == 2
 
 

@@ -276,15 +276,13 @@ def test_i2_whoever_is_not_alone_goes_into_the_queue(
 
 
 @pytest.mark.usefixtures("term")
-def test_i1_where_no_leader_lives_nobody_commits_alone_however_long_the_lease(
-    settings: Settings, sql: Sql, leader_conn: Sql
-) -> None:
-    """As on a standby that was promoted: the lease is a copy, and so may be what a client has read before."""
+def test_i2_on_a_copy_of_the_lease_no_direct_commit_is_made_and_no_batch_settled(sql: Sql, judge: Resolver) -> None:
+    """As on a standby that was promoted: the term is the one that clients have read under, its versions may differ."""
     assert commit_alone(sql, 0) == 1
-    leader_conn.execute("SELECT pg_advisory_unlock_all(), set_config('lock_timeout', '10s', false)")
-    with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as client:
-        assert commit_alone(client, 1) is None
-        mark_leader_session(leader_conn, "pgcoord")  # whoever leads next need not wait for the end of that transaction
+    sql.execute("UPDATE leader_lease SET server_started_at = server_started_at - interval '1 day'")
+    assert commit_alone(sql, 1) is None
+    with pytest.raises(Fenced):
+        judge.resolve_batch()
     assert requests(sql) == [("committed", 1), ("pending", None)]
 
 

@@ -375,19 +375,20 @@ def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(
     assert ends(rival) == [(1, "leader", "lost"), (2, "keeper", "released")]
 
 
-def test_a_keeper_that_is_stopped_just_after_it_has_won_still_releases(
+def test_i16_a_keeper_that_is_stopped_while_it_takes_over_does_so_and_releases(
     settings: Settings, conn: Conn, rival: Conn, sql: Conn
 ) -> None:
-    """A stop cancels the wait for the election lock, never a statement after it."""
-    rival.execute("SELECT pg_advisory_lock($1)", [session_key("pgcoord")])
+    """A stop cancels the wait for the election lock, never a statement after it, which may be committing."""
+    rival.execute("BEGIN")
+    rival.execute("SELECT FROM leader_lease FOR UPDATE")
     with closing(Wakeup()) as wakeup:
         keeper = LeaseKeeper(settings, "keeper", 600, wakeup)
         keeper.start()
-        until(lambda: keeper.term and waits_for(sql, keeper_pid(sql) or 0, rival.info.backend_pid))
+        until(lambda: waits_for(sql, keeper_pid(sql) or 0, rival.info.backend_pid))
         stop = threading.Thread(target=keeper.stop)
         stop.start()
         stop.join(3 * CANCEL_AGAIN_SECONDS)  # long enough for a cancellation that must not be sent
-        rival.execute("SELECT pg_advisory_unlock($1)", [session_key("pgcoord")])
+        rival.execute("ROLLBACK")
         stop.join()
     assert ends(conn) == [(1, "keeper", "released")]
 

@@ -183,8 +183,10 @@ EXPECTED = {
         "bigint, bigint", "id bigint, commit_version bigint, payload bytea, resolved_at timestamptz"
     ),
     "commits.ask": Shape(
-        "uuid[], boolean", "epoch bigint, request_id uuid, status text, commit_version bigint, reason text"
+        "uuid[], boolean",
+        "epoch bigint, request_id uuid, status text, commit_version bigint, reason text, needs_barrier boolean",
     ),
+    "commits.barrier": Shape("", "level text, message text"),
     "commits.queue_state": Shape("", "pending bigint, oldest_pending_seconds double precision"),
     "commits.list": Shape("text, integer", REQUEST),
     "commits.show": Shape("uuid", REQUEST),
@@ -213,16 +215,21 @@ EXPECTED = {
     "lease.wait_for_election_lock": Shape("bigint", "pg_advisory_lock void"),
     "lease.try_election_lock": Shape("bigint", "locked boolean"),
     "lease.make_commits_durable": Shape("", "set_config text"),
-    "lease.terminate_holders": Shape("bigint", "pid integer, terminated boolean"),
-    "lease.share_session_lock": Shape("bigint", "pg_advisory_lock_shared void, pg_advisory_lock_shared void"),
-    "lease.end_lone_commits": Shape("", "pid integer, terminated boolean"),
-    "lease.lock_lease": Shape("", ""),
+    "lease.terminate_idle_leader_sessions": Shape("bigint", "pid integer, terminated boolean"),
+    "lease.share_session_lock": Shape("bigint", "is_marked boolean"),
+    "lease.is_elected_here": Shape("uuid", "is_here boolean"),
+    "lease.terminate_idle_direct_commits": Shape("", "pid integer, terminated boolean"),
+    "lease.lease_holders": Shape(
+        "", "pid integer, application text, role text, waits_for_standby boolean, seconds double precision"
+    ),
+    "lease.waits_for_standby": Shape("", "seconds double precision, standbys text"),
+    "lease.lock_lease": Shape("", "synchronous_commit text"),
     "lease.take_over": Shape(
         "text, double precision, boolean, text",
         "epoch bigint, term_id uuid, durable_version bigint, conflict_floor bigint, window_start_id bigint, "
         "queue_floor_id bigint, announced boolean",
     ),
-    "lease.renew": Shape("bigint, uuid, double precision", "asked_to_step_down boolean"),
+    "lease.renew": Shape("bigint, uuid, double precision", "asked_to_step_down boolean, synchronous_commit text"),
     "lease.ask_to_step_down": Shape("text", "epoch bigint, leader_addr text, announced boolean"),
     "lease.raise_floors": Shape("bigint, uuid, bigint, bigint, bigint", "durable_version bigint"),
     "lease.history": Shape(
@@ -230,7 +237,9 @@ EXPECTED = {
         "epoch bigint, leader_addr text, acquired_at timestamptz, ended_at timestamptz, end_reason text, "
         "first_version bigint, last_version bigint",
     ),
-    "lease.release": Shape("bigint, uuid, text, text", "durable_version bigint, announced boolean"),
+    "lease.release": Shape(
+        "bigint, uuid, text, text", "durable_version bigint, announced boolean, synchronous_commit text"
+    ),
     "lease.successor": Shape("", "epoch bigint, leader_addr text"),
     "locks.lock_holder": Shape("bigint", "pid integer, application text, client text, since timestamptz"),
     "migrations.create_schema": Shape("", ""),

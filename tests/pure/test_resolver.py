@@ -166,7 +166,7 @@ def test_i4_a_read_below_the_floor_is_too_old_even_if_nothing_it_read_was_writte
 
 
 def test_i2_what_was_read_of_a_term_beyond_its_last_version_here_is_too_old() -> None:
-    """Limits: 4 is the last version of the term read under, -1 says that the term is unknown, None that it is present."""
+    """Limits: 4 is the last version of the term read under; -1: the term is unknown; None: it is the present one."""
     read_b = codec.encode(Request((b"b",), (), (), ()))
     asked = [(4, 4), (4, 5), (-1, 6), (-1, 0), (None, 5), (None, 6), (0, 0)]
     batch = [Claimed(n, limit, version, read_b, NOON) for n, (limit, version) in enumerate(asked, start=1)]

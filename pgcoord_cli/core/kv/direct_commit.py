@@ -18,10 +18,10 @@ settlement of a batch and a direct commit each name the version that they follow
 one is rolled back. The lock makes that rare. A leader that cannot get the lock within its limit, because another
 session holds it for too long, goes on without it.
 
-**Not without a leader.** A valid lease is not enough: it may be a copy, on a standby that was promoted with fewer
-commits than clients have seen. `commit_alone` therefore also requires a living session of the leader, which it
-recognises by the advisory lock that all sessions of a leader share. A direct commit that is called by hand in a
-transaction that stays open blocks the renewal of the lease; the leader, or a candidate, then terminates that session
+**Not on a copy.** A valid lease is not enough: it may be a copy, on a standby that was promoted with fewer commits than
+clients have seen, or on a restored backup. The lease therefore names the start of the postmaster that it was taken on,
+and `commit_alone` compares it with its own. A direct commit that is called by hand in a transaction that stays open
+blocks the renewal of the lease; the leader, or a candidate, then terminates that session, unless it may be committing
 (`core.leader.lease_keeper`).
 
 **Fallback.** When any of these conditions fails, the same statement inserts the request into the queue, and the commit

@@ -13,7 +13,10 @@ without a task in between. A commit waits for one future, and holds no pooled co
 
 **Outcomes.** A reply channel says when to ask; once in a poll interval the client asks without a notification. What
 counts is only the status in the table, read together with the epoch in one snapshot, for all open requests at once
-(rule I3).
+(rule I3). Where the server replicates synchronously, it counts only behind a *barrier* (rule I16): a row becomes
+visible when the session that committed it is terminated, cancelled or restarted while it waits for the standby, and a
+failover then loses it. The barrier is a commit of the client's own, which returns once the standbys have everything
+before it.
 
 **Missing rows.** A request that is not in the table was lost in a crash, or was settled and then collected as garbage.
 It is submitted again. It cannot apply twice: by the time the row of a commit is collected, its read version is below
@@ -313,13 +316,15 @@ class Submitter:
     def _on_send_failed(self, batch: Sequence[PendingCommit], error: Exception) -> None:
         """Sends the batch again after a lost connection, which leaves open whether it arrived.
 
+        The same after a direct commit that replication did not confirm: the table then has its outcome.
+
         Any other error is the commits' answer, unless an earlier attempt may have enqueued them.
         """
         trouble = self._note_trouble(error)
         for commit in batch:
             if not isinstance(error, psycopg.Error):  # no connection was there that it could have been sent over
                 commit.sent = commit.may_be_enqueued
-            if isinstance(trouble, ConnectionFailed):
+            if isinstance(trouble, ConnectionFailed | OutcomeUnknown):
                 commit.doubtful = commit.sent
             elif commit.may_be_enqueued:
                 commit.settle(Outcome(None, None, self._trouble))
@@ -357,12 +362,30 @@ class Submitter:
             return
         if self._batcher.is_idle:
             self._trouble = None
-        for _, request_id, status, version, reason in answer:
+        settled: dict[bytes, Outcome] = {}
+        for _, request_id, status, version, reason, _ in answer:
             if request_id is not None:
                 missing.pop(request_id, None)
                 if status != b"pending":
-                    self._settle(request_id, _outcome((status, version, reason)))
+                    settled[request_id] = _outcome((status, version, reason))
         self._send_again(missing.values())
+        if settled and answer[0][5] == b"\x01":
+            self._pool.run(sql("commits", "barrier"), [], partial(self._on_barrier, settled))
+        else:
+            self._on_confirmed(settled)
+
+    def _on_barrier(self, settled: dict[bytes, Outcome], answer: Answer) -> None:
+        """Settles what the standbys have confirmed. A row can be visible, and lost in a failover, before that."""
+        if isinstance(answer, Exception):
+            self._note_trouble(answer)
+            self._has_news = True
+            self._asking.failed()
+        else:
+            self._on_confirmed(settled)
+
+    def _on_confirmed(self, settled: dict[bytes, Outcome]) -> None:
+        for request_id, outcome in settled.items():
+            self._settle(request_id, outcome)
         self._asking.succeeded()
 
     def _settle(self, request_id: bytes, outcome: Outcome) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -20,6 +21,7 @@ from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.listener import listen
 from pgcoord_cli.core.database.session import command_session, open_session
+from pgcoord_cli.core.leader import lease
 from pgcoord_cli.core.leader.lease import Renewal, Term, read_lease, successor
 from pgcoord_cli.core.leader.lease_keeper import RENEWALS_PER_TTL, LeaseKeeper, mark_leader_session
 from pgcoord_cli.core.leader.resolver import Resolver
@@ -29,6 +31,9 @@ from pgcoord_cli.errors import ConnectionFailed, Fenced, PgcoordError
 from pgcoord_cli.settings import Settings
 
 RECONNECT_SECONDS = 1.0
+
+STOP_SECONDS = 5.0
+"""How long a stop waits for the batch in flight."""
 
 
 class CandidateEvent(NamedTuple):
@@ -57,12 +62,17 @@ class Candidate:
         self._ttl = ttl
         self._report = report
         self._wakeup = Wakeup()
+        self._abandon = Wakeup()
         self._stopping = False
 
     def stop(self) -> None:
         """Asks `run` to finish the batch in hand, release the lease and return."""
         self._stopping = True
         self._wakeup.set()
+        # A commit that waits for a synchronous standby may last for ever, and is not cancelled (rule I16).
+        timer = threading.Timer(STOP_SECONDS, self._abandon.set)
+        timer.daemon = True
+        timer.start()
 
     def run(self) -> None:
         """Stands for election and leads until stopped. Raises PgcoordError where standing makes no sense."""
@@ -115,6 +125,7 @@ class Candidate:
         try:
             with closing(open_session(self._patient_settings(), "leader run", writes=True)) as conn:
                 mark_leader_session(conn, self._settings.schema)
+                lease.require_elected_here(conn, term)
                 conn.execute(sql("lease", "make_commits_durable"))
                 conn.execute(sql("session", "plan_once"))
                 conn.prepare_threshold = 0
@@ -142,7 +153,7 @@ class Candidate:
     def _resolve(self, conn: Connection[Any], keeper: LeaseKeeper, term: Term) -> None:
         commits, leadership = channels.commits(self._settings.schema), channels.leadership(self._settings.schema)
         notifications = listen(conn, (commits, leadership), self._wakeup)
-        resolver = Resolver(conn, term)
+        resolver = Resolver(conn, term, self._abandon.fileno())
         while not self._stopping and keeper.over is None:
             heard = notifications.wait(0 if resolver.has_more else channels.POLL_SECONDS)
             if leadership in heard:

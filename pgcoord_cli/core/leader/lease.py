@@ -25,6 +25,7 @@ from psycopg import Connection
 
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import ConnectionFailed
 
 DEFAULT_TTL = 10.0
 MIN_TTL = 1.0
@@ -112,6 +113,33 @@ class LeadershipRecord(NamedTuple):
 def history(conn: Connection[Any], since_seconds: float | None, limit: int) -> list[LeadershipRecord]:
     """Leaderships that were not over before `since_seconds` ago, newest first."""
     return [LeadershipRecord(*row) for row in conn.execute(sql("lease", "history"), [since_seconds, limit])]
+
+
+def require_elected_here(conn: Connection[Any], term: Term) -> None:
+    """Raises ConnectionFailed unless `conn` leads to the server on which `term` was elected.
+
+    With several hosts in the DSN, a failover between two connections leads to a copy of the lease with the same term.
+    """
+    row = conn.execute(sql("lease", "is_elected_here"), [term.term_id]).fetchone()
+    if not (row and row[0]):
+        raise ConnectionFailed(
+            "the resolver's connection leads to another server than the one that elected this leader"
+        )
+
+
+def describe_holders(conn: Connection[Any]) -> str:
+    """The sessions that have the lease row locked, in words, with what is known of why."""
+    rows = conn.execute(sql("lease", "lease_holders")).fetchall()
+    return "; ".join(_holder(*row) for row in rows) or "a session that has ended since"
+
+
+def _holder(pid: int, application: str, role: str, waits_for_standby: bool | None, seconds: float | None) -> str:
+    since = "" if seconds is None else f" for {seconds:.0f}s"
+    if waits_for_standby is None:
+        why = "; this role may not see what it waits for (grant pg_read_all_stats)"
+    else:
+        why = ", waiting for a synchronous standby" if waits_for_standby else ""
+    return f"pid {pid} ({application or 'no application name'}, role {role}){since}{why}"
 
 
 def release(conn: Connection[Any], schema: str, term: Term, reason: str) -> bool:

@@ -14,8 +14,10 @@ had not let the lease run out by then. A leader without trust starts nothing mor
 The resolver, which listens anyway, passes on what the leadership channel says (`look`), so that a request to step down
 is seen at once: the resolver finishes its batch, the lease is released, and whoever waits for the lock leads next.
 
-A renewal waits no longer for the row of the lease than until the next would be due. A client that commits alone
-(`core.kv.direct_commit`) locks it for a moment; one that holds it up for so long is stuck, and its session is ended.
+A renewal waits no longer for the row of the lease than until the next would be due. A commit locks the row until it is
+durable, and where the server replicates synchronously, until a standby has confirmed it. No session that may be
+committing is ever terminated (rule I16): while such a wait lasts nobody leads. Only a session that waits for its
+client, in the middle of a direct commit made by hand, is ended.
 
 **End.** `stop` releases the lease and with it wakes the standbys. When the connection is lost, or a renewal finds
 the lease run out or taken, the keeper says so through `over` and wakes the resolver.
@@ -23,6 +25,7 @@ the lease run out or taken, the keeper says so through `over` and wakes the reso
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from contextlib import suppress
@@ -41,10 +44,16 @@ from pgcoord_cli.db.connection import is_connection_lost, translate
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.settings import Settings
 
+_log = logging.getLogger("pgcoord.leader")
+
 RENEWALS_PER_TTL = 3
 CANCEL_SECONDS = 2.0
 CANCEL_AGAIN_SECONDS = 0.1
-LOCK_OF_THE_DEAD_SECONDS = 1.0
+TERMINATION_SECONDS = 1.0
+"""How long a terminated session may take to release its locks."""
+
+STOP_SECONDS = 5.0
+"""How long `stop` waits for a statement that waits for a synchronous standby; it must not be cancelled."""
 
 
 class LeaseKeeper(threading.Thread):
@@ -70,6 +79,7 @@ class LeaseKeeper(threading.Thread):
         self._waits_for_lock = False
         self._trusted_until = 0.0
         self._locked = False
+        self._stalled_since: float | None = None
         self._lock_key = lock_key(settings.schema, "election")
         self._release_reason = "released"
 
@@ -89,12 +99,15 @@ class LeaseKeeper(threading.Thread):
         self._stopping.set()
         self._resolver_done.set()
         self._signal.set()
-        while self._campaigning.is_set() and self.is_alive():
+        give_up_at = time.monotonic() + STOP_SECONDS
+        while self._campaigning.is_set() and self.is_alive() and time.monotonic() < give_up_at:
             # A cancellation can arrive before the statement it is meant for, so it is sent until it is heeded.
             self._cancel_wait_for_lock()
             self.join(CANCEL_AGAIN_SECONDS)
-        self.join()
-        self._signal.close()
+        self.join(STOP_SECONDS)
+        # Otherwise the thread waits for a standby: it is abandoned, and ends with the process, which closes its socket.
+        if not self.is_alive():
+            self._signal.close()
 
     def _cancel_wait_for_lock(self) -> None:
         """Cancels the wait for the election lock, and nothing else.
@@ -166,8 +179,9 @@ class LeaseKeeper(threading.Thread):
         try:
             term = lease.take_over(self._conn, self._settings.schema, self._node_id, self._ttl, lock_held=self._locked)
         except psycopg.errors.LockNotAvailable:
-            self._end_lone_commits()
-            return  # somebody keeps the row of the lease locked: the campaign goes on
+            self._on_locked_lease("the lease cannot be taken over")
+            return  # the campaign goes on
+        self._on_unlocked_lease()
         if term:
             self._trusted_until = sent_at + self._ttl
             self.term = term
@@ -175,13 +189,15 @@ class LeaseKeeper(threading.Thread):
             mark_leader_session(self._conn, self._settings.schema)
 
     def _end_old_sessions(self) -> None:
-        """Ends the sessions of a leader that is frozen or cut off, so that none of its locks is in the way.
+        """Ends the sessions of a leader that is frozen or cut off, so that none of its locks remains.
 
-        Not whoever holds the election lock: that may be another candidate, who was faster.
+        Only sessions that wait for their client: any other may be committing, and waiting for a standby (rule I16).
+        Not the holder of the election lock, which may be another candidate that was faster.
         """
         with suppress(psycopg.errors.InsufficientPrivilege):
-            self._conn.execute(sql("lease", "terminate_holders"), [session_key(self._settings.schema)])
-            self._locked = self._wait_for_lock(LOCK_OF_THE_DEAD_SECONDS)
+            key = session_key(self._settings.schema)
+            if self._conn.execute(sql("lease", "terminate_idle_leader_sessions"), [key]).fetchall():
+                self._locked = self._wait_for_lock(TERMINATION_SECONDS)
 
     def _keep(self) -> None:
         if self.term is None:
@@ -200,9 +216,12 @@ class LeaseKeeper(threading.Thread):
         try:
             found = lease.renew(self._conn, term, self._ttl)
         except psycopg.errors.LockNotAvailable:
-            self._end_lone_commits()
-            sent_at = time.monotonic()
-            found = lease.renew(self._conn, term, self._ttl)
+            if self._on_locked_lease("the lease cannot be renewed"):
+                return self._renew(term)
+            # A commit that waits for a standby keeps the row. Whether the lease still stands shows once it is free;
+            # until then this leader starts nothing, since its trust runs out.
+            return True
+        self._on_unlocked_lease()
         if found == Renewal.OVER:
             self._end(self._superseded())
         elif found == Renewal.STEP_DOWN:
@@ -214,10 +233,23 @@ class LeaseKeeper(threading.Thread):
             self._locked = self._locked or self._try_lock()
         return found == Renewal.RENEWED
 
-    def _end_lone_commits(self) -> None:
-        """Ends whoever holds up the lease with a commit of his own, as somebody who makes one by hand can."""
+    def _on_locked_lease(self, what: str) -> bool:
+        """Ends direct commits that were left open by hand; True if there was one.
+
+        Otherwise logs, once, which sessions keep the row locked.
+        """
         with suppress(psycopg.errors.InsufficientPrivilege):
-            self._conn.execute(sql("lease", "end_lone_commits"))
+            if self._conn.execute(sql("lease", "terminate_idle_direct_commits")).fetchall():
+                return True
+        if self._stalled_since is None:
+            self._stalled_since = time.monotonic()
+            _log.warning("%s: its row is locked by %s", what, lease.describe_holders(self._conn))
+        return False
+
+    def _on_unlocked_lease(self) -> None:
+        if self._stalled_since is not None:
+            _log.info("the lease row is free again after %.0f s", time.monotonic() - self._stalled_since)
+            self._stalled_since = None
 
     def _release(self, term: Term, reason: str) -> None:
         released = lease.release(self._conn, self._settings.schema, term, reason)

@@ -6,11 +6,11 @@ way: `write_data`, and at the end `settle_commits`, which sets the statuses, che
 version and wakes the clients. Either all of it happens or nothing (rules I2, I5).
 
 **Deciding.** In queue order. A payload that cannot be decoded is `rejected`. A read version below the conflict floor is
-`too_old`. So is one that was read under another term, unless `leader_history` has that very term and the read version is
-at most its last version: a failover to a standby that lagged, or a restored backup, has lost what was read, and gives
-its versions to other commits (rule I2). A read version above the durable version of the present term is `rejected`. A
-request whose reads were written since is a `conflict`. Any other gets the next version, and its writes enter the window
-at once, so that later requests of the same batch are checked against it.
+`too_old`. So is one that was read under another term, unless `leader_history` has that very term and the read version
+is at most its last version: a failover to a standby that lagged, or a restored backup, has lost what was read, and
+gives its versions to other commits (rule I2). A read version above the durable version of the present term is
+`rejected`. A request whose reads were written since is a `conflict`. Any other gets the next version, and its writes
+enter the window at once, so that later requests of the same batch are checked against it.
 
 **When PostgreSQL refuses a batch** for a reason that lies in the data, the window is rebuilt and the same requests are
 tried one by one; the one that is refused alone is `rejected` with PostgreSQL's reason (rule I6). When it undoes a
@@ -136,9 +136,10 @@ def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Ve
 class Resolver:
     """Resolves requests over `conn` for as long as `term` lasts. Raises Fenced when it is over."""
 
-    def __init__(self, conn: Connection[Any], term: Term) -> None:
+    def __init__(self, conn: Connection[Any], term: Term, abandon: int | None = None) -> None:
+        """`abandon` is a descriptor; when it becomes readable, an answer that has not come is not waited for."""
         self._conn = conn
-        self._pipeline = Pipeline(conn)
+        self._pipeline = Pipeline(conn, abandon=abandon)
         self._term = term
         self._floor = QueueFloor(term.queue_floor_id)
         self._above_floor = 0

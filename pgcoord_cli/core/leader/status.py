@@ -33,7 +33,12 @@ def status_document(conn: Connection[Any]) -> dict[str, dict[str, Any]]:
     """Who leads and how long the queue is, under the keys that scripts count on. Times are the server's."""
     lease = read_lease(conn)
     pending, oldest = conn.execute(sql("commits", "queue_state")).fetchone() or (0, None)
+    stalled, standbys = conn.execute(sql("lease", "waits_for_standby")).fetchone() or (None, "")
     reason = _ailment(lease, oldest)
+    if stalled is not None:
+        reason = (
+            f"a commit has waited {stalled:.0f}s for a synchronous standby ({standbys}); until then no leader can write"
+        )
     return {
         "leader": {
             "held": lease.held,
