@@ -8,8 +8,8 @@ SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
     (1, 'GRANT USAGE ON SCHEMA %1$I TO %2$I'),
     (2, 'GRANT SELECT ON %1$I.schema_migrations, %1$I.leader_lease, %1$I.leader_history TO %2$I'),
-    (3, 'GRANT SELECT (id, request_id, epoch, read_version, status, commit_version, reason, created_at, resolved_at) '
-        'ON %1$I.commit_requests TO %2$I'),
+    (3, 'GRANT SELECT (id, request_id, epoch, term_id, read_version, status, commit_version, reason, created_at, '
+        'resolved_at) ON %1$I.commit_requests TO %2$I'),
     (4, 'GRANT SELECT ON %1$I.lease_events, %1$I.completion_events, %1$I.outbox_floors, %1$I.subscriptions TO %2$I'),
     (5, 'GRANT SELECT ON %1$I.flows, %1$I.executions, %1$I.execution_leases, %1$I.edge_groups, %1$I.edges, '
         '%1$I.dispatch_failures, %1$I.lock_names TO %2$I'),
@@ -22,7 +22,7 @@ SELECT format(template, current_schema(), $1::text) AS statement
 SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
     (1, 'GRANT SELECT ON %1$I.kv, %1$I.commit_requests TO %2$I'),
-    (2, 'GRANT INSERT (request_id, epoch, read_version, payload, reply_channel) ON %1$I.commit_requests TO %2$I'),
+    (2, 'GRANT INSERT (request_id, epoch, term_id, read_version, payload, reply_channel) ON %1$I.commit_requests TO %2$I'),
     (3, 'GRANT INSERT (execution_id, lease_id, event_type, occurred_at_ms, partition_key, namespace, instance_tag) '
         'ON %1$I.lease_events TO %2$I'),
     (4, 'GRANT INSERT (partition_key, execution_id, flow_id, outcome, namespace, instance_tag, occurred_at_ms) '

@@ -28,7 +28,7 @@ def read_key(conn: Connection[Any], key: bytes) -> Entry:
     """What one key holds."""
     row = conn.execute(sql("kv", "read_keys"), [[key]]).fetchone()
     assert row is not None
-    return Entry(key, row[3], row[1])
+    return Entry(key, row[4], row[2])
 
 
 def read_range(
