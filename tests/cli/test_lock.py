@@ -55,7 +55,7 @@ def holder_pid(sql: Sql, holder: Ownership) -> int:
     ("script", "code"),
     [("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -KILL $$", 128 + 9), ("kill -TERM $$", 128 + 15)],
 )
-def test_the_exit_code_of_the_command_is_passed_through(script: str, code: int, cli: Cli) -> None:
+def test_i19_the_exit_code_of_the_command_is_passed_through(script: str, code: int, cli: Cli) -> None:
     done = cli("lock", "run", "nightly", "--", "sh", "-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 

@@ -269,7 +269,7 @@ def test_a_loop_ticks_again_and_again(settings: Settings, make: Make) -> None:
         assert process.wait(TIMEOUT) == 143
 
 
-def test_a_loop_outlives_its_connection(settings: Settings, make: Make, sql: Conn) -> None:
+def test_i17_a_loop_outlives_its_connection(settings: Settings, make: Make, sql: Conn) -> None:
     """A tick waits for a lock, and its session is ended meanwhile; the next tick has another."""
     flow = make(plan("a b", "a>b"))
     flow.end("a")

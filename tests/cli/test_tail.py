@@ -629,7 +629,7 @@ def test_a_foreign_cursor_is_no_end_either(text: str, offline: Call) -> None:
     assert answer.error["hint"].endswith(f"like {cursor(42)}")
 
 
-def test_a_cursor_ahead_of_the_head_is_refused(tail: Callable[..., Answer], sql: Sql) -> None:
+def test_i21_a_cursor_ahead_of_the_head_is_refused(tail: Callable[..., Answer], sql: Sql) -> None:
     assert tail("--from", cursor(1)).refusal == f"cursor {cursor(1)} is ahead of the outbox, which ends at {cursor(0)}"
     add(sql, 3)
     ahead = tail("--from", cursor(4))
@@ -638,7 +638,7 @@ def test_a_cursor_ahead_of_the_head_is_refused(tail: Callable[..., Answer], sql:
     assert tail("--from", cursor(3)) == (0, "", "")
 
 
-def test_a_subscription_ahead_of_the_head_is_refused(tail: Callable[..., Answer], sql: Sql) -> None:
+def test_i21_a_subscription_ahead_of_the_head_is_refused(tail: Callable[..., Answer], sql: Sql) -> None:
     assert tail("--subscription", "s").code == 0
     sql.execute("UPDATE subscriptions SET last_position = 7")
     assert f"cursor {cursor(7)} is ahead" in tail("--subscription", "s").refusal

@@ -321,7 +321,7 @@ def test_a_leader_that_is_asked_to_end_finishes_the_batch_in_hand(
 
 
 @pytest.mark.parametrize("which", ["leader keeper", "leader run"])
-def test_a_leader_that_loses_a_session_says_so_and_stands_again(
+def test_i17_a_leader_that_loses_a_session_says_so_and_stands_again(
     settings: Settings, sql: Sql, start_leader: StartLeader, which: str
 ) -> None:
     leader = start_leader("only", "--ttl", "60s")
@@ -404,7 +404,7 @@ def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledge
         assert value(sql, "SELECT durable_version FROM leader_lease") == total
 
 
-def test_a_candidate_stands_again_when_the_server_is_back(
+def test_i17_a_candidate_stands_again_when_the_server_is_back(
     own_settings: Settings, own_server: EmbeddedServer, start_leader: StartLeader
 ) -> None:
     leader = start_leader("only", settings=own_settings)

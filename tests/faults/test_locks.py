@@ -56,7 +56,7 @@ def through_proxy(settings: Settings) -> Iterator[tuple[StallingProxy, Settings]
 # -- the command ends with the lock
 
 
-def test_a_command_ends_with_all_it_started_when_its_session_is_ended(start: StartLock, sql: Sql) -> None:
+def test_i19_a_command_ends_with_all_it_started_when_its_session_is_ended(start: StartLock, sql: Sql) -> None:
     lock = start("nightly", "--", *FAMILY)
     family = lock.has_family()
     assert {os.getpgid(pid) for pid in family} == {family[0]}, "in a group of its own"

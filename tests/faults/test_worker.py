@@ -365,7 +365,7 @@ def test_the_first_signal_lets_the_command_in_hand_end(start: StartWorker, make:
     assert flow.states() == {"a": "success", "b": "eligible"}
 
 
-def test_the_second_signal_ends_the_command_and_gives_its_execution_back(
+def test_i19_the_second_signal_ends_the_command_and_gives_its_execution_back(
     start: StartWorker, make: Make, watch: Watch
 ) -> None:
     flow = make(a=household(watch), b="true")

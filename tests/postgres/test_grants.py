@@ -169,7 +169,7 @@ def test_a_reader_can_change_nothing_and_sees_neither_data_nor_payloads(reader: 
     )
 
 
-def test_a_client_can_submit_but_not_say_what_becomes_of_it(client: Settings, sql: psycopg.Connection[Any]) -> None:
+def test_i18_a_client_can_submit_requests_but_not_settle_them(client: Settings, sql: psycopg.Connection[Any]) -> None:
     columns, values = "request_id, epoch, read_version, payload", "gen_random_uuid(), 1, 0, ''"
     refused(
         client,

@@ -427,7 +427,7 @@ def test_an_append_is_part_of_the_callers_transaction(sql: Conn, service: Conn, 
 
 
 @both
-def test_an_append_takes_no_notice_of_the_callers_search_path(
+def test_i15_an_append_ignores_the_search_path_of_the_caller(
     service: Conn, sql: Conn, elsewhere: Settings, outbox: Outbox
 ) -> None:
     sql.execute("SET search_path = elsewhere")
@@ -452,7 +452,7 @@ def hostile_schema(sql: Conn) -> str:
 
 
 @both
-def test_an_append_uses_only_what_is_postgresqls_own(service: Conn, sql: Conn, outbox: Outbox) -> None:
+def test_i18_an_append_uses_only_what_is_in_pg_catalog(service: Conn, sql: Conn, outbox: Outbox) -> None:
     service.execute("SELECT set_config('search_path', %s, false)", [hostile_schema(sql)])
     append(service, outbox)
     assert value(sql, f"SELECT clock_timestamp() - to_timestamp(occurred_at_ms / 1000.0) < '1h' FROM {outbox.table}")

@@ -432,7 +432,7 @@ def test_i13_a_save_that_waits_for_an_acquisition_is_refused_after_it(
     assert position(sql) is None
 
 
-def test_a_checkpoint_is_found_whatever_the_callers_search_path_is(
+def test_i15_a_checkpoint_is_found_whatever_the_search_path_of_the_caller(
     settings: Settings, elsewhere: None, sql: Conn
 ) -> None:
     with (
@@ -445,7 +445,7 @@ def test_a_checkpoint_is_found_whatever_the_callers_search_path_is(
     assert value(sql, "SELECT count(*) FROM pgcoord.subscriptions") == 0
 
 
-def test_a_save_uses_only_what_is_postgresqls_own(acquire: Acquire, sql: Conn, service: Conn) -> None:
+def test_i18_a_save_uses_only_what_is_in_pg_catalog(acquire: Acquire, sql: Conn, service: Conn) -> None:
     sql.execute("CREATE SCHEMA hostile")
     sql.execute("CREATE FUNCTION hostile.no(bigint, bigint) RETURNS boolean LANGUAGE sql AS 'SELECT false'")
     sql.execute("CREATE OPERATOR hostile.= (FUNCTION = hostile.no, LEFTARG = bigint, RIGHTARG = bigint)")

@@ -702,7 +702,7 @@ def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Ins
 
 
 @pytest.mark.usefixtures("always_observing")
-def test_a_claim_above_the_floor_reads_no_settled_history(
+def test_i20_a_claim_above_the_floor_reads_no_settled_history(
     sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
     for _ in range(300):
