@@ -57,6 +57,10 @@ UPDATE edge_groups
 -- Judges one group after its counts have changed.
 SELECT judge_groups(ARRAY[$1::uuid]) AS moved;
 
+-- name: dispatch
+-- Claims undispatched completion events and counts the edges below them; one row for each event that this call claimed.
+SELECT claimed_id, counted FROM dispatch_completions($1::bigint[]);
+
 -- name: show
 -- One flow.
 SELECT flow_id, namespace, instance_tag, created_at, cancelled_at FROM flows WHERE flow_id = $1::uuid;

@@ -20,10 +20,6 @@ SELECT count(*) AS filtered
                     AND ($4::text IS NULL OR event.instance_tag IS NOT DISTINCT FROM $4::text))
          LIMIT $2::integer) AS left_out;
 
--- name: dispatch
--- Carries events one hop further; a row for each that this call claimed.
-SELECT claimed_id, counted FROM dispatch_completions($1::bigint[]);
-
 -- name: note_failure
 -- Notes that an event could not be carried on: the next try comes after a doubling pause, and none after so many.
 INSERT INTO dispatch_failures AS failure (event_id, last_error, retry_at)

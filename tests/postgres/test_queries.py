@@ -86,6 +86,7 @@ EXPECTED = {
     "flows.insert_edge": Shape("uuid, uuid, text", "edge_id uuid"),
     "flows.count_new_edge": Shape("uuid, text", ""),
     "flows.judge": Shape("uuid", "moved integer"),
+    "flows.dispatch": Shape("bigint[]", "claimed_id bigint, counted integer"),
     "flows.show": Shape(
         "uuid",
         "flow_id uuid, namespace text, instance_tag text, created_at timestamptz, cancelled_at timestamptz",
@@ -105,7 +106,6 @@ EXPECTED = {
     "flows.cancel": Shape("uuid", "is_found boolean, cancelled bigint"),
     "reconcile.undispatched": Shape("bigint, integer, text, text", "event_id bigint"),
     "reconcile.count_filtered": Shape("bigint, integer, text, text", "filtered bigint"),
-    "reconcile.dispatch": Shape("bigint[]", "claimed_id bigint, counted integer"),
     "reconcile.note_failure": Shape("bigint, text, integer", "attempts integer, is_quarantined boolean"),
     "reconcile.quarantined": Shape(
         "",

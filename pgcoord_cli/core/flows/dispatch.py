@@ -55,7 +55,7 @@ def dispatch_all(conn: Connection[Any], event_ids: Sequence[int]) -> dict[int, i
     backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
     for remaining in reversed(range(TRIES)):
         try:
-            return dict(conn.execute(sql("reconcile", "dispatch"), [list(event_ids)]).fetchall())
+            return dict(conn.execute(sql("flows", "dispatch"), [list(event_ids)]).fetchall())
         except psycopg.Error as error:
             if error.sqlstate not in TRANSIENT or not remaining:
                 raise
