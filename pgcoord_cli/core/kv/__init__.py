@@ -1,1 +1,1 @@
-"""The transaction client and everything else that reads or writes the key-value data."""
+"""The transaction client, and the other readers and writers of the key-value data."""

@@ -1,11 +1,11 @@
-"""Many keys at once: loading them from JSON lines, and exporting them.
+"""Loading many keys from JSON lines, and exporting them.
 
-**Load.** Lines are written in batches, a transaction each. The same transaction writes, under a reserved key that names
-the file's contents, how many bytes of it are done, so that the mark and the data can never disagree. A load of the
-same contents goes on behind the mark; when everything is loaded, the mark is removed. Keys that begin with 0xff are
-reserved for such marks, and an export leaves them out.
+**Load.** Lines are written in batches, one transaction each. The same transaction writes the progress, the number of
+bytes that are done, under a reserved key that contains the digest of the file, so that progress and data never
+disagree. A load of a file with the same contents continues after the stored progress; when all lines are loaded, the
+progress is removed. Keys that begin with 0xff are reserved for this, and an export leaves them out.
 
-**Export.** One snapshot, read a page at a time: a page begins behind the last key of the one before.
+**Export.** All pages are read in one snapshot; a page begins after the last key of the page before it.
 """
 
 from __future__ import annotations
@@ -26,20 +26,26 @@ from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import Settings
 
 RESERVED = b"\xff"
+"""First byte of the keys that neither a load nor an export takes."""
+
 PAGE = 1_000
+"""Keys that an export reads with one statement."""
 
 
 class Source(NamedTuple):
-    """An open file of JSON lines. `mark` is the key of its progress, None where it cannot be resumed; size in bytes."""
+    """An open file of JSON lines, and the key of its progress, None if a load of it cannot be resumed.
+
+    `size` is in bytes, None if it is not known.
+    """
 
     stream: IO[bytes]
     name: str
-    mark: bytes | None
+    progress_key: bytes | None
     size: int | None
 
 
 class Loaded(NamedTuple):
-    """How many keys this call wrote, in how many transactions, and at which byte it went on."""
+    """The keys and transactions that this call wrote, and the byte offset at which it began."""
 
     loaded: int
     transactions: int
@@ -47,7 +53,7 @@ class Loaded(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One line: a key, its value, and the position behind it."""
+    """One line: a key, its value, and the byte offset after the line."""
 
     key: bytes
     value: bytes
@@ -55,7 +61,7 @@ class Line(NamedTuple):
 
 
 def open_source(name: str) -> Source:
-    """Opens the file of that name, whose load can be resumed. Raises UsageError when it cannot be read."""
+    """Opens a file whose load can be resumed. Raises UsageError with the system's reason if it cannot be read."""
     path = Path(name)
     try:
         with path.open("rb") as stream:
@@ -68,7 +74,11 @@ def open_source(name: str) -> Source:
 async def load(
     settings: Settings, source: Source, batch_size: int, seconds: float, advance: Callable[[int], None]
 ) -> Loaded:
-    """Loads all of it; `advance` hears of bytes done. Raises UsageError naming a bad line, and what commits raise."""
+    """Loads a file, at most `batch_size` lines in a transaction, and waits `seconds` for each commit.
+
+    Calls `advance` with the number of bytes done since the last call. Raises UsageError, which names the line, for one
+    that is not valid, and what a commit raises.
+    """
     async with await connect(settings, "kv load") as database:
         resumed_at = done = await _resume(database, source)
         advance(done)
@@ -77,15 +87,15 @@ async def load(
             await database.run(partial(_write, source, batch), commit_seconds=seconds)
             advance(batch[-1].end - done)
             done, loaded, transactions = batch[-1].end, loaded + len(batch), transactions + 1
-        if source.mark:
-            await database.run(partial(_remove_mark, source.mark), commit_seconds=seconds)
+        if source.progress_key:
+            await database.run(partial(_remove_progress, source.progress_key), commit_seconds=seconds)
     return Loaded(loaded, transactions, resumed_at)
 
 
 async def _resume(database: Database, source: Source) -> int:
-    """The position behind what an earlier load of the same contents has committed; the stream is moved there."""
-    mark = await database.transaction().get(source.mark) if source.mark else None
-    start = int(mark or 0)
+    """Moves the stream to the byte offset that an earlier load of the same contents committed, and returns it."""
+    stored = await database.transaction().get(source.progress_key) if source.progress_key else None
+    start = int(stored or 0)
     if start:
         source.stream.seek(start)
     return start
@@ -94,12 +104,12 @@ async def _resume(database: Database, source: Source) -> int:
 async def _write(source: Source, batch: list[Line], transaction: Transaction) -> None:
     for line in batch:
         transaction.set(line.key, line.value)
-    if source.mark:
-        transaction.set(source.mark, b"%d" % batch[-1].end)
+    if source.progress_key:
+        transaction.set(source.progress_key, b"%d" % batch[-1].end)
 
 
-async def _remove_mark(mark: bytes, transaction: Transaction) -> None:
-    transaction.clear(mark)
+async def _remove_progress(key: bytes, transaction: Transaction) -> None:
+    transaction.clear(key)
 
 
 def _batches(source: Source, start: int, size: int) -> Iterator[list[Line]]:
@@ -118,7 +128,7 @@ def _lines(source: Source, start: int) -> Iterator[Line]:
     for number, text in enumerate(source.stream, start=1):
         end += len(text)
         if text.strip():
-            yield _parse(text, end, f"{source.name}, line {number}" + (" after the mark" if start else ""))
+            yield _parse(text, end, f"{source.name}, line {number}" + (f" after byte {start}" if start else ""))
 
 
 def _parse(text: bytes, end: int, place: str) -> Line:
@@ -130,8 +140,8 @@ def _parse(text: bytes, end: int, place: str) -> Line:
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
-            f"FILE: {place}: not a record with a key and a value",
-            hint='a line looks like {"key": "greeting", "value": "hello", "encoding": "utf-8"}',
+            f"FILE: {place}: not a JSON object with a string key and a string value",
+            hint='write a line as {"key": "greeting", "value": "hello", "encoding": "utf-8"}',
         ) from None
     if encoding not in ("utf-8", "hex"):
         raise UsageError(f"FILE: {place}: the encoding {encoding!r} is neither utf-8 nor hex")
@@ -143,11 +153,11 @@ def _parse(text: bytes, end: int, place: str) -> Line:
 
 
 def export(conn: Connection[Any], begin: bytes, end: bytes | None) -> Iterator[Entry]:
-    """Every key from `begin` up to but without `end`, all of one snapshot, in key order."""
+    """Yields the entries from `begin` up to but without `end` (None: to the last key) of one snapshot, in key order."""
     last = min(end, RESERVED) if end is not None else RESERVED
     with conn.transaction():
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         version = reading.read_version(conn)
         while page := reading.read_page(conn, begin, last, PAGE, version):
             yield from page
-            begin = page[-1].key + b"\0"
+            begin = page[-1].key + b"\0"  # the next possible key

@@ -6,10 +6,10 @@ woken. Much of what coordination writes is of this kind: a single write now and 
 
 **How.** The SQL function `commit_alone` does in one transaction what the leader would do: it stores the request as
 committed, writes the data, advances the durable version under the fence, and notifies the watches. It checks no reads,
-since no conflict is possible: it requires that the durable version is still the read version of the transaction, so
-that no commit can have written what was read. The stored row has the form of one that the leader settled, so that
-readers of the table need not tell the two apart: a running leader adds direct commits to its conflict window before it
-decides a batch, and a new leader loads them from the table.
+since no conflict is possible: it requires that the epoch, the term and the durable version are still those that the
+transaction read under, so that no commit can have written what was read. The stored row has the form of one that the
+leader settled, so that readers of the table need not tell the two apart: a running leader adds direct commits to its
+conflict window before it decides a batch, and a new leader loads them from the table.
 
 **Not beside the leader.** While the leader works at batches it holds a session-level advisory lock in shared mode.
 `commit_alone` tries for the same lock in exclusive mode and does not wait for it; the leader does wait for a direct

@@ -1,8 +1,8 @@
-"""Reading the key-value data synchronously, and keys as people write them.
+"""Synchronous reads of the key-value data, and the text form of keys and values on the command line.
 
-Commands read with these; services use `core.kv.client`, which also writes. On the command line a key or value is UTF-8
-text, or hexadecimal under `--hex`. On the way out, bytes that are not text are shown as hexadecimal, and the record's
-`encoding` says so.
+Commands read with these functions; services use `core.kv.client`, which also writes. On the command line a key or value
+is UTF-8 text, or hexadecimal with `--hex`. In output, bytes that are not text are hexadecimal, as the field `encoding`
+of the record tells.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pgcoord_cli.errors import UsageError
 
 
 class Entry(NamedTuple):
-    """A key, its value (None: no such key), and the durable version of the snapshot it was read in."""
+    """A key, its value (None: absent), and the durable version of the snapshot that it was read in."""
 
     key: bytes
     value: bytes | None
@@ -25,16 +25,20 @@ class Entry(NamedTuple):
 
 
 def read_key(conn: Connection[Any], key: bytes) -> Entry:
-    """What one key holds."""
+    """Reads one key."""
     row = conn.execute(sql("kv", "read_keys"), [[key]]).fetchone()
-    assert row is not None
-    return Entry(key, row[4], row[2])
+    assert row is not None  # one row even without the key, for epoch, term and version
+    _, _, version, _, value = row
+    return Entry(key, value, version)
 
 
 def read_range(
     conn: Connection[Any], begin: bytes, end: bytes | None, limit: int | None, *, reverse: bool
 ) -> tuple[int, list[Entry]]:
-    """The durable version, and the keys from `begin` up to but without `end`, of one snapshot."""
+    """Reads a range in one snapshot; returns the durable version and the entries from `begin` up to but without `end`.
+
+    At most `limit` entries (None: all), the last ones first if `reverse`.
+    """
     with conn.transaction():
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         version = read_version(conn)
@@ -44,39 +48,44 @@ def read_range(
 
 
 def read_version(conn: Connection[Any]) -> int:
-    """The durable version of the caller's snapshot."""
+    """Returns the durable version of the caller's snapshot."""
     _, version = conn.execute(sql("kv", "read_version")).fetchone() or (0, 0)
     return int(version)
 
 
 def read_page(conn: Connection[Any], begin: bytes, end: bytes | None, limit: int, version: int) -> list[Entry]:
-    """The first keys of a range, within the caller's transaction, whose snapshot has that version."""
+    """Reads the first `limit` keys of a range in the caller's transaction. `version` is that of its snapshot."""
     rows = conn.execute(sql("kv", "read_range"), [begin, PAST_THE_LAST_KEY if end is None else end, limit]).fetchall()
     return [Entry(key, value, version) for key, value in rows]
 
 
 def parse_key(text: str, argument: str, *, as_hex: bool) -> bytes:
-    """The bytes of a key on the command line; UsageError naming the argument."""
+    """Returns the bytes of a key from the command line. Raises UsageError, which names the argument."""
     return _sized(parse_bytes(text, argument, as_hex=as_hex), argument, MAX_KEY_BYTES)
 
 
 def parse_value(text: str, argument: str, *, as_hex: bool) -> bytes:
-    """The bytes of a value on the command line; UsageError naming the argument."""
+    """Returns the bytes of a value from the command line. Raises UsageError, which names the argument."""
     return _sized(parse_bytes(text, argument, as_hex=as_hex), argument, MAX_VALUE_BYTES)
 
 
 def parse_bytes(text: str, argument: str, *, as_hex: bool) -> bytes:
-    """UTF-8 text, or hexadecimal digits, as bytes; UsageError naming the argument."""
+    """Returns the bytes of UTF-8 text or of hexadecimal digits. Raises UsageError, which names the argument."""
     try:
         return bytes.fromhex(text) if as_hex else text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UsageError(f"{argument}: not UTF-8 text", hint="give it in hexadecimal, with --hex") from None
+        raise UsageError(f"{argument}: not UTF-8 text", hint="write it in hexadecimal, with --hex") from None
     except ValueError:
-        raise UsageError(f"{argument}: {text!r} is not hexadecimal", hint="two digits a byte, like 00ff") from None
+        raise UsageError(
+            f"{argument}: {text!r} is not hexadecimal", hint="write two digits a byte, such as 00ff"
+        ) from None
 
 
 def counter(amount: int, argument: str) -> bytes:
-    """The operand that adds `amount`, eight bytes little-endian, a negative one as two's complement."""
+    """Returns the operand of `add` for an amount: eight bytes little-endian, two's complement if it is negative.
+
+    Raises UsageError, which names the argument, for an amount that does not fit.
+    """
     if not -(1 << 63) <= amount < 1 << 63:
         raise UsageError(f"{argument}: {amount} does not fit into eight bytes")
     return (amount % (1 << 64)).to_bytes(8, "little")
@@ -84,12 +93,12 @@ def counter(amount: int, argument: str) -> bytes:
 
 def _sized(data: bytes, argument: str, limit: int) -> bytes:
     if len(data) > limit:
-        raise UsageError(f"{argument}: {len(data)} bytes are more than the {limit} that fit")
+        raise UsageError(f"{argument}: {len(data)} bytes; the limit is {limit}")
     return data
 
 
 def show(entry: Entry, *, as_hex: bool) -> dict[str, Any]:
-    """The entry as a record: text where both key and value are text, hexadecimal otherwise."""
+    """Returns the entry as a record: as text if key and value both are text, and `as_hex` is not set, else as hex."""
     text = not as_hex and is_text(entry.key) and is_text(entry.value or b"")
 
     def shown(data: bytes) -> str:

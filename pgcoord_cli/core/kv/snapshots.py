@@ -1,4 +1,9 @@
-"""Reading keys and ranges in one snapshot, together with the durable version of that very snapshot (rule I4)."""
+"""Reading keys and ranges in one PostgreSQL snapshot, together with the durable version of that snapshot (rule I4).
+
+Data and durable version come from one statement, since two statements would see two snapshots, and a commit between
+them would make the version wrong for the data. Reads of many transactions share a statement: those that arrive while
+one is in flight go out together in the next one (`core.concurrency.batcher`).
+"""
 
 from __future__ import annotations
 
@@ -19,13 +24,17 @@ from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 
 BATCH_LIMIT = 500
+"""Reads, of one or more keys and ranges each, that share a statement at most."""
+
 RETRIES = 2
+"""Attempts at a read whose failure is not raised: one for a lost connection, one for the first of its replacements."""
 
 Rows = tuple[tuple[bytes, bytes], ...]
+"""Keys with their values, in the order in which the range was read."""
 
 
 class RangeRead(NamedTuple):
-    """A half-open range to read: at most `limit` rows, from its end if `reverse`."""
+    """A half-open range to read: at most `limit` rows (None: all), from its end backwards if `reverse`."""
 
     begin: bytes
     end: bytes | None
@@ -33,7 +42,10 @@ class RangeRead(NamedTuple):
     reverse: bool = False
 
     def seen(self, rows: Rows) -> Range:
-        """The part of the range that `rows` speak of: where the limit was reached, it ends at the last of them."""
+        """Returns the part of the range that `rows` determine: if they reach the limit, it ends at the last of them.
+
+        Beyond that row nothing was read, so a write there is no conflict.
+        """
         if self.limit is None or len(rows) < self.limit or not rows:
             return self.begin, self.end
         last = rows[-1][0]
@@ -48,7 +60,11 @@ class ReadSet(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What one snapshot of PostgreSQL holds of what was wanted; an absent key has None."""
+    """The keys and ranges that were read in one snapshot, and what they were read under. Absent keys have None.
+
+    `epoch`, `term_id` (16 bytes; None: no leader was ever elected) and `version`, the durable version, are those of the
+    same snapshot: the resolver judges the read by all three.
+    """
 
     epoch: int
     term_id: bytes | None
@@ -58,41 +74,42 @@ class Snapshot(NamedTuple):
 
 
 class PendingRead(NamedTuple):
-    """A read that waits for the next statement, and the future of its snapshot."""
+    """A read that waits for its statement, and the future of its snapshot."""
 
-    wanted: ReadSet
+    read_set: ReadSet
     snapshot: asyncio.Future[Snapshot]
 
 
 class SnapshotReader:
-    """Reads for many transactions at once: the reads that arrive while a statement is in flight share the next one."""
+    """Reads snapshots for the transactions of one client, one statement in flight at a time."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._loop = asyncio.get_running_loop()
         self._batcher = Batcher(self._send, _fail, BATCH_LIMIT)
 
-    async def read(self, wanted: ReadSet) -> Snapshot:
-        """Returns a snapshot that holds at least what is wanted; reads of the same batch share it.
+    async def read(self, read_set: ReadSet) -> Snapshot:
+        """Returns a snapshot that contains at least `read_set`; reads of the same batch share it.
 
-        A read that fails is retried: over a new connection where the old one broke, and over another where the new one
-        was terminated while it was being opened. Raises PgcoordError after that.
+        Retries a read that failed, over a new connection if the old one was lost. Raises PgcoordError when it has
+        failed RETRIES times and once more.
         """
         for _ in range(RETRIES):
             with suppress(psycopg.Error, ConnectionFailed):
-                return await self._read_once(wanted)
+                return await self._read_once(read_set)
         with mapped_errors():
-            return await self._read_once(wanted)
+            return await self._read_once(read_set)
 
-    def _read_once(self, wanted: ReadSet) -> asyncio.Future[Snapshot]:
-        read = PendingRead(wanted, self._loop.create_future())
+    def _read_once(self, read_set: ReadSet) -> asyncio.Future[Snapshot]:
+        read = PendingRead(read_set, self._loop.create_future())
         self._batcher.add(read)
         return read.snapshot
 
     def _send(self, batch: list[PendingRead]) -> None:
-        keys = list({key for read in batch for key in read.wanted.keys})
-        ranges = list({interval for read in batch for interval in read.wanted.ranges})
+        keys = list({key for read in batch for key in read.read_set.keys})
+        ranges = list({interval for read in batch for interval in read.read_set.ranges})
         done = partial(self._on_answer, batch, keys, ranges)
+        # Most reads are of keys only, for which the server has a smaller plan to run.
         if ranges:
             self._pool.run(sql("kv", "read_snapshot"), [bytea_array(keys), *_bounds(ranges)], done)
         else:
@@ -126,15 +143,16 @@ def _bounds(ranges: list[RangeRead]) -> list[bytes]:
 
 
 def _snapshot(keys: list[bytes], ranges: list[RangeRead], answer: Answer) -> Snapshot | Exception:
-    """What an answer says. An exception is returned, not raised: others wait for the same statement."""
+    """Reads an answer. Returns an error instead of raising it, so that the caller can hand it to the whole batch."""
     if isinstance(answer, Exception):
         return answer
+    # Even without a single key found, the statement returns one row with epoch and version.
     if not answer:
-        return PgcoordError("leader_lease has lost its row", hint="restore it from a backup")
-    return _understood(keys, ranges, answer)
+        return PgcoordError("the table leader_lease has no row", hint="restore the table from a backup")
+    return _parsed(keys, ranges, answer)
 
 
-def _understood(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) -> Snapshot:
+def _parsed(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) -> Snapshot:
     epoch, term_id, version = integer(found[0][0]), found[0][1], integer(found[0][2])
     values: dict[bytes, bytes | None] = dict.fromkeys(keys)
     if not ranges:
@@ -143,10 +161,11 @@ def _understood(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) ->
     rows: dict[int, list[tuple[bytes, bytes]]] = {}
     for _, _, _, part, key, value in found:
         if key is not None and value is not None:
-            if place := integer(part):
+            if place := integer(part):  # 0 is the part of the single keys
                 rows.setdefault(place, []).append((key, value))
             else:
                 values[key] = value
+    # The statement merges its parts in any order.
     in_order = {
         interval: tuple(sorted(rows.get(place, ()), reverse=interval.reverse))
         for place, interval in enumerate(ranges, start=1)

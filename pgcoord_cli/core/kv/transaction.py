@@ -1,19 +1,19 @@
-"""One transaction: what it has read, what it wants to write.
+"""Transactions: the reads of one transaction, its buffered writes, and its commit.
 
-**Reading.** The first read fixes a read version: the durable version of the very snapshot that it read in (rule I4).
-What is asked for later is read in a later snapshot if data was committed since; then everything that the
-transaction read before is read again with it, and if any of that has changed, the transaction ends as a Conflict at
-once. So what it sees is always one consistent state, and no connection is held between its reads. Its own writes are
-seen by its reads.
+**Reading.** The first read fixes the read version: the durable version of the snapshot that it read in (rule I4). A
+later read uses a later snapshot. If commits lie between the two, everything that the transaction has read before is
+read again in the same statement, and if any of it has changed, the transaction ends with Conflict at once; otherwise
+the later version becomes the read version. So a transaction always sees one consistent state, and holds no connection
+between its reads. Its reads see its own writes.
 
-**Snapshot reads** (`snapshot=True`) see the same state but make no conflict: neither the resolver nor a later read
-minds that what they saw has changed.
+**Snapshot reads** (`snapshot=True`) see the same state but add no read conflict: what they returned may be written by
+others, without a conflict at a later read or at the commit.
 
-**Conflicts** are on what was read: keys, and of a range the part that the returned rows speak of. More can be added by
-hand, for reads and for writes.
+**Conflicts** are checked for the keys that were read, and of a range that was read for the part that the returned rows
+determine. Callers can add keys and ranges, to the reads and to the writes.
 
-**Limits.** Five seconds from the first read; keys, values and the whole of it as `core.commits.codec` says. Each has its own
-error.
+**Limits.** TIME_LIMIT_SECONDS from the first read to the commit; the sizes of keys, values and the whole transaction
+are those of `core.commits.codec`. Each limit has its own error.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ from pgcoord_cli.errors import (
 )
 
 TIME_LIMIT_SECONDS = 5.0
+"""Seconds from the first read after which a transaction is refused; the conflict window is a second longer."""
 
 
 class KeySelector(NamedTuple):
-    """A key by its place: from the last key below `key` (or up to it, if `or_equal`) go `offset` keys forward."""
+    """A key by its position: `offset` keys after the last key below `key` (not above `key`, if `or_equal`)."""
 
     key: bytes
     or_equal: bool
@@ -55,37 +56,42 @@ class KeySelector(NamedTuple):
 
     @classmethod
     def last_less_than(cls, key: bytes) -> KeySelector:
-        """The last key below `key`."""
+        """Selects the last key below `key`."""
         return cls(key, False, 0)
 
     @classmethod
     def last_less_or_equal(cls, key: bytes) -> KeySelector:
-        """`key`, or else the last key below it."""
+        """Selects `key` if it exists, or else the last key below it."""
         return cls(key, True, 0)
 
     @classmethod
     def first_greater_than(cls, key: bytes) -> KeySelector:
-        """The first key above `key`."""
+        """Selects the first key above `key`."""
         return cls(key, True, 1)
 
     @classmethod
     def first_greater_or_equal(cls, key: bytes) -> KeySelector:
-        """`key`, or else the first key above it."""
+        """Selects `key` if it exists, or else the first key above it."""
         return cls(key, False, 1)
 
     def __add__(self, keys: object) -> KeySelector:
-        """The selector of the key so many keys further on."""
+        """Selects the key that is `keys` keys further on."""
         if not isinstance(keys, int):
             return NotImplemented
         return self._replace(offset=self.offset + keys)
 
     def __sub__(self, keys: int) -> KeySelector:
-        """The selector of the key so many keys before."""
+        """Selects the key that is `keys` keys further back."""
         return self._replace(offset=self.offset - keys)
 
 
 class Transaction:
-    """Reads and writes that commit together or not at all. Not for use by several tasks at once."""
+    """Reads and writes that commit together or not at all. One task at a time may use it.
+
+    A read that goes to the server raises Conflict if a key that was read before has been written since, TimeLimit after
+    TIME_LIMIT_SECONDS, and ConnectionFailed. Reads and writes raise Rejected for keys and values beyond the limits:
+    KeyTooLarge, ValueTooLarge.
+    """
 
     def __init__(
         self,
@@ -104,44 +110,51 @@ class Transaction:
         self._began = 0.0
         self._values: dict[bytes, bytes | None] = {}
         self._rows: dict[RangeRead, Rows] = {}
+        # Dictionaries in place of sets: they keep the order of the reads, so that no payload depends on hashes.
         self._read_keys: dict[bytes, None] = {}
         self._read_ranges: dict[Range, None] = {}
+        # The ranges among `_rows` that must not change; those of snapshot reads may.
         self._compared_ranges: set[RangeRead] = set()
         self._write_ranges: list[Range] = []
         self._mutations: list[Mutation] = []
         self._write_set: WriteSet | None = None
+        # Keys whose value contains the versionstamp of this commit, which is not known yet.
         self._unreadable: set[bytes] = set()
         self._watches: list[Watch] = []
         self._committed: int | None = None
 
     @property
     def read_version(self) -> int | None:
-        """The durable version of the snapshot that everything so far was read in; None before the first read."""
+        """The version that all reads so far are consistent with; None before the first read."""
         return self._snapshot.version if self._snapshot else None
 
     @property
     def versionstamp(self) -> bytes:
-        """The ten bytes that name this transaction's commit; Rejected before it, and when nothing was written."""
+        """The ten bytes of this transaction's versionstamp. Raises Rejected before the commit, and without writes."""
         if self._committed is None:
-            raise Rejected("there is no versionstamp before the commit, nor for one that wrote nothing")
+            raise Rejected("no versionstamp: the transaction has not committed, or it wrote nothing")
         return versionstamp(self._committed)
 
     # -- reading
 
     async def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:
-        """The value of a key, as this transaction would leave it; None when there is none."""
+        """Returns the value of a key as this transaction would leave it, or None if the key is absent.
+
+        Raises Rejected for a key whose value contains the versionstamp of this transaction.
+        """
         if self._unreadable:
             self._check_readable(key, key + b"\0")
         own = self._own_writes()
         if own:
             decided, value = own.lookup(key)
-            if decided:
+            if decided:  # the own writes alone decide it, so that nothing is read and no conflict is possible
                 return value
         if key not in self._values:
             try:
                 codec.check_key(key)
             except Undecodable as error:
-                raise refusal(error) from None
+                raise rejection(error) from None
+            # Before the read, so that it sees what the holder of the key before this one wrote.
             if self._ticket and self._snapshot is None and not snapshot:
                 await self._ticket.acquire(key)
             await self._extend((key,), ())
@@ -152,12 +165,12 @@ class Transaction:
 
     def _check_readable(self, begin: bytes, end: bytes | None) -> None:
         if any(covers((begin, end), key) for key in self._unreadable):
-            raise Rejected("the key holds this commit's versionstamp: it can be read after the commit")
+            raise Rejected("the value contains the versionstamp of this commit: it can be read only after the commit")
 
     def _own_writes(self) -> WriteSet | None:
-        """The net effect of what was written so far; folded only when somebody reads after writing."""
+        """Returns the net effect of the writes so far, or None without any. Folded at the first read after a write."""
         if self._mutations and self._write_set is None:
-            # What versionstamped mutations write is known only to the commit.
+            # Versionstamped mutations are left out: what they write is known only at the commit.
             self._write_set = fold(m for m in self._mutations if m.op < Op.SET_VERSIONSTAMPED_KEY)
         return self._write_set
 
@@ -170,12 +183,12 @@ class Transaction:
         reverse: bool = False,
         snapshot: bool = False,
     ) -> list[tuple[bytes, bytes]]:
-        """Keys and values from `begin` up to but without `end` (None: to the last key), as this transaction sees them.
+        """Returns the keys and values from `begin` up to but without `end` (None: to the last key), in key order.
 
-        At most `limit`, from the end backwards if `reverse`.
+        At most `limit` of them; from the end backwards if `reverse`. Own writes are seen. Raises like `get`.
         """
         if limit is not None and not 0 <= limit < 1 << 63:
-            raise ValueError(f"a limit of {limit}")
+            raise ValueError(f"limit: {limit} is not between 0 and {(1 << 63) - 1}")
         first = await self._bound(begin, snapshot=snapshot)
         last = await self._bound(end, snapshot=snapshot)
         if first is None or (last is not None and first >= last):
@@ -183,7 +196,7 @@ class Transaction:
         with checked():
             codec.check_range(first, last)
         self._check_readable(first, last)
-        # Own writes may hide stored rows, so with any in hand the whole range is read.
+        # Own writes may hide stored rows, so that a limited read could return too few: the whole range is read.
         interval = RangeRead(first, last, None if self._mutations else limit, reverse)
         if interval not in self._rows:
             await self._extend((), (interval,))
@@ -197,7 +210,7 @@ class Transaction:
         return sorted(own.over(dict(rows), first, last).items(), reverse=reverse)[:limit]
 
     async def get_key(self, selector: KeySelector, *, snapshot: bool = False) -> bytes | None:
-        """The key that a selector points at; b"" before the first key, None past the last."""
+        """Returns the key that a selector points at; b"" before the first key, None past the last."""
         edge = selector.key + b"\0" if selector.or_equal else selector.key
         if selector.offset > 0:
             rows = await self.get_range(edge, None, limit=selector.offset, snapshot=snapshot)
@@ -210,48 +223,52 @@ class Transaction:
         return await self.get_key(bound, snapshot=snapshot) if isinstance(bound, KeySelector) else bound
 
     async def _extend(self, keys: tuple[bytes, ...], ranges: tuple[RangeRead, ...]) -> None:
-        """Reads more; what was read before is read again with it, and must not have changed."""
+        """Reads keys and ranges, and all that was read before again, in one snapshot. Raises Conflict and TimeLimit."""
         if self._snapshot is None:
             self._began = monotonic()
         else:
             self._check_time()
             keys, ranges = (*self._values, *keys), (*self._rows, *ranges)
         now = await self._reader.read(ReadSet(keys, ranges))
-        if self._snapshot and now.version != self._snapshot.version and not self._still_holds(now):
-            raise Conflict("what this transaction read before has been written since", hint="run it again")
+        # With the same durable version no commit lies between the two snapshots, so that nothing can have changed.
+        if self._snapshot and now.version != self._snapshot.version and not self._is_unchanged(now):
+            raise Conflict("a key that was read has been written since", hint="run the transaction again")
         self._snapshot = now
         self._values.update((key, now.values[key]) for key in keys)
         self._rows.update((interval, now.rows[interval]) for interval in ranges)
 
-    def _still_holds(self, now: Snapshot) -> bool:
+    def _is_unchanged(self, now: Snapshot) -> bool:
         return all(now.values[key] == self._values[key] for key in self._read_keys if key in self._values) and all(
             now.rows[interval] == self._rows[interval] for interval in self._compared_ranges
         )
 
     def _check_time(self) -> None:
         if monotonic() - self._began > TIME_LIMIT_SECONDS:
-            raise TimeLimit(f"the transaction is older than {TIME_LIMIT_SECONDS:g}s", hint="run it again, and faster")
+            raise TimeLimit(
+                f"the transaction began more than {TIME_LIMIT_SECONDS:g}s ago",
+                hint="run it again, with less work between its first read and its commit",
+            )
 
-    # -- conflicts by hand
+    # -- conflicts that the caller adds
 
     def add_read_conflict_key(self, key: bytes) -> None:
-        """Makes this transaction conflict with writes of a key, as if it had been read."""
+        """Makes this transaction conflict with later writes of a key, as if it had been read."""
         with checked():
             codec.check_key(key)
         self._read_keys[key] = None
 
     def add_read_conflict_range(self, begin: bytes, end: bytes | None) -> None:
-        """Makes this transaction conflict with writes from `begin` up to but without `end`."""
+        """Makes this transaction conflict with later writes from `begin` up to but without `end`."""
         with checked():
             codec.check_range(begin, end)
         self._read_ranges[begin, end] = None
 
     def add_write_conflict_key(self, key: bytes) -> None:
-        """Makes others that read a key conflict with this transaction, as if it had been written."""
+        """Makes transactions that read a key conflict with this one, as if it had written the key."""
         self.add_write_conflict_range(key, key + b"\0")
 
     def add_write_conflict_range(self, begin: bytes, end: bytes | None) -> None:
-        """Makes others that read from `begin` up to but without `end` conflict with this transaction."""
+        """Makes transactions that read from `begin` up to but without `end` conflict with this one."""
         with checked():
             codec.check_range(begin, end)
         self._write_ranges.append((begin, end))
@@ -259,7 +276,7 @@ class Transaction:
     # -- writing
 
     def set(self, key: bytes, value: bytes) -> None:
-        """Writes a key."""
+        """Sets a key to a value."""
         self._mutate(Op.SET, key, value)
 
     def clear(self, key: bytes) -> None:
@@ -271,51 +288,51 @@ class Transaction:
         self._mutate(Op.CLEAR_RANGE, begin, end)
 
     def add(self, key: bytes, operand: bytes) -> None:
-        """Adds unsigned little-endian numbers; the result has the operand's length."""
+        """Adds an unsigned little-endian number; the result has the operand's length. An absent key counts as zero."""
         self._mutate(Op.ADD, key, operand)
 
     def bit_and(self, key: bytes, operand: bytes) -> None:
-        """Bitwise and; an absent key becomes the operand."""
+        """Applies a bitwise AND; the result has the operand's length. An absent key is set to the operand."""
         self._mutate(Op.BIT_AND, key, operand)
 
     def bit_or(self, key: bytes, operand: bytes) -> None:
-        """Bitwise or."""
+        """Applies a bitwise OR; the result has the operand's length. An absent key is set to the operand."""
         self._mutate(Op.BIT_OR, key, operand)
 
     def bit_xor(self, key: bytes, operand: bytes) -> None:
-        """Bitwise exclusive or."""
+        """Applies a bitwise XOR; the result has the operand's length. An absent key is set to the operand."""
         self._mutate(Op.BIT_XOR, key, operand)
 
     def append_if_fits(self, key: bytes, operand: bytes) -> None:
-        """Appends, unless the value would become longer than values may be."""
+        """Appends the operand, unless the value would become longer than MAX_VALUE_BYTES."""
         self._mutate(Op.APPEND_IF_FITS, key, operand)
 
     def max(self, key: bytes, operand: bytes) -> None:
-        """The greater of two unsigned little-endian numbers, of the operand's length."""
+        """Sets the greater of two unsigned little-endian numbers, of the operand's length. Absent counts as zero."""
         self._mutate(Op.MAX, key, operand)
 
     def min(self, key: bytes, operand: bytes) -> None:
-        """The smaller of two unsigned little-endian numbers; an absent key becomes the operand."""
+        """Sets the smaller of two unsigned little-endian numbers, of the operand's length. Absent: the operand."""
         self._mutate(Op.MIN, key, operand)
 
     def byte_max(self, key: bytes, operand: bytes) -> None:
-        """The lexically greater of two byte strings."""
+        """Sets the lexically greater of two byte strings. An absent key is set to the operand."""
         self._mutate(Op.BYTE_MAX, key, operand)
 
     def byte_min(self, key: bytes, operand: bytes) -> None:
-        """The lexically smaller of two byte strings; an absent key becomes the operand."""
+        """Sets the lexically smaller of two byte strings. An absent key is set to the operand."""
         self._mutate(Op.BYTE_MIN, key, operand)
 
     def compare_and_clear(self, key: bytes, operand: bytes) -> None:
-        """Removes the key if it holds just the operand."""
+        """Removes the key if its value equals the operand."""
         self._mutate(Op.COMPARE_AND_CLEAR, key, operand)
 
     def set_versionstamped_key(self, template: bytes, value: bytes) -> None:
-        """Writes a key that holds the commit's versionstamp; the template's last four bytes say at which offset."""
+        """Sets a key with the versionstamp at the offset in the last four bytes of the template, little-endian."""
         self._mutate(Op.SET_VERSIONSTAMPED_KEY, template, value)
 
     def set_versionstamped_value(self, key: bytes, template: bytes) -> None:
-        """Writes a value that holds the commit's versionstamp; the template's last four bytes say at which offset."""
+        """Sets a value with the versionstamp at the offset in the last four bytes of the template, little-endian."""
         self._mutate(Op.SET_VERSIONSTAMPED_VALUE, key, template)
 
     def _mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
@@ -323,7 +340,7 @@ class Transaction:
         try:
             codec.check_mutation(mutation)
         except Undecodable as error:
-            raise refusal(error) from None
+            raise rejection(error) from None
         self._mutations.append(mutation)
         if op == Op.SET_VERSIONSTAMPED_VALUE:
             self._unreadable.add(key)
@@ -331,39 +348,45 @@ class Transaction:
             self._unreadable.discard(key)
         elif op == Op.CLEAR_RANGE:
             self._unreadable = {other for other in self._unreadable if not covers((key, operand), other)}
+        # Once folded, the write set is kept up to date, so that reads between many writes do not fold them all again.
         if op < Op.SET_VERSIONSTAMPED_KEY and self._write_set is not None:
             self._write_set.add(mutation)
 
     @property
     def wrote_ticket_key(self) -> bool:
-        """Whether it wrote the very key that it read first; a range that holds it does not count."""
+        """Whether the transaction wrote the key that it read first. A cleared range with that key does not count."""
         key = self._ticket.key if self._ticket else None
         return key is not None and any(mutation.key == key for mutation in self._mutations)
 
     # -- ending
 
     async def watch(self, key: bytes) -> Watch:
-        """Something to await after the commit: it is over once the key no longer holds what this transaction leaves."""
+        """Returns a watch to await after the commit: it completes once the key has another value than this leaves.
+
+        It reads the key, without a read conflict.
+        """
         watch = Watch(key, await self.get(key, snapshot=True))
         self._watches.append(watch)
         return watch
 
     async def commit(self) -> int:
-        """The version at which the writes took effect; without writes, the version that was read.
+        """Commits the writes, and returns their commit version; without writes, the read version.
 
-        Raises Conflict, TooOld, Rejected (nothing was written) and OutcomeUnknown.
+        Raises Conflict, TooOld or Rejected, after which nothing was written; ConnectionFailed if the request was not
+        sent; OutcomeUnknown if it is not known whether it committed. A transaction that wrote nothing never conflicts.
         """
-        snapshot = self._snapshot or await self._read_at_last()
+        snapshot = self._snapshot or await self._read_version_only()
         version = snapshot.version
         if self._mutations or self._write_ranges:
             self._check_time()
             version = self._committed = await self._submit(snapshot)
+        # Only now: a watch expects the value that this transaction leaves, which was not there before.
         for watch in self._watches:
             self._watcher.add(watch)
         return version
 
-    async def _read_at_last(self) -> Snapshot:
-        """The snapshot of a transaction that read nothing; it has as long for that as for its commit."""
+    async def _read_version_only(self) -> Snapshot:
+        """Takes the snapshot of a transaction that read nothing. Raises ConnectionFailed after `commit_seconds`."""
         try:
             async with asyncio.timeout(self._commit_seconds):
                 await self._extend((), ())
@@ -379,7 +402,7 @@ class Transaction:
         try:
             payload = codec.encode(request)
         except Undecodable as error:
-            raise refusal(error) from None
+            raise rejection(error) from None
         submission = Submission(new_request_id(), snapshot.epoch, snapshot.term_id, snapshot.version, payload, request)
         return committed_version(await self._submitter.submit(submission, self._commit_seconds))
 
@@ -393,22 +416,23 @@ _LIMITS: dict[type[Undecodable], type[Rejected]] = {
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """Within the block, what the codec refuses leaves as the Rejected that says which limit it was."""
+    """Translates an Undecodable that the block raises into the Rejected of the limit that was exceeded."""
     try:
         yield
     except Undecodable as error:
-        raise refusal(error) from None
+        raise rejection(error) from None
 
 
-def refusal(error: Undecodable) -> Rejected:
-    """The Rejected that says which limit it was."""
+def rejection(error: Undecodable) -> Rejected:
+    """Returns the Rejected of the limit that was exceeded, or a plain Rejected for a range that runs backwards."""
     return _LIMITS.get(type(error), Rejected)(str(error))
 
 
 def committed_version(outcome: Outcome) -> int:
-    """The version of a committed outcome; raises the CommitRefused of any other."""
+    """Returns the version of a committed outcome. Raises Conflict, Rejected or TooOld for any other."""
     if outcome.version is not None:
         return outcome.version
     kinds: dict[str | None, type[CommitRefused]] = {"conflict": Conflict, "rejected": Rejected}
+    # An orphaned request outlived its leader without being decided: for the caller that is as too_old.
     kind = kinds.get(outcome.status, TooOld)
     raise kind(outcome.reason or "a key that was read has been written since", hint="nothing was written")

@@ -1,8 +1,8 @@
-"""Watching keys: being told when a value is no longer what it was.
+"""Watches: futures that complete when the value of a key has changed.
 
-Every batch that commits notifies one channel. Then, and once in a poll interval, all watched keys are read in one
-statement, and a watch whose key holds something else than expected is over. A value that changes and changes back
-between two looks may go unnoticed, as in FoundationDB.
+Every settled batch with a commit, and every direct commit, notifies one channel. On each notification, and once in a
+poll interval, all watched keys of a client are read in one snapshot, and a watch whose key no longer has the expected
+value completes. A value that changes and changes back between two reads may go unnoticed, as in FoundationDB.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from pgcoord_cli.errors import PgcoordError
 
 
 class Watch:
-    """Await it: returns once the key no longer holds `expected`. It looks from the moment its transaction commits."""
+    """An awaitable that returns once the value of `key` is not `expected` (None: absent).
+
+    The key is watched from the commit of the watch's transaction on. Awaiting raises CancelledError when the watch was
+    cancelled, or the client was closed.
+    """
 
     def __init__(self, key: bytes, expected: bytes | None) -> None:
         self.key = key
@@ -30,34 +34,35 @@ class Watch:
         return self.changed.__await__()
 
     def cancel(self) -> None:
-        """Stops looking."""
+        """Ends the watch; whatever awaits it raises CancelledError."""
         self.changed.cancel()
 
 
 class Watcher:
-    """Looks after the watches of one client."""
+    """Completes the watches of one client, with one task that runs while there are any."""
 
     def __init__(self, schema: str, reader: SnapshotReader, listener: AsyncListener) -> None:
         self._channel = channels.data(schema)
         self._reader = reader
-        self._look = asyncio.Event()
+        self._wakeup = asyncio.Event()
         self._listener = listener
         self._watches: set[Watch] = set()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
     def add(self, watch: Watch) -> None:
-        """Begins to look after a watch."""
+        """Starts to watch a key. Cancels the watch at once if the client was closed."""
         if self._closed:
             watch.cancel()
             return
         self._watches.add(watch)
-        self._look.set()
+        # Read at once: the value may have changed between the commit and this call, and was notified already.
+        self._wakeup.set()
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Cancels every watch."""
+        """Cancels every watch, and ends the task."""
         self._closed = True
         for watch in self._watches:
             watch.cancel()
@@ -68,25 +73,29 @@ class Watcher:
 
     async def _run(self) -> None:
         backoff = Backoff(0.05, 1.0)
-        await self._listener.listen(self._channel, self._look.set)
+        await self._listener.listen(self._channel, self._wakeup.set)
         while self._watches:
-            self._look.clear()
+            # Cleared before the read: a notification during the read causes another one.
+            self._wakeup.clear()
             try:
-                await self._look_once()
+                await self._check_once()
                 backoff.reset()
-            except PgcoordError:
+            except PgcoordError:  # the server may be back at the next read
                 await backoff.pause()
+            # Notifications only wake (rule I7): one that was lost costs a poll interval.
             with suppress(TimeoutError):
                 async with asyncio.timeout(channels.POLL_SECONDS):
-                    await self._look.wait()
+                    await self._wakeup.wait()
 
-    async def _look_once(self) -> None:
+    async def _check_once(self) -> None:
         self._watches = {watch for watch in self._watches if not watch.changed.done()}
         keys = tuple({watch.key for watch in self._watches})
         if not keys:
             return
         values = (await self._reader.read(ReadSet(keys))).values
         for watch in list(self._watches):
+            # A watch may have been added during the read, with a key that the read lacks. The next read, for which
+            # `add` has set the event, has that key.
             if watch.key in values and values[watch.key] != watch.expected and not watch.changed.done():
                 watch.changed.set_result(None)
                 self._watches.discard(watch)
