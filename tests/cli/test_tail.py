@@ -611,7 +611,7 @@ def test_what_is_no_utf_8_is_refused(refused: Callable[..., str]) -> None:
         (cursor(42)[:-2], "is not a cursor"),
         (cursor(42) + "00", "is not a cursor"),
         (cursor(42).replace("2", "g"), "is not a cursor"),
-        ("01" + cursor(42)[2:], "is not a cursor of this kind: it begins with 01"),
+        ("01" + cursor(42)[2:], "is a cursor of version 01; this pgcoord reads version 02"),
         ("02ffffffffffffffff", "is not a cursor: its position is negative"),
     ],
     ids=["number", "truncated", "too long", "no hex", "foreign", "negative"],

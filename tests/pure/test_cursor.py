@@ -1,4 +1,4 @@
-"""Cursors: what is printed is taken back, and anything else is refused with a picture of a right one."""
+"""Cursors: a printed cursor is parsed back to its position; any other text is a UsageError that shows a valid one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ positions = st.integers(0, MAX_POSITION)
 
 
 @given(positions)
-def test_i10_a_printed_cursor_is_taken_back_as_the_same_position(position: int) -> None:
+def test_i10_a_printed_cursor_is_parsed_back_to_the_same_position(position: int) -> None:
     assert from_cursor(to_cursor(position), "--from") == position
 
 
@@ -25,17 +25,17 @@ def test_a_cursor_is_nine_bytes_a_version_and_a_signed_big_endian_number(positio
 
 
 @given(positions, positions)
-def test_cursors_sort_as_text_like_their_positions(one: int, other: int) -> None:
+def test_cursors_sort_as_text_in_the_order_of_their_positions(one: int, other: int) -> None:
     assert (to_cursor(one) < to_cursor(other)) == (one < other)
 
 
 @given(positions)
-def test_capitals_and_spaces_around_a_cursor_do_not_matter(position: int) -> None:
+def test_upper_case_and_surrounding_spaces_are_accepted(position: int) -> None:
     assert from_cursor(f" {to_cursor(position).upper()}\n", "--from") == position
 
 
 def refusal(text: str) -> str:
-    """What is said of a text that is no cursor; it has to show what a cursor looks like."""
+    """Returns the message for a text that is not a cursor, and checks that the hint holds a valid one."""
     with pytest.raises(UsageError) as caught:
         from_cursor(text, "--from")
     assert caught.value.exit_code == 2
@@ -53,12 +53,12 @@ def refusal(text: str) -> str:
         pytest.param("02000000000000002", id="a digit short"),
         pytest.param("0200000000000000", id="a byte short"),
         pytest.param("02000000000000002a0", id="a digit long"),
-        pytest.param("02000000000000002g", id="no hexadecimal digit"),
+        pytest.param("02000000000000002g", id="not a hexadecimal digit"),
         pytest.param("0x0000000000000042", id="a number in another notation"),
         pytest.param("02 0000000000002a ", id="a space within"),
         pytest.param("+2000000000000002a", id="a sign"),
         pytest.param("02_00000000000002a", id="an underscore, which int() would take"),
-        pytest.param("02000000000000００2a", id="digits of another script"),
+        pytest.param("02000000000000００2a", id="full-width digits"),
         pytest.param("02000000000000002a\n02000000000000002b", id="two cursors"),
         pytest.param("10m", id="a duration"),
         pytest.param("7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f", id="a UUID"),
@@ -71,10 +71,10 @@ def test_a_malformed_or_truncated_cursor_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["00", "01", "03", "20", "ff"])
-def test_a_cursor_of_another_version_is_refused_and_says_which_one_it_is(version: str) -> None:
+def test_a_cursor_of_another_version_is_refused_and_the_message_names_that_version(version: str) -> None:
     text = version + to_cursor(42)[2:]
     assert looks_like_cursor(text)
-    assert refusal(text).endswith(f"is not a cursor of this kind: it begins with {version}")
+    assert refusal(text).endswith(f"is a cursor of version {version}; this pgcoord reads version 02")
 
 
 @pytest.mark.parametrize("digits", ["8000000000000000", "ffffffffffffffff"])
@@ -83,7 +83,7 @@ def test_a_negative_position_is_refused(digits: str) -> None:
 
 
 @given(st.text(max_size=20) | st.text("0123456789abcdefABCDEF ", min_size=16, max_size=20))
-def test_whatever_is_taken_is_a_cursor_and_whatever_is_not_is_a_usage_error(text: str) -> None:
+def test_a_text_is_parsed_as_a_cursor_or_raises_a_usage_error(text: str) -> None:
     try:
         position = from_cursor(text, "--from")
     except UsageError:

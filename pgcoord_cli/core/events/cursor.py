@@ -1,7 +1,7 @@
-"""Cursors: where a reader of an outbox stands, as text that can be printed, stored and given back. Pure.
+"""Cursors: the position of a reader in an outbox, as text that can be printed, stored and passed back. Pure.
 
-Nine bytes: a version, `0x02`, and the id of the last event that was passed, as a signed 64-bit number, big-endian. They
-are written as 18 hexadecimal digits, so that cursors sort as text like their positions do.
+A cursor is nine bytes: the version `0x02`, then the id of the last event that the reader has passed, as a signed 64-bit
+big-endian integer. It is written as 18 hexadecimal digits, so cursors sort as text in the order of their positions.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ from pgcoord_cli.errors import UsageError
 
 VERSION = "02"
 MAX_POSITION = 2**63 - 1
+"""The largest `bigint`, the type of `event_id`."""
 
 _CURSOR = re.compile(r"[0-9a-fA-F]{18}")
 
 
 def to_cursor(position: int) -> str:
-    """The cursor of a reader that passed the event of this id and everything before it; 0: nothing yet."""
+    """Returns the cursor of a reader that has passed every event up to the id `position`; 0 is the beginning."""
     return f"{VERSION}{position:016x}"
 
 
 def looks_like_cursor(text: str) -> bool:
-    """Whether the text was meant as a cursor rather than as a time."""
+    """Returns whether the text has the shape of a cursor, of any version, rather than of a time."""
     return _CURSOR.fullmatch(text.strip()) is not None
 
 
 def from_cursor(text: str, option: str) -> int:
-    """The position in a cursor; UsageError, which names `option` and shows a cursor, for anything else."""
+    """Returns the position in a cursor. Raises UsageError for any other text; the message names `option`."""
     digits = text.strip()
     if not looks_like_cursor(digits):
         raise _malformed(option, f"{text!r} is not a cursor")
     if not digits.startswith(VERSION):
-        raise _malformed(option, f"{text!r} is not a cursor of this kind: it begins with {digits[:2]}")
+        raise _malformed(option, f"{text!r} is a cursor of version {digits[:2]}; this pgcoord reads version {VERSION}")
     position = int(digits[2:], 16)
+    # The 64 bits are signed: anything above MAX_POSITION is a negative id, and no event has one.
     if position > MAX_POSITION:
         raise _malformed(option, f"{text!r} is not a cursor: its position is negative")
     return position
@@ -42,5 +44,5 @@ def from_cursor(text: str, option: str) -> int:
 def _malformed(option: str, message: str) -> UsageError:
     return UsageError(
         f"{option}: {message}",
-        hint=f"a cursor is 18 hexadecimal digits: {VERSION}, then the event id as 16 of them, like {to_cursor(42)}",
+        hint=f"a cursor is 18 hexadecimal digits: {VERSION}, then the event id in 16 digits, like {to_cursor(42)}",
     )

@@ -1,8 +1,8 @@
-"""A cursor kept in a file, so that whoever reads an outbox resumes where the last one stopped, however that ended.
+"""A cursor kept in a file, from which the next reader of the outbox resumes.
 
-The file holds one cursor and a line end. It is replaced as a whole: written beside, flushed to the disk, renamed. So a
-crash at any moment leaves the old cursor or the new one, and whoever saves after dealing with an event deals with it
-at least once.
+The file holds one cursor and a line feed. `save` replaces it atomically: it writes a temporary file in the same
+directory, flushes that to disk and renames it over the old one. A crash at any moment leaves the old cursor or the new
+one. A reader that saves after it has processed an event therefore processes each event at least once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from pgcoord_cli.errors import PgcoordError
 
 
 class CursorFile:
-    """A cursor in a file of one's own."""
+    """The cursor in one file. The file need not exist before the first `save`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def load(self) -> int | None:
-        """The position in the file; None when there is no file or it is empty. UsageError: that is no cursor."""
+        """Returns the position in the file, or None if there is no file or it is empty.
+
+        Raises UsageError if the text is not a cursor, PgcoordError if the file cannot be read.
+        """
         try:
+            # Undecodable bytes become U+FFFD, which `from_cursor` then reports as not a cursor.
             text = self._path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
@@ -32,27 +36,29 @@ class CursorFile:
         return from_cursor(text, f"--cursor-file {self._path}") if text.strip() else None
 
     def save(self, position: int) -> None:
-        """Replaces the cursor. PgcoordError: it cannot be kept there."""
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        """Replaces the cursor. Raises PgcoordError, with the operating system's reason, if that fails."""
+        # In the same directory, since a rename is atomic within one file system only; one name for each process.
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            self._replace(beside, position)
+            self._replace(temporary, position)
         except OSError as error:
             raise PgcoordError(f"--cursor-file: cannot write {str(self._path)!r}: {error.strerror}") from None
 
-    def _replace(self, beside: Path, position: int) -> None:
+    def _replace(self, temporary: Path, position: int) -> None:
         try:
-            with beside.open("w", encoding="ascii") as file:
+            with temporary.open("w", encoding="ascii") as file:
                 file.write(f"{to_cursor(position)}\n")
                 file.flush()
+                # Before the rename: otherwise a crash of the machine could leave the new name with no contents.
                 os.fsync(file.fileno())
-            beside.replace(self._path)
+            temporary.replace(self._path)
         except BaseException:
             with suppress(OSError):
-                beside.unlink()
+                temporary.unlink()
             raise
 
     def stop(self) -> None:
-        """A save waits for nobody."""
+        """Does nothing: `save` never waits. Present because a Subscription, whose `save` may wait, has it."""
 
     def close(self) -> None:
-        """Nothing is held between two saves."""
+        """Does nothing: no file stays open between two saves."""
