@@ -1,7 +1,7 @@
-"""PostgreSQL's binary formats of the few types that lanes carry. Pure.
+"""PostgreSQL's binary format, for the types that the statements of `pipeline` and `callback_connection` carry. Pure.
 
-An array of one dimension is a header (dimensions, whether there are nulls, element type, length, lower bound) and then
-each element with its length before it; -1 for null.
+An array of one dimension is a header (number of dimensions, a flag for nulls, element type, length, lower bound), and
+then each element with its length before it; a length of -1 is a null. Numbers are big-endian.
 """
 
 from __future__ import annotations
@@ -22,74 +22,74 @@ _NULL = _LENGTH.pack(-1)
 
 
 def _array(oid: int, count: int, elements: Iterable[bytes]) -> bytes:
-    if count == 0:
+    if count == 0:  # no dimensions, so that the header ends before the length
         return _ARRAY.pack(0, 0, oid, 0, 0)[:12]
     return _ARRAY.pack(1, 1, oid, count, 1) + b"".join(elements)
 
 
 def bytea_array(values: Sequence[bytes | None]) -> bytes:
-    """`bytea[]`."""
+    """Encodes a `bytea[]`; None is null."""
     pack = _LENGTH.pack
     return _array(BYTEA_OID, len(values), [_NULL if v is None else pack(len(v)) + v for v in values])
 
 
 def bytea_columns(pairs: Iterable[tuple[bytes, bytes | None]]) -> list[bytes]:
-    """Two `bytea[]` of the firsts and the seconds, as `unnest` takes them."""
+    """Encodes pairs as two `bytea[]` of equal length, the first items and the second items, for `unnest`."""
     firsts, seconds = tuple(zip(*pairs, strict=True)) or ((), ())
     return [bytea_array(firsts), bytea_array(seconds)]
 
 
 def int8_array(values: Sequence[int | None]) -> bytes:
-    """`bigint[]`."""
+    """Encodes a `bigint[]`; None is null."""
     pack = _INT8_ELEMENT.pack
     return _array(INT8_OID, len(values), [_NULL if v is None else pack(8, v) for v in values])
 
 
 def uuid_array(values: Sequence[bytes | None]) -> bytes:
-    """`uuid[]`, from the 16 bytes of each."""
+    """Encodes a `uuid[]` from the 16 bytes of each; None is null."""
     length = _LENGTH.pack(16)
     return _array(UUID_OID, len(values), [_NULL if value is None else length + value for value in values])
 
 
 def bool_array(values: Sequence[bool]) -> bytes:
-    """`boolean[]`."""
+    """Encodes a `boolean[]`."""
     length = _LENGTH.pack(1)
     return _array(BOOL_OID, len(values), [length + bytes([value]) for value in values])
 
 
 def text_array(values: Sequence[str | None]) -> bytes:
-    """`text[]`."""
+    """Encodes a `text[]` as UTF-8, the client encoding of every session; None is null."""
     pack = _LENGTH.pack
     encoded = [None if value is None else value.encode() for value in values]
     return _array(TEXT_OID, len(values), [_NULL if v is None else pack(len(v)) + v for v in encoded])
 
 
 def int4(value: int) -> bytes:
-    """`integer`."""
+    """Encodes an `integer`."""
     return _LENGTH.pack(value)
 
 
 def int8(value: int) -> bytes:
-    """`bigint`."""
+    """Encodes a `bigint`."""
     return _INT8.pack(value)
 
 
 def float8(value: float) -> bytes:
-    """`double precision`."""
+    """Encodes a `double precision`."""
     return _FLOAT8.pack(value)
 
 
 def integer(data: bytes | None) -> int:
-    """A `bigint` or `integer` that is not null."""
+    """Decodes a `bigint` or `integer` that is not null."""
     assert data is not None
     return int.from_bytes(data, "big", signed=True)
 
 
 def timestamp(data: bytes | None) -> datetime:
-    """A `timestamptz` that is not null: microseconds since the year 2000."""
+    """Decodes a `timestamptz` that is not null: microseconds since 2000-01-01 UTC."""
     return _EPOCH + timedelta(microseconds=integer(data))
 
 
 def text(data: bytes | None) -> str | None:
-    """A `text`."""
+    """Decodes a `text`; null is None."""
     return None if data is None else data.decode()

@@ -1,9 +1,9 @@
-"""Opening connections, and turning what psycopg raises into errors a person can act on.
+"""Opening connections, and translating the errors of psycopg into those of pgcoord.
 
-Every session carries `application_name = pgcoord/<command>`, so that an operator sees in `pg_stat_activity`
-who holds what. Dead peers are noticed by TCP keepalives and `tcp_user_timeout`; both are defaults that the
-connection string may override. No message or repr ever holds the password: libpq's own texts do not, but for the
-one about a malformed string, which quotes it, and that one is not passed on.
+Every session has `application_name = pgcoord/<command>`, so that `pg_stat_activity` shows which command holds a lock or
+a transaction. TCP keepalives and `tcp_user_timeout` detect a peer that is gone; both are defaults that the connection
+string may override. No message or repr contains the password: libpq's own messages do not, except for the one about a
+malformed connection string, which quotes it and is not passed on.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ LIVENESS_DEFAULTS = {
 
 
 SESSION_ENDING_SEVERITIES = ("FATAL", "PANIC")
-"""Errors of this severity are the last that a session says, whatever their code."""
+"""Severities of the errors after which the server closes the session, whatever their SQLSTATE."""
 
 MIGRATE_HINT = "create it with: pgcoord migrate up"
 
 _STRAY_AT = re.compile(r"postgres(?:ql)?://(?>[^@/]*@)?+[^?]*@")
-"""A URI with an @ behind the one that ends the password: libpq would take part of it for a host or database."""
+"""Matches a URI with an @ after the one that ends the password: libpq would read part of the password as the host."""
 
 _BAD_OPTION = re.compile(
     r"(connection to server .* failed: )?(invalid|bad) [\w ]*(value|number)|could not match|definition of service"
 )
-"""What libpq and psycopg themselves say of an option's value; what a server says begins with FATAL."""
+"""Matches the messages of libpq and psycopg about the value of an option; those of a server begin with FATAL."""
 
 
 T = TypeVar("T")
 
 
 class Unconfirmed(psycopg.OperationalError):
-    """The server committed here, but stopped waiting for the synchronous standbys: the commit may be lost with it."""
+    """The server committed, but stopped waiting for the synchronous standbys: a failover may lose the commit."""
 
 
 def is_unconfirmed(notice: errors.Diagnostic) -> bool:
-    """Whether a notice says that the wait for synchronous replication was cancelled, in whatever language."""
+    """Whether a notice reports a cancelled wait for synchronous replication. The source function has no translation."""
     return notice.source_function == "SyncRepWaitForLSN"
 
 
@@ -85,7 +85,10 @@ class Session(Connection[Any]):
         self._is_unconfirmed |= is_unconfirmed(notice)
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """As psycopg's, but for an interrupt. Raises Unconfirmed after a commit that replication did not confirm."""
+        """Waits like psycopg, except that an interrupt closes the connection instead of cancelling the statement.
+
+        Raises Unconfirmed after a commit that replication did not confirm.
+        """
         limits = {} if timeout is None else {"timeout": timeout}
         try:
             result = waiting.wait(gen, self.pgconn.socket, interval=interval, **limits)
@@ -99,10 +102,10 @@ class Session(Connection[Any]):
 
 
 class AsyncSession(AsyncConnection[Any]):
-    """The same for asyncio, where a cancelled task must not cancel the statement either."""
+    """A Session for asyncio: a cancelled task does not cancel its statement either."""
 
     async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """As psycopg's, but for an interrupt or a cancelled task."""
+        """Waits like psycopg, except that an interrupt or a cancelled task closes the connection."""
         limits = {} if timeout is None else {"timeout": timeout}
         try:
             return await waiting.wait_async(gen, self.pgconn.socket, interval=interval, **limits)
@@ -112,9 +115,10 @@ class AsyncSession(AsyncConnection[Any]):
 
 
 def conninfo(settings: Settings, command: str) -> str:
-    """The full connection string: the user's, what his environment says, our defaults, then the application name.
+    """Returns the full connection string: the user's, completed from the environment and from our defaults.
 
-    Text is exchanged as UTF-8, whatever the database's encoding: of SQL_ASCII, psycopg would make bytes.
+    The application name and the client encoding are always ours. Text is exchanged as UTF-8 whatever the encoding of
+    the database is: with SQL_ASCII, psycopg would return bytes. Raises UsageError for a malformed string.
     """
     given = _parsed(settings)
     added: dict[str, Any] = LIVENESS_DEFAULTS | _environment()
@@ -125,13 +129,16 @@ def conninfo(settings: Settings, command: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """What libpq's variables, or the service that PGSERVICE names, say of what we have defaults for."""
+    """Returns the options of LIVENESS_DEFAULTS that libpq takes from its variables or the service of PGSERVICE.
+
+    They have to be known, since a default that is added to the connection string would override them.
+    """
     options = {option.keyword.decode(): option.val for option in pq.Conninfo.get_defaults()}
     return {name: value.decode() for name in LIVENESS_DEFAULTS if (value := options.get(name)) is not None}
 
 
 def _parsed(settings: Settings) -> dict[str, Any]:
-    """The options of the user's connection string; UsageError, which quotes nothing of it, where it is malformed."""
+    """Returns the options of the user's connection string. Raises UsageError, which quotes nothing of it."""
     try:
         given = conninfo_to_dict(settings.dsn)
     except psycopg.Error:
@@ -141,7 +148,7 @@ def _parsed(settings: Settings) -> dict[str, Any]:
         ) from None
     if _STRAY_AT.match(settings.dsn):
         raise UsageError(
-            f"{settings.dsn_source}: more than one @ in the URI, or a / before it",
+            f"{settings.dsn_source}: the URI has more than one @, or a / before it",
             hint="in a user or password, write %40 for @, %2F for /, %3A for :, %25 for %",
         )
     if not all(map(_is_port, str(given.get("port", "")).split(","))):
@@ -157,7 +164,7 @@ def _is_port(text: str) -> bool:
 
 
 def connect(settings: Settings, command: str) -> Connection[Any]:
-    """A synchronous autocommit connection that takes `$1` parameters; raises ConnectionFailed, UsageError."""
+    """Opens a synchronous autocommit connection that takes `$1` parameters. Raises ConnectionFailed, UsageError."""
     target = conninfo(settings, command)
     try:
         return Session.connect(target, autocommit=True, cursor_factory=RawCursor)
@@ -166,7 +173,7 @@ def connect(settings: Settings, command: str) -> Connection[Any]:
 
 
 async def connect_async(settings: Settings, command: str) -> AsyncConnection[Any]:
-    """The same for asyncio."""
+    """Opens an asynchronous autocommit connection that takes `$1` parameters. Raises ConnectionFailed, UsageError."""
     target = conninfo(settings, command)
     try:
         return await AsyncSession.connect(target, autocommit=True, cursor_factory=AsyncRawCursor)
@@ -175,7 +182,7 @@ async def connect_async(settings: Settings, command: str) -> AsyncConnection[Any
 
 
 def connection_failed(settings: Settings, error: psycopg.Error) -> PgcoordError:
-    """One line with the address that was tried, the server's reason, and where the address came from."""
+    """Returns the error for a connection that could not be opened, with the reason and the source of the address."""
     reason = redact(_first_reason(error))
     if _BAD_OPTION.match(reason):
         return UsageError(f"{settings.dsn_source}: {reason}")
@@ -187,20 +194,20 @@ def connection_failed(settings: Settings, error: psycopg.Error) -> PgcoordError:
 
 def _first_reason(error: psycopg.Error) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
-    # libpq asks whether the server is running, as our hint does, and psycopg lists every address that it tried.
+    # The rest of the message repeats our hint (libpq), or lists every address that was tried (psycopg).
     text = re.split(r" (?:Is the server running|Multiple connection attempts failed)", text)[0]
     return text.removeprefix("connection failed: ").removeprefix("connection is bad: ")
 
 
 def redact(text: str) -> str:
-    """`text` with anything that looks like a password of a URI or keyword string struck out."""
+    """Returns `text` with every password of a URI or of a `password=` keyword replaced by ***."""
     text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
     return re.sub(r"(password\s*=\s*)('[^']*'|\S+)", r"\1***", text, flags=re.IGNORECASE)
 
 
 @contextmanager
 def mapped_errors() -> Iterator[None]:
-    """Within the block, a psycopg error leaves as the PgcoordError that says what to do about it."""
+    """Translates a psycopg error that the block raises into a PgcoordError, which has a hint and an exit code."""
     try:
         yield
     except psycopg.Error as error:
@@ -208,9 +215,13 @@ def mapped_errors() -> Iterator[None]:
 
 
 _CLASSES: tuple[tuple[tuple[type[psycopg.Error], ...], type[PgcoordError], str | None], ...] = (
-    ((errors.LockNotAvailable,), Busy, "somebody holds a lock; see pg_stat_activity, then try again"),
-    ((errors.QueryCanceled,), TimedOut, "PGCOORD_STATEMENT_TIMEOUT raises the limit"),
-    ((errors.InsufficientPrivilege,), PermissionDenied, "an owner can give the right: pgcoord migrate grant"),
+    ((errors.LockNotAvailable,), Busy, "another session holds a lock; see pg_stat_activity, then try again"),
+    ((errors.QueryCanceled,), TimedOut, "raise the limit with PGCOORD_STATEMENT_TIMEOUT"),
+    (
+        (errors.InsufficientPrivilege,),
+        PermissionDenied,
+        "the schema owner can grant the rights: pgcoord migrate grant",
+    ),
     ((errors.UndefinedTable, errors.InvalidSchemaName, errors.UndefinedFunction), SchemaMissing, MIGRATE_HINT),
     ((errors.UndefinedColumn,), SchemaMissing, MIGRATE_HINT),
     ((errors.ReadOnlySqlTransaction,), UnsuitableServer, "connect to the primary"),
@@ -218,7 +229,7 @@ _CLASSES: tuple[tuple[tuple[type[psycopg.Error], ...], type[PgcoordError], str |
 
 
 def translate(error: psycopg.Error) -> PgcoordError:
-    """The PgcoordError for a psycopg error; its message is the server's first line."""
+    """Returns the PgcoordError for a psycopg error; its message is the server's primary message."""
     message = redact(error.diag.message_primary or (str(error).strip().splitlines() or [type(error).__name__])[0])
     if isinstance(error, Unconfirmed):
         return OutcomeUnknown(
@@ -234,8 +245,9 @@ def translate(error: psycopg.Error) -> PgcoordError:
 
 
 def is_connection_lost(error: psycopg.Error) -> bool:
-    """Whether the session is gone, so that the fate of a statement in flight is unknown."""
+    """Whether the session has ended, so that it is not known whether a statement in flight took effect."""
     if error.diag.severity_nonlocalized in SESSION_ENDING_SEVERITIES:
         return True
+    # An error without SQLSTATE is libpq's own. Class 08: connection exception; 57P: the server ends the session.
     state = error.sqlstate or ""
     return isinstance(error, psycopg.OperationalError) and (not state or state.startswith(("08", "57P")))

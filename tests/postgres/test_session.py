@@ -412,7 +412,10 @@ def test_timeouts_come_from_the_environment(call: Call, settings: Settings) -> N
         dsn = {"PGCOORD_DSN": settings.dsn}
         statement = call("kv", "get", "key", PGCOORD_STATEMENT_TIMEOUT="50ms", **dsn)
         lock = call("kv", "get", "key", PGCOORD_LOCK_TIMEOUT="50ms", **dsn)
-    assert (statement.code, statement.err.splitlines()[1]) == (124, "hint: PGCOORD_STATEMENT_TIMEOUT raises the limit")
+    assert (statement.code, statement.err.splitlines()[1]) == (
+        124,
+        "hint: raise the limit with PGCOORD_STATEMENT_TIMEOUT",
+    )
     assert lock.code == 5
     wrong = call("kv", "get", "key", PGCOORD_LOCK_TIMEOUT="soon", **dsn)
     assert (wrong.code, "PGCOORD_LOCK_TIMEOUT" in wrong.err) == (2, True)
