@@ -616,16 +616,22 @@ def test_what_is_no_utf_8_is_refused(refused: Callable[..., str]) -> None:
     ],
     ids=["number", "truncated", "too long", "no hex", "foreign", "negative"],
 )
-def test_a_cursor_that_is_none_is_refused_with_what_one_looks_like(text: str, why: str, offline: Call) -> None:
+def test_an_invalid_cursor_is_refused_and_the_hint_shows_a_valid_one(text: str, why: str, offline: Call) -> None:
     answer = offline("tail", "lease", "--from", text, "-o", "json")
     assert answer.refusal == f"--from: {text!r} {why}"
     assert answer.error["hint"].endswith(f"like {cursor(42)}")
 
 
-@pytest.mark.parametrize("text", ["01" + cursor(42)[2:], "02ffffffffffffffff"])
-def test_a_foreign_cursor_is_no_end_either(text: str, offline: Call) -> None:
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("01" + cursor(42)[2:], "is a cursor of version 01; this pgcoord reads version 02"),
+        ("02ffffffffffffffff", "is not a cursor: its position is negative"),
+    ],
+)
+def test_an_invalid_cursor_is_refused_as_an_end_too(text: str, why: str, offline: Call) -> None:
     answer = offline("tail", "lease", "--until", text, "-o", "json")
-    assert answer.refusal.startswith(f"--until: {text!r} is not a cursor")
+    assert answer.refusal == f"--until: {text!r} {why}"
     assert answer.error["hint"].endswith(f"like {cursor(42)}")
 
 
