@@ -2,7 +2,8 @@
 
 **Global options.** `pgcoord -o json leader status` and `pgcoord leader status -o json` mean the same. Each command
 and group carries the options of section "Global options" itself; whichever place gave a value last, wins. They
-are collected in the context and resolved, with the environment, into one frozen Settings when a command asks.
+are collected in the context and resolved, with the environment, into frozen Settings and a Presentation when a
+command asks.
 
 **Lazy groups.** The root knows its groups by name and one line of help. A group's module is imported when one of its
 commands is called, so that `pgcoord --help` costs little more than Python and Typer.
@@ -31,7 +32,14 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from pgcoord_cli import __version__
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.render import Output
-from pgcoord_cli.settings import LONGEST_WAIT, OutputFormat, Settings, parse_duration, resolve_settings
+from pgcoord_cli.settings import (
+    LONGEST_WAIT,
+    OutputFormat,
+    Settings,
+    parse_duration,
+    resolve_presentation,
+    resolve_settings,
+)
 
 MAX_ROWS = 2**31 - 1
 
@@ -189,14 +197,18 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Any]], Calla
 
 def settings_of(ctx: typer.Context, **overrides: Any) -> Settings:
     """The frozen Settings of this call; `overrides` are the command's own last word."""
-    settings = resolve_settings(ctx.find_root().meta.get(_FLAGS, {}), os.environ)
+    settings = resolve_settings(_flags(ctx), os.environ)
     return replace(settings, **overrides) if overrides else settings
 
 
+def _flags(ctx: typer.Context) -> Mapping[str, Any]:
+    flags: Mapping[str, Any] = ctx.find_root().meta.get(_FLAGS, {})
+    return flags
+
+
 def output_of(ctx: typer.Context) -> tuple[Settings, Output]:
-    """Settings and the Output that renders by them: what nearly every command starts with."""
-    settings = settings_of(ctx)
-    return settings, Output(settings)
+    """Returns the Settings and the Output of this call. Raises UsageError for a value that cannot be used."""
+    return settings_of(ctx), Output(resolve_presentation(_flags(ctx), os.environ))
 
 
 def identifier(text: str, argument: str, hint: str | None = None) -> UUID:

@@ -111,7 +111,7 @@ def _collect(
 
             document[table] = _collect_table(conn, table, retention, None if dry_run else batch_size, go_on)
     is_something_done = any(found["deleted"] or found.get("orphaned") for found in document.values())
-    if is_something_done or out.is_json or not settings.quiet:
+    if is_something_done or out.is_json or not out.quiet:
         out.document(document)
 
 

@@ -19,7 +19,7 @@ from itertools import chain, repeat
 from typing import Any, TextIO
 
 from pgcoord_cli.errors import PgcoordError
-from pgcoord_cli.settings import ColorMode, OutputFormat, Settings
+from pgcoord_cli.settings import ColorMode, OutputFormat, Presentation
 
 Record = Mapping[str, Any]
 
@@ -27,13 +27,13 @@ _STYLES = {"good": "32", "bad": "31", "dim": "2", "bold": "1", "warn": "33"}
 
 
 class Output:
-    """Writes to stdout and stderr as Settings say."""
+    """Writes to stdout and stderr as a Presentation says."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.format = settings.output
-        self.quiet = settings.quiet
-        self.verbose = settings.verbose
-        self.color = settings.color
+    def __init__(self, presentation: Presentation) -> None:
+        self.format = presentation.output
+        self.quiet = presentation.quiet
+        self.verbose = presentation.verbose
+        self.color = presentation.color
 
     @property
     def is_json(self) -> bool:

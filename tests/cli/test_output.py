@@ -22,7 +22,7 @@ import psycopg
 import pytest
 
 from pgcoord_cli.render import Output
-from pgcoord_cli.settings import ColorMode, OutputFormat, Settings
+from pgcoord_cli.settings import ColorMode, OutputFormat, Presentation, Settings
 
 if TYPE_CHECKING:
     from tests.conftest import Call
@@ -222,7 +222,7 @@ def test_what_a_terminal_would_act_on_is_shown_as_an_escape(call: Call, sql: psy
 @pytest.mark.parametrize("output", ["csv", "plain", "markdown", "table"])
 def test_what_has_parts_is_shown_as_json(output: str, capsys: pytest.CaptureFixture[str]) -> None:
     document = {"executions": [{"id": UUID(int=7), "at": datetime(2026, 1, 31, tzinfo=UTC)}], "rates": [1, 2]}
-    Output(Settings(output=OutputFormat(output), color=ColorMode.NEVER)).document(document)
+    Output(Presentation(output=OutputFormat(output), color=ColorMode.NEVER)).document(document)
     shown = capsys.readouterr().out
     assert "UUID(" not in shown
     assert "datetime" not in shown

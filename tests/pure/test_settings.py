@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,19 @@ from hypothesis import strategies as st
 
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.errors import UsageError
-from pgcoord_cli.settings import MAX_SCHEMA_BYTES, OutputFormat, parse_duration, parse_schema, resolve_settings
+from pgcoord_cli.settings import (
+    MAX_SCHEMA_BYTES,
+    ColorMode,
+    OutputFormat,
+    Presentation,
+    Settings,
+    parse_duration,
+    parse_schema,
+    resolve_arguments,
+    resolve_presentation,
+    resolve_schema,
+    resolve_settings,
+)
 
 LONGEST_NAME_IN_POSTGRESQL = 63
 """Bytes; longer channel names are refused."""
@@ -77,22 +90,79 @@ def test_i7_every_channel_of_the_longest_schema_fits_into_a_name() -> None:
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
+    flags = {"schema": "from_flag", "output": None, "quiet": False, "color": "never"}
     environ = {"PGCOORD_SCHEMA": "from_env", "PGCOORD_OUTPUT": "json", "PGCOORD_LOCK_TIMEOUT": "250ms"}
-    chosen = resolve_settings({"schema": "from_flag", "output": None, "quiet": False}, environ)
+    chosen = resolve_settings(flags, environ)
     assert (chosen.schema, chosen.schema_given) == ("from_flag", True)
-    assert chosen.output is OutputFormat.JSON
     assert chosen.lock_timeout == 0.25
     assert chosen.statement_timeout == 30.0
     assert resolve_settings({}, {}).schema_given is False
+    shown = resolve_presentation(flags, environ | {"PGCOORD_COLOR": "always"})
+    assert shown == Presentation(output=OutputFormat.JSON, color=ColorMode.NEVER)
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [("PGCOORD_SCHEMA", "Bad"), ("PGCOORD_OUTPUT", "yaml"), ("PGCOORD_CONNECT_TIMEOUT", "soon")],
-)
+@pytest.mark.parametrize(("variable", "value"), [("PGCOORD_SCHEMA", "Bad"), ("PGCOORD_CONNECT_TIMEOUT", "soon")])
 def test_a_wrong_value_is_blamed_on_the_variable_it_came_from(variable: str, value: str) -> None:
     with pytest.raises(UsageError, match=variable):
         resolve_settings({}, {variable: value})
+
+
+def test_a_wrong_presentation_is_blamed_on_the_variable_it_came_from() -> None:
+    with pytest.raises(UsageError, match=r"PGCOORD_OUTPUT.*'yaml'"):
+        resolve_presentation({}, {"PGCOORD_OUTPUT": "yaml"})
+
+
+def test_what_the_terminal_is_asked_for_is_not_among_the_settings_of_the_library() -> None:
+    database, terminal = ({field.name for field in fields(kind)} for kind in (Settings, Presentation))
+    assert terminal >= {"output", "quiet", "verbose", "color"}
+    assert not database & terminal
+
+
+# -- arguments of a program
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGCOORD_DSN", "host=from_env")
+    monkeypatch.setenv("PGCOORD_SCHEMA", "from_env")
+    monkeypatch.setenv("PGCOORD_STATEMENT_TIMEOUT", "7s")
+
+
+@pytest.mark.usefixtures("environ")
+def test_an_argument_wins_over_the_environment_and_what_is_left_out_comes_from_there() -> None:
+    all_given = resolve_arguments("host=given", "given")
+    assert (all_given.dsn, all_given.dsn_source, all_given.schema) == ("host=given", "dsn", "given")
+    assert all_given.statement_timeout == 7.0
+    left_out = resolve_arguments(None, None)
+    assert (left_out.dsn, left_out.dsn_source, left_out.schema) == ("host=from_env", "PGCOORD_DSN", "from_env")
+    assert resolve_arguments("", None).dsn == "", "an empty string asks for what libpq finds"
+    assert (resolve_schema("given"), resolve_schema(None)) == ("given", "from_env")
+
+
+def test_a_program_that_says_nothing_gets_what_libpq_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PGCOORD_DSN", "PGCOORD_SCHEMA"):
+        monkeypatch.delenv(name, raising=False)
+    assert resolve_arguments(None, None) == Settings()
+    assert resolve_schema(None) == "pgcoord"
+
+
+@pytest.mark.parametrize("name", ["", "Upper", 'a"b', "a.b", "x; DROP TABLE kv", "pg_x", "a" * (MAX_SCHEMA_BYTES + 1)])
+def test_a_schema_that_a_program_gives_is_checked_as_on_the_command_line(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="schema: "):
+        resolve_arguments(None, name)
+    with pytest.raises(UsageError, match="schema: "):
+        resolve_schema(name)
+    monkeypatch.setenv("PGCOORD_SCHEMA", name or "-")
+    with pytest.raises(UsageError, match="PGCOORD_SCHEMA: "):
+        resolve_schema(None)
+
+
+def test_only_a_schema_that_an_operator_chose_may_be_a_typing_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGCOORD_SCHEMA", "typed")
+    assert resolve_arguments(None, None).schema_given
+    assert not resolve_arguments(None, "written").schema_given
 
 
 def test_a_password_is_in_no_repr() -> None:
