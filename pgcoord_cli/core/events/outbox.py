@@ -1,25 +1,29 @@
-"""Outboxes: tables of events that services insert into, each in a transaction of its own, and that tails read.
+"""Outboxes: tables of events that services insert into, each in its own transaction, and that tails read.
 
-**Writing** is a plain INSERT that leaves `event_id` out, by any program in any language; `append_lease_event` and
-`append_completion_event` are that INSERT for psycopg. An id of one's own is refused. A trigger does the rest
-before the statement draws its first id (`announce_events` in the migration):
+**Writing.** A service writes an event with a plain INSERT that leaves `event_id` out, in any language;
+`append_lease_event` and `append_completion_event` are that INSERT for psycopg. PostgreSQL refuses an explicit
+`event_id`. Before the statement draws its first id, the trigger `announce_events` (migration 0003) does two things:
 
-1. It takes a shared advisory lock that ends with the transaction. Whoever holds it may have drawn an id that
-   nobody sees yet; whoever does not hold it has not. `core.events.watermark` builds on that and on nothing else.
-2. It looks whether a tail waits, and if so has PostgreSQL notify the tails at the commit, once a transaction.
+1. It takes a shared advisory lock that is released when the transaction ends. A transaction that holds the lock may
+   have drawn ids that are not visible yet; one that does not hold it has drawn none. `core.events.watermark` depends
+   on this and on nothing else.
+2. It reads whether a tail has requested wakeups, and if so calls `pg_notify`. PostgreSQL delivers the notification
+   when the transaction commits, once a transaction.
 
-**Waiting tails.** PostgreSQL lets transactions that notify commit one at a time only, so that writers would pay for
-every notification, and most of those would go to tails that are awake. So a tail that has nothing to do says until
-when writers are to wake it (in a sequence, outside of all transactions), and says it anew before that time has come;
-a busy one takes it back, and one that has ended, however it did, is forgotten after that. Between a writer's look and
-its commit a tail may begin to wait. It would miss that writer, were it not that the writer announced itself before it
-looked: a tail lists the announced writers after it asked to be woken, and while there are any it looks again after
-moments rather than after the poll interval. What a notification does is only ever to wake (rule I7), and a tail that
-is never notified is right, but late: where two tails wait and the later one takes back what it asked, the earlier one
-may be, until it asks again.
+**Wakeup requests.** PostgreSQL serialises the commits of transactions that notify, so notifications cost writers
+throughput, and most would go to tails that are reading anyway. A tail that is about to wait therefore stores until when
+it requests wakeups, in a sequence, which takes effect outside of all transactions. It renews the request before that
+time, and cancels it when it reads continuously; the request of a tail that has ended expires. A tail may begin to
+wait between a writer's read of the sequence and that writer's commit, and would then not be notified. But the writer
+took its lock before it read the sequence. So the tail lists the open transactions *after* it stored its request, and
+while the list is not empty it reads again after milliseconds instead of after the poll interval.
 
-**Prepared transactions.** PostgreSQL refuses to prepare a transaction that notifies. Who uses two-phase commit says
-`SET LOCAL pgcoord.notify = off` in it; its events are noticed when the tails look by themselves.
+A notification only wakes (rule I7): a tail that is not notified still delivers every event, at most one poll interval
+later. This happens, for example, when two tails wait and the later one cancels: the sequence holds only the latest
+request, so the earlier tail is not notified until it renews.
+
+**Prepared transactions.** PostgreSQL refuses PREPARE TRANSACTION after NOTIFY. A service that uses two-phase commit
+runs `SET LOCAL pgcoord.notify = off` in the transaction; tails find its events at their next poll.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ OUTCOMES = frozenset({"success", "failed", "cancelled", "skipped"})
 
 
 class LeaseEvent(NamedTuple):
-    """What happened to a lease. Times are milliseconds since 1970, UTC."""
+    """A transition of an execution's lease. Times are in milliseconds since 1970-01-01 UTC."""
 
     event_id: int
     execution_id: str
@@ -53,17 +57,17 @@ class LeaseEvent(NamedTuple):
 
     @property
     def cursor(self) -> str:
-        """Where to resume so that what comes after this event is next."""
+        """The cursor that resumes after this event."""
         return to_cursor(self.event_id)
 
     @property
     def kind(self) -> str:
-        """The event type."""
+        """The event type, one of LEASE_EVENT_TYPES unless a newer pgcoord or a service wrote another."""
         return self.event_type
 
 
 class CompletionEvent(NamedTuple):
-    """How an execution ended. Times are milliseconds since 1970, UTC."""
+    """The end of an execution. Times are in milliseconds since 1970-01-01 UTC."""
 
     event_id: int
     execution_id: str
@@ -77,12 +81,12 @@ class CompletionEvent(NamedTuple):
 
     @property
     def cursor(self) -> str:
-        """Where to resume so that what comes after this event is next."""
+        """The cursor that resumes after this event."""
         return to_cursor(self.event_id)
 
     @property
     def kind(self) -> str:
-        """The outcome."""
+        """The outcome, one of OUTCOMES unless a newer pgcoord or a service wrote another."""
         return self.outcome
 
 
@@ -90,7 +94,11 @@ Event = LeaseEvent | CompletionEvent
 
 
 class Outbox(NamedTuple):
-    """One of the two outboxes. `noun` is its name in statements and commands, `kinds` what event kinds there are."""
+    """One of the two outboxes.
+
+    `noun` is its name in commands and in the names of SQL statements, `event` the class of its rows, `kinds` the
+    event types or outcomes that this version knows.
+    """
 
     noun: str
     table: str
@@ -115,7 +123,10 @@ def append_lease_event(
     occurred_at: datetime | None = None,
     schema: str = "pgcoord",
 ) -> int:
-    """Writes a lease event in the transaction that `conn` is in; returns its id. It occurred now by default."""
+    """Inserts a lease event in the current transaction of `conn` and returns its event id.
+
+    `event_type` is one of LEASE_EVENT_TYPES. `occurred_at` defaults to the server's clock. Raises psycopg's errors.
+    """
     labels = partition_key, namespace, instance_tag
     return _append(conn, schema, LEASE, execution_id, lease_id, event_type, labels, occurred_at)
 
@@ -132,7 +143,10 @@ def append_completion_event(
     occurred_at: datetime | None = None,
     schema: str = "pgcoord",
 ) -> int:
-    """Writes a completion event in the transaction that `conn` is in; returns its id. It occurred now by default."""
+    """Inserts a completion event in the current transaction of `conn` and returns its event id.
+
+    `outcome` is one of OUTCOMES. `occurred_at` defaults to the server's clock. Raises psycopg's errors.
+    """
     labels = partition_key, namespace, instance_tag
     return _append(conn, schema, COMPLETION, execution_id, flow_id, outcome, labels, occurred_at)
 
@@ -141,6 +155,7 @@ def _append(
     conn: Connection[Any], schema: str, outbox: Outbox, execution_id: UUID | str, link: UUID | str | None, kind: str,
     labels: tuple[int, str | None, str | None], occurred_at: datetime | None,
 ) -> int:  # fmt: skip
+    # None lets the statement read the server's clock: no decision about time depends on this machine's (rule I12).
     milliseconds = None if occurred_at is None else round(occurred_at.timestamp() * 1000)
     values = [str(execution_id), None if link is None else str(link), kind, *labels, milliseconds]
     statement = sql("outbox", f"append_{outbox.noun}_event", schema=schema)

@@ -326,7 +326,7 @@ class Tail:
             return Step.PACED
         if step is Step.WOKEN and has_moved and not frontier.is_at_gap and feed.is_woken_for(POLL_SECONDS):
             return Step.WAIT
-        if step is Step.BEFORE_WAITING and not has_moved and not frontier.wants_list:
+        if step is Step.BEFORE_WAITING and not has_moved and not frontier.needs_list:
             return Step.WAIT
         return Step.BEFORE_WAITING
 
@@ -339,7 +339,7 @@ class Tail:
             if before < reading.bounds.collected_through:
                 raise expired(before, reading.bounds.collected_through)
             if self._end is not None and reading.bounds.head >= self._end:
-                frontier.saw(self._end)
+                frontier.note_drawn(self._end)
         if frontier.position == before:
             return None
         position = frontier.position if self._end is None else min(frontier.position, max(before, self._end))
