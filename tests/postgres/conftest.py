@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.postgres.commit_world import some_leader
+from tests.postgres.commit_scenarios import leader_running
 from tests.postgres.flow_world import conn, make, no_second_try
 
-__all__ = ["conn", "make", "no_second_try", "some_leader"]
+__all__ = ["conn", "leader_running", "make", "no_second_try"]

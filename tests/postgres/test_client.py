@@ -1,7 +1,6 @@
-"""The commit client: what a transaction sees, and that its caller hears what really became of it.
+"""The commit client: what a transaction sees, and that its caller learns its true outcome.
 
-Commits go through the queue here, as if there were always somebody else who commits too. What is different for a
-client that is alone is in test_direct_commit.
+All commits of this file go through the queue. Direct commits are tested in test_direct_commit.
 """
 
 from __future__ import annotations
@@ -44,18 +43,28 @@ from pgcoord_cli.db.callback_connection import Answer
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, TimeLimit, UnsuitableServer
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until_async, value
-from tests.postgres.commit_world import Data, Sql, data, leading, needs_leader, play, played, put, requests
-from tests.postgres.openings import Openings
+from tests.postgres.commit_scenarios import (
+    Data,
+    Sql,
+    data,
+    leader_thread,
+    needs_leader,
+    put,
+    requests,
+    run_scenario,
+    scenario_test,
+)
+from tests.postgres.counting_opener import CountingOpener
 
 if TYPE_CHECKING:
     from tests.conftest import StartLeader, TwoLeaders
 
-pytestmark = pytest.mark.usefixtures("never_alone")
+pytestmark = pytest.mark.usefixtures("no_direct_commits")
 
 
 @pytest.fixture
-def never_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every client takes it that others are committing."""
+def no_direct_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disables direct commits: every commit goes through the queue."""
     monkeypatch.setattr(DirectCommitBackoff, "admits", lambda *_: False)
 
 
@@ -63,19 +72,19 @@ def never_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_i5_the_first_write_of_a_fresh_database_is_version_1_and_is_read_back(db: Database) -> None:
     assert await put(db, a=b"1") == 1
     tr = db.transaction()
     assert await tr.get(b"a") == b"1"
     assert await tr.get(b"b") is None
     assert tr.read_version == 1
-    assert await tr.commit() == 1, "one that wrote nothing commits as of what it read"
+    assert await tr.commit() == 1, "without writes, the read version is returned"
 
 
 @needs_leader
-@played
-async def test_a_transaction_reads_its_own_writes_and_nobody_else_does(db: Database) -> None:
+@scenario_test
+async def test_a_transaction_reads_its_own_writes_and_no_other_does(db: Database) -> None:
     await put(db, a=b"1", b=b"2", c=b"3")
     tr = db.transaction()
     tr.set(b"a", b"new")
@@ -95,8 +104,8 @@ async def test_a_transaction_reads_its_own_writes_and_nobody_else_does(db: Datab
 @needs_leader
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("limit", [None, 0, 1, 2, 3, 4, 100])
-@played
-async def test_get_range_takes_the_first_or_last_rows_as_they_are_with_own_writes(
+@scenario_test
+async def test_get_range_returns_the_first_or_last_rows_including_own_writes(
     db: Database, limit: int | None, reverse: bool
 ) -> None:
     await put(db, a=b"1", c=b"3", e=b"5", g=b"7")
@@ -113,16 +122,16 @@ async def test_get_range_takes_the_first_or_last_rows_as_they_are_with_own_write
     assert await rows(tr, b"e", b"e") == []
     for key in (b"a", b"g"):
         tr.clear(key)
-    assert await rows(tr, b"", None) == expected(b"c", b"e"), "behind those that are cleared come others"
+    assert await rows(tr, b"", None) == expected(b"c", b"e"), "the rows after the cleared ones count"
     for key in (b"b", b"f", b"z"):
         tr.set(key, b"own")
     assert await rows(tr, b"", None) == expected(b"b", b"c", b"e", b"f", b"z")
     assert await rows(tr, b"b", b"f") == expected(b"b", b"c", b"e")
 
 
-@played
+@scenario_test
 async def test_a_range_read_that_postgresql_would_refuse_is_refused_before_it_is_sent(db: Database) -> None:
-    """It would share its statement, and the error, with the reads of others."""
+    """Other reads would share its statement, and so its error."""
     with pytest.raises(ValueError, match="limit"):
         await db.transaction().get_range(b"", None, limit=-1)
     with pytest.raises(Rejected):
@@ -132,7 +141,7 @@ async def test_a_range_read_that_postgresql_would_refuse_is_refused_before_it_is
 
 
 class Model:
-    """What the database holds, by a dictionary."""
+    """The expected data, as a dictionary."""
 
     def __init__(self, stored: Data) -> None:
         self.data = dict(stored)
@@ -162,7 +171,7 @@ METHODS = {op: op.name.lower() for op in Op}
 
 
 def mutate(tr: Transaction, mutation: Mutation) -> None:
-    """Calls the method of that name."""
+    """Calls the method of the transaction for this mutation."""
     op, key, operand = mutation
     arguments = [key] if op == Op.CLEAR else [key, operand]
     getattr(tr, METHODS[op])(*arguments)
@@ -170,10 +179,8 @@ def mutate(tr: Transaction, mutation: Mutation) -> None:
 
 @needs_leader
 @pytest.mark.parametrize("seed", range(3))
-@played
-async def test_i1_transactions_one_after_the_other_see_and_leave_what_a_dictionary_would(
-    db: Database, sql: Sql, seed: int
-) -> None:
+@scenario_test
+async def test_i1_sequential_transactions_read_and_write_like_a_dictionary(db: Database, sql: Sql, seed: int) -> None:
     rng = random.Random(seed)
     keys = [b"", b"a", b"a\0", b"b", b"c", b"\xff"]
     model = Model({})
@@ -196,7 +203,7 @@ async def test_i1_transactions_one_after_the_other_see_and_leave_what_a_dictiona
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_a_key_that_holds_the_commits_versionstamp_cannot_be_read_before_the_commit(db: Database) -> None:
     template = b"?" * 10 + b"\0\0\0\0"
     await put(db, k=b"before")
@@ -222,13 +229,13 @@ async def test_a_key_that_holds_the_commits_versionstamp_cannot_be_read_before_t
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_i4_two_reads_with_a_commit_between_see_one_state_or_conflict(db: Database) -> None:
     await put(db, a=b"1", b=b"1")
     tr = db.transaction()
     assert await tr.get(b"a") == b"1"
     await put(db, b=b"2")
-    assert await tr.get(b"b") == b"2", "what it read before still holds, so it reads on in the newer state"
+    assert await tr.get(b"b") == b"2", "what it read before has not changed, so that it goes on at the later version"
     assert tr.read_version == 2
     assert await tr.get(b"a") == b"1"
     await put(db, a=b"3", c=b"3")
@@ -237,7 +244,7 @@ async def test_i4_two_reads_with_a_commit_between_see_one_state_or_conflict(db: 
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_i4_a_range_that_changed_between_two_reads_is_a_conflict(db: Database) -> None:
     await put(db, a=b"1", c=b"1")
     for change in (b"b", b"c"):
@@ -249,9 +256,9 @@ async def test_i4_a_range_that_changed_between_two_reads_is_a_conflict(db: Datab
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_i4_readers_beside_transfers_always_see_the_same_sum(db: Database) -> None:
-    """Each read is a statement of its own, and transfers commit in between."""
+    """Each read is a statement of its own, and transfers commit between them."""
     accounts = [b"account %d" % number for number in range(4)]
 
     async def open_accounts(tr: Transaction) -> None:
@@ -286,8 +293,8 @@ async def test_i4_readers_beside_transfers_always_see_the_same_sum(db: Database)
 
 
 @needs_leader
-@played
-async def test_a_limited_read_conflicts_with_what_it_saw_and_no_more(db: Database) -> None:
+@scenario_test
+async def test_a_limited_read_conflicts_only_with_writes_of_the_part_that_it_saw(db: Database) -> None:
     await put(db, b=b"1", d=b"1", f=b"1")
     cases: list[tuple[bool, str, bool]] = [
         (False, "a", True), (False, "b", True), (False, "bb", False), (False, "d", False),
@@ -313,7 +320,7 @@ async def test_a_limited_read_conflicts_with_what_it_saw_and_no_more(db: Databas
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_a_snapshot_read_makes_no_conflict(db: Database) -> None:
     await put(db, a=b"1", b=b"1")
     tr = db.transaction()
@@ -338,13 +345,13 @@ def test_i1_of_two_that_read_and_write_the_same_key_one_conflicts(settings: Sett
         with pytest.raises(Conflict):
             await second.commit()
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert data(sql) == {b"k": b"1"}
 
 
 @needs_leader
-@played
-async def test_run_begins_again_until_nothing_is_in_its_way(db: Database) -> None:
+@scenario_test
+async def test_run_retries_until_there_is_no_conflict(db: Database) -> None:
     attempts = 0
 
     async def work(tr: Transaction) -> str:
@@ -361,8 +368,8 @@ async def test_run_begins_again_until_nothing_is_in_its_way(db: Database) -> Non
 
 
 @needs_leader
-@played
-async def test_run_gives_up_after_its_limit_with_the_last_conflict(db: Database) -> None:
+@scenario_test
+async def test_run_raises_the_last_conflict_after_its_retry_limit(db: Database) -> None:
     attempts = 0
 
     async def work(tr: Transaction) -> None:
@@ -378,7 +385,7 @@ async def test_run_gives_up_after_its_limit_with_the_last_conflict(db: Database)
 
 
 @needs_leader
-def test_run_hands_through_what_its_work_raises_and_writes_nothing(settings: Settings, sql: Sql) -> None:
+def test_run_raises_what_its_work_raises_and_writes_nothing(settings: Settings, sql: Sql) -> None:
     async def scenario(db: Database) -> None:
         async def work(tr: Transaction) -> None:
             tr.set(b"k", b"v")
@@ -387,14 +394,12 @@ def test_run_hands_through_what_its_work_raises_and_writes_nothing(settings: Set
         with pytest.raises(KeyError, match="mine"):
             await db.run(work)
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert requests(sql) == []
 
 
 @needs_leader
-def test_run_begins_again_when_the_time_limit_has_passed(
-    settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_retries_after_the_time_limit(settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(db: Database) -> None:
         attempts = 0
 
@@ -412,12 +417,12 @@ def test_run_begins_again_when_the_time_limit_has_passed(
         await db.run(work)
         assert attempts == 2
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert requests(sql) == [("committed", 1)]
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_i6_what_is_too_large_is_rejected_before_it_is_sent(db: Database, sql: Sql) -> None:
     tr = db.transaction()
     with pytest.raises(Rejected):
@@ -445,12 +450,12 @@ def test_i1_concurrent_increments_add_up_exactly(settings: Settings, sql: Sql) -
 
         await asyncio.gather(*(db.run(increment) for _ in range(150)))
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert data(sql) == {b"n": b"150", b"m": (150).to_bytes(2, "little")}
 
 
 @needs_leader
-def test_those_who_increment_one_key_all_the_time_take_turns(settings: Settings, sql: Sql) -> None:
+def test_transactions_that_keep_incrementing_one_key_are_queued(settings: Settings, sql: Sql) -> None:
     async def increment(tr: Transaction) -> None:
         tr.set(b"n", b"%d" % (int(await tr.get(b"n") or 0) + 1))
 
@@ -461,21 +466,21 @@ def test_those_who_increment_one_key_all_the_time_take_turns(settings: Settings,
 
         await asyncio.gather(*(increment_often() for _ in range(20)))
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert data(sql) == {b"n": b"400"}
     statuses = dict(sql.execute("SELECT status, count(*) FROM commit_requests GROUP BY status").fetchall())
     assert statuses["committed"] == 400
-    assert statuses["conflict"] < 100, "all but one of the first twenty, and hardly any after them"
+    assert statuses["conflict"] < 100, "all but one of the first twenty, and few after them"
 
 
 @needs_leader
-@played
-async def test_a_hot_key_stays_hot_for_work_that_fails_and_cools_when_a_turn_was_not_needed(db: Database) -> None:
-    chance = iter([RuntimeError(), None])
+@scenario_test
+async def test_a_hot_key_stays_hot_after_a_failure_and_is_cold_after_an_attempt_that_only_read(db: Database) -> None:
+    outcomes = iter([RuntimeError(), None])
 
     async def work(tr: Transaction) -> None:
         await tr.get(b"k")
-        if error := next(chance):
+        if error := next(outcomes):
             raise error
 
     kind = kind_of(work)
@@ -496,13 +501,13 @@ def test_one_connection_is_enough_for_many_commits_at_once(settings: Settings, s
 
         await asyncio.gather(*(db.run(partial(work, number)) for number in range(1_000, 1_050)))
 
-    play(settings, scenario, pool_size=1)
+    run_scenario(settings, scenario, pool_size=1)
     assert len(data(sql)) == 50
 
 
 @needs_leader
 def test_no_request_is_sent_twice_without_need(settings: Settings, sql: Sql) -> None:
-    """Lookups go on while others are still being sent; every second sending would cost an id."""
+    """Outcomes are asked for while other requests are being sent; a request sent twice would use two ids."""
 
     async def scenario(db: Database) -> None:
         async def worker(number: int) -> None:
@@ -513,35 +518,35 @@ def test_no_request_is_sent_twice_without_need(settings: Settings, sql: Sql) -> 
 
         await asyncio.gather(*(worker(number) for number in range(60)))
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert value(sql, "SELECT max(id) - count(*) FROM commit_requests") == 0
 
 
 @needs_leader
-def test_reading_and_writing_goes_on_when_a_caller_gives_up(settings: Settings) -> None:
-    """Nothing that a cancelled task left behind reaches anybody else."""
+def test_reads_and_writes_go_on_after_a_caller_was_cancelled(settings: Settings) -> None:
+    """No answer to a cancelled task reaches another."""
 
     async def scenario(db: Database) -> None:
         await put(db, a=b"1", b=b"2")
         for _ in range(20):
-            given_up = [asyncio.create_task(db.transaction().get(b"a")) for _ in range(5)]
-            given_up += [asyncio.create_task(put(db, a=b"1")) for _ in range(5)]  # type: ignore[arg-type]
+            cancelled = [asyncio.create_task(db.transaction().get(b"a")) for _ in range(5)]
+            cancelled += [asyncio.create_task(put(db, a=b"1")) for _ in range(5)]  # type: ignore[arg-type]
             await asyncio.sleep(0)
             reader = asyncio.create_task(db.transaction().get(b"b"))
             await asyncio.sleep(0)
-            for task in given_up:
+            for task in cancelled:
                 task.cancel()
             assert await reader == b"2"
         assert await put(db, c=b"3") > 1
 
-    play(settings, scenario, pool_size=1)
+    run_scenario(settings, scenario, pool_size=1)
 
 
 # -- connections that break
 
 
 def end_sessions(sql: Sql) -> int:
-    """Ends every session of the client, and says how many there were."""
+    """Terminates every session of the client, and returns how many there were."""
     ended = sql.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE application_name = 'pgcoord/client' AND datname = current_database()"
@@ -562,13 +567,13 @@ def test_i3_sessions_ended_while_a_commit_is_waited_for_do_not_change_its_outcom
             await until_async(lambda: value(sql, "SELECT count(*) FROM commit_requests WHERE status = 'pending'") == 1)
             lost = asyncio.create_task(loser.commit())
             await until_async(lambda: value(sql, "SELECT count(*) FROM commit_requests WHERE status = 'pending'") == 2)
-            assert end_sessions(sql) >= 2, "the listener and at least one of the pool"
+            assert end_sessions(sql) >= 2, "the listener and at least one of the pool's"
         assert await winner == 2
         with pytest.raises(Conflict):
             await lost
         assert await put(db, after=b"3") == 3
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert [status for status, _ in requests(sql)] == ["committed", "committed", "conflict", "committed"]
 
 
@@ -585,12 +590,12 @@ def test_i3_a_session_ended_in_the_middle_of_sending_is_replaced_and_the_request
             end_sessions(sql)
         assert await commit == 2
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert requests(sql) == [("committed", 1), ("committed", 2)]
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_reads_go_on_after_all_sessions_were_ended(db: Database, sql: Sql) -> None:
     await put(db, k=b"1")
     await asyncio.gather(*(db.transaction().get(b"k") for _ in range(20)))
@@ -600,45 +605,45 @@ async def test_reads_go_on_after_all_sessions_were_ended(db: Database, sql: Sql)
 
 
 def lose_first_answer(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Awaitable[None]]) -> None:
-    """The first requests that are sent do arrive, but the connection breaks before the client hears so."""
-    hear = Submitter._on_enqueued
+    """Makes the first requests arrive while the connection breaks before their answer; runs `meanwhile` in between."""
+    on_enqueued = Submitter._on_enqueued
     losses: list[asyncio.Task[None]] = []
 
-    async def lose(submitter: Submitter, group: Sequence[PendingCommit]) -> None:
+    async def lose(submitter: Submitter, batch: Sequence[PendingCommit]) -> None:
         await meanwhile()
-        hear(submitter, group, psycopg.OperationalError("the connection is lost"))
+        on_enqueued(submitter, batch, psycopg.OperationalError("the connection is lost"))
 
-    def hear_all_but_the_first(submitter: Submitter, group: Sequence[PendingCommit], answer: Answer) -> None:
+    def pass_all_but_the_first(submitter: Submitter, batch: Sequence[PendingCommit], answer: Answer) -> None:
         if losses:
-            hear(submitter, group, answer)
+            on_enqueued(submitter, batch, answer)
         else:
-            losses.append(asyncio.create_task(lose(submitter, group)))
+            losses.append(asyncio.create_task(lose(submitter, batch)))
 
-    monkeypatch.setattr(Submitter, "_on_enqueued", hear_all_but_the_first)
+    monkeypatch.setattr(Submitter, "_on_enqueued", pass_all_but_the_first)
 
 
 @needs_leader
-def test_a_reply_that_comes_before_the_word_of_the_arrival_is_heeded(
+def test_a_reply_before_the_answer_to_the_insert_is_not_lost(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They come over two connections, in any order; and there is no other reply."""
+    """The two arrive over different connections, in any order; no second reply follows, and no poll."""
     monkeypatch.setattr(channels, "POLL_SECONDS", 10 * TIMEOUT)
-    hear, late = Submitter._on_enqueued, []
-    monkeypatch.setattr(Submitter, "_on_enqueued", lambda *arrival: late.append(arrival))
+    on_enqueued, late = Submitter._on_enqueued, []
+    monkeypatch.setattr(Submitter, "_on_enqueued", lambda *answer: late.append(answer))
 
     async def scenario(db: Database) -> None:
         assert await asyncio.wait_for(put(db, k=b"v"), TIMEOUT) == 1
-        hear(*late.pop())
+        on_enqueued(*late.pop())
         commit = asyncio.create_task(put(db, k=b"w"))
         await until_async(lambda: late)
-        hear(*late.pop())
+        on_enqueued(*late.pop())
         assert await asyncio.wait_for(commit, TIMEOUT) == 2
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
 
 
 @needs_leader
-def test_i3_a_request_whose_arrival_was_not_heard_of_is_sent_again_and_applies_once(
+def test_i3_a_request_whose_answer_was_lost_is_sent_again_and_applies_once(
     settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def settled() -> None:
@@ -651,16 +656,16 @@ def test_i3_a_request_whose_arrival_was_not_heard_of_is_sent_again_and_applies_o
         tr.append_if_fits(b"k", b"once")
         assert await tr.commit() == 1
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert requests(sql) == [("committed", 1)]
     assert data(sql) == {b"k": b"once"}
 
 
 @needs_leader
-def test_i3_a_commit_that_was_forgotten_before_it_was_sent_again_is_never_called_too_old(
+def test_i3_a_commit_that_was_collected_before_it_was_sent_again_is_never_reported_as_too_old(
     settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody heard of the commit, and its row was collected as garbage while the client could not reach the server."""
+    """The answer was lost, and the row was garbage-collected while the client could not reach the server."""
 
     async def settled_and_collected() -> None:
         await until_async(lambda: requests(sql) == [("committed", 1)])
@@ -675,7 +680,7 @@ def test_i3_a_commit_that_was_forgotten_before_it_was_sent_again_is_never_called
         with pytest.raises(OutcomeUnknown):
             await tr.commit()
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert requests(sql) == [("too_old", None)]
     assert data(sql) == {b"k": b"once"}
 
@@ -686,19 +691,19 @@ def test_i3_a_request_that_a_crash_lost_is_submitted_again(settings: Settings, s
         await until_async(lambda: requests(sql))
         sql.execute("DELETE FROM commit_requests")
         await until_async(lambda: requests(sql))
-        with leading(settings):
+        with leader_thread(settings):
             return await commit
 
-    assert play(settings, scenario) == 1
+    assert run_scenario(settings, scenario) == 1
     assert requests(sql) == [("committed", 1)]
 
 
-# -- a client that is asked what it cannot do, or too late
+# -- calls that cannot be served, or come after the close
 
 
 @needs_leader
-@played
-async def test_a_read_that_cannot_even_be_sent_harms_nobody_else(db: Database) -> None:
+@scenario_test
+async def test_a_read_that_cannot_be_sent_fails_no_other(db: Database) -> None:
     await put(db, k=b"v")
     for limit in (2**63, 2**200):
         with pytest.raises(ValueError, match="limit"):
@@ -709,16 +714,16 @@ async def test_a_read_that_cannot_even_be_sent_harms_nobody_else(db: Database) -
 
 
 @needs_leader
-@played
-async def test_a_client_that_is_closed_in_the_middle_of_load_leaves_nobody_waiting(db: Database) -> None:
-    async def commit_on_and_on() -> None:
+@scenario_test
+async def test_closing_a_client_under_load_leaves_no_caller_waiting(db: Database) -> None:
+    async def commit_repeatedly() -> None:
         while True:
             await put(db, k=b"v")
 
     late = db.transaction()
     await late.get(b"k")
     late.set(b"k", b"late")
-    workers = [asyncio.create_task(commit_on_and_on()) for _ in range(50)]
+    workers = [asyncio.create_task(commit_repeatedly()) for _ in range(50)]
     await put(db, first=b"v")
     await db.close()
     _, waiting = await asyncio.wait(workers, timeout=TIMEOUT)
@@ -730,8 +735,8 @@ async def test_a_client_that_is_closed_in_the_middle_of_load_leaves_nobody_waiti
 
 
 @needs_leader
-@played
-async def test_a_client_that_is_closed_opens_nothing_any_more(db: Database) -> None:
+@scenario_test
+async def test_a_closed_client_opens_no_connection(db: Database) -> None:
     tr = db.transaction()
     watch = await tr.watch(b"k")
     await db.close()
@@ -741,21 +746,21 @@ async def test_a_client_that_is_closed_opens_nothing_any_more(db: Database) -> N
 
 
 @needs_leader
-def test_a_connection_that_falls_silent_is_replaced(
+def test_a_connection_that_does_not_answer_is_replaced(
     settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its process is frozen: nothing is closed, and no timeout of the server's strikes."""
+    """Its server process is frozen: the connection stays open, and no timeout of the server takes effect."""
     monkeypatch.setattr(client, "ANSWER_SECONDS", 0.5)
 
     async def scenario(db: Database) -> None:
         await put(db, k=b"v")
         while db._pool._openings:
             await asyncio.gather(*db._pool._openings)
-        # Asleep, so that they freeze with no lock of the server's in hand.
-        sleepers = "FROM pg_stat_activity WHERE application_name = 'pgcoord/client' AND wait_event = 'ClientRead'"
+        # Only idle processes are frozen, which hold no lock of the server.
+        idle = "FROM pg_stat_activity WHERE application_name = 'pgcoord/client' AND wait_event = 'ClientRead'"
         connections = len(db._pool._connections)
-        await until_async(lambda: value(sql, f"SELECT count(*) {sleepers}") == connections + 1)
-        pids = [pid for (pid,) in sql.execute(f"SELECT pid {sleepers} AND query NOT LIKE 'LISTEN%'".encode())]
+        await until_async(lambda: value(sql, f"SELECT count(*) {idle}") == connections + 1)
+        pids = [pid for (pid,) in sql.execute(f"SELECT pid {idle} AND query NOT LIKE 'LISTEN%'".encode())]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
@@ -764,24 +769,24 @@ def test_a_connection_that_falls_silent_is_replaced(
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
 
-    play(replace(settings, statement_timeout=0.5), scenario)
+    run_scenario(replace(settings, statement_timeout=0.5), scenario)
 
 
 @needs_leader
-def test_large_transactions_go_out_in_several_groups(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_transactions_are_sent_in_several_batches(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submissions, "BATCH_BYTES", 150_000)
     enqueue, sizes = Submitter._enqueue, []
 
-    def noted(submitter: Submitter, group: list[PendingCommit]) -> None:
-        sizes.append(len(group))
-        enqueue(submitter, group)
+    def record(submitter: Submitter, batch: list[PendingCommit]) -> None:
+        sizes.append(len(batch))
+        enqueue(submitter, batch)
 
     async def scenario(db: Database) -> None:
         await put(db, first=b"v")
-        monkeypatch.setattr(Submitter, "_enqueue", noted)
+        monkeypatch.setattr(Submitter, "_enqueue", record)
         await asyncio.gather(*(put(db, **{f"k{number}": bytes(100_000)}) for number in range(6)))
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert sum(sizes) == 6
     assert max(sizes) <= 2
 
@@ -790,7 +795,7 @@ def test_large_transactions_go_out_in_several_groups(settings: Settings, monkeyp
 
 
 def request_id_of(error: OutcomeUnknown) -> UUID:
-    """The id that the hint says to ask with."""
+    """Returns the request id in the hint of the error."""
     found = re.search(r"commit show ([0-9a-f-]{36})", error.hint or "")
     assert found, error.hint
     return UUID(found[1])
@@ -804,18 +809,18 @@ def test_i3_without_a_leader_the_outcome_is_unknown_and_can_be_asked_for_later(s
             await tr.commit()
         return request_id_of(unknown.value)
 
-    request_id = play(settings, scenario)
+    request_id = run_scenario(settings, scenario)
     with closing(open_session(settings, "commit show", writes=False)) as conn:
         found = find_request(conn, request_id)
         assert found and found.status == "pending"
-        with leading(settings):
+        with leader_thread(settings):
             asyncio.run(until_async(lambda: (row := find_request(conn, request_id)) and row.status != "pending"))
         found = find_request(conn, request_id)
         assert found and (found.status, found.commit_version) == ("committed", 1)
 
 
-@played
-async def test_a_client_that_is_closed_tells_those_who_still_wait(db: Database, sql: Sql) -> None:
+@scenario_test
+async def test_closing_a_client_reports_pending_commits_as_unknown(db: Database, sql: Sql) -> None:
     commit = asyncio.create_task(put(db, k=b"v"))
     await until_async(lambda: requests(sql))
     await db.close()
@@ -823,8 +828,8 @@ async def test_a_client_that_is_closed_tells_those_who_still_wait(db: Database, 
         await commit
 
 
-@played
-async def test_i3_the_reason_of_an_unknown_outcome_names_the_servers_trouble(db: Database, sql: Sql) -> None:
+@scenario_test
+async def test_i3_the_reason_of_an_unknown_outcome_names_the_error_of_the_server(db: Database, sql: Sql) -> None:
     tr = db.transaction(commit_seconds=1.5)
     tr.set(b"k", b"v")
     commit = asyncio.create_task(tr.commit())
@@ -835,19 +840,19 @@ async def test_i3_the_reason_of_an_unknown_outcome_names_the_servers_trouble(db:
 
 
 class Unreachable:
-    """Opens nothing: the server is down."""
+    """An opener that always fails, as when the server is down."""
 
     async def __call__(self) -> AsyncConnection[Any]:
         raise ConnectionFailed("the server is down")
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_a_client_can_be_closed_while_the_server_is_down(db: Database) -> None:
     tr = db.transaction()
     watch = await tr.watch(b"k")
     db._listener._opener = Unreachable()
-    await tr.commit()  # it wrote nothing, and waits for nobody
+    await tr.commit()  # it wrote nothing, and waits for no leader
     commit = asyncio.create_task(put(db, k=b"v"))
     await until_async(lambda: db._submitter._trouble or db._submitter._listening)
     await asyncio.wait_for(db.close(), TIMEOUT)
@@ -857,8 +862,8 @@ async def test_a_client_can_be_closed_while_the_server_is_down(db: Database) -> 
 
 
 @needs_leader
-@played
-async def test_i3_what_could_not_be_sent_in_time_certainly_did_not_happen(db: Database, sql: Sql) -> None:
+@scenario_test
+async def test_i3_a_request_that_was_not_sent_in_time_is_not_committed(db: Database, sql: Sql) -> None:
     tr = db.transaction(commit_seconds=0.2)
     await tr.get(b"k")
     tr.set(b"k", b"v")
@@ -867,12 +872,12 @@ async def test_i3_what_could_not_be_sent_in_time_certainly_did_not_happen(db: Da
         await tr.commit()
     db._listener._opener = opener
     await put(db, later=b"v")
-    assert data(sql) == {b"later": b"v"}, "nor afterwards"
+    assert data(sql) == {b"later": b"v"}, "not afterwards either"
 
 
 @needs_leader
-@played
-async def test_i3_what_no_connection_could_be_opened_for_certainly_did_not_happen(db: Database, sql: Sql) -> None:
+@scenario_test
+async def test_i3_a_request_without_any_connection_is_not_committed(db: Database, sql: Sql) -> None:
     await put(db, first=b"v")
     tr = db.transaction(commit_seconds=0.2)
     await tr.get(b"k")
@@ -899,7 +904,7 @@ def test_i3_a_request_that_may_have_arrived_and_cannot_be_sent_again_has_an_unkn
         with pytest.raises(OutcomeUnknown, match="commit_requests"):
             await put(db, k=b"v")
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert value(sql, "SELECT count(*) FROM elsewhere") == 1
 
 
@@ -907,12 +912,12 @@ def test_i3_a_request_that_may_have_arrived_and_cannot_be_sent_again_has_an_unkn
 
 
 @pytest.fixture
-def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Client and leader listen to channels that nobody notifies; they look a little more often instead."""
+def no_notifications(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes client and leader listen to other channels than those that are notified, with a shorter poll interval."""
     listen = AsyncListener.listen
 
     async def listen_elsewhere(listener: AsyncListener, channel: str, on_news: Callable[[], None]) -> None:
-        await listen(listener, f"nobody notifies this: {channel}", on_news)
+        await listen(listener, f"never notified: {channel}", on_news)
 
     def listen_to_nothing(conn: psycopg.Connection[Any], _channels: Sequence[str], wakeup: Wakeup) -> Listener:
         return Listener(conn, wakeup)
@@ -922,7 +927,7 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "POLL_SECONDS", 0.1)
 
 
-@pytest.mark.usefixtures("deaf")
+@pytest.mark.usefixtures("no_notifications")
 @needs_leader
 def test_i7_with_every_notification_dropped_everything_still_works(settings: Settings, sql: Sql) -> None:
     async def scenario(db: Database) -> None:
@@ -938,7 +943,7 @@ def test_i7_with_every_notification_dropped_everything_still_works(settings: Set
         await put(db, k=b"changed")
         await asyncio.wait_for(watch, TIMEOUT)
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert data(sql) == {b"k": b"changed", b"n": b"5"}
 
 
@@ -948,68 +953,68 @@ def test_i7_with_every_notification_dropped_everything_still_works(settings: Set
 STANDBY = UnsuitableServer("this server is a standby")
 
 
-async def notify(sql: Sql, channel: str, heard: asyncio.Event) -> None:
-    """Notifies the channel, and waits until it is heard."""
-    heard.clear()
+async def notify(sql: Sql, channel: str, notified: asyncio.Event) -> None:
+    """Notifies the channel, and waits until the callback was called."""
+    notified.clear()
     sql.execute(f'NOTIFY "{channel}"')
-    await asyncio.wait_for(heard.wait(), TIMEOUT)
+    await asyncio.wait_for(notified.wait(), TIMEOUT)
 
 
-def test_a_listener_outlives_a_server_that_is_unsuitable_for_a_while(settings: Settings, sql: Sql) -> None:
+def test_a_listener_survives_a_server_that_is_unsuitable_for_a_while(settings: Settings, sql: Sql) -> None:
     async def scenario() -> None:
-        heard = asyncio.Event()
-        openings = Openings(settings, [2, 3], STANDBY)
+        notified = asyncio.Event()
+        openings = CountingOpener(settings, [2, 3], STANDBY)
         listener = AsyncListener(openings)
-        await listener.listen("news", heard.set)
-        heard.clear()
+        await listener.listen("news", notified.set)
+        notified.clear()
         end_sessions(sql)
-        await asyncio.wait_for(heard.wait(), TIMEOUT)  # after a reconnection, something may have been missed
+        await asyncio.wait_for(
+            notified.wait(), TIMEOUT
+        )  # called after a reconnect, since a notification may have been missed
         assert openings.count == 4
-        await notify(sql, "news", heard)
+        await notify(sql, "news", notified)
         await listener.close()
 
     asyncio.run(scenario())
 
 
-def test_whoever_asks_a_listener_first_hears_why_it_cannot_listen_and_may_ask_again(
+def test_the_first_caller_of_a_listener_gets_the_error_of_its_connection_and_may_retry(
     settings: Settings, sql: Sql
 ) -> None:
     async def scenario() -> None:
-        heard = asyncio.Event()
-        listener = AsyncListener(Openings(settings, [1], STANDBY))
+        notified = asyncio.Event()
+        listener = AsyncListener(CountingOpener(settings, [1], STANDBY))
         with pytest.raises(UnsuitableServer):
-            await listener.listen("news", heard.set)
-        await asyncio.wait_for(listener.listen("news", heard.set), TIMEOUT)
-        await notify(sql, "news", heard)
+            await listener.listen("news", notified.set)
+        await asyncio.wait_for(listener.listen("news", notified.set), TIMEOUT)
+        await notify(sql, "news", notified)
         await listener.close()
 
     asyncio.run(scenario())
 
 
-def test_i7_a_channel_asked_for_while_the_listener_reconnects_misses_nothing_unnoticed(
-    settings: Settings, sql: Sql
-) -> None:
-    """Whoever was told that a channel is listened to hears of what is notified there from then on."""
+def test_i7_a_channel_added_while_the_listener_reconnects_misses_no_notification(settings: Settings, sql: Sql) -> None:
+    """Once `listen` has returned, every notification of its channel calls the callback."""
 
     async def scenario() -> None:
-        listener = AsyncListener(Openings(settings))
+        listener = AsyncListener(CountingOpener(settings))
         await listener.listen("old", lambda: None)
         for number in range(10):
-            heard = asyncio.Event()
+            notified = asyncio.Event()
             end_sessions(sql)
-            await listener.listen(f"new {number}", heard.set)
-            await notify(sql, f"new {number}", heard)
+            await listener.listen(f"new {number}", notified.set)
+            await notify(sql, f"new {number}", notified)
         await asyncio.wait_for(listener.listen("last", lambda: None), TIMEOUT)
         await listener.close()
 
     asyncio.run(scenario())
 
 
-# -- rule I1: strict serialisability, whoever leads
+# -- rule I1: strict serialisability over changes of the leader
 
 
 class Recorded(NamedTuple):
-    """A transaction that committed: what it read, what it wrote, and as of which version."""
+    """A committed transaction: its version, its reads with their results, and its writes."""
 
     version: int
     reads: list[tuple[bytes, bytes | None]]
@@ -1021,7 +1026,7 @@ KEYS = [b"%c" % letter for letter in b"abcdefgh"]
 
 
 class Recorder:
-    """Random transactions of many tasks, and a record of those that committed."""
+    """Runs random transactions in many tasks, and records those that committed."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -1049,13 +1054,13 @@ class Recorder:
         for mutation in writes:
             mutate(tr, mutation)
         version = await tr.commit()
-        assert (tr.read_version or 0) >= acknowledged, "what was acknowledged before it began, it has to see"
+        assert (tr.read_version or 0) >= acknowledged, "it sees all that was acknowledged before it began"
         self.acknowledged = max(self.acknowledged, version)
         self.records.append(Recorded(version, reads, ranges, writes))
 
 
 def replay(records: Sequence[Recorded]) -> Data:
-    """One after the other in version order, every read has to find what it found; what is left in the end."""
+    """Replays the transactions in version order, compares every read with its recorded result, and returns the data."""
     writers = sorted(record for record in records if record.writes)
     assert [record.version for record in writers] == list(range(1, len(writers) + 1)), "rule I5: dense"
     model = Model({})
@@ -1065,7 +1070,7 @@ def replay(records: Sequence[Recorded]) -> Data:
             model.mutate(*mutation)
         states.append(dict(model.data))
     for record in records:
-        # A writer read what the commits before it left; one that only read, what its version left.
+        # A transaction with writes read the state before its version; one without, the state of its version.
         state = Model(states[record.version - 1] if record.writes else states[record.version])
         for key, found in record.reads:
             assert state.data.get(key) == found, record
@@ -1074,7 +1079,7 @@ def replay(records: Sequence[Recorded]) -> Data:
     return model.data
 
 
-def test_i1_what_concurrent_transactions_saw_is_what_one_after_the_other_would_have_with_two_takeovers_between(
+def test_i1_concurrent_transactions_are_serialisable_across_two_takeovers(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders, start_leader: StartLeader
 ) -> None:
     first, second = two_leaders()
@@ -1091,7 +1096,7 @@ def test_i1_what_concurrent_transactions_saw_is_what_one_after_the_other_would_h
         await asyncio.gather(*tasks)
         return recorder
 
-    recorder = play(settings, scenario)
+    recorder = run_scenario(settings, scenario)
     assert replay(recorder.records) == data(sql)
     assert value(sql, "SELECT max(epoch) FROM leader_history") == 3
     assert len(recorder.records) > 200

@@ -34,7 +34,17 @@ from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.errors import Conflict, Fenced, Rejected
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, until_async, value
-from tests.postgres.commit_world import Data, Sql, data, leading, needs_leader, play, played, put, requests
+from tests.postgres.commit_scenarios import (
+    Data,
+    Sql,
+    data,
+    leader_thread,
+    needs_leader,
+    put,
+    requests,
+    run_scenario,
+    scenario_test,
+)
 
 if TYPE_CHECKING:
     from tests.conftest import StartLeader
@@ -115,7 +125,7 @@ def test_i5_a_client_that_is_alone_commits_without_the_leader_at_the_next_versio
         assert [await put(db, a=b"1"), await put(db, a=b"2", b=b"3")] == [1, 2]
         assert await db.transaction().get(b"a") == b"2"
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert paths(sql) == ["alone", "alone"]
     assert data(sql) == {b"a": b"2", b"b": b"3"}
     assert value(sql, "SELECT durable_version FROM leader_lease") == 2
@@ -167,7 +177,7 @@ def columns_of(pairs: Any) -> list[tuple[Any, ...]]:
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_a_lone_commit_clears_ranges_and_keys_before_it_writes(db: Database, sql: Sql) -> None:
     await put(db, a=b"1", b=b"2", c=b"3", d=b"4", y=b"5", z=b"6")
     tr = db.transaction()
@@ -200,12 +210,12 @@ def test_what_needs_the_leader_goes_to_the_leader(
         work(tr)
         assert await tr.commit() == 1
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert paths(sql) == ["queue"]
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_whoever_watches_is_woken_by_a_lone_commit(
     db: Database, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +240,7 @@ def test_i3_a_lone_commit_is_as_durable_as_the_database_wants_it_and_never_less_
     )
     sql.execute("CREATE TRIGGER note BEFORE INSERT ON kv FOR EACH ROW EXECUTE FUNCTION note()")
     sql.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {sql.info.dbname} SET synchronous_commit = {default}")
-    play(settings, lambda db: put(db, k=b""))
+    run_scenario(settings, lambda db: put(db, k=b""))
     assert paths(sql) == ["alone"]
     assert data(sql) == {b"k": during.encode()}
 
@@ -351,17 +361,17 @@ def test_i2_what_happens_in_the_middle_of_a_lone_commit_undoes_it(
 
 def test_i2_a_client_whose_lone_commit_was_undone_goes_through_the_queue(settings: Settings, sql: Sql) -> None:
     async def scenario(db: Database) -> int:
-        with leading(settings):
+        with leader_thread(settings):
             await put(db, k=b"0")
             with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder:
                 holder.execute("SELECT FROM kv FOR UPDATE")
                 commit = asyncio.create_task(put(db, k=b"1"))
                 await until_async(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE NOT granted"))
                 sql.execute("UPDATE leader_lease SET epoch = epoch + 1, expires_at = clock_timestamp()")
-        with leading(settings):
+        with leader_thread(settings):
             return await commit
 
-    assert play(settings, scenario) == 2
+    assert run_scenario(settings, scenario) == 2
     assert paths(sql) == ["alone", "queue"]
     assert data(sql) == {b"k": b"1"}
 
@@ -582,11 +592,11 @@ def test_a_client_that_was_not_alone_goes_through_the_queue_for_a_while(
         await put(db, k=b"3")
         assert paths(sql)[3:] == ["alone"]
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_several_at_once_are_not_alone(db: Database, sql: Sql) -> None:
     await put(db, a=b"0")
     await asyncio.gather(*(put(db, **{f"k{number}": b"1"}) for number in range(5)))
@@ -605,7 +615,7 @@ def test_i6_what_postgresql_refuses_of_a_lone_commit_the_leader_rejects(
         with pytest.raises(Rejected):
             await tr.commit()
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert [status for status, _ in requests(sql)] == ["rejected"]
 
 
@@ -632,7 +642,7 @@ def test_i3_a_lone_commit_whose_answer_was_lost_is_found_and_applied_once(
     async def scenario(db: Database) -> None:
         assert await put(db, k=b"1") == 1
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert requests(sql) == [("committed", 1)]
 
 
@@ -658,14 +668,14 @@ def test_i3_a_session_ended_in_the_middle_of_a_lone_commit_is_replaced_and_it_ap
             await until_async(lambda: not value(sql, waiting))
         assert await commit == 2
 
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert requests(sql)[0] == ("committed", 1)
     assert [status for status, _ in requests(sql)] == ["committed", "committed"]
     assert data(sql) == {b"k": b"1"}
 
 
 @needs_leader
-@played
+@scenario_test
 async def test_i3_a_conflict_is_still_a_conflict(db: Database, sql: Sql) -> None:
     loser = db.transaction()
     await loser.get(b"k")
@@ -714,7 +724,7 @@ def test_a_role_that_may_not_commit_alone_commits_through_the_queue_and_does_not
             await put(db, k=b"%d" % number)
 
     refuse_lone_commits(sql)
-    play(settings, scenario)
+    run_scenario(settings, scenario)
     assert value(sql, "SELECT last_value FROM tries") == 1
     assert paths(sql) == ["queue"] * 3
 

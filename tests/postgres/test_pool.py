@@ -16,7 +16,7 @@ from pgcoord_cli.db.callback_connection import Row, settle
 from pgcoord_cli.errors import ConnectionFailed
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until_async
-from tests.postgres.openings import Openings
+from tests.postgres.counting_opener import CountingOpener
 
 Sql = psycopg.Connection[Any]
 PID = "SELECT pg_backend_pid()"
@@ -28,8 +28,8 @@ def on_a_pool(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
     @wraps(test)
     def run(settings: Settings, sql: Sql) -> None:
-        async def play() -> None:
-            opener = Openings(settings)
+        async def run_scenario() -> None:
+            opener = CountingOpener(settings)
             pool = Pool(opener, SIZE)
             try:
                 async with asyncio.timeout(TIMEOUT):
@@ -37,7 +37,7 @@ def on_a_pool(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
             finally:
                 await pool.close()
 
-        asyncio.run(play())
+        asyncio.run(run_scenario())
 
     del run.__wrapped__
     return run
@@ -57,20 +57,22 @@ async def pids(pool: Pool, statements: int) -> list[int]:
 
 
 @on_a_pool
-async def test_one_statement_after_the_other_takes_one_connection(pool: Pool, opener: Openings, sql: Sql) -> None:
+async def test_one_statement_after_the_other_takes_one_connection(pool: Pool, opener: CountingOpener, sql: Sql) -> None:
     assert len({pid for _ in range(20) for pid in await pids(pool, 1)}) == 1
     assert opener.count == 1
 
 
 @on_a_pool
-async def test_many_at_once_take_as_many_as_there_may_be(pool: Pool, opener: Openings, sql: Sql) -> None:
+async def test_many_at_once_take_as_many_as_there_may_be(pool: Pool, opener: CountingOpener, sql: Sql) -> None:
     for _ in range(5):
         assert len(set(await pids(pool, 40))) <= SIZE
     assert opener.count == SIZE
 
 
 @on_a_pool
-async def test_where_no_more_can_be_opened_all_wait_for_those_there_are(pool: Pool, opener: Openings, sql: Sql) -> None:
+async def test_where_no_more_can_be_opened_all_wait_for_those_there_are(
+    pool: Pool, opener: CountingOpener, sql: Sql
+) -> None:
     [only] = await pids(pool, 1)
     opener.failing = set(range(2, 1000))
     for _ in range(3):
@@ -80,7 +82,7 @@ async def test_where_no_more_can_be_opened_all_wait_for_those_there_are(pool: Po
 
 @on_a_pool
 async def test_who_waits_for_a_busy_connection_gets_another_once_one_can_be_opened(
-    pool: Pool, opener: Openings, sql: Sql
+    pool: Pool, opener: CountingOpener, sql: Sql
 ) -> None:
     await pids(pool, 1)
     opener.failing = {2}
@@ -92,7 +94,7 @@ async def test_who_waits_for_a_busy_connection_gets_another_once_one_can_be_open
 
 @on_a_pool
 async def test_what_opening_raises_reaches_one_who_waits_and_the_next_tries_again(
-    pool: Pool, opener: Openings, sql: Sql
+    pool: Pool, opener: CountingOpener, sql: Sql
 ) -> None:
     opener.failing = {1, 2, 3, 4}
     outcomes = await asyncio.gather(*(pids(pool, 1) for _ in range(6)), return_exceptions=True)
@@ -100,7 +102,7 @@ async def test_what_opening_raises_reaches_one_who_waits_and_the_next_tries_agai
 
 
 @on_a_pool
-async def test_a_connection_that_broke_is_replaced(pool: Pool, opener: Openings, sql: Sql) -> None:
+async def test_a_connection_that_broke_is_replaced(pool: Pool, opener: CountingOpener, sql: Sql) -> None:
     for _ in range(3):
         before = set(await pids(pool, 10))
         await asyncio.gather(*pool._openings)
@@ -116,7 +118,9 @@ async def test_a_connection_that_broke_is_replaced(pool: Pool, opener: Openings,
 
 
 @on_a_pool
-async def test_where_one_connection_broke_the_idle_ones_are_not_trusted(pool: Pool, opener: Openings, sql: Sql) -> None:
+async def test_where_one_connection_broke_the_idle_ones_are_not_trusted(
+    pool: Pool, opener: CountingOpener, sql: Sql
+) -> None:
     before = set(await pids(pool, 10))
     await asyncio.gather(*pool._openings)
     asleep = asyncio.create_task(fetch(pool, "SELECT pg_backend_pid(), pg_sleep(600)"))
@@ -130,7 +134,9 @@ async def test_where_one_connection_broke_the_idle_ones_are_not_trusted(pool: Po
 
 
 @on_a_pool
-async def test_a_caller_who_gives_up_leaves_the_connection_to_others(pool: Pool, opener: Openings, sql: Sql) -> None:
+async def test_a_caller_who_gives_up_leaves_the_connection_to_others(
+    pool: Pool, opener: CountingOpener, sql: Sql
+) -> None:
     [before] = await pids(pool, 1)
     given_up = asyncio.create_task(fetch(pool, PID))
     await asyncio.sleep(0)
@@ -141,7 +147,7 @@ async def test_a_caller_who_gives_up_leaves_the_connection_to_others(pool: Pool,
 
 
 @on_a_pool
-async def test_a_pool_that_is_closed_tells_everybody(pool: Pool, opener: Openings, sql: Sql) -> None:
+async def test_a_pool_that_is_closed_tells_everybody(pool: Pool, opener: CountingOpener, sql: Sql) -> None:
     waiting = [asyncio.create_task(fetch(pool, "SELECT pg_sleep(600)")) for _ in range(2 * SIZE)]
     while opener.count < SIZE:
         await asyncio.sleep(0)

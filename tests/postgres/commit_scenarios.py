@@ -1,4 +1,4 @@
-"""Clients that commit, and somebody who leads, for the tests of this folder."""
+"""A leader in a thread, and scenarios that run with a commit client, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Data = dict[bytes, bytes]
 
 
 @contextmanager
-def leading(settings: Settings) -> Iterator[None]:
-    """Within the block this process leads."""
+def leader_thread(settings: Settings) -> Iterator[None]:
+    """Runs a candidate in a thread, and a leader within the block; fails if it is not elected within TIMEOUT."""
     elected = threading.Event()
 
     def report(event: CandidateEvent) -> None:
@@ -44,17 +44,17 @@ def leading(settings: Settings) -> Iterator[None]:
 
 
 @pytest.fixture
-def some_leader(settings: Settings) -> Iterator[None]:
-    """Somebody leads as long as the test lasts."""
-    with leading(settings):
+def leader_running(settings: Settings) -> Iterator[None]:
+    """Runs a leader for as long as the test lasts."""
+    with leader_thread(settings):
         yield
 
 
-needs_leader = pytest.mark.usefixtures("some_leader")
+needs_leader = pytest.mark.usefixtures("leader_running")
 
 
-def play(settings: Settings, scenario: Callable[[Database], Awaitable[T]], *, pool_size: int = 3) -> T:
-    """Runs a scenario with a client of its own."""
+def run_scenario(settings: Settings, scenario: Callable[[Database], Awaitable[T]], *, pool_size: int = 3) -> T:
+    """Runs a scenario in an event loop of its own, with a client of its own, and returns its result."""
 
     async def main() -> T:
         async with await connect(settings, pool_size=pool_size) as db:
@@ -63,13 +63,13 @@ def play(settings: Settings, scenario: Callable[[Database], Awaitable[T]], *, po
     return asyncio.run(main())
 
 
-def played(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """The scenario as a test: it is played with a client of its own. What it takes beside that are fixtures."""
+def scenario_test(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Makes a test of a scenario: it runs with a client of its own, and its other parameters are fixtures."""
     _, *fixtures = signature(scenario).parameters
 
     @wraps(scenario)
     def test(settings: Settings, **given: Any) -> None:
-        play(settings, partial(scenario, **given))
+        run_scenario(settings, partial(scenario, **given))
 
     asked_for = [Parameter(name, Parameter.KEYWORD_ONLY) for name in ("settings", *fixtures)]
     test.__signature__ = Signature(asked_for)  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def played(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
 
 async def put(db: Database, **values: bytes) -> int:
-    """Commits some keys, each named like its argument."""
+    """Commits a value for each key that an argument names, and returns the commit version."""
     tr = db.transaction()
     for name, written in values.items():
         tr.set(name.encode(), written)
@@ -85,8 +85,10 @@ async def put(db: Database, **values: bytes) -> int:
 
 
 def data(sql: Sql) -> Data:
+    """Returns all keys with their values."""
     return dict(sql.execute("SELECT key, value FROM kv").fetchall())
 
 
 def requests(sql: Sql) -> list[tuple[str, int | None]]:
+    """Returns the status and the commit version of every request, in queue order."""
     return sql.execute("SELECT status, commit_version FROM commit_requests ORDER BY id").fetchall()

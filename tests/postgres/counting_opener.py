@@ -1,4 +1,4 @@
-"""Connections that can be opened, or not, as a test has it."""
+"""An opener of sessions that counts its calls, and fails some of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pgcoord_cli.settings import Settings
 DOWN = ConnectionFailed("the server is down")
 
 
-class Openings:
-    """Opens sessions, and counts; those whose numbers are given fail."""
+class CountingOpener:
+    """Opens sessions and counts the calls; those whose numbers (from 1) are in `failing` raise `error`."""
 
     def __init__(self, settings: Settings, failing: Collection[int] = (), error: PgcoordError = DOWN) -> None:
         self._settings = settings
