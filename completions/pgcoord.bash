@@ -3,8 +3,8 @@
 
 # Sets `commands`, `options` and `valued` (the options that take a value) of the command $1.
 _pgcoord_command() {
-    commands='' options='--dsn --schema -o --output -q --quiet -v --verbose --color --version -h --help'
-    valued='--dsn --schema -o --output --color'
+    commands='' options='--dsn --schema -o --output -q --quiet -v --verbose --color --log-format --version -h --help'
+    valued='--dsn --schema -o --output --color --log-format'
     case $1 in
         'pgcoord')
             commands='migrate leader kv commit flow execution worker reconcile tail lock subscription gc dev bench demo'
@@ -222,6 +222,7 @@ _pgcoord_value() {
         *' -o') how=(-W 'table plain json jsonl csv markdown') ;;
         *' --output') how=(-W 'table plain json jsonl csv markdown') ;;
         *' --color') how=(-W 'auto always never') ;;
+        *' --log-format') how=(-W 'text json') ;;
         'pgcoord leader run --with') how=(-W 'dispatch') ;;
         'pgcoord kv load 1') how=(-f) ;;
         'pgcoord flow create 1') how=(-f) ;;

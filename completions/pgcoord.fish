@@ -78,6 +78,7 @@ function __pgcoord_takes_value
         '-o' \
         '--output' \
         '--color' \
+        '--log-format' \
         'pgcoord migrate up --to' \
         'pgcoord migrate up --lock-timeout' \
         'pgcoord migrate sql --to' \
@@ -210,6 +211,7 @@ complete -c pgcoord -s o -l output -r -f -a 'table plain json jsonl csv markdown
 complete -c pgcoord -s q -l quiet -d 'No talk on stderr unless something is wrong.'
 complete -c pgcoord -s v -l verbose -d 'Say more on stderr.'
 complete -c pgcoord -l color -r -f -a 'auto always never' -d 'auto, always or never. [PGCOORD_COLOR, then auto]'
+complete -c pgcoord -l log-format -r -f -a 'text json' -d 'How log lines on stderr are written. [PGCOORD_LOG_FORMAT, then text]'
 complete -c pgcoord -l version -d 'Print the version and exit.'
 complete -c pgcoord -s h -l help -d 'Show this message and exit.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord'" -a 'migrate' -d 'Bring the schema up to date, and say whether it is.'

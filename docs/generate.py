@@ -37,7 +37,7 @@ from typer.models import TyperPath
 from pgcoord_cli import __version__
 from pgcoord_cli.cli import root
 from pgcoord_cli.commands.framework import ENVIRONMENT, EXIT_CODES, global_options
-from pgcoord_cli.settings import ColorMode, OutputFormat
+from pgcoord_cli.settings import ColorMode, LogFormat, OutputFormat
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -50,7 +50,7 @@ NOTICE = "Written by docs/generate.py from the command tree. Change the commands
 
 GLOBAL_NAMES = {option.name for option in global_options()} | {"help"}
 
-GLOBAL_CHOICES = {"output": tuple(OutputFormat), "color": tuple(ColorMode)}
+GLOBAL_CHOICES = {"output": tuple(OutputFormat), "color": tuple(ColorMode), "log_format": tuple(LogFormat)}
 """To the parser the global options are plain text, because their values may also come from the environment."""
 
 

@@ -57,6 +57,13 @@ class ColorMode(StrEnum):
     NEVER = "never"
 
 
+class LogFormat(StrEnum):
+    """How log lines are written to stderr."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 def parse_duration(text: str, option: str, longest: float = LONGEST_DURATION) -> float:
     """Returns the seconds in `10`, `10s`, `250ms`, `5m`, `1h` or `7d`.
 
@@ -120,9 +127,11 @@ class Presentation:
     quiet: bool = False
     verbose: bool = False
     color: ColorMode = ColorMode.AUTO
+    log_format: LogFormat = LogFormat.TEXT
 
 
 _DERIVED = ("dsn_source", "schema_given")
+_CHOICES: Mapping[str, type[StrEnum]] = {"output": OutputFormat, "color": ColorMode, "log_format": LogFormat}
 
 
 def resolve_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
@@ -130,7 +139,7 @@ def resolve_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Se
 
     Raises UsageError, which names the flag or the variable, for a value that cannot be used.
     """
-    return _settings({name: (value, f"--{name}") for name, value in flags.items()}, environ)
+    return _settings({name: (value, f"--{name.replace('_', '-')}") for name, value in flags.items()}, environ)
 
 
 def resolve_arguments(dsn: str | None, schema: str | None) -> Settings:
@@ -154,7 +163,7 @@ def resolve_schema(schema: str | None) -> str:
 
 def resolve_presentation(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Presentation:
     """Returns the Presentation of a command, by the same order as `resolve_settings`. Raises UsageError."""
-    given = {name: (value, f"--{name}") for name, value in flags.items()}
+    given = {name: (value, f"--{name.replace('_', '-')}") for name, value in flags.items()}
     names = [each.name for each in fields(Presentation)]
     return Presentation(**{name: _parse(name, *found) for name, found in _chosen(names, given, environ).items()})
 
@@ -184,10 +193,8 @@ def _chosen(names: Iterable[str], given: Mapping[str, _Given], environ: Mapping[
 def _parse(name: str, value: Any, source: str) -> Any:
     if name == "schema":
         return parse_schema(str(value), source)
-    if name == "output":
-        return _parse_choice(OutputFormat, value, source)
-    if name == "color":
-        return _parse_choice(ColorMode, value, source)
+    if name in _CHOICES:
+        return _parse_choice(_CHOICES[name], value, source)
     if name.endswith("_timeout"):
         return parse_duration(str(value), source, LONGEST_WAIT)
     if name in ("quiet", "verbose"):

@@ -66,6 +66,7 @@ ENVIRONMENT = {
     "PGCOORD_SCHEMA": "schema, where --schema is not given",
     "PGCOORD_OUTPUT": "output format, where --output is not given",
     "PGCOORD_COLOR": "auto, always or never, where --color is not given; NO_COLOR is honoured too",
+    "PGCOORD_LOG_FORMAT": "text or json, where --log-format is not given",
     "PGCOORD_DEV_DIR": "where pgcoord dev keeps its servers, instead of the user's data directory",
     "PGCOORD_CONNECT_TIMEOUT": "longest wait for a connection (default PGCONNECT_TIMEOUT, or else 10s)",
     "PGCOORD_STATEMENT_TIMEOUT": "longest run of one statement (default 30s)",
@@ -100,6 +101,11 @@ def global_options() -> list[TyperOption]:
         option("--quiet", "-q", help="No talk on stderr unless something is wrong.", flag=True),
         option("--verbose", "-v", help="Say more on stderr.", flag=True),
         option("--color", help="auto, always or never. [PGCOORD_COLOR, then auto]", metavar="WHEN"),
+        option(
+            "--log-format",
+            help="How log lines on stderr are written. [PGCOORD_LOG_FORMAT, then text]",
+            metavar="text|json",
+        ),
         TyperOption(
             param_decls=["--version"], is_flag=True, is_eager=True, expose_value=False,
             help="Print the version and exit.", callback=_show_version,

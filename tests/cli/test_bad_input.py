@@ -43,6 +43,7 @@ def assert_refused(answer: Answer, *said: str) -> None:
         (("leader", "status", "--dsn"), ["--dsn", "requires an argument"]),
         (("kv", "set", "key", "-5"), ["-5"]),
         (("leader", "status", "--color", "purple"), ["--color: 'purple' is not one of auto, always, never"]),
+        (("leader", "status", "--log-format", "xml"), ["--log-format: 'xml' is not one of text, json"]),
         (("leader", "history", "--limit", "99999999999"), ["--limit: 99999999999 is too many"]),
         (("migrate", "up", "--to", "two"), ["--to"]),
         (("leader", "run", "--node-id", "\udcff"), ["--node-id: not UTF-8 text"]),

@@ -16,7 +16,7 @@ from typer.core import TyperArgument, TyperGroup, TyperOption
 from pgcoord_cli.cli import CATALOGUE, root
 from pgcoord_cli.commands.framework import global_options
 from pgcoord_cli.errors import UsageError
-from pgcoord_cli.settings import resolve_settings
+from pgcoord_cli.settings import resolve_presentation, resolve_settings
 from tests.cli.command_tree import LEAVES, TREE
 
 GLOBAL_NAMES = {option.name for option in global_options()}
@@ -61,7 +61,9 @@ def parse(words: list[str]) -> None:
         name, command, rest = ctx.command.resolve_command(ctx, [*ctx._protected_args, *ctx.args])
         assert command is not None
         ctx = command.make_context(name, rest, parent=ctx)
-    resolve_settings(ctx.find_root().meta.get("pgcoord.flags", {}), {})
+    flags = ctx.find_root().meta.get("pgcoord.flags", {})
+    resolve_settings(flags, {})
+    resolve_presentation(flags, {})
 
 
 @pytest.mark.parametrize("path", TREE)

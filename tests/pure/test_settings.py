@@ -14,6 +14,7 @@ from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import (
     MAX_SCHEMA_BYTES,
     ColorMode,
+    LogFormat,
     OutputFormat,
     Presentation,
     Settings,
@@ -114,7 +115,7 @@ def test_a_wrong_presentation_is_blamed_on_the_variable_it_came_from() -> None:
 
 def test_what_the_terminal_is_asked_for_is_not_among_the_settings_of_the_library() -> None:
     database, terminal = ({field.name for field in fields(kind)} for kind in (Settings, Presentation))
-    assert terminal >= {"output", "quiet", "verbose", "color"}
+    assert terminal >= {"output", "quiet", "verbose", "color", "log_format"}
     assert not database & terminal
 
 
@@ -163,6 +164,17 @@ def test_only_a_schema_that_an_operator_chose_may_be_a_typing_error(monkeypatch:
     monkeypatch.setenv("PGCOORD_SCHEMA", "typed")
     assert resolve_arguments(None, None).schema_given
     assert not resolve_arguments(None, "written").schema_given
+
+
+def test_the_log_format_is_text_unless_a_flag_or_a_variable_says_json() -> None:
+    assert resolve_presentation({}, {}).log_format is LogFormat.TEXT
+    environ = {"PGCOORD_LOG_FORMAT": "json"}
+    assert resolve_presentation({}, environ).log_format is LogFormat.JSON
+    assert resolve_presentation({"log_format": "text"}, environ).log_format is LogFormat.TEXT
+    with pytest.raises(UsageError, match="--log-format: 'xml' is not one of text, json"):
+        resolve_presentation({"log_format": "xml"}, {})
+    with pytest.raises(UsageError, match="PGCOORD_LOG_FORMAT: 'xml'"):
+        resolve_presentation({}, {"PGCOORD_LOG_FORMAT": "xml"})
 
 
 def test_a_password_is_in_no_repr() -> None:
