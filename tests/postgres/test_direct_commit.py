@@ -1,4 +1,4 @@
-"""Clients that commit without the leader: as the leader would, never beside it, and never instead of an error."""
+"""Direct commits: they write what the leader would, exclude its batches, and fall back to the queue."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ LOCKS = (
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
     " AND classid = 'commit_requests'::regclass"
 )
-"""How many hold the lock that keeps lone commits and the leader apart."""
+"""Counts the holders of the lock that keeps direct commits and the leader apart."""
 
 
 def paths(sql: Sql) -> list[str]:
-    """How each committed request got there: who goes through the queue says where he is to be called."""
+    """Returns `direct` or `queue` for each committed request in id order. Only queued ones have a reply channel."""
     found = sql.execute("SELECT reply_channel FROM commit_requests WHERE status = 'committed' ORDER BY id")
-    return ["alone" if channel is None else "queue" for (channel,) in found]
+    return ["direct" if channel is None else "queue" for (channel,) in found]
 
 
 @pytest.fixture
 def term(settings: Settings, leader_conn: Sql) -> Term:
-    """Somebody leads, and does nothing."""
+    """Takes the lease, without a resolver."""
     mark_leader_session(leader_conn, "pgcoord")
     term = lease.take_over(leader_conn, "pgcoord", "test", 600, lock_held=True)
     assert term
@@ -81,15 +81,15 @@ def leader_conn(settings: Settings) -> Iterator[Sql]:
 
 
 @pytest.fixture
-def judge(leader_conn: Sql, term: Term) -> Resolver:
-    """A leader that resolves when it is told to."""
+def leader(leader_conn: Sql, term: Term) -> Resolver:
+    """A resolver that works only when the test calls it."""
     return Resolver(leader_conn, term)
 
 
-def commit_alone(
+def commit_directly(
     conn: Sql, version: int, key: bytes = b"k", *, reads: tuple[bytes, ...] = (), term_id: UUID | None = None
 ) -> Any:
-    """The version that a commit of b"v" under a key got, or None."""
+    """Commits b"v" under a key in the caller's transaction; returns its version, or None if it was enqueued."""
     arguments = [
         uuid4(),
         1,
@@ -116,17 +116,17 @@ def last_term(conn: Sql) -> UUID:
     return term_id
 
 
-# -- as the leader would
+# -- the same result as by the leader
 
 
 @needs_leader
-def test_i5_a_client_that_is_alone_commits_without_the_leader_at_the_next_version(settings: Settings, sql: Sql) -> None:
+def test_i5_a_direct_commit_gets_the_next_version(settings: Settings, sql: Sql) -> None:
     async def scenario(db: Database) -> None:
         assert [await put(db, a=b"1"), await put(db, a=b"2", b=b"3")] == [1, 2]
         assert await db.transaction().get(b"a") == b"2"
 
     run_scenario(settings, scenario)
-    assert paths(sql) == ["alone", "alone"]
+    assert paths(sql) == ["direct", "direct"]
     assert data(sql) == {b"a": b"2", b"b": b"3"}
     assert value(sql, "SELECT durable_version FROM leader_lease") == 2
 
@@ -150,7 +150,7 @@ plain_requests = st.builds(
 
 @given(plain_requests)
 @hypothesis_settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_stored_of_a_lone_commit_is_what_a_client_would_have_sent(settings: Settings, request: Request) -> None:
+def test_a_direct_commit_stores_the_payload_that_a_client_would_have_sent(settings: Settings, request: Request) -> None:
     writes = mutations.fold(request.mutations)
     net = [
         *(Mutation(Op.CLEAR_RANGE, begin, end) for begin, end in writes.ranges),
@@ -178,7 +178,7 @@ def columns_of(pairs: Any) -> list[tuple[Any, ...]]:
 
 @needs_leader
 @scenario_test
-async def test_a_lone_commit_clears_ranges_and_keys_before_it_writes(db: Database, sql: Sql) -> None:
+async def test_a_direct_commit_clears_ranges_and_keys_before_it_writes(db: Database, sql: Sql) -> None:
     await put(db, a=b"1", b=b"2", c=b"3", d=b"4", y=b"5", z=b"6")
     tr = db.transaction()
     await tr.get_range(b"a", b"c")
@@ -188,7 +188,7 @@ async def test_a_lone_commit_clears_ranges_and_keys_before_it_writes(db: Databas
     tr.clear(b"a")
     tr.clear_range(b"y", None)
     await tr.commit()
-    assert paths(sql) == ["alone", "alone"]
+    assert paths(sql) == ["direct", "direct"]
     assert data(sql) == {b"c": b"new", b"d": b"4"}
 
 
@@ -202,7 +202,7 @@ async def test_a_lone_commit_clears_ranges_and_keys_before_it_writes(db: Databas
         lambda tr: tr.set(b"k", bytes(direct_commit.MAX_BYTES)),
     ],
 )
-def test_what_needs_the_leader_goes_to_the_leader(
+def test_requests_that_need_the_leader_are_enqueued(
     settings: Settings, sql: Sql, work: Callable[[Transaction], Any]
 ) -> None:
     async def scenario(db: Database) -> None:
@@ -216,9 +216,7 @@ def test_what_needs_the_leader_goes_to_the_leader(
 
 @needs_leader
 @scenario_test
-async def test_whoever_watches_is_woken_by_a_lone_commit(
-    db: Database, sql: Sql, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_direct_commit_wakes_the_watches(db: Database, sql: Sql, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "POLL_SECONDS", FOR_EVER)
     tr = db.transaction()
     watch = await tr.watch(b"k")
@@ -226,12 +224,12 @@ async def test_whoever_watches_is_woken_by_a_lone_commit(
     await put(db, other=b"1")
     await put(db, k=b"1")
     await asyncio.wait_for(watch, TIMEOUT)
-    assert paths(sql) == ["alone", "alone"]
+    assert paths(sql) == ["direct", "direct"]
 
 
 @needs_leader
 @pytest.mark.parametrize(("default", "during"), [("on", "on"), ("off", "on"), ("remote_write", "remote_write")])
-def test_i3_a_lone_commit_is_as_durable_as_the_database_wants_it_and_never_less_than_that_it_survives(
+def test_i3_a_direct_commit_has_the_durability_of_the_database_and_at_least_survives_a_crash(
     settings: Settings, sql: Sql, default: str, during: str
 ) -> None:
     sql.execute(
@@ -241,7 +239,7 @@ def test_i3_a_lone_commit_is_as_durable_as_the_database_wants_it_and_never_less_
     sql.execute("CREATE TRIGGER note BEFORE INSERT ON kv FOR EACH ROW EXECUTE FUNCTION note()")
     sql.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {sql.info.dbname} SET synchronous_commit = {default}")
     run_scenario(settings, lambda db: put(db, k=b""))
-    assert paths(sql) == ["alone"]
+    assert paths(sql) == ["direct"]
     assert data(sql) == {b"k": during.encode()}
 
 
@@ -270,14 +268,16 @@ def leader_at_work(sql: Sql) -> None:
 
 @pytest.mark.parametrize("happens", [another_commit, next_epoch, lease_run_out, lease_released, leader_at_work])
 @pytest.mark.usefixtures("term")
-def test_i2_whoever_is_not_alone_goes_into_the_queue(
+def test_i2_a_direct_commit_that_is_not_admitted_is_enqueued(
     settings: Settings, sql: Sql, happens: Callable[[Sql], None]
 ) -> None:
     happens(sql)
     with psycopg.connect(settings.dsn, autocommit=True, options="-c search_path=pgcoord") as conn:
         conn.execute('LISTEN "pgcoord.commits"')
-        assert commit_alone(conn, 0, reads=(b"r",)) is None
-        assert [heard.channel for heard in conn.notifies(timeout=TIMEOUT, stop_after=1)] == ["pgcoord.commits"]
+        assert commit_directly(conn, 0, reads=(b"r",)) is None
+        assert [notification.channel for notification in conn.notifies(timeout=TIMEOUT, stop_after=1)] == [
+            "pgcoord.commits"
+        ]
     assert requests(sql) == [("pending", None)]
     assert data(sql) == {}
     (payload, reply) = sql.execute("SELECT payload, reply_channel FROM commit_requests").fetchone() or (b"", "")
@@ -286,56 +286,56 @@ def test_i2_whoever_is_not_alone_goes_into_the_queue(
 
 
 @pytest.mark.usefixtures("term")
-def test_i2_on_a_copy_of_the_lease_no_direct_commit_is_made_and_no_batch_settled(sql: Sql, judge: Resolver) -> None:
+def test_i2_on_a_copy_of_the_lease_no_direct_commit_is_made_and_no_batch_settled(sql: Sql, leader: Resolver) -> None:
     """As on a standby that was promoted: the term is the one that clients have read under, its versions may differ."""
-    assert commit_alone(sql, 0) == 1
+    assert commit_directly(sql, 0) == 1
     sql.execute("UPDATE leader_lease SET server_started_at = server_started_at - interval '1 day'")
-    assert commit_alone(sql, 1) is None
+    assert commit_directly(sql, 1) is None
     with pytest.raises(Fenced):
-        judge.resolve_batch()
+        leader.resolve_batch()
     assert requests(sql) == [("committed", 1), ("pending", None)]
 
 
 @contextmanager
-def a_commit_that_does_not_end(settings: Settings) -> Iterator[None]:
-    """Somebody makes one by hand in a transaction, which then lies about as long as it is let."""
+def direct_commit_left_open(settings: Settings) -> Iterator[None]:
+    """Makes a direct commit by hand in a transaction that stays open; expects that its session is terminated."""
     with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as client:
-        assert commit_alone(client, 0) == 1
+        assert commit_directly(client, 0) == 1
         client.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
         yield
         with pytest.raises(psycopg.OperationalError):
             client.execute("SELECT 1")
 
 
-def test_a_leader_whose_lease_a_lone_commit_holds_up_ends_that_and_goes_on_leading(
+def test_a_leader_whose_renewal_is_blocked_by_a_direct_commit_ends_that_session_and_goes_on(
     settings: Settings, sql: Sql, start_leader: StartLeader
 ) -> None:
     start_leader("only", "--ttl", "2s").wait_for("elected epoch 1")
     ran_out = value(sql, "SELECT expires_at FROM leader_lease")
-    with a_commit_that_does_not_end(settings):
+    with direct_commit_left_open(settings):
         until(lambda: value(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
     assert value(sql, "SELECT epoch FROM leader_lease") == 1
     assert data(sql) == {}
 
 
-def test_a_candidate_whose_election_a_lone_commit_holds_up_ends_that_and_leads(
+def test_a_candidate_whose_election_is_blocked_by_a_direct_commit_ends_that_session_and_leads(
     settings: Settings, sql: Sql, start_leader: StartLeader
 ) -> None:
     first = start_leader("first", "--ttl", "2s")
     first.wait_for("elected epoch 1")
     second = start_leader("second", "--ttl", "1s")
     second.wait_for("standing")
-    with a_commit_that_does_not_end(settings):
+    with direct_commit_left_open(settings):
         first.signal(signal.SIGKILL)
         second.wait_for("elected epoch 2")
 
 
 @pytest.mark.usefixtures("term")
 @pytest.mark.parametrize("happens", [another_commit, next_epoch, lease_run_out, lease_released])
-def test_i2_what_happens_in_the_middle_of_a_lone_commit_undoes_it(
+def test_i2_a_change_of_the_lease_during_a_direct_commit_rolls_it_back(
     settings: Settings, sql: Sql, happens: Callable[[Sql], None]
 ) -> None:
-    """It has looked, and waits for a row of the data: now somebody else leads, or commits."""
+    """The function has passed its checks and waits for a row of `kv`; then the lease or the version changes."""
 
     async def scenario() -> None:
         await until_async(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE NOT granted"))
@@ -343,7 +343,7 @@ def test_i2_what_happens_in_the_middle_of_a_lone_commit_undoes_it(
         holder.rollback()
 
     async def both() -> Any:
-        committing = asyncio.to_thread(commit_alone, conn, 0)
+        committing = asyncio.to_thread(commit_directly, conn, 0)
         return await asyncio.gather(committing, scenario(), return_exceptions=True)
 
     sql.execute("INSERT INTO kv VALUES ('k', 'old')")
@@ -359,7 +359,7 @@ def test_i2_what_happens_in_the_middle_of_a_lone_commit_undoes_it(
     assert data(sql) == {b"k": b"old"}
 
 
-def test_i2_a_client_whose_lone_commit_was_undone_goes_through_the_queue(settings: Settings, sql: Sql) -> None:
+def test_i2_a_direct_commit_that_was_rolled_back_is_enqueued(settings: Settings, sql: Sql) -> None:
     async def scenario(db: Database) -> int:
         with leader_thread(settings):
             await put(db, k=b"0")
@@ -372,18 +372,18 @@ def test_i2_a_client_whose_lone_commit_was_undone_goes_through_the_queue(setting
             return await commit
 
     assert run_scenario(settings, scenario) == 2
-    assert paths(sql) == ["alone", "queue"]
+    assert paths(sql) == ["direct", "queue"]
     assert data(sql) == {b"k": b"1"}
 
 
-def test_i1_the_leader_takes_in_what_was_committed_alone_before_it_decides(sql: Sql, judge: Resolver) -> None:
-    judge.resolve_batch()
+def test_i1_the_leader_adds_direct_commits_to_its_window_before_it_decides(sql: Sql, leader: Resolver) -> None:
+    leader.resolve_batch()
     for version in range(5):
-        assert commit_alone(sql, version, b"k%d" % version) == version + 1
+        assert commit_directly(sql, version, b"k%d" % version) == version + 1
     for read_version in range(6):
         request = Request((b"k3",), (), (), (Mutation(Op.SET, b"other", b"v"),))
         enqueue(sql, codec.encode(request), read_version)
-    assert judge.resolve_batch() == 6
+    assert leader.resolve_batch() == 6
     queued = requests(sql)[5:]
     assert queued == [*[("conflict", None)] * 4, ("committed", 6), ("committed", 7)]
 
@@ -398,95 +398,95 @@ def enqueue(sql: Sql, payload: bytes, read_version: int) -> None:
     )
 
 
-def test_i8_a_new_leader_knows_what_was_committed_alone_and_refuses_nothing_else(
-    sql: Sql, leader_conn: Sql, judge: Resolver
-) -> None:
+def test_i8_a_new_leader_loads_direct_commits_into_its_window(sql: Sql, leader_conn: Sql, leader: Resolver) -> None:
     for version in range(5):
-        commit_alone(sql, version, b"k%d" % version)
-    successor = Resolver(leader_conn, lease.take_over(leader_conn, "pgcoord", "b", 600, lock_held=True) or judge._term)
+        commit_directly(sql, version, b"k%d" % version)
+    successor = Resolver(leader_conn, lease.take_over(leader_conn, "pgcoord", "b", 600, lock_held=True) or leader._term)
     for read_version in range(6):
         enqueue(sql, codec.encode(Request((b"k3",), (), (), (Mutation(Op.SET, b"o", b"v"),))), read_version)
     successor.resolve_batch()
     assert [status for status, _ in requests(sql)[5:]] == ["conflict"] * 4 + ["committed"] * 2
 
 
-def test_i1_a_lone_commit_between_a_claim_and_its_settlement_undoes_the_batch_which_is_decided_anew(
-    sql: Sql, judge: Resolver, monkeypatch: pytest.MonkeyPatch
+def test_i1_a_direct_commit_between_claim_and_settlement_rolls_the_batch_back_which_is_decided_again(
+    sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock keeps that from happening; here it cannot be had. The fence alone is what safety stands on."""
+    """The lock would prevent this; here the leader cannot get it, so that only the fence protects the data."""
     sql.execute("SELECT pg_advisory_lock('commit_requests'::regclass::oid::integer, 0)")
     monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
     enqueue(sql, codec.encode(Request((b"k",), (), (), (Mutation(Op.SET, b"stale", b"v"),))), 0)
     enqueue(sql, codec.encode(Request((), (), (), (Mutation(Op.SET, b"blind", b"v"),))), 0)
     decide = resolver.decide
 
-    def decide_while_somebody_commits(*arguments: Any) -> Any:
+    def decide_during_a_direct_commit(*arguments: Any) -> Any:
         verdicts = decide(*arguments)
         monkeypatch.setattr(resolver, "decide", decide)
-        assert commit_alone(sql, 0) == 1
+        assert commit_directly(sql, 0) == 1
         return verdicts
 
-    monkeypatch.setattr(resolver, "decide", decide_while_somebody_commits)
-    while judge.resolve_batch():
+    monkeypatch.setattr(resolver, "decide", decide_during_a_direct_commit)
+    while leader.resolve_batch():
         pass
     assert requests(sql) == [("conflict", None), ("committed", 2), ("committed", 1)]
     assert data(sql) == {b"k": b"v", b"blind": b"v"}
 
 
-def test_the_leader_keeps_lone_commits_out_while_it_works_and_lets_them_in_when_it_rests(
-    sql: Sql, judge: Resolver, leader_conn: Sql, monkeypatch: pytest.MonkeyPatch
+def test_the_leader_excludes_direct_commits_only_while_it_works(
+    sql: Sql, leader: Resolver, leader_conn: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     during: list[Any] = []
     decide = resolver.decide
 
-    def note(*arguments: Any) -> Any:
+    def count_holders(*arguments: Any) -> Any:
         during.append(value(sql, LOCKS))
         return decide(*arguments)
 
-    monkeypatch.setattr(resolver, "decide", note)
+    monkeypatch.setattr(resolver, "decide", count_holders)
     blind = codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),)))
     enqueue(sql, blind, 0)
-    judge.resolve_batch()
-    assert (during, value(sql, LOCKS)) == ([1], 0), "one request is no crowd"
+    leader.resolve_batch()
+    assert (during, value(sql, LOCKS)) == ([1], 0), "after a single request the lock is released"
     enqueue(sql, blind, 0)
     enqueue(sql, blind, 0)
-    judge.resolve_batch()
-    assert (during, value(sql, LOCKS)) == ([1, 1], 1), "where there are two, more will come"
-    judge.resolve_batch()
-    assert value(sql, LOCKS) == 0, "none came"
-    judge.resolve_batch(expected=False)
+    leader.resolve_batch()
+    assert (during, value(sql, LOCKS)) == ([1, 1], 1), (
+        "after two requests at once the lock is kept, since more are likely"
+    )
+    leader.resolve_batch()
+    assert value(sql, LOCKS) == 0, "an empty claim releases the lock"
+    leader.resolve_batch(expected=False)
     assert (len(during), value(sql, LOCKS)) == (2, 0)
 
 
-def test_the_leader_that_could_not_keep_lone_commits_out_tries_again_with_each_batch(
-    sql: Sql, judge: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
+def test_a_leader_without_the_lock_tries_for_it_again_with_each_batch(
+    sql: Sql, leader: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stuck lone commit is over some time. Without the lock, others could undo batches as long as there are any."""
+    """A direct commit that is stuck ends some time. Until the leader has the lock, others can roll its batches back."""
     monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
-    mine = f"{LOCKS} AND mode = 'ShareLock'"
+    shared = f"{LOCKS} AND mode = 'ShareLock'"
     blind = codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),)))
     with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder:
         holder.execute("SELECT pg_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0)")
         for _ in range(2):
             enqueue(sql, blind, 0)
-        assert (judge.resolve_batch(), value(sql, mine)) == (2, 0)
-        assert judge._lock_out_within == resolver.LOCK_OUT_AGAIN, "nobody waits that long for each batch"
+        assert (leader.resolve_batch(), value(sql, shared)) == (2, 0)
+        assert leader._lock_out_within == resolver.LOCK_OUT_AGAIN, "the long wait is not repeated for each batch"
     for _ in range(2):
         enqueue(sql, blind, 0)
-    assert (judge.resolve_batch(), value(sql, mine)) == (2, 1)
-    assert judge._lock_out_within == resolver.LOCK_OUT_WITHIN
+    assert (leader.resolve_batch(), value(sql, shared)) == (2, 1)
+    assert leader._lock_out_within == resolver.LOCK_OUT_WITHIN
 
 
-def test_a_locked_table_makes_the_leader_wait_and_lose_no_count_of_its_locks(
-    sql: Sql, judge: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
+def test_the_limit_of_the_lock_wait_does_not_apply_to_a_locked_table(
+    sql: Sql, leader: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an operator's ALTER TABLE holds is no lone commit: the limit of the wait is not for that."""
+    """An ALTER TABLE of an operator is no direct commit: the leader waits for it, and later releases its own lock."""
     monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
-    judge.resolve_batch()
+    leader.resolve_batch()
     enqueue(sql, codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),))), 0)
     with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder, ThreadPoolExecutor(1) as pool:
         holder.execute("LOCK TABLE commit_requests IN ACCESS EXCLUSIVE MODE")
-        batch = pool.submit(judge.resolve_batch)
+        batch = pool.submit(leader.resolve_batch)
         until(
             lambda: value(
                 sql, "SELECT count(*) FROM pg_locks WHERE relation = 'commit_requests'::regclass AND NOT granted"
@@ -494,54 +494,54 @@ def test_a_locked_table_makes_the_leader_wait_and_lose_no_count_of_its_locks(
         )
         holder.rollback()
         assert batch.result(TIMEOUT) == 1
-    judge.resolve_batch()
+    leader.resolve_batch()
     assert value(sql, LOCKS) == 0
 
 
-def test_a_look_without_a_call_is_in_nobodys_way(sql: Sql, judge: Resolver, settings: Settings) -> None:
-    """With a lone commit under way, which holds the lock, the leader would wait if it asked for it."""
-    judge.resolve_batch(expected=False)
+def test_a_poll_without_a_notification_takes_no_lock(sql: Sql, leader: Resolver, settings: Settings) -> None:
+    """A direct commit in progress holds the lock, so the leader would wait if it asked for it."""
+    leader.resolve_batch(expected=False)
     with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as client:
-        assert commit_alone(client, 0) == 1
-        assert judge.resolve_batch(expected=False) == 0
-    assert judge.resolve_batch(expected=False) == 0
-    assert judge.durable_version == 1
+        assert commit_directly(client, 0) == 1
+        assert leader.resolve_batch(expected=False) == 0
+    assert leader.resolve_batch(expected=False) == 0
+    assert leader.durable_version == 1
 
 
-def test_i8_floors_follow_when_everybody_commits_alone(
-    sql: Sql, judge: Resolver, leader_conn: Sql, monkeypatch: pytest.MonkeyPatch
+def test_i8_the_floors_rise_without_any_queued_request(
+    sql: Sql, leader: Resolver, leader_conn: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is ever claimed; still a successor reads no more than the window, and the queue's floor rises."""
+    """Even with direct commits only, a successor reads no more than the window, and the queue floor rises."""
     monkeypatch.setattr(resolver, "NOTE_AFTER", 10)
     monkeypatch.setattr(resolver, "OBSERVE_AFTER", 10)
     for version in range(40):
-        commit_alone(sql, version)
+        commit_directly(sql, version)
         sql.execute("UPDATE commit_requests SET resolved_at = now() + %s * interval '1 s' WHERE id > %s", [version] * 2)
-        judge.resolve_batch(expected=False)
+        leader.resolve_batch(expected=False)
     stored = read_lease(leader_conn)
     assert stored.durable_version == 40
     assert stored.conflict_floor > 20
     assert stored.window_start_id > 20
     assert stored.queue_floor_id > 20
-    assert [period.version for period in judge._recent.periods] == list(range(35, 41)), (
-        "a commit a second, for six seconds"
+    assert [period.version for period in leader._recent.periods] == list(range(35, 41)), (
+        "one commit a second, for the six seconds of the window"
     )
 
 
-def test_i2_a_superseded_leader_notes_no_floors(sql: Sql, judge: Resolver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_i2_a_superseded_leader_raises_no_floors(sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolver, "NOTE_AFTER", 0)
-    commit_alone(sql, 0)
+    commit_directly(sql, 0)
     next_epoch(sql)
     with pytest.raises(Fenced):
-        judge.resolve_batch(expected=False)
+        leader.resolve_batch(expected=False)
 
 
-# -- who is alone
+# -- when a client tries a direct commit
 
 
 @needs_leader
-def test_i1_clients_that_each_believe_to_be_alone_lose_no_update(settings: Settings, sql: Sql) -> None:
-    """Six of them, each with a connection of its own; every commit stored is one increment, in version order."""
+def test_i1_competing_direct_commits_lose_no_update(settings: Settings, sql: Sql) -> None:
+    """Six clients with a connection each; every stored commit is one increment, in version order."""
 
     async def increment(tr: Transaction) -> None:
         tr.set(b"n", b"%d" % (int(await tr.get(b"n") or 0) + 1))
@@ -574,7 +574,7 @@ def replayed(payloads: Iterator[bytes]) -> Data:
 
 
 @needs_leader
-def test_a_client_that_was_not_alone_goes_through_the_queue_for_a_while(
+def test_a_client_uses_the_queue_for_a_while_after_a_direct_commit_fell_back(
     settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_commit, "PAUSE_SECONDS", FOR_EVER)
@@ -587,24 +587,26 @@ def test_a_client_that_was_not_alone_goes_through_the_queue_for_a_while(
         late.set(b"k", b"1")
         await late.commit()
         await put(db, k=b"2")
-        assert paths(sql) == ["alone", "queue", "queue"]
+        assert paths(sql) == ["direct", "queue", "queue"]
         db._submitter._direct_backoff.fell_back(-FOR_EVER * 2)
+        # The leader releases its lock only after it has settled the request before this one.
+        await until_async(lambda: value(sql, LOCKS) == 0)
         await put(db, k=b"3")
-        assert paths(sql)[3:] == ["alone"]
+        assert paths(sql)[3:] == ["direct"]
 
     run_scenario(settings, scenario)
 
 
 @needs_leader
 @scenario_test
-async def test_several_at_once_are_not_alone(db: Database, sql: Sql) -> None:
+async def test_several_commits_at_once_are_enqueued(db: Database, sql: Sql) -> None:
     await put(db, a=b"0")
     await asyncio.gather(*(put(db, **{f"k{number}": b"1"}) for number in range(5)))
-    assert paths(sql) == ["alone", *["queue"] * 5]
+    assert paths(sql) == ["direct", *["queue"] * 5]
 
 
 @needs_leader
-def test_i6_what_postgresql_refuses_of_a_lone_commit_the_leader_rejects(
+def test_i6_a_direct_commit_that_postgresql_refuses_is_rejected_by_the_leader(
     settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codec, "MAX_KEY_BYTES", 2_650)
@@ -619,22 +621,22 @@ def test_i6_what_postgresql_refuses_of_a_lone_commit_the_leader_rejects(
     assert [status for status, _ in requests(sql)] == ["rejected"]
 
 
-# -- rule I3: what became of it
+# -- rule I3: the outcome
 
 
 def lose_the_answer(monkeypatch: pytest.MonkeyPatch, before: Callable[[], Any]) -> None:
-    """The answer to a lone commit does not reach the client."""
-    hear = Submitter._on_direct_answer
+    """Loses the answer to each direct commit; calls `before` first."""
+    on_direct_answer = Submitter._on_direct_answer
 
-    def lose(submitter: Submitter, undecided: PendingCommit, _: Answer) -> None:
+    def lose(submitter: Submitter, commit: PendingCommit, _: Answer) -> None:
         before()
-        hear(submitter, undecided, psycopg.OperationalError("the connection is lost"))
+        on_direct_answer(submitter, commit, psycopg.OperationalError("the connection is lost"))
 
     monkeypatch.setattr(Submitter, "_on_direct_answer", lose)
 
 
 @needs_leader
-def test_i3_a_lone_commit_whose_answer_was_lost_is_found_and_applied_once(
+def test_i3_a_direct_commit_whose_answer_was_lost_is_found_and_applied_once(
     settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lose_the_answer(monkeypatch, lambda: None)
@@ -648,7 +650,7 @@ def test_i3_a_lone_commit_whose_answer_was_lost_is_found_and_applied_once(
 
 @needs_leader
 @pytest.mark.parametrize("while_it_waits", ["for the data", "for the lease"])
-def test_i3_a_session_ended_in_the_middle_of_a_lone_commit_is_replaced_and_it_applies_once(
+def test_i3_a_direct_commit_whose_session_was_ended_is_repeated_and_applies_once(
     settings: Settings, sql: Sql, while_it_waits: str
 ) -> None:
     lock = "SELECT FROM kv FOR UPDATE" if while_it_waits == "for the data" else "SELECT FROM leader_lease FOR UPDATE"
@@ -689,22 +691,22 @@ async def test_i3_a_conflict_is_still_a_conflict(db: Database, sql: Sql) -> None
 # -- rights
 
 
-def test_only_who_may_commit_may_commit_alone(settings: Settings, sql: Sql) -> None:
+def test_a_role_without_the_right_to_commit_cannot_commit_directly(settings: Settings, sql: Sql) -> None:
     sql.execute("DROP ROLE IF EXISTS passer_by")
     sql.execute("CREATE ROLE passer_by")
     try:
         sql.execute("GRANT USAGE ON SCHEMA pgcoord TO passer_by")
         sql.execute("SET ROLE passer_by")
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="commit_alone"):
-            commit_alone(sql, 0, term_id=uuid4())
+            commit_directly(sql, 0, term_id=uuid4())
     finally:
         sql.execute("RESET ROLE")
         sql.execute("DROP OWNED BY passer_by")
         sql.execute("DROP ROLE passer_by")
 
 
-def refuse_lone_commits(sql: Sql) -> None:
-    """As for a role that may not; what was tried is counted by a sequence, since that is not rolled back."""
+def refuse_direct_commits(sql: Sql) -> None:
+    """Makes direct commits fail as for a role without the right. A sequence, which never rolls back, counts them."""
     sql.execute("CREATE SEQUENCE tries")
     sql.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.status = 'committed' THEN"
@@ -714,7 +716,7 @@ def refuse_lone_commits(sql: Sql) -> None:
 
 
 @needs_leader
-def test_a_role_that_may_not_commit_alone_commits_through_the_queue_and_does_not_try_again(
+def test_a_role_that_may_not_commit_directly_uses_the_queue_and_does_not_try_again(
     settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_commit, "PAUSE_SECONDS", 0.0)
@@ -723,7 +725,7 @@ def test_a_role_that_may_not_commit_alone_commits_through_the_queue_and_does_not
         for number in range(3):
             await put(db, k=b"%d" % number)
 
-    refuse_lone_commits(sql)
+    refuse_direct_commits(sql)
     run_scenario(settings, scenario)
     assert value(sql, "SELECT last_value FROM tries") == 1
     assert paths(sql) == ["queue"] * 3
@@ -739,7 +741,7 @@ TERM = "(SELECT last_term_id FROM pgcoord.leader_lease)"
 
 
 def call_with(sql: Sql, **given: Any) -> Any:
-    """What commit_alone answers when it is called by hand; lists that are not given are empty."""
+    """Calls commit_alone with the lists that are given, and empty ones for the others; returns the version or None."""
     names = ", ".join(f"{place} => %s::bytea[]" for place in PLACES)
     text = f"SELECT version FROM commit_alone(gen_random_uuid(), 1, {TERM}, 0, {names}, reply_channel => 'reply')"
     row = sql.execute(text, [given.get(place, []) for place in PLACES]).fetchone()
@@ -749,7 +751,7 @@ def call_with(sql: Sql, **given: Any) -> Any:
 
 @pytest.mark.usefixtures("term")
 @pytest.mark.parametrize("place", ["read_keys", "read_begins", "cleared_begins", "cleared_keys", "written_keys"])
-def test_i6_a_nil_among_the_keys_is_for_the_leader_to_reject(sql: Sql, place: str) -> None:
+def test_i6_a_request_with_a_nil_key_is_left_for_the_leader_to_reject(sql: Sql, place: str) -> None:
     partner = {"read_begins": "read_ends", "cleared_begins": "cleared_ends", "written_keys": "written_values"}
     assert call_with(sql, **{place: [None], partner.get(place, place): [None]}) is None
     (payload,) = sql.execute("SELECT payload FROM commit_requests").fetchone() or (b"",)
@@ -760,8 +762,8 @@ def test_i6_a_nil_among_the_keys_is_for_the_leader_to_reject(sql: Sql, place: st
 @pytest.mark.usefixtures("term")
 @pytest.mark.parametrize("items", ["{{a},{b}}", "[0:1]={a,b}", "[2:2]={a}", None], ids=str)
 @pytest.mark.parametrize("place", PLACES)
-def test_i6_what_is_no_list_is_refused(sql: Sql, place: str, items: str | None) -> None:
-    """What is stored has to be what is written, whatever the array looks like."""
+def test_i6_an_array_that_is_not_a_list_is_refused(sql: Sql, place: str, items: str | None) -> None:
+    """Otherwise the stored payload could differ from the data that is written."""
     given = dict.fromkeys(PLACES, "{x}") | {place: items}
     with pytest.raises(psycopg.errors.InvalidParameterValue):
         call_with(sql, **given)
@@ -769,7 +771,7 @@ def test_i6_what_is_no_list_is_refused(sql: Sql, place: str, items: str | None) 
 
 @pytest.mark.usefixtures("term")
 @pytest.mark.parametrize("place", [place for place in PLACES if not place.endswith("_keys")] + ["written_keys"])
-def test_i6_lists_that_belong_together_have_to_have_one_length(sql: Sql, place: str) -> None:
+def test_i6_lists_of_different_length_are_refused(sql: Sql, place: str) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue):
         call_with(sql, **{place: [b"x"]})
 
@@ -801,6 +803,6 @@ def test_i6_no_setting_of_the_session_changes_what_is_stored(sql: Sql, settings:
 
 
 @pytest.mark.usefixtures("term")
-def test_i6_what_is_large_goes_into_the_queue_where_the_leader_is_guarded(sql: Sql) -> None:
+def test_i6_a_large_request_is_enqueued(sql: Sql) -> None:
     for size, version in ((direct_commit.MAX_BYTES, None), (direct_commit.MAX_BYTES - 100, 1)):
         assert call_with(sql, written_keys=[b"k"], written_values=[bytes(size)]) == version
