@@ -1,4 +1,4 @@
-"""The resolver on a real database: what a batch leaves behind, whatever goes wrong in the middle of it."""
+"""The resolver on a database: what a batch writes, and what remains of it after a failure at any step."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ INSERT = """
 
 
 def writes(*keys: bytes, value: bytes = b"1", reads: Sequence[bytes] = (), ranges: Sequence[Range] = ()) -> bytes:
-    """The payload of a transaction that sets keys, having read others."""
+    """Returns the payload of a transaction that has read `reads` and `ranges`, and sets `keys`."""
     return codec.encode(Request(tuple(reads), tuple(ranges), (), tuple(Mutation(Op.SET, key, value) for key in keys)))
 
 
 def packed(fields: Any) -> bytes:
-    """A payload with whatever content, as a client with a bug, or with ill will, would send it."""
+    """Packs any content as a payload, like a faulty or hostile client."""
     return b"\x01" + bytes(msgpack.packb(fields))
 
 
@@ -59,14 +59,14 @@ def submit(
     reply: str | None = None,
     term_id: UUID | None = None,
 ) -> int:
-    """Puts a request into the queue, read under a term, by default the last one; its id."""
+    """Puts a request into the queue, read under a term (by default the last one); returns its id."""
     row = sql.execute(INSERT, [request_id or uuid4(), term_id, read_version, payload, reply]).fetchone()
     assert row
     return int(row[0])
 
 
 class Row(NamedTuple):
-    """What the table says of a request."""
+    """The outcome of a request, as stored."""
 
     status: str
     version: int | None
@@ -80,7 +80,7 @@ def outcome(sql: Sql, number: int) -> Row:
 
 
 def outcomes(sql: Sql) -> list[tuple[str, int | None]]:
-    """Status and version of every request, in queue order."""
+    """Returns the status and commit version of every request, in queue order."""
     return sql.execute("SELECT status, commit_version FROM commit_requests ORDER BY id").fetchall()
 
 
@@ -89,7 +89,7 @@ def data(sql: Sql) -> dict[bytes, bytes]:
 
 
 def everything(sql: Sql) -> list[Any]:
-    """All that a leader could change, the lease row apart."""
+    """Returns all that a batch can change: data, requests, and the versions and floors of the lease row."""
     return [
         sql.execute("SELECT * FROM kv ORDER BY key").fetchall(),
         sql.execute("SELECT * FROM commit_requests ORDER BY id").fetchall(),
@@ -98,7 +98,7 @@ def everything(sql: Sql) -> list[Any]:
 
 
 def drain(leader: Resolver) -> int:
-    """Resolves until the queue is empty; how many batches that took."""
+    """Resolves batches until the queue is empty, and returns their number."""
     batches = 0
     while leader.resolve_batch():
         batches += 1
@@ -113,21 +113,21 @@ def begin_term(conn: psycopg.Connection[Any], ttl: float = 600) -> Term:
 
 @pytest.fixture
 def leader_conn(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
-    """A session like that of a leader."""
-    patient = replace(settings, lock_timeout=0, statement_timeout=0)
-    with open_session(patient, "leader run", writes=True) as conn:
+    """A session with the settings of a leader's: no statement and lock timeouts."""
+    leader_settings = replace(settings, lock_timeout=0, statement_timeout=0)
+    with open_session(leader_settings, "leader run", writes=True) as conn:
         yield conn
 
 
 @pytest.fixture
 def leader(leader_conn: psycopg.Connection[Any]) -> Resolver:
-    """The first leader of the database."""
+    """A resolver under the first term of the database."""
     return Resolver(leader_conn, begin_term(leader_conn))
 
 
 @pytest.fixture
 def other(settings: Settings) -> Iterator[Sql]:
-    """Somebody else's session, which opens transactions of its own."""
+    """Another session, with transactions of its own."""
     with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as conn:
         yield conn
 
@@ -142,13 +142,13 @@ def blockers(sql: Sql, waiting: psycopg.Connection[Any]) -> list[int]:
 def stuck_batch(
     sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], number: int
 ) -> Iterator[Future[int]]:
-    """Within the block, a batch has written its keys and waits for the row of a request, which `other` has locked."""
+    """Blocks a batch that has written its keys, at the row of a request that `other` has locked; then releases it."""
     other.execute("SELECT FROM commit_requests WHERE id = %s FOR UPDATE", [number])
     with ThreadPoolExecutor(1) as pool:
         batch = pool.submit(leader.resolve_batch)
         while not batch.done() and other.info.backend_pid not in blockers(sql, leader_conn):
             pass
-        assert not batch.done(), "the batch was to wait"
+        assert not batch.done(), "the batch must wait for the row"
         try:
             yield batch
         finally:
@@ -168,7 +168,7 @@ def test_i5_the_first_write_of_a_fresh_database_commits_at_the_first_try_as_vers
     assert leader.durable_version == 1
 
 
-def test_i5_versions_are_dense_over_batches_and_leaderships(
+def test_i5_versions_are_dense_over_batches_and_terms(
     sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
     for _ in range(3):
@@ -223,14 +223,14 @@ def test_clearing_a_small_range_does_not_read_the_rest_of_the_table(sql: Sql, le
     assert sql.execute("SELECT count(*) FROM kv").fetchone() == (20_000 - 3,)
 
 
-def rows_thrown_away(plan: Any) -> int:
-    """How many rows the nodes of a plan read in vain."""
+def rows_discarded(plan: Any) -> int:
+    """Returns the number of rows that the nodes of a plan read and discarded."""
     if isinstance(plan, list):
-        return sum(map(rows_thrown_away, plan))
+        return sum(map(rows_discarded, plan))
     if not isinstance(plan, dict):
         return 0
     here = sum(count for name, count in plan.items() if name.startswith("Rows Removed by"))
-    return int(here) + sum(map(rows_thrown_away, plan.values()))
+    return int(here) + sum(map(rows_discarded, plan.values()))
 
 
 # -- rule I6
@@ -265,11 +265,11 @@ def test_i6_of_a_batch_with_hostile_requests_only_those_are_rejected(sql: Sql, l
     assert sql.execute("SELECT epoch, term_id FROM leader_lease").fetchall() == epoch
 
 
-def test_i6_a_key_that_postgresql_refuses_is_found_and_rejected_alone(
+def test_i6_only_the_request_with_a_key_that_postgresql_refuses_is_rejected(
     sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codec, "MAX_KEY_BYTES", 10_000)
-    # More rounds than it takes psycopg to prepare a statement: a refused pipeline must not confuse it.
+    # More rounds than psycopg needs to prepare a statement: a failed pipeline must not leave it in a wrong state.
     for _ in range(8):
         before = leader.durable_version
         good = [submit(sql, writes(b"a"), before)]
@@ -311,13 +311,13 @@ def test_i6_a_request_that_postgresql_refused_leaves_nothing_in_the_conflict_win
 
 
 @pytest.mark.parametrize("channel", ["", "c" * 64, "ä" * 32, "c" * 100_000, 'a"b;\n'])
-def test_i6_a_reply_channel_that_postgresql_refuses_harms_nobody(sql: Sql, leader: Resolver, channel: str) -> None:
+def test_i6_a_reply_channel_that_postgresql_refuses_fails_no_request(sql: Sql, leader: Resolver, channel: str) -> None:
     numbers = [submit(sql, writes(b"a")), submit(sql, writes(b"b"), reply=channel), submit(sql, writes(b"c"))]
     drain(leader)
     assert [outcome(sql, number).version for number in numbers] == [1, 2, 3]
 
 
-def test_i6_a_batch_ends_before_it_is_too_large_and_passes_over_nothing(
+def test_i6_a_batch_ends_at_its_size_limit_and_skips_no_request(
     sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     payload = writes(b"k", value=b"v" * 100)
@@ -327,7 +327,7 @@ def test_i6_a_batch_ends_before_it_is_too_large_and_passes_over_nothing(
     taken = []
     while count := leader.resolve_batch():
         taken.append(count)
-    assert taken == [3, 3, 1], "the payload that reaches the limit is still in"
+    assert taken == [3, 3, 1], "the payload that reaches the limit is included"
     assert [version for _, version in outcomes(sql)] == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -340,7 +340,7 @@ def supersede_with_next_epoch(sql: Sql, settings: Settings) -> None:
 
 
 def reissue_the_epoch_with_another_term(sql: Sql, settings: Settings) -> None:
-    """What a database restored from a backup does when a new leader takes over."""
+    """Like a new leader on a database that was restored from a backup."""
     sql.execute("UPDATE leader_lease SET term_id = gen_random_uuid()")
 
 
@@ -348,12 +348,12 @@ def let_the_lease_run_out(sql: Sql, settings: Settings) -> None:
     sql.execute("UPDATE leader_lease SET expires_at = clock_timestamp()")
 
 
-def release_it(sql: Sql, settings: Settings) -> None:
+def release_the_lease(sql: Sql, settings: Settings) -> None:
     sql.execute("UPDATE leader_lease SET term_id = NULL, expires_at = clock_timestamp()")
 
 
 def move_the_durable_version_back(sql: Sql, settings: Settings) -> None:
-    """What a restored database does that kept epoch and term, but lost commits."""
+    """Like a restored database that has the same epoch and term, but lacks commits."""
     sql.execute("UPDATE leader_lease SET durable_version = durable_version - 1")
 
 
@@ -361,7 +361,7 @@ ENDINGS: list[Callable[[Sql, Settings], None]] = [
     supersede_with_next_epoch,
     reissue_the_epoch_with_another_term,
     let_the_lease_run_out,
-    release_it,
+    release_the_lease,
     move_the_durable_version_back,
 ]
 
@@ -406,7 +406,7 @@ def test_i2_a_leader_superseded_in_the_middle_of_a_batch_writes_nothing_of_it(
 def test_i2_a_refused_batch_of_a_superseded_leader_is_not_rejected_under_its_name(
     sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second transaction, which says `rejected`, is under the fence like the first."""
+    """The transaction that rejects the request is fenced like the one that was refused."""
     monkeypatch.setattr(codec, "MAX_KEY_BYTES", 10_000)
     number = submit(sql, writes(os.urandom(3_000)))
     reload = leader._load
@@ -421,10 +421,10 @@ def test_i2_a_refused_batch_of_a_superseded_leader_is_not_rejected_under_its_nam
     assert outcome(sql, number).status == "pending"
 
 
-def test_i2_a_commit_that_was_under_way_is_part_of_what_the_next_leader_continues_from(
+def test_i2_a_takeover_waits_for_a_settlement_in_progress_and_continues_after_it(
     sql: Sql, settings: Settings, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
-    """Taking over waits for a settlement that has passed the fence but not ended, and sees what it left."""
+    """The settlement has passed the fence, but has not committed when the candidate takes over."""
     submit(sql, writes(b"k"))
     with open_session(settings, "test", writes=True) as candidate, ThreadPoolExecutor(1) as pool:
         with leader_conn.transaction():
@@ -444,7 +444,7 @@ def test_i2_a_commit_that_was_under_way_is_part_of_what_the_next_leader_continue
 def test_i2_what_a_lost_term_committed_is_too_old_although_its_epoch_and_versions_are_given_out_again(
     sql: Sql, leader_conn: psycopg.Connection[Any]
 ) -> None:
-    """A standby that lagged is promoted: it has the first term up to version 2, and knows nothing of the second."""
+    """A standby that lagged is promoted: it has the first term up to version 2, and nothing of the second."""
     first = begin_term(leader_conn)
     commit_each(sql, Resolver(leader_conn, first), b"a", b"b")
     standby = {
@@ -474,7 +474,7 @@ def commit_each(sql: Sql, leader: Resolver, *keys: bytes) -> None:
 
 
 def promote(sql: Sql, standby: dict[str, list[Any]]) -> None:
-    """Puts the tables back to what a standby had got."""
+    """Replaces the tables by the state that the standby had received."""
     for table, rows in standby.items():
         sql.execute(f"DELETE FROM {table}".encode())
         for row in rows:
@@ -500,7 +500,7 @@ def test_i2_a_batch_cut_off_in_the_middle_leaves_nothing(
 
 
 def enqueue(conn: psycopg.Connection[Any], request_id: UUID, payload: bytes, read_version: int = 0) -> None:
-    """As the client does it when it does not know whether the request arrived."""
+    """Enqueues like a client that does not know whether an earlier attempt arrived."""
     (term_id,) = conn.execute("SELECT last_term_id FROM leader_lease").fetchone() or (None,)
     arguments = [[request_id], [1], [term_id], [read_version], [payload], "pgcoord.reply.test", "pgcoord.commits"]
     conn.execute(statement("commits", "enqueue_again"), arguments)
@@ -523,7 +523,7 @@ def test_i3_a_request_id_applies_once_however_often_it_is_submitted(
 
 
 @pytest.mark.parametrize("status", ["orphaned", "rejected"])
-def test_i3_a_request_that_somebody_else_settled_meanwhile_stays_as_it_is(
+def test_i3_a_request_that_another_session_settled_meanwhile_keeps_its_status(
     sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], status: str
 ) -> None:
     submit(sql, writes(b"before"))
@@ -534,7 +534,7 @@ def test_i3_a_request_that_somebody_else_settled_meanwhile_stays_as_it_is(
             "UPDATE commit_requests SET status = %s, resolved_at = clock_timestamp() WHERE id = %s", [status, taken]
         )
         other.commit()
-    assert batch.result(TIMEOUT) == 3, "undone as a whole, to be claimed again"
+    assert batch.result(TIMEOUT) == 3, "rolled back as a whole, to be claimed again"
     assert data(sql) == {}
     drain(leader)
     assert outcomes(sql) == [("committed", 1), (status, None), ("committed", 2)]
@@ -555,11 +555,11 @@ def test_i3_a_request_that_was_deleted_meanwhile_is_not_applied(
     assert data(sql) == {b"b": b"1"}
 
 
-def test_a_deadlock_with_somebody_else_only_undoes_the_batch(
+def test_a_deadlock_with_another_session_only_rolls_the_batch_back(
     sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
     first, last = submit(sql, writes(b"a")), submit(sql, writes(b"b"))
-    other.execute("SET deadlock_timeout = '1h'")  # so that it is the leader that is chosen
+    other.execute("SET deadlock_timeout = '1h'")  # so that PostgreSQL chooses the leader as the victim
     with stuck_batch(sql, other, leader, leader_conn, last) as batch:
         other.execute("SELECT FROM commit_requests WHERE id = %s FOR UPDATE", [first])
     assert batch.result(TIMEOUT) == 2
@@ -572,17 +572,15 @@ def test_a_deadlock_with_somebody_else_only_undoes_the_batch(
 
 @pytest.fixture
 def always_observing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raises the queue floor whenever it can be, however little lies above it."""
+    """Makes the resolver raise the queue floor at every chance, even for few settled requests."""
     monkeypatch.setattr(resolver, "OBSERVE_AFTER", -1)
 
 
-def test_the_queue_floor_rises_once_raising_it_costs_less_than_looking_past_what_is_settled(
-    sql: Sql, leader: Resolver
-) -> None:
+def test_the_queue_floor_rises_after_a_number_of_settled_requests(sql: Sql, leader: Resolver) -> None:
     for _ in range(resolver.OBSERVE_AFTER):
         last = submit(sql, writes(b"k"))
     drain(leader)
-    settle_down(leader)
+    claim_empty_queue(leader)
     assert floor_of(leader) == 0
     for _ in range(4):
         last = submit(sql, writes(b"k"))
@@ -594,8 +592,8 @@ def floor_of(leader: Resolver) -> int:
     return leader._floor.id
 
 
-def settle_down(leader: Resolver) -> None:
-    """A few looks at an empty queue."""
+def claim_empty_queue(leader: Resolver) -> None:
+    """Claims from the empty queue as often as raising the floor takes at most."""
     for _ in range(4):
         assert leader.resolve_batch() == 0
 
@@ -605,13 +603,13 @@ def test_i3_a_request_whose_id_becomes_visible_late_is_resolved_too(sql: Sql, ot
     early = submit(other, writes(b"early"))
     later = submit(sql, writes(b"later"))
     drain(leader)
-    settle_down(leader)
+    claim_empty_queue(leader)
     assert outcome(sql, later).status == "committed"
     assert floor_of(leader) < early
     other.commit()
     drain(leader)
     assert outcome(sql, early) == ("committed", 2, None)
-    settle_down(leader)
+    claim_empty_queue(leader)
     assert floor_of(leader) == later
 
 
@@ -620,16 +618,16 @@ def test_the_queue_floor_passes_ids_that_were_rolled_back(sql: Sql, other: Sql, 
     submit(sql, writes(b"k"))
     drawn = submit(other, writes(b"never"))
     drain(leader)
-    settle_down(leader)
+    claim_empty_queue(leader)
     assert floor_of(leader) < drawn
     other.rollback()
-    settle_down(leader)
+    claim_empty_queue(leader)
     assert floor_of(leader) == drawn
 
 
 @pytest.mark.usefixtures("always_observing")
 def test_the_queue_floor_rises_under_writers_that_never_pause(sql: Sql, settings: Settings, leader: Resolver) -> None:
-    """There is always an open transaction that has drawn an id, but never one for long."""
+    """At any time some transaction that has drawn an id is open, but none stays open."""
     with (
         psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as one,
         psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as two,
@@ -646,37 +644,39 @@ def test_the_queue_floor_rises_under_writers_that_never_pause(sql: Sql, settings
 
 
 @pytest.mark.usefixtures("always_observing")
-def test_a_reader_or_a_lock_that_cannot_bring_ids_to_light_does_not_hold_the_queue_floor_up(
+def test_a_session_that_only_locks_rows_does_not_hold_the_queue_floor_back(
     sql: Sql, other: Sql, leader: Resolver
 ) -> None:
     other.execute("SELECT FROM commit_requests FOR UPDATE")
     number = submit(sql, writes(b"k"))
     drain(leader)
-    settle_down(leader)
+    claim_empty_queue(leader)
     assert floor_of(leader) == number
 
 
 @pytest.mark.usefixtures("always_observing")
-def test_a_writer_in_another_database_does_not_hold_the_queue_floor_up(
+def test_a_writer_in_another_database_does_not_hold_the_queue_floor_back(
     sql: Sql, migrated_template: NoopExecutor, settings: Settings, leader: Resolver
 ) -> None:
-    """Two copies of one template give their tables the same oids."""
-    twin = f"twin_{uuid4().hex[:12]}"
-    sql.execute(f"CREATE DATABASE {twin} TEMPLATE {migrated_template.template_dbname}")
+    """The tables of two copies of one template have the same oids."""
+    copy = f"copy_{uuid4().hex[:12]}"
+    sql.execute(f"CREATE DATABASE {copy} TEMPLATE {migrated_template.template_dbname}")
     try:
-        with psycopg.connect(make_conninfo(settings.dsn, dbname=twin), options="-c search_path=pgcoord") as stranger:
-            submit(stranger, writes(b"k"))
+        with psycopg.connect(
+            make_conninfo(settings.dsn, dbname=copy), options="-c search_path=pgcoord"
+        ) as foreign_writer:
+            submit(foreign_writer, writes(b"k"))
             number = submit(sql, writes(b"k"))
             drain(leader)
-            settle_down(leader)
+            claim_empty_queue(leader)
             assert floor_of(leader) == number
     finally:
-        sql.execute(f"DROP DATABASE {twin} WITH (FORCE)")
+        sql.execute(f"DROP DATABASE {copy} WITH (FORCE)")
 
 
 @pytest.mark.usefixtures("always_observing")
 def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Installation) -> None:
-    """Preparing a transaction changes the name under which pg_locks knows it."""
+    """PREPARE TRANSACTION changes the virtual transaction id that pg_locks shows."""
     with throw_away_server(programs, {"max_prepared_transactions": "2"}) as server:
         settings = Settings(dsn=server.dsn)
         with (
@@ -693,11 +693,11 @@ def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Ins
             number = submit(writer, writes(b"k"))
             assert leader.resolve_batch() == 0
             writer.execute("PREPARE TRANSACTION 'two phases'")
-            settle_down(leader)
+            claim_empty_queue(leader)
             sql.execute("COMMIT PREPARED 'two phases'")
             drain(leader)
             assert outcome(sql, number).status == "committed"
-            settle_down(leader)
+            claim_empty_queue(leader)
             assert floor_of(leader) == number
 
 
@@ -708,22 +708,22 @@ def test_i20_a_claim_above_the_floor_reads_no_settled_history(
     for _ in range(300):
         submit(sql, writes(b"k"))
     drain(leader)
-    settle_down(leader)
+    claim_empty_queue(leader)
     submit(sql, writes(b"k"))
     drain(leader)
     sql.execute("ANALYZE commit_requests")
     stored = lease.read_lease(leader_conn).queue_floor_id
     assert stored == 300, "it is stored with the next settlement"
 
-    def read_in_vain(floor: int) -> int:
+    def rows_read_needlessly(floor: int) -> int:
         text = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement('commits', 'claim')}"
         plan = leader_conn.execute(text, [floor, 1_000, 1_000_000, 1_000, leader._term.term_id]).fetchone()
         assert plan
         assert "Seq Scan" not in json.dumps(plan[0]) or floor == 0
-        return rows_thrown_away(plan[0])
+        return rows_discarded(plan[0])
 
-    assert read_in_vain(0) >= 300
-    assert read_in_vain(stored) == 1, "the one request that was settled since"
+    assert rows_read_needlessly(0) >= 300
+    assert rows_read_needlessly(stored) == 1, "the one request that was settled above the floor"
 
 
 @pytest.mark.usefixtures("always_observing")
@@ -733,7 +733,7 @@ def test_i8_the_next_leader_continues_from_the_stored_queue_floor(
     for _ in range(3):
         submit(sql, writes(b"k"))
         drain(leader)
-        settle_down(leader)
+        claim_empty_queue(leader)
     successor = Resolver(leader_conn, begin_term(leader_conn))
     assert floor_of(successor) == 2
 
@@ -741,8 +741,8 @@ def test_i8_the_next_leader_continues_from_the_stored_queue_floor(
 # -- rules I4 and I8
 
 
-def forget_what_is_older_than_now(monkeypatch: pytest.MonkeyPatch, sql: Sql, leader: Resolver) -> int:
-    """Makes one more commit, before which the conflict floor rises to the last one; returns that floor."""
+def raise_floor_to_last_commit(monkeypatch: pytest.MonkeyPatch, sql: Sql, leader: Resolver) -> int:
+    """Raises the conflict floor to the last commit, makes one more commit, and returns the floor."""
     floor = leader.durable_version
     with monkeypatch.context() as patch:
         patch.setattr(recent_commits, "CONFLICT_WINDOW", timedelta(0))
@@ -757,7 +757,7 @@ def test_i4_a_read_below_the_floor_is_too_old_for_ever_also_after_a_takeover(
     for _ in range(3):
         submit(sql, writes(b"k"), leader.durable_version)
         drain(leader)
-    floor = forget_what_is_older_than_now(monkeypatch, sql, leader)
+    floor = raise_floor_to_last_commit(monkeypatch, sql, leader)
     assert floor == 3
     for _ in range(3):
         old = submit(sql, writes(b"j", reads=[b"never written"]), floor - 1)
@@ -768,7 +768,7 @@ def test_i4_a_read_below_the_floor_is_too_old_for_ever_also_after_a_takeover(
         leader = Resolver(leader_conn, begin_term(leader_conn))
 
 
-def test_i4_a_batch_that_only_says_too_old_stores_the_floor_that_it_judged_by(
+def test_i4_a_batch_of_too_old_requests_stores_the_floor_that_they_were_compared_with(
     sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(sql, writes(b"k"))
@@ -791,7 +791,7 @@ def test_i8_a_new_leader_decides_like_the_one_before(
     for payload in (writes(b"a"), writes(b"b")):
         submit(sql, payload, leader.durable_version)
         drain(leader)
-    floor = forget_what_is_older_than_now(monkeypatch, sql, leader)
+    floor = raise_floor_to_last_commit(monkeypatch, sql, leader)
     for payload in (writes(b"b"), cleared, writes(b"a"), pretended):
         submit(sql, payload, leader.durable_version)
         drain(leader)
@@ -803,9 +803,9 @@ def test_i8_a_new_leader_decides_like_the_one_before(
     ]  # fmt: skip
     asked = [(version, *read) for version in range(floor - 1, durable + 2) for read in reads]
 
-    def answers(judge: Resolver) -> list[Row]:
-        """Each question by itself; nothing is written, so that no answer changes the next."""
-        window, version = judge._recent.window, judge.durable_version
+    def answers(deciding: Resolver) -> list[Row]:
+        """Decides each question by itself. Nothing is written, so that no answer changes the next."""
+        window, version = deciding._recent.window, deciding.durable_version
         verdicts = []
         for read_version, keys, ranges in asked:
             request = codec.encode(Request(tuple(keys), tuple(ranges), (), ()))
@@ -825,13 +825,13 @@ def test_i8_a_new_leader_decides_like_the_one_before(
 def test_i8_the_window_reaches_back_to_a_commit_whose_id_became_visible_late(
     sql: Sql, other: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
-    """Its id is below the queue floor of the settlements after it, its version is above theirs."""
+    """Its id is below the queue floor that later settlements store, while its version is above theirs."""
     late = submit(other, writes(b"late"))
     submit(sql, writes(b"k"))
     drain(leader)
     other.commit()
     drain(leader)
-    settle_down(leader)
+    claim_empty_queue(leader)
     submit(sql, writes(b"k"), 2)
     drain(leader)
     stored = lease.read_lease(leader_conn)
@@ -848,20 +848,20 @@ def test_i8_the_window_reaches_back_to_a_commit_whose_id_became_visible_late(
 def test_i8_the_window_start_follows_the_floor(
     sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new leader reads what it needs, not the whole history."""
+    """So a new leader reads only the commits of the window, not the whole history."""
     for _ in range(20):
         submit(sql, writes(b"k"), leader.durable_version)
         drain(leader)
-        settle_down(leader)
-    forget_what_is_older_than_now(monkeypatch, sql, leader)
+        claim_empty_queue(leader)
+    raise_floor_to_last_commit(monkeypatch, sql, leader)
     stored = lease.read_lease(leader_conn)
     assert (stored.conflict_floor, stored.window_start_id) == (20, 20)
 
 
-def test_i8_a_request_decided_by_two_leaders_in_turn_is_decided_the_same(
+def test_i8_a_new_leader_for_each_batch_decides_like_a_single_leader(
     sql: Sql, settings: Settings, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
-    """Many requests, a new leader for every batch: as if one had decided them all."""
+    """Forty requests, with a new leader for each."""
     payloads = [writes(b"%d" % (n % 5), reads=[b"%d" % (n % 7)]) for n in range(40)]
     read_versions = [max(0, n // 2 - n % 3) for n in range(40)]
     for payload, read_version in zip(payloads, read_versions, strict=True):
@@ -880,7 +880,7 @@ def test_i8_a_request_decided_by_two_leaders_in_turn_is_decided_the_same(
     assert len({status for status, _ in changing}) > 1
 
 
-def test_i8_commits_that_garbage_collection_took_raise_the_floor_of_a_new_leader(
+def test_i8_garbage_collected_commits_raise_the_floor_of_a_new_leader(
     sql: Sql, leader: Resolver, leader_conn: psycopg.Connection[Any]
 ) -> None:
     for key in (b"a", b"b", b"c"):
@@ -893,7 +893,7 @@ def test_i8_commits_that_garbage_collection_took_raise_the_floor_of_a_new_leader
     assert [outcome(sql, number).status for number in numbers] == ["too_old", "committed", "conflict"]
 
 
-def test_i8_after_a_batch_was_undone_the_same_leader_decides_as_before(
+def test_i8_a_leader_decides_as_before_after_a_batch_was_rolled_back(
     sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key in (b"a", b"b"):
