@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -139,6 +140,18 @@ def test_every_page_that_a_migration_refers_to_exists() -> None:
         for page, anchor in re.findall(r"(docs/[\w.-]+\.md)(?:#([\w-]+))?", migration.read_text(encoding="utf-8")):
             assert (REPOSITORY / page).is_file(), f"{migration.name}: {page}"
             assert not anchor or anchor in anchors_of(REPOSITORY / page), f"{migration.name}: {page}#{anchor}"
+
+
+def test_the_map_of_the_packages_has_the_layers_that_are_checked() -> None:
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    (layers,) = (each["layers"] for each in contracts["contracts"] if each.get("containers") == ["pgcoord_cli.core"])
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8").replace("\\|", "|")
+    rows = re.findall(
+        r"^\| (?:`([^`]+)` )?\| ((?:`\w+`(?:, )?)+) \|", text.split("## The map of the code")[1], re.MULTILINE
+    )
+    assert [layer for layer, _ in rows if layer] == layers
+    packages = {name for _, names in rows for name in re.findall(r"\w+", names)}
+    assert packages == {name for layer in layers for name in layer.split(" | ")}
 
 
 # That these tests can fail
