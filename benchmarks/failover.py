@@ -103,7 +103,7 @@ async def measure(settings: Settings, candidates: Candidates, rounds: int) -> li
         load = Load(database)
         writers = [asyncio.create_task(load.writer(b"counter-%d" % number)) for number in range(WRITERS)]
         for _ in range(rounds):
-            await asyncio.sleep(1.5)  # the standby is standing, and there is load
+            await asyncio.sleep(1.5)  # the second candidate waits for the lock, and there is load
             now = await asyncio.to_thread(who_leads, settings)
             killed_at = time.perf_counter()
             candidates.kill(now["leader_addr"])

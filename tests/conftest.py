@@ -326,7 +326,7 @@ def two_leaders(start_leader: StartLeader) -> TwoLeaders:
         first = start_leader("first", "--ttl", first_ttl, settings=settings[0])
         first.wait_for("elected epoch 1")
         second = start_leader("second", "--ttl", second_ttl, settings=settings[1])
-        second.wait_for("standing")
+        second.wait_for("candidate:")
         return first, second
 
     return start

@@ -7,11 +7,11 @@ SELECT epoch, term_id, leader_addr, durable_version, conflict_floor, window_star
   FROM leader_lease
  WHERE id = 1;
 
--- name: wait_for_election_lock
+-- name: wait_for_leader_lock
 -- Waits, up to the session's lock_timeout, for the lock that a living leader holds.
 SELECT pg_advisory_lock($1::bigint);
 
--- name: try_election_lock
+-- name: try_leader_lock
 -- Takes the same lock if it is free.
 SELECT pg_try_advisory_lock($1::bigint) AS locked;
 

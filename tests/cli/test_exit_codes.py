@@ -73,7 +73,7 @@ CALLS = {name: (*name.split(), *ARGUMENTS.get(name, ())) for name in NAMES if na
 
 
 def test_every_command_prints_one_document(call: Call, sql: psycopg.Connection[Any], start_leader: StartLeader) -> None:
-    start_leader("n1").wait_for("leading from")
+    start_leader("n1").wait_for("elected epoch 1")
     assert call("kv", "set", "key", "value").code == 0
     sql.execute("UPDATE commit_requests SET request_id = %s", [REQUEST_ID])
     for name in [name for name in CALLS if name not in LEFT_OUT]:
@@ -150,7 +150,7 @@ def test_the_status_is_one_document_in_every_state(
     assert (code, document["error"]["code"]) == (7, "schema_missing")
     code, document = status("--dsn", "host=/nowhere")
     assert (code, document["error"]["code"]) == (4, "cannot_connect")
-    start_leader("n1").wait_for("leading from")
+    start_leader("n1").wait_for("elected epoch 1")
     code, document = status()
     assert code == 0
     assert_status(document, held=True)

@@ -33,7 +33,7 @@ Session = psycopg.Connection[Any]
 def leader(start_leader: StartLeader) -> LeaderProcess:
     """A leader that has been elected, and whose lease outlasts the test."""
     started = start_leader("n1", "--ttl", "60s")
-    started.wait_for("leading from")
+    started.wait_for("elected epoch 1")
     return started
 
 
@@ -94,7 +94,7 @@ def test_a_candidate_that_waits_gives_up(
     candidate.send_signal(number)
     ended, out, err = ending(candidate)
     assert (ended, err) == (code, ""), word
-    assert [json.loads(line)["event"] for line in out.splitlines()] == ["standing"]
+    assert [json.loads(line)["event"] for line in out.splitlines()] == ["candidate"]
     assert history(sql) == [(1, "n1", None)]
     assert leader.process.poll() is None
 

@@ -33,7 +33,7 @@ def offline(offline: Call) -> Call:
 def leader(start_leader: StartLeader) -> LeaderProcess:
     """A leader that has been elected, and whose lease outlasts a test that freezes it."""
     started = start_leader("n1", "--ttl", "60s")
-    started.wait_for("leading from")
+    started.wait_for("elected epoch 1")
     return started
 
 

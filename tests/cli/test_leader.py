@@ -133,7 +133,7 @@ def test_a_lease_counts_until_it_runs_out(cli: Cli, sql: psycopg.Connection[Any]
     document = json.loads(ended.stdout)
     assert (ended.returncode, document["leader"]["held"]) == (3, False)
     assert document["leader"]["expires_in_seconds"] == 0
-    assert ended.stderr.startswith("error: nobody leads")
+    assert ended.stderr.startswith("error: no leader")
     assert "hint: start a leader with: pgcoord leader run" in ended.stderr
 
 

@@ -118,7 +118,7 @@ def test_a_leader_that_steps_down_hands_over_to_the_standby_and_the_history_tell
 ) -> None:
     start_leader("A", "--ttl", "60s").wait_for("elected epoch 1")
     standby = start_leader("B", "--ttl", "60s")
-    standby.wait_for("standing")
+    standby.wait_for("candidate:")
     handed = json.loads(cli("leader", "step-down", "--wait", "-o", "json").stdout)
     assert (handed["asked_epoch"], handed["asked_leader"], handed["epoch"]) == (1, "A", 2)
     newest, oldest = json.loads(cli("leader", "history", "-o", "json").stdout)
@@ -143,7 +143,7 @@ def test_waiting_for_a_leader_ends_at_its_deadline_and_at_once_when_there_is_one
     cli: Cli, start_leader: StartLeader
 ) -> None:
     assert cli("leader", "wait", "--timeout", "100ms").returncode == 124
-    start_leader("A").wait_for("standing")
+    start_leader("A").wait_for("candidate:")
     waited = cli("leader", "wait", "-o", "json")
     assert json.loads(waited.stdout) == {"epoch": 1, "leader_addr": "A"}
 

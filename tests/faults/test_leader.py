@@ -1,4 +1,4 @@
-"""Leaders that are killed, frozen, cut off or kept waiting: real processes against a real server."""
+"""Leaders that are killed, frozen, disconnected or blocked: real processes against a real server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TABLES = ("kv", "commit_requests", "leader_lease", "leader_history")
 
 
 def play(settings: Settings, scenario: Callable[[Database], Awaitable[T]]) -> T:
-    """Runs a scenario with a client of its own."""
+    """Runs a scenario with its own client; returns its result."""
 
     async def main() -> T:
         async with await connect(settings) as db:
@@ -41,7 +41,7 @@ def play(settings: Settings, scenario: Callable[[Database], Awaitable[T]]) -> T:
 
 
 def commit(settings: Settings, key: bytes) -> int:
-    """Writes one key by way of the leader; its version."""
+    """Writes one key through the leader; returns the commit version."""
 
     async def write(db: Database) -> int:
         return await db.write(lambda tr: _set(tr, key), commit_seconds=TIMEOUT)
@@ -50,11 +50,11 @@ def commit(settings: Settings, key: bytes) -> int:
 
 
 async def _set(tr: Transaction, key: bytes) -> None:
-    tr.append_if_fits(key, b"v")  # what depends on what is stored, only the leader does
+    tr.append_if_fits(key, b"v")  # depends on the stored value, so that it is no direct commit
 
 
 def ends(sql: Sql) -> list[tuple[int, str, str | None]]:
-    """Epoch, who, and how each leadership ended."""
+    """Returns epoch, leader and end reason of every term."""
     return sql.execute("SELECT epoch, leader_addr, end_reason FROM leader_history ORDER BY epoch").fetchall()
 
 
@@ -81,7 +81,7 @@ def written(sql: Sql) -> list[Any]:
 
 @contextmanager
 def locked_data(settings: Settings, sql: Sql) -> Iterator[None]:
-    """Within the block everybody can read keys, but nobody can write any."""
+    """Within the block keys can be read but not written."""
     with psycopg.connect(settings.dsn) as holder:
         holder.execute("LOCK TABLE pgcoord.kv IN EXCLUSIVE MODE")
         yield
@@ -103,10 +103,10 @@ def commit_held_up(
     meanwhile: Callable[[], None],
     write: Callable[[Transaction, bytes], Awaitable[None]] = _set,
 ) -> int:
-    """Writes the key `k`; its version. `meanwhile` is called when the leader has sent the batch and it waits.
+    """Writes the key `k` and returns its version. Calls `meanwhile` while the leader's batch is blocked on the server.
 
-    It waits on the server, for a lock on the data, until `meanwhile` is through. It is the leader's second batch: the
-    first would wait already where its statements are prepared, with none of them sent.
+    The batch waits for a lock on the data until `meanwhile` has returned. It is the leader's second one: the first
+    would already be blocked where its statements are prepared, before any of them is sent.
     """
 
     async def scenario(db: Database) -> int:
@@ -125,10 +125,10 @@ def freeze_until_replaced(leader: LeaderProcess, standby: LeaderProcess) -> None
     standby.wait_for("elected epoch 2")
 
 
-# -- ends that nobody announced
+# -- leaders that end without a release
 
 
-def test_a_killed_leader_is_replaced_before_its_lease_runs_out(
+def test_a_killed_leader_is_replaced_before_its_lease_expires(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
     first, second = two_leaders()
@@ -139,11 +139,11 @@ def test_a_killed_leader_is_replaced_before_its_lease_runs_out(
     assert ends(sql) == [(1, "first", "lost"), (2, "second", None)], "it did not expire"
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["one client", "clients that believe to be alone"])
+@pytest.mark.parametrize("apart", [False, True], ids=["one client", "clients that try direct commits"])
 def test_i8_a_kill_under_load_costs_no_commit_and_causes_no_reject(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders, apart: bool
 ) -> None:
-    """Writers of keys of their own never conflict: whoever leads, every one has to commit, at the first try."""
+    """Writers of different keys never conflict: every commit succeeds at the first try, before and after the kill."""
     first, _ = two_leaders()
 
     async def scenario(shared: Database) -> int:
@@ -175,7 +175,7 @@ def test_i8_a_kill_under_load_costs_no_commit_and_causes_no_reject(
     assert value(sql, "SELECT epoch FROM leader_lease") == 2
 
 
-def test_i2_a_frozen_leader_is_replaced_when_its_lease_runs_out_and_writes_nothing_after_it_thaws(
+def test_i2_a_frozen_leader_is_replaced_when_its_lease_expires_and_writes_nothing_after_it_thaws(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
     first, second = two_leaders("1s", "10s")
@@ -188,7 +188,7 @@ def test_i2_a_frozen_leader_is_replaced_when_its_lease_runs_out_and_writes_nothi
     before = written(sql)
     first.signal(signal.SIGCONT)
     assert "epoch 1" in first.wait_for("lost")
-    first.wait_for("standing")
+    first.wait_for("candidate:")
     assert written(sql) == before
     assert commit(settings, b"c") == 3
     assert ends(sql) == [(1, "first", "expired"), (2, "second", None)]
@@ -200,7 +200,7 @@ def test_i2_a_frozen_leader_is_replaced_when_its_lease_runs_out_and_writes_nothi
 def test_i2_a_leader_frozen_in_the_middle_of_a_batch_leaves_nothing_of_it(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
-    """Its transaction waits for a lock, on the server, when it freezes. It may not be ended, and the fence refuses it."""
+    """Its transaction is waiting for a lock on the server. It must not be terminated, and the fence refuses it."""
     first, second = two_leaders("1s", "10s")
     assert commit_held_up(settings, sql, lambda: freeze_until_replaced(first, second)) == 2
     assert value(sql, "SELECT epoch FROM leader_lease WHERE leader_addr = 'second'") == 2
@@ -211,7 +211,7 @@ def test_i2_a_leader_frozen_in_the_middle_of_a_batch_leaves_nothing_of_it(
 
 @contextmanager
 def two_operators(settings: Settings, sql: Sql) -> Iterator[tuple[Settings, Settings]]:
-    """Two roles that may lead, but are no superusers and may not end each other's sessions."""
+    """Two operator roles that may not terminate each other's sessions."""
     roles = [f"operator_{number}_{sql.info.dbname}" for number in (1, 2)]
     for role in roles:
         sql.execute(f"CREATE ROLE {role} LOGIN")
@@ -229,50 +229,50 @@ def two_operators(settings: Settings, sql: Sql) -> Iterator[tuple[Settings, Sett
 def test_i2_a_batch_that_a_frozen_leader_had_sent_is_fenced_on_the_server(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
-    """The successor may not end the old sessions, so the batch goes on without its leader, up to the fence."""
+    """The successor may not terminate the old sessions: the batch goes on on the server until the fence refuses it."""
     with two_operators(settings, sql) as operators:
         first, second = two_leaders("1s", "10s", settings=operators)
         old_sessions = leader_sessions(sql)
         assert commit_held_up(settings, sql, lambda: freeze_until_replaced(first, second)) == 2
-        assert leader_sessions(sql) > old_sessions, "nobody ended them"
+        assert leader_sessions(sql) > old_sessions, "they were not terminated"
         until(lambda: not any_busy(sql, old_sessions))
-        assert value(sql, "SELECT durable_version FROM leader_lease") == 2, "it was the successor that committed"
+        assert value(sql, "SELECT durable_version FROM leader_lease") == 2, "the successor has committed"
         before = written(sql)
         first.signal(signal.SIGCONT)
         first.wait_for("fenced epoch 1")
-        first.wait_for("standing")
+        first.wait_for("candidate:")
         assert written(sql) == before
         assert ends(sql) == [(1, "first", "expired"), (2, "second", None)]
         assert [leader.end() for leader in (first, second)] == [143, 143]
 
 
 def any_busy(sql: Sql, pids: set[int]) -> bool:
-    """Whether any of the sessions still works at something, or has a transaction open."""
+    """Whether any of the sessions runs a statement or has a transaction open."""
     text = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY (%s) AND state <> 'idle')"
     return bool(value(sql, text, list(pids)))
 
 
-def test_of_many_standbys_one_replaces_a_frozen_leader_and_disturbs_no_other(
+def test_of_many_candidates_one_replaces_a_frozen_leader_and_terminates_no_other(
     settings: Settings, sql: Sql, start_leader: StartLeader
 ) -> None:
     first = start_leader("first", "--ttl", "1s")
     first.wait_for("elected epoch 1")
     frozen = keeper_sessions(sql)
     for number in range(3):
-        start_leader(f"standby {number}", "--ttl", "10s").wait_for("standing")
+        start_leader(f"other {number}", "--ttl", "10s").wait_for("candidate:")
     until(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == 3)
-    standbys = keeper_sessions(sql) - frozen
-    assert len(standbys) == 3
+    others = keeper_sessions(sql) - frozen
+    assert len(others) == 3
     first.signal(signal.SIGSTOP)
     until(lambda: value(sql, "SELECT epoch FROM leader_lease") == 2)
     assert commit(settings, b"k") == 1
-    assert keeper_sessions(sql) == standbys
+    assert keeper_sessions(sql) == others
     assert ends(sql)[0] == (1, "first", "expired")
     assert len(ends(sql)) == 2
 
 
 def keeper_sessions(sql: Sql) -> set[int]:
-    """Pids of the sessions that candidates stand for election with."""
+    """Pids of the sessions of lease keepers."""
     found = sql.execute(
         "SELECT pid FROM pg_stat_activity"
         " WHERE application_name = 'pgcoord/leader keeper' AND datname = current_database()"
@@ -280,11 +280,11 @@ def keeper_sessions(sql: Sql) -> set[int]:
     return {row[0] for row in found}
 
 
-# -- ends that were asked for
+# -- leaders that are stopped
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_leader_that_is_asked_to_end_releases_its_lease_at_once(
+def test_a_stopped_leader_releases_its_lease_at_once(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders, number: signal.Signals, code: int
 ) -> None:
     first, second = two_leaders()
@@ -297,7 +297,7 @@ def test_a_leader_that_is_asked_to_end_releases_its_lease_at_once(
     assert ends(sql) == [(1, "first", "released"), (2, "second", None)]
 
 
-def test_a_candidate_that_waits_for_a_leader_ends_when_it_is_asked_to(
+def test_a_candidate_that_waits_for_the_lock_can_be_stopped(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
     _, second = two_leaders()
@@ -307,9 +307,7 @@ def test_a_candidate_that_waits_for_a_leader_ends_when_it_is_asked_to(
     assert ends(sql) == [(1, "first", None)]
 
 
-def test_a_leader_that_is_asked_to_end_finishes_the_batch_in_hand(
-    settings: Settings, sql: Sql, start_leader: StartLeader
-) -> None:
+def test_a_stopped_leader_finishes_the_batch_in_hand(settings: Settings, sql: Sql, start_leader: StartLeader) -> None:
     first = start_leader("first")
     first.wait_for("elected epoch 1")
     assert commit_held_up(settings, sql, lambda: first.signal(signal.SIGTERM)) == 2
@@ -317,11 +315,11 @@ def test_a_leader_that_is_asked_to_end_finishes_the_batch_in_hand(
     assert ends(sql) == [(1, "first", "released")]
 
 
-# -- connections and servers that go away
+# -- lost connections and servers
 
 
 @pytest.mark.parametrize("which", ["leader keeper", "leader run"])
-def test_i17_a_leader_that_loses_a_session_says_so_and_stands_again(
+def test_i17_a_leader_that_loses_a_session_reports_it_and_stands_for_election_again(
     settings: Settings, sql: Sql, start_leader: StartLeader, which: str
 ) -> None:
     leader = start_leader("only", "--ttl", "60s")
@@ -342,29 +340,29 @@ def test_i17_a_leader_that_loses_a_session_says_so_and_stands_again(
 def test_i2_a_batch_whose_fate_is_unknown_is_never_applied_twice(
     settings: Settings, sql: Sql, start_leader: StartLeader
 ) -> None:
-    """The session is ended while the batch waits; the same process leads again and finds out by the tables."""
+    """The session is terminated while the batch waits; the same process is elected again and reads the tables."""
     leader = start_leader("only", "--ttl", "60s")
     leader.wait_for("elected epoch 1")
 
     async def append(tr: Transaction, key: bytes) -> None:
         tr.append_if_fits(key, b"once")
 
-    def end_its_sessions() -> None:
+    def terminate_sessions() -> None:
         for pid in leader_sessions(sql):
             sql.execute("SELECT pg_terminate_backend(%s)", [pid])
 
-    assert commit_held_up(settings, sql, end_its_sessions, append) == 2
+    assert commit_held_up(settings, sql, terminate_sessions, append) == 2
     assert value(sql, "SELECT value FROM kv WHERE key = 'k'") == b"once"
 
 
 @pytest.mark.parametrize("how_many", [1, 10])
-def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledged_commit_is_lost(
+def test_i3_leaders_and_clients_survive_a_crash_of_the_server_and_no_acknowledged_commit_is_lost(
     own_settings: Settings, own_server: EmbeddedServer, start_leader: StartLeader, how_many: int
 ) -> None:
-    """One writer commits without the leader, ten through it."""
+    """One writer makes direct commits, ten commit through the leader."""
     leaders = [start_leader(name, settings=own_settings) for name in ("first", "second")]
     for leader in leaders:
-        leader.wait_for("standing")
+        leader.wait_for("candidate:")
     acknowledged = unknown = 0
 
     async def increment(tr: Transaction) -> None:
@@ -380,7 +378,7 @@ def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledge
                 await asyncio.sleep(0)  # from a read: nothing was sent
             except OutcomeUnknown:
                 unknown += 1
-                assert unknown <= 10, "one for each writer at most: those that were under way"
+                assert unknown <= 10, "at most one for each writer, the commit that was in flight"
 
     async def scenario(db: Database) -> int:
         writers = [asyncio.create_task(writer(db, 150)) for _ in range(how_many)]
@@ -404,7 +402,7 @@ def test_i3_leaders_and_clients_outlive_a_crash_of_the_server_and_no_acknowledge
         assert value(sql, "SELECT durable_version FROM leader_lease") == total
 
 
-def test_i17_a_candidate_stands_again_when_the_server_is_back(
+def test_i17_a_candidate_stands_for_election_again_when_the_server_is_back(
     own_settings: Settings, own_server: EmbeddedServer, start_leader: StartLeader
 ) -> None:
     leader = start_leader("only", settings=own_settings)
@@ -416,24 +414,24 @@ def test_i17_a_candidate_stands_again_when_the_server_is_back(
     assert commit(own_settings, b"k") == 1
 
 
-# -- work that takes long
+# -- long batches
 
 
-def test_a_leader_goes_on_leading_while_a_batch_takes_longer_than_its_lease(
+def test_a_leader_renews_its_lease_while_a_batch_takes_longer_than_that(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders
 ) -> None:
     two_leaders("1s", "1s")
 
     def outlast_the_lease() -> None:
-        ran_out = value(sql, "SELECT expires_at FROM leader_lease")
-        # Renewed, and renewed again after the lease would have run out without.
-        until(lambda: value(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
+        expires_at = value(sql, "SELECT expires_at FROM leader_lease")
+        # Until a renewal after the moment at which the lease would have expired without any.
+        until(lambda: value(sql, "SELECT renewed_at > %s FROM leader_lease", expires_at))
 
     assert commit_held_up(settings, sql, outlast_the_lease) == 2
     assert ends(sql) == [(1, "first", None)]
 
 
-def test_i3_a_leader_waits_for_the_disk_even_where_that_is_switched_off_by_default(
+def test_i3_a_leaders_commits_are_durable_even_if_synchronous_commit_is_off_by_default(
     settings: Settings, sql: Sql, start_leader: StartLeader
 ) -> None:
     sql.execute(f"ALTER DATABASE {sql.info.dbname} SET synchronous_commit = off")

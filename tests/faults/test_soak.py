@@ -1,4 +1,4 @@
-"""Long runs: what only shows after minutes."""
+"""Long runs, for leaks that only show after minutes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def increment(tr: Transaction) -> None:
 
 
 @pytest.mark.slow
-def test_a_leader_that_commits_for_ten_minutes_needs_no_more_memory_than_after_two(
+def test_a_leader_uses_no_more_memory_after_ten_minutes_of_commits_than_after_two(
     settings: Settings, start_leader: StartLeader
 ) -> None:
     leader = start_leader("leader")

@@ -324,7 +324,7 @@ def test_a_candidate_whose_election_is_blocked_by_a_direct_commit_ends_that_sess
     first = start_leader("first", "--ttl", "2s")
     first.wait_for("elected epoch 1")
     second = start_leader("second", "--ttl", "1s")
-    second.wait_for("standing")
+    second.wait_for("candidate:")
     with direct_commit_left_open(settings):
         first.signal(signal.SIGKILL)
         second.wait_for("elected epoch 2")

@@ -1,4 +1,4 @@
-"""The lease row and its history: who may take it, keep it and give it up, by the server's clock alone."""
+"""The lease row and its history: when it may be taken, renewed and released, by the server's clock only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rival(settings: Settings) -> Iterator[Conn]:
 
 @pytest.fixture(params=[0.0, 4e9], ids=["1970", "2096"])
 def wrong_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client whose idea of the time is wrong by decades, in either direction."""
+    """A client whose clock is wrong by decades, in either direction."""
     monkeypatch.setattr(time, "time", lambda: request.param)
     monkeypatch.setattr(time, "time_ns", lambda: int(request.param * 1e9))
 
@@ -61,17 +61,17 @@ def taken(conn: Conn, node_id: str = "a", ttl: float = 600, *, lock_held: bool =
 
 
 def expire(sql: Conn) -> None:
-    """Lets the lease run out, as the server's clock would in time."""
+    """Makes the lease expire now."""
     sql.execute("UPDATE leader_lease SET expires_at = clock_timestamp()")
 
 
 def ends(conn: Conn) -> list[tuple[int, str, str | None]]:
-    """Epoch, who, and how it ended, oldest first."""
+    """Returns epoch, leader and end reason of every term, oldest first."""
     return [(row.epoch, row.leader_addr, row.end_reason) for row in reversed(lease.history(conn, None, 100))]
 
 
 def waits_for(sql: Conn, waiting: int, holder: int) -> bool:
-    """Whether one session waits for a lock of another; both are named by their pids."""
+    """Whether the session with pid `waiting` waits for a lock of that with pid `holder`."""
     row = sql.execute("SELECT %s = ANY (pg_blocking_pids(%s))", [holder, waiting]).fetchone()
     return row is not None and bool(row[0])
 
@@ -79,31 +79,31 @@ def waits_for(sql: Conn, waiting: int, holder: int) -> bool:
 # -- taking over
 
 
-def test_a_fresh_database_has_a_lease_that_nobody_holds(conn: Conn) -> None:
+def test_the_lease_of_a_fresh_database_is_not_held(conn: Conn) -> None:
     fresh = lease.read_lease(conn)
     assert (fresh.epoch, fresh.term_id, fresh.durable_version, fresh.held) == (0, None, 0, False)
     assert fresh.expires_in_seconds == 0
     assert lease.history(conn, None, 10) == []
-    assert lease.successor(conn) == "epoch 0 (nobody)"
+    assert lease.describe_successor(conn) == "epoch 0 (no leader)"
 
 
-def test_i2_every_leadership_has_the_next_epoch_and_a_term_of_its_own(conn: Conn) -> None:
+def test_i2_every_term_has_the_next_epoch_and_its_own_id(conn: Conn) -> None:
     terms = [taken(conn, lock_held=True) for _ in range(3)]
     assert [term.epoch for term in terms] == [1, 2, 3]
     assert len({term.term_id for term in terms}) == 3
     assert lease.read_lease(conn).term_id == terms[-1].term_id
 
 
-def test_a_lease_that_is_held_is_only_taken_by_whoever_has_the_lock(conn: Conn, rival: Conn) -> None:
+def test_a_held_lease_is_only_taken_with_the_leader_lock(conn: Conn, rival: Conn) -> None:
     first = taken(conn, "a")
     assert take(rival, "b") is None
     assert lease.read_lease(conn).term_id == first.term_id
-    assert ends(conn) == [(1, "a", None)], "nor is anything written into the history"
+    assert ends(conn) == [(1, "a", None)], "the history is unchanged"
     assert taken(rival, "b", lock_held=True).epoch == 2
     assert lease.read_lease(conn).leader_addr == "b"
 
 
-def test_a_lease_that_ran_out_or_was_released_is_taken_without_the_lock(conn: Conn, rival: Conn, sql: Conn) -> None:
+def test_an_expired_or_released_lease_is_taken_without_the_lock(conn: Conn, rival: Conn, sql: Conn) -> None:
     taken(conn, "a")
     expire(sql)
     second = taken(rival, "b")
@@ -111,7 +111,7 @@ def test_a_lease_that_ran_out_or_was_released_is_taken_without_the_lock(conn: Co
     assert taken(conn, "c").epoch == 3
 
 
-def test_a_term_continues_from_what_the_last_one_stored(conn: Conn, sql: Conn) -> None:
+def test_a_term_continues_from_the_stored_versions_and_ids(conn: Conn, sql: Conn) -> None:
     sql.execute(
         "UPDATE leader_lease SET durable_version = 40, conflict_floor = 30, window_start_id = 20, queue_floor_id = 25"
     )
@@ -120,7 +120,7 @@ def test_a_term_continues_from_what_the_last_one_stored(conn: Conn, sql: Conn) -
 
 
 @pytest.mark.parametrize("lock_held", [True, False])
-def test_i2_of_two_who_take_over_at_once_the_second_judges_by_what_the_first_left(
+def test_i2_of_two_takeovers_at_once_the_second_sees_the_lease_of_the_first(
     conn: Conn, rival: Conn, sql: Conn, lock_held: bool
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
@@ -138,18 +138,18 @@ def test_i2_of_two_who_take_over_at_once_the_second_judges_by_what_the_first_lef
         assert ends(conn) == [(1, "a", None)]
 
 
-def test_i7_taking_over_and_releasing_wake_whoever_waits_for_a_leader(conn: Conn, rival: Conn) -> None:
+def test_i7_a_takeover_and_a_release_notify_the_leadership_channel(conn: Conn, rival: Conn) -> None:
     with closing(Wakeup()) as wakeup:
         notifications = listen(rival, [channels.leadership("pgcoord")], wakeup)
         term = taken(conn)
         assert notifications.wait(TIMEOUT)
         lease.renew(conn, term, 600)
-        assert not notifications.wait(0), "a renewal is no news"
+        assert not notifications.wait(0), "a renewal notifies no session"
         lease.release(conn, "pgcoord", term, "released")
         assert notifications.wait(TIMEOUT)
 
 
-# -- keeping
+# -- renewing
 
 
 def test_a_renewal_extends_the_lease_from_now_on(conn: Conn) -> None:
@@ -166,10 +166,10 @@ def test_a_renewal_extends_the_lease_from_now_on(conn: Conn) -> None:
     )
 
 
-def test_i2_a_lease_that_ran_out_is_over_even_when_nobody_took_it(conn: Conn, sql: Conn) -> None:
+def test_i2_a_term_ends_when_its_lease_expires_even_if_it_is_not_taken_over(conn: Conn, sql: Conn) -> None:
     term = taken(conn)
     expire(sql)
-    assert lease.renew(conn, term, 600) == Renewal.OVER
+    assert lease.renew(conn, term, 600) == Renewal.TERM_ENDED
     assert not lease.read_lease(conn).held
 
 
@@ -178,14 +178,14 @@ def test_i2_a_renewal_checks_epoch_and_term(conn: Conn, sql: Conn, column: str) 
     term = taken(conn)
     sql.execute(f"UPDATE leader_lease SET {column}")
     before = lease.read_lease(conn)
-    assert lease.renew(conn, term, 600) == Renewal.OVER
+    assert lease.renew(conn, term, 600) == Renewal.TERM_ENDED
     assert lease.read_lease(conn).expires_at == before.expires_at
 
 
-def test_i12_a_renewal_that_had_to_wait_judges_by_the_time_at_which_it_goes_on(
+def test_i12_a_renewal_that_waited_for_the_row_compares_the_time_after_the_wait(
     conn: Conn, rival: Conn, sql: Conn
 ) -> None:
-    """The lease ran out while the renewal waited for the row."""
+    """The lease expires while the renewal waits for the row."""
     term = taken(conn)
     with ThreadPoolExecutor(1) as pool:
         with rival.transaction():
@@ -193,10 +193,10 @@ def test_i12_a_renewal_that_had_to_wait_judges_by_the_time_at_which_it_goes_on(
             renewal = pool.submit(lease.renew, conn, term, 600)
             until(lambda: renewal.done() or waits_for(sql, conn.info.backend_pid, rival.info.backend_pid))
             assert not renewal.done()
-        assert renewal.result(TIMEOUT) == Renewal.OVER
+        assert renewal.result(TIMEOUT) == Renewal.TERM_ENDED
 
 
-def test_a_leader_hears_with_its_next_renewal_that_it_shall_step_down(conn: Conn, rival: Conn) -> None:
+def test_the_next_renewal_returns_a_request_to_step_down(conn: Conn, rival: Conn) -> None:
     assert lease.ask_to_step_down(rival, "pgcoord") is None
     term = taken(conn, "a")
     assert lease.ask_to_step_down(rival, "pgcoord") == (1, "a")
@@ -207,7 +207,7 @@ def test_a_leader_hears_with_its_next_renewal_that_it_shall_step_down(conn: Conn
     assert ends(conn) == [(1, "a", "stepped down"), (2, "b", None)]
 
 
-# -- giving up
+# -- releasing
 
 
 def test_a_released_lease_is_free_at_once(conn: Conn) -> None:
@@ -215,8 +215,8 @@ def test_a_released_lease_is_free_at_once(conn: Conn) -> None:
     assert lease.release(conn, "pgcoord", term, "released")
     free = lease.read_lease(conn)
     assert (free.epoch, free.term_id, free.leader_addr, free.held, free.expires_in_seconds) == (1, None, None, False, 0)
-    assert lease.renew(conn, term, 600) == Renewal.OVER
-    assert lease.successor(conn) == "epoch 1 (nobody)"
+    assert lease.renew(conn, term, 600) == Renewal.TERM_ENDED
+    assert lease.describe_successor(conn) == "epoch 1 (no leader)"
 
 
 def test_i2_a_superseded_leader_cannot_release_its_successors_lease(conn: Conn, rival: Conn) -> None:
@@ -237,7 +237,7 @@ def test_a_lease_is_released_once(conn: Conn) -> None:
 # -- history
 
 
-def test_the_history_tells_how_every_leadership_ended_and_what_it_committed(conn: Conn, sql: Conn) -> None:
+def test_the_history_holds_how_every_term_ended_and_its_versions(conn: Conn, sql: Conn) -> None:
     def commit(number: int) -> None:
         sql.execute("UPDATE leader_lease SET durable_version = durable_version + %s", [number])
 
@@ -264,7 +264,7 @@ def test_the_history_tells_how_every_leadership_ended_and_what_it_committed(conn
     assert rows[-1].ended_at is None
 
 
-def test_a_leadership_that_was_released_is_not_called_expired_later(conn: Conn) -> None:
+def test_a_released_term_is_not_recorded_as_expired_later(conn: Conn) -> None:
     lease.release(conn, "pgcoord", taken(conn, "a"), "released")
     taken(conn, "b")
     assert ends(conn) == [(1, "a", "released"), (2, "b", None)]
@@ -294,22 +294,22 @@ def test_i12_no_decision_about_the_lease_depends_on_the_clients_clock(conn: Conn
     ).fetchone()
     assert found == (True, True, True, True)
     expire(sql)
-    assert lease.renew(conn, term, 600) == Renewal.OVER
+    assert lease.renew(conn, term, 600) == Renewal.TERM_ENDED
     assert taken(rival, "b").epoch == 2
 
 
 @pytest.mark.usefixtures("wrong_clock")
-def test_i12_a_keeper_with_a_wrong_clock_is_elected_and_keeps_its_lease(settings: Settings, sql: Conn) -> None:
+def test_i12_a_keeper_with_a_wrong_clock_is_elected_and_renews_its_lease(settings: Settings, sql: Conn) -> None:
     with keeper_of(settings, ttl=1.0) as keeper:
         for _ in range(3):
             renewed_at = value(sql, "SELECT renewed_at FROM leader_lease")
             until(partial(value, sql, "SELECT renewed_at > %s FROM leader_lease", renewed_at))
-        assert keeper.over is None
+        assert keeper.end_reason is None
         assert value(sql, "SELECT epoch FROM leader_lease") == 1
 
 
-def test_i12_nothing_reads_the_clients_calendar_or_the_start_of_a_transaction_for_the_time() -> None:
-    """`now()` is the time at which a transaction began, which may be long before what it decides."""
+def test_i12_no_code_reads_the_clients_clock_or_the_start_of_a_transaction() -> None:
+    """`now()` is the start of the transaction, which may be long before the statement that decides."""
     program = Path(lease.__file__).parent
     for file in sorted(program.glob("*.py")):
         assert not re.search(r"\btime\.time\(|\bdatetime\.(now|utcnow|today)\(", file.read_text()), file
@@ -317,25 +317,25 @@ def test_i12_nothing_reads_the_clients_calendar_or_the_start_of_a_transaction_fo
         assert not re.search(r"(?i)\bnow\(\)|\bcurrent_timestamp\b|\btransaction_timestamp\b", file.read_text()), file
 
 
-# -- the keeper: election lock, lease, and the sessions of whoever led before
+# -- the keeper: leader lock, lease, and the sessions of the previous leader
 
 
 @contextmanager
 def keeper_of(settings: Settings, ttl: float = 600, *, elected: bool = True) -> Iterator[LeaseKeeper]:
-    """A keeper that stands for election, and by default has won; it is stopped in the end."""
+    """Starts a keeper, by default waits until it is elected, and stops it at the end."""
     with closing(Wakeup()) as wakeup:
         keeper = LeaseKeeper(settings, "keeper", ttl, wakeup)
         keeper.start()
         try:
             if elected:
                 wakeup.wait(TIMEOUT)
-                assert keeper.term, keeper.over
+                assert keeper.term, keeper.end_reason
             yield keeper
         finally:
             keeper.stop()
 
 
-def election_lock(conn: Conn) -> None:
+def leader_lock(conn: Conn) -> None:
     conn.execute("SELECT pg_advisory_lock($1)", [lock_key("pgcoord", "election")])
 
 
@@ -348,10 +348,10 @@ def is_alive(sql: Conn, pid: int) -> bool:
     return bool(value(sql, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)", pid))
 
 
-def test_a_keeper_whose_lock_is_free_leads_at_once_however_long_the_old_lease_has_to_run(
+def test_a_keeper_that_gets_the_lock_is_elected_at_once_even_if_the_old_lease_is_valid(
     settings: Settings, conn: Conn, sql: Conn
 ) -> None:
-    """The session of the leader before is gone, so it is dead."""
+    """The free lock shows that the previous leader's session has ended."""
     taken(conn, "dead", 600)
     with keeper_of(settings):
         assert ends(conn) == [(1, "dead", "lost"), (2, "keeper", None)]
@@ -362,7 +362,7 @@ def test_a_keeper_whose_lock_is_free_leads_at_once_however_long_the_old_lease_ha
 def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(
     settings: Settings, conn: Conn, rival: Conn, sql: Conn
 ) -> None:
-    election_lock(conn)
+    leader_lock(conn)
     mark_leader_session(conn, "pgcoord")
     taken(conn, "leader", 600)
     mine = conn.info.backend_pid
@@ -375,10 +375,10 @@ def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(
     assert ends(rival) == [(1, "leader", "lost"), (2, "keeper", "released")]
 
 
-def test_i16_a_keeper_that_is_stopped_while_it_takes_over_does_so_and_releases(
+def test_i16_a_keeper_stopped_during_its_takeover_completes_it_and_releases(
     settings: Settings, conn: Conn, rival: Conn, sql: Conn
 ) -> None:
-    """A stop cancels the wait for the election lock, never a statement after it, which may be committing."""
+    """A stop cancels the wait for the leader lock, never a statement after it, which may be committing."""
     rival.execute("BEGIN")
     rival.execute("SELECT FROM leader_lease FOR UPDATE")
     with closing(Wakeup()) as wakeup:
@@ -393,11 +393,11 @@ def test_i16_a_keeper_that_is_stopped_while_it_takes_over_does_so_and_releases(
     assert ends(conn) == [(1, "keeper", "released")]
 
 
-def test_i2_a_keeper_ends_the_sessions_of_a_leader_whose_lease_ran_out(
+def test_i2_a_keeper_terminates_the_sessions_of_a_leader_whose_lease_expired(
     settings: Settings, conn: Conn, rival: Conn, sql: Conn
 ) -> None:
-    """They are frozen or cut off, and hold who knows what: here, a row that the next leader needs."""
-    election_lock(conn)
+    """They are frozen or cut off and may hold any lock: here, one on a table that the next leader needs."""
+    leader_lock(conn)
     for session in (conn, rival):
         mark_leader_session(session, "pgcoord")
     taken(conn, "frozen", 600)
@@ -409,11 +409,13 @@ def test_i2_a_keeper_ends_the_sessions_of_a_leader_whose_lease_ran_out(
         sql.execute("SELECT FROM kv")
 
 
-def test_a_keeper_leaves_a_faster_candidate_alone(settings: Settings, conn: Conn, sql: Conn) -> None:
-    """One that has just got the election lock, and not yet taken the lease, which ran out."""
+def test_a_keeper_does_not_terminate_a_candidate_that_got_the_lock_first(
+    settings: Settings, conn: Conn, sql: Conn
+) -> None:
+    """That candidate holds the leader lock and has not yet taken the expired lease."""
     taken(conn, "dead", 600)
     expire(sql)
-    election_lock(conn)
+    leader_lock(conn)
     with keeper_of(settings):
         assert is_alive(sql, conn.info.backend_pid)
         assert value(sql, "SELECT leader_addr FROM leader_lease") == "keeper"
@@ -422,7 +424,7 @@ def test_a_keeper_leaves_a_faster_candidate_alone(settings: Settings, conn: Conn
 def test_a_keeper_elected_without_the_lock_takes_it_when_it_becomes_free(
     settings: Settings, conn: Conn, sql: Conn
 ) -> None:
-    election_lock(conn)
+    leader_lock(conn)
     with keeper_of(settings, ttl=1.0):
         pid = keeper_pid(sql)
         conn.close()
@@ -436,10 +438,10 @@ def test_a_keeper_elected_without_the_lock_takes_it_when_it_becomes_free(
         )
 
 
-def test_a_keeper_outlasts_somebody_who_keeps_the_row_of_the_lease_locked(
+def test_a_keeper_retries_while_another_session_keeps_the_lease_row_locked(
     settings: Settings, conn: Conn, sql: Conn
 ) -> None:
-    """Like an operator who forgot to commit: the wait is given up, and begun again."""
+    """Each wait for the row ends with a timeout and is begun again."""
 
     def waiting_since() -> Any:
         text = (
@@ -455,14 +457,14 @@ def test_a_keeper_outlasts_somebody_who_keeps_the_row_of_the_lease_locked(
         until(waiting_since)
         first = waiting_since()
         until(lambda: waiting_since() not in (first, None))
-        assert keeper.over is None
+        assert keeper.end_reason is None
         conn.execute("ROLLBACK")
-        until(lambda: keeper.term or keeper.over)
-        assert keeper.over is None
+        until(lambda: keeper.term or keeper.end_reason)
+        assert keeper.end_reason is None
 
 
-def test_a_keeper_stops_while_it_stands_for_election(settings: Settings, conn: Conn, sql: Conn) -> None:
-    election_lock(conn)
+def test_a_keeper_can_be_stopped_while_it_waits_for_the_lock(settings: Settings, conn: Conn, sql: Conn) -> None:
+    leader_lock(conn)
     taken(conn, "leader", 600)
     with keeper_of(settings, elected=False) as keeper:
         until(lambda: (pid := keeper_pid(sql)) and waits_for(sql, pid, conn.info.backend_pid))
@@ -471,34 +473,32 @@ def test_a_keeper_stops_while_it_stands_for_election(settings: Settings, conn: C
     assert lease.read_lease(conn).leader_addr == "leader"
 
 
-def test_i2_a_keeper_that_was_superseded_says_so_and_is_not_trusted(settings: Settings, conn: Conn) -> None:
+def test_i2_a_superseded_keeper_gives_its_successor_and_is_not_trusted(settings: Settings, conn: Conn) -> None:
     with keeper_of(settings, ttl=1.0) as keeper:
         assert keeper.is_trusted()
-        taken(conn, "usurper", lock_held=True)
-        until(lambda: keeper.over)
-        assert keeper.over == "superseded by epoch 2 (usurper)"
+        taken(conn, "rival", lock_held=True)
+        until(lambda: keeper.end_reason)
+        assert keeper.end_reason == "superseded by epoch 2 (rival)"
         assert not keeper.is_trusted()
-    assert lease.read_lease(conn).leader_addr == "usurper"
+    assert lease.read_lease(conn).leader_addr == "rival"
 
 
-def test_i2_a_keeper_that_is_stopped_before_it_noticed_does_not_claim_to_have_released(
-    settings: Settings, conn: Conn
-) -> None:
+def test_i2_a_superseded_keeper_that_is_stopped_does_not_report_a_release(settings: Settings, conn: Conn) -> None:
     with keeper_of(settings, ttl=600) as keeper:
-        taken(conn, "usurper", lock_held=True)
-    assert keeper.over == "superseded by epoch 2 (usurper)"
+        taken(conn, "rival", lock_held=True)
+    assert keeper.end_reason == "superseded by epoch 2 (rival)"
 
 
-def test_a_keeper_whose_session_was_ended_says_so(settings: Settings, sql: Conn) -> None:
+def test_a_keeper_whose_session_was_terminated_gives_that_as_its_end_reason(settings: Settings, sql: Conn) -> None:
     with keeper_of(settings, ttl=600) as keeper:
         sql.execute("SELECT pg_terminate_backend(%s)", [keeper_pid(sql)])
-        until(lambda: keeper.over)
-        assert "connection lost" in (keeper.over or "")
+        until(lambda: keeper.end_reason)
+        assert "connection lost" in (keeper.end_reason or "")
         assert not keeper.is_trusted()
 
 
-def test_a_keeper_gives_back_what_it_opened(settings: Settings) -> None:
-    """A leader makes one for each term, and one a second while the server is down."""
+def test_a_keeper_closes_its_files_and_ends_its_thread(settings: Settings) -> None:
+    """A candidate makes one for each term, and one a second while the server is down."""
     unreachable = Settings(dsn="host=/nowhere connect_timeout=1")
     with keeper_of(settings):
         pass
@@ -507,7 +507,7 @@ def test_a_keeper_gives_back_what_it_opened(settings: Settings) -> None:
         with keeper_of(settings):
             pass
         with keeper_of(unreachable, elected=False) as keeper:
-            until(partial(getattr, keeper, "over"))
+            until(partial(getattr, keeper, "end_reason"))
     assert (open_files(), threading.active_count()) == before
 
 

@@ -212,8 +212,8 @@ EXPECTED = {
         "window_start_id bigint, queue_floor_id bigint, acquired_at timestamptz, renewed_at timestamptz, "
         "expires_at timestamptz, held boolean, expires_in_seconds double precision",
     ),
-    "lease.wait_for_election_lock": Shape("bigint", "pg_advisory_lock void"),
-    "lease.try_election_lock": Shape("bigint", "locked boolean"),
+    "lease.wait_for_leader_lock": Shape("bigint", "pg_advisory_lock void"),
+    "lease.try_leader_lock": Shape("bigint", "locked boolean"),
     "lease.make_commits_durable": Shape("", "set_config text"),
     "lease.terminate_idle_leader_sessions": Shape("bigint", "pid integer, terminated boolean"),
     "lease.share_session_lock": Shape("bigint", "is_marked boolean"),

@@ -1,4 +1,4 @@
-"""A candidate that fails again and again: attempts lie apart, whoever wakes it, and the same trouble is told once."""
+"""A candidate whose attempts fail: the pause between attempts, and that the same failure is reported once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pgcoord_cli.core.leader.candidate import RECONNECT_SECONDS, Candidate, Cand
 from pgcoord_cli.errors import ConnectionFailed
 from pgcoord_cli.settings import Settings
 
-DOWN, REFUSED = "nobody listens there", "too many clients"
+DOWN, REFUSED = "connection refused", "too many clients"
 
 
 class Clock:
-    """Stands for the time and for the wake-ups of a candidate that is woken ten times a second."""
+    """Replaces the clock and the wake-up of a candidate that is woken ten times a second."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -28,14 +28,14 @@ class Clock:
         self.now += min(seconds, 0.1)
 
     def set(self) -> None:
-        """It is always set."""
+        """Does nothing: the wake-up is always set."""
 
 
 class Session:
-    """What `run` opens first, to see whether it may."""
+    """The session that `run` opens first as a check."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing."""
 
 
 @pytest.fixture
@@ -46,36 +46,38 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def attempts(monkeypatch: pytest.MonkeyPatch, clock: Clock, troubles: list[str]) -> tuple[list[float], list[str]]:
-    """When a candidate tried, if each attempt ends with the next of these troubles, and what it said."""
-    said: list[str] = []
+def attempts(monkeypatch: pytest.MonkeyPatch, clock: Clock, failures: list[str]) -> tuple[list[float], list[str]]:
+    """Returns the times of a candidate's attempts, which end with these failures in order, and its reports."""
+    reports: list[str] = []
     times: list[float] = []
-    coming: Iterator[str] = iter(troubles)
+    coming: Iterator[str] = iter(failures)
 
     def serve(_self: Any) -> None:
         times.append(clock.now)
-        trouble = next(coming, None)
-        if trouble is None:
+        failure = next(coming, None)
+        if failure is None:
             one.stop()
         else:
-            raise ConnectionFailed(trouble)
+            raise ConnectionFailed(failure)
 
     def report(event: CandidateEvent) -> None:
-        said.append(event.event if event.event == "standing" else event.detail)
+        reports.append(event.event if event.event == "candidate" else event.detail)
 
     monkeypatch.setattr(Candidate, "_serve_one_term", serve)
     one = Candidate(Settings(), "me", 10, report)
     one._wakeup.close()
     one._wakeup = clock  # type: ignore[assignment]
     one.run()
-    return times, said
+    return times, reports
 
 
-def test_attempts_lie_apart_whoever_wakes_the_candidate(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_i17_attempts_begin_a_pause_apart_however_often_the_candidate_is_woken(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
     times, _ = attempts(monkeypatch, clock, [DOWN] * 5)
     assert times == pytest.approx([number * RECONNECT_SECONDS for number in range(6)])
 
 
-def test_the_same_trouble_is_told_once(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    _, said = attempts(monkeypatch, clock, [DOWN, DOWN, REFUSED, REFUSED, DOWN])
-    assert said == ["standing", DOWN, REFUSED, DOWN]
+def test_i17_the_same_failure_is_reported_once(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    _, reports = attempts(monkeypatch, clock, [DOWN, DOWN, REFUSED, REFUSED, DOWN])
+    assert reports == ["candidate", DOWN, REFUSED, DOWN]

@@ -1,6 +1,8 @@
-"""The life of one `pgcoord leader run`: stand for election, resolve while the lease is trusted, and when that is
-over, because the lease ran out, another took it or a connection broke, say so and stand again with nothing kept
-from before. It ends when it is told to stop, finishing the batch in hand and releasing the lease.
+"""One `pgcoord leader run`: stands for election, resolves commit requests while it leads, and stands again.
+
+A term ends when the lease expires, another candidate takes it or a connection is lost. The candidate reports that and
+stands for election again with a new keeper, resolver and connections, keeping nothing of the term. It ends when
+it is stopped: it finishes the batch in hand and releases the lease.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.listener import listen
 from pgcoord_cli.core.database.session import command_session, open_session
 from pgcoord_cli.core.leader import lease
-from pgcoord_cli.core.leader.lease import Renewal, Term, read_lease, successor
+from pgcoord_cli.core.leader.lease import Renewal, Term, describe_successor, read_lease
 from pgcoord_cli.core.leader.lease_keeper import RENEWALS_PER_TTL, LeaseKeeper, mark_leader_session
 from pgcoord_cli.core.leader.resolver import Resolver
 from pgcoord_cli.db.connection import translate
@@ -31,13 +33,18 @@ from pgcoord_cli.errors import ConnectionFailed, Fenced, PgcoordError
 from pgcoord_cli.settings import Settings
 
 RECONNECT_SECONDS = 1.0
+"""Least time between the beginnings of two attempts to be elected."""
 
 STOP_SECONDS = 5.0
-"""How long a stop waits for the batch in flight."""
+"""How long `stop` waits for the batch in hand."""
 
 
 class CandidateEvent(NamedTuple):
-    """Something that happened to this candidate: standing, elected, fenced, lost, released, unreachable."""
+    """A change in the state of a candidate; `epoch` is that of the term that begins or ends.
+
+    `event` is candidate (waits for the leader lock), elected, fenced (another leader has superseded this one), lost
+    (the lease or a connection), released (on purpose), or unreachable (an attempt failed and is retried).
+    """
 
     event: str
     node_id: str
@@ -45,22 +52,25 @@ class CandidateEvent(NamedTuple):
     detail: str
 
 
-Report = Callable[[CandidateEvent], None]
+OnCandidateEvent = Callable[[CandidateEvent], None]
 
 
 def default_node_id() -> str:
-    """Host and process id: unique among the candidates of a network, and of use to whoever reads it."""
+    """Returns `host:pid`, which is unique among the candidates of a network."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
 class Candidate:
-    """One candidate. `run` blocks; `stop` may be called from a signal handler or another thread."""
+    """One candidate. `run` blocks; `stop` may be called from a signal handler or another thread.
 
-    def __init__(self, settings: Settings, node_id: str, ttl: float, report: Report) -> None:
+    `ttl` is the lease's time to live in seconds. `on_event` is called in the thread of `run`.
+    """
+
+    def __init__(self, settings: Settings, node_id: str, ttl: float, on_event: OnCandidateEvent) -> None:
         self._settings = settings
         self._node_id = node_id
         self._ttl = ttl
-        self._report = report
+        self._on_event = on_event
         self._wakeup = Wakeup()
         self._abandon = Wakeup()
         self._stopping = False
@@ -69,62 +79,70 @@ class Candidate:
         """Asks `run` to finish the batch in hand, release the lease and return."""
         self._stopping = True
         self._wakeup.set()
-        # A commit that waits for a synchronous standby may last for ever, and is not cancelled (rule I16).
+        # A batch that waits for a synchronous standby may never end, and must not be cancelled (rule I16): the resolver
+        # then closes its connection and leaves the commit to the server.
         timer = threading.Timer(STOP_SECONDS, self._abandon.set)
         timer.daemon = True
         timer.start()
 
     def run(self) -> None:
-        """Stands for election and leads until stopped. Raises PgcoordError where standing makes no sense."""
-        open_session(self._settings, "leader run", writes=True).close()  # says at once what is wrong with the server
-        trouble: str | None = None
+        """Stands for election and leads, again and again, until stopped.
+
+        Raises PgcoordError for errors that a retry does not mend: an unsuitable server, a missing schema or right.
+        """
+        # The first session is only a check, so that its error ends the command instead of being retried (rule I17).
+        open_session(self._settings, "leader run", writes=True).close()
+        failure: str | None = None
         while not self._stopping:
-            if trouble is None:
-                self._say("standing", None, "waiting to be elected")
-            last_trouble, trouble = trouble, None
+            if failure is None:
+                self._report("candidate", None, "waiting for the leader lock")
+            last_failure, failure = failure, None
             began = time.monotonic()
             try:
                 self._serve_one_term()
             except ConnectionFailed as error:
-                trouble = error.message
-            if trouble and trouble != last_trouble:
-                self._say("unreachable", None, trouble)
+                failure = error.message
+            # The same failure is reported once, not at every attempt (rule I17).
+            if failure and failure != last_failure:
+                self._report("unreachable", None, failure)
             self._pause_until(began + RECONNECT_SECONDS)
 
     def _pause_until(self, moment: float) -> None:
-        """Keeps attempts a moment apart, so that a server that refuses us is not asked a thousand times a second."""
+        """Blocks until a moment of the monotonic clock, so that a server that refuses is not asked without a pause."""
         while not self._stopping and (seconds := moment - time.monotonic()) > 0:
-            self._wakeup.wait(seconds)  # the keeper of the term that is over may have set it
+            self._wakeup.wait(seconds)  # in a loop: the keeper of the last term may have set the wake-up
 
     def _serve_one_term(self) -> None:
+        """Waits to be elected, leads until the term ends, and reports how. Raises PgcoordError before an election."""
         keeper = LeaseKeeper(self._settings, self._node_id, self._ttl, self._wakeup)
         keeper.start()
         failure: tuple[str, str] | None = None
         try:
             term = self._await_election(keeper)
             if term:
-                self._say("elected", term.epoch, f"leading from version {term.durable_version} on")
+                self._report("elected", term.epoch, f"durable version {term.durable_version}")
                 failure = self._lead(keeper, term)
         finally:
             keeper.stop("failed" if failure else "released")
         if term:
-            self._say_ending(term, *(failure or _ending(keeper.over or "")))
+            self._report_end(term, *(failure or _event_of(keeper.end_reason or "")))
 
     def _await_election(self, keeper: LeaseKeeper) -> Term | None:
-        """The term that was won, or None when stopped; raises what kept the keeper from standing."""
-        while not self._stopping and keeper.term is None and keeper.over is None:
+        """Waits for the keeper to be elected and returns the term; None when stopped. Raises the keeper's error."""
+        while not self._stopping and keeper.term is None and keeper.end_reason is None:
             self._wakeup.wait(channels.POLL_SECONDS)
         if isinstance(keeper.failure, PgcoordError):
             raise keeper.failure
-        if keeper.over and keeper.term is None:
-            raise ConnectionFailed(keeper.over)
+        if keeper.end_reason and keeper.term is None:
+            raise ConnectionFailed(keeper.end_reason)
         return keeper.term
 
     def _lead(self, keeper: LeaseKeeper, term: Term) -> tuple[str, str] | None:
-        """Resolves until stopped or until the keeper says it is over; otherwise returns what went wrong."""
+        """Resolves until stopped or until the term ends. Returns event and detail if an error ended it first."""
         try:
-            with closing(open_session(self._patient_settings(), "leader run", writes=True)) as conn:
+            with closing(open_session(self._unlimited_settings(), "leader run", writes=True)) as conn:
                 mark_leader_session(conn, self._settings.schema)
+                # With several hosts in the DSN, this connection may have reached another server than the keeper's.
                 lease.require_elected_here(conn, term)
                 conn.execute(sql("lease", "make_commits_durable"))
                 conn.execute(sql("session", "plan_once"))
@@ -138,38 +156,43 @@ class Candidate:
             return "lost", translate(error).message
         return None
 
-    def _say_ending(self, term: Term, event: str, detail: str) -> None:
-        """Tells how a term ended. A successor ends the sessions of the leader that it fences: that is no mere loss."""
+    def _report_end(self, term: Term, event: str, detail: str) -> None:
+        """Reports how a term ended."""
+        # A successor terminates the sessions of the leader that it fences, so a lost connection may mean a fence.
         if event == "lost":
             with suppress(PgcoordError), command_session(self._settings, "leader run", writes=False) as conn:
                 if read_lease(conn).epoch > term.epoch:
-                    event, detail = "fenced", f"superseded by {successor(conn)}; {detail}"
-        self._say(event, term.epoch, detail)
+                    event, detail = "fenced", f"superseded by {describe_successor(conn)}; {detail}"
+        self._report(event, term.epoch, detail)
 
-    def _patient_settings(self) -> Settings:
-        """A batch may take as long as it takes: renewals go over another connection, and the fence guards its end."""
+    def _unlimited_settings(self) -> Settings:
+        """Returns the settings without timeouts for statements and locks."""
+        # A long batch delays no renewal, which has its own connection, and the fence is checked at its end.
         return replace(self._settings, statement_timeout=0, lock_timeout=0)
 
     def _resolve(self, conn: Connection[Any], keeper: LeaseKeeper, term: Term) -> None:
+        """Resolves batches until stopped or until the term ends. Raises Fenced, ConnectionFailed, psycopg.Error."""
         commits, leadership = channels.commits(self._settings.schema), channels.leadership(self._settings.schema)
         notifications = listen(conn, (commits, leadership), self._wakeup)
         resolver = Resolver(conn, term, self._abandon.fileno())
-        while not self._stopping and keeper.over is None:
-            heard = notifications.wait(0 if resolver.has_more else channels.POLL_SECONDS)
-            if leadership in heard:
-                keeper.look()
+        while not self._stopping and keeper.end_reason is None:
+            # The keeper sets the wake-up when the term ends, so that this wait ends too.
+            notified = notifications.wait(0 if resolver.has_more else channels.POLL_SECONDS)
+            if leadership in notified:
+                keeper.renew_now()  # the lease was taken, or a step-down requested
             if keeper.is_trusted():
-                resolver.resolve_batch(expected=commits in heard)
-            elif keeper.over is None:
-                # Frozen, or the renewals stall: whether the lease still stands is for the keeper to find out.
+                resolver.resolve_batch(expected=commits in notified)
+            elif keeper.end_reason is None:
+                # Outside the trust window: this process was frozen, or renewals are delayed. No batch is started
+                # until the keeper has renewed the lease or has found that the term has ended.
                 self._wakeup.wait(self._ttl / RENEWALS_PER_TTL)
 
-    def _say(self, event: str, epoch: int | None, detail: str) -> None:
-        self._report(CandidateEvent(event, self._node_id, epoch, detail))
+    def _report(self, event: str, epoch: int | None, detail: str) -> None:
+        self._on_event(CandidateEvent(event, self._node_id, epoch, detail))
 
 
-def _ending(over: str) -> tuple[str, str]:
-    """How the end of a leadership is told, from what its keeper said."""
-    if over in ("released", Renewal.STEP_DOWN):
-        return "released", over
-    return ("fenced" if over.startswith("superseded") else "lost"), over
+def _event_of(end_reason: str) -> tuple[str, str]:
+    """Returns the event and detail with which the end of a term is reported, from the keeper's `end_reason`."""
+    if end_reason in ("released", Renewal.STEP_DOWN):
+        return "released", end_reason
+    return ("fenced" if end_reason.startswith("superseded") else "lost"), end_reason

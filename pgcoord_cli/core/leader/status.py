@@ -1,10 +1,10 @@
-"""What there is to know about the leader: who leads, whether the work advances, and waiting for one.
+"""The status of the leader: its lease, whether the queue of commit requests advances, and waiting for an election.
 
-**Held is not healthy.** A leader that renews its lease may still not drain the queue, because a lock on the data is in
-its way, or its own process is stuck. So the status also looks at the oldest pending request: when that has waited
-longer than anybody should, the leader is unhealthy, and the reason says since when.
+**Held is not healthy.** A leader may renew its lease and still settle no request, because a lock on the data blocks its
+batch or its process is stuck. So the status also looks at the age of the oldest pending request: above
+STALLED_SECONDS the leader is unhealthy, and the reason gives the age.
 
-**Waiting** is driven by the notification that every election sends; the lease row is the truth.
+**Waiting** for a leader is woken by the notification of an election or release; the lease row is what counts (rule I7).
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import Fenced, NoLeader, TimedOut
 
 STALLED_SECONDS = 5.0
-"""A request that waited longer than this shows that the leader's work does not advance."""
+"""Age of the oldest pending request above which the queue counts as not advancing."""
 
 RUN_HINT = "start a leader with: pgcoord leader run"
 
 
 def status_document(conn: Connection[Any]) -> dict[str, dict[str, Any]]:
-    """Who leads and how long the queue is, under the keys that scripts count on. Times are the server's."""
+    """Returns lease, queue and health under the keys that scripts count on. Times and ages are the server's."""
     lease = read_lease(conn)
     pending, oldest = conn.execute(sql("commits", "queue_state")).fetchone() or (0, None)
     stalled, standbys = conn.execute(sql("lease", "waits_for_standby")).fetchone() or (None, "")
-    reason = _ailment(lease, oldest)
+    reason = _unhealthy_reason(lease, oldest)
+    # This explains the other reasons, and is the one that an operator can act on: the leader's commit holds the lease
+    # row until the standby has confirmed it, so neither renewals nor other candidates get on (rule I16).
     if stalled is not None:
         reason = (
             f"a commit has waited {stalled:.0f}s for a synchronous standby ({standbys}); until then no leader can write"
@@ -55,16 +57,19 @@ def status_document(conn: Connection[Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _ailment(lease: Lease, oldest_pending_seconds: float | None) -> str | None:
+def _unhealthy_reason(lease: Lease, oldest_pending_seconds: float | None) -> str | None:
     if not lease.held:
-        return "nobody leads"
+        return "no leader"
     if oldest_pending_seconds is not None and oldest_pending_seconds > STALLED_SECONDS:
-        return f"the lease is renewed, but a request has been pending for {oldest_pending_seconds:.0f}s"
+        return (
+            "the leader renews its lease, but the queue does not advance: "
+            f"the oldest commit request has been pending for {oldest_pending_seconds:.0f}s"
+        )
     return None
 
 
 def watch_status(conn: Connection[Any], schema: str, seconds: float) -> Iterator[dict[str, dict[str, Any]]]:
-    """The status now, at every change of leadership, and otherwise once in `seconds`. Never ends by itself."""
+    """Yields the status now, whenever the leader changes, and otherwise every `seconds`. Never ends by itself."""
     notifications = listen(conn, [channels.leadership(schema)], Wakeup())
     while True:
         yield status_document(conn)
@@ -72,38 +77,36 @@ def watch_status(conn: Connection[Any], schema: str, seconds: float) -> Iterator
 
 
 def wait_for_leader(conn: Connection[Any], schema: str, seconds: float, *, after_epoch: int = 0) -> Lease:
-    """The lease once somebody holds one later than `after_epoch`; wakes at the election. NoLeader after `seconds`."""
+    """Waits until a lease later than `after_epoch` is held, and returns it. Raises NoLeader after `seconds`."""
     with closing(Wakeup()) as wakeup:
         notifications = listen(conn, [channels.leadership(schema)], wakeup)
         deadline = time.monotonic() + seconds
         while not (lease := read_lease(conn)).held or lease.epoch <= after_epoch:
             if time.monotonic() >= deadline:
-                raise NoLeader(
-                    f"nobody leads, and nobody was elected within {seconds:g}s",
-                    hint=RUN_HINT,
-                )
+                raise NoLeader(f"no leader was elected within {seconds:g}s", hint=RUN_HINT)
+            # No longer than a poll interval, because a notification may be lost (rule I7).
             notifications.wait(min(channels.POLL_SECONDS, deadline - time.monotonic()))
     return lease
 
 
 def assert_epoch(conn: Connection[Any], epoch: int) -> None:
-    """Fenced unless the lease is held in just this epoch."""
+    """Raises Fenced unless the lease is held and its epoch is `epoch`."""
     lease = read_lease(conn)
     if not (lease.held and lease.epoch == epoch):
-        now = f"epoch {lease.epoch} is held by {lease.leader_addr}" if lease.held else "nobody leads"
-        raise Fenced(f"epoch {epoch} does not lead: {now}")
+        now = f"epoch {lease.epoch} is held by {lease.leader_addr}" if lease.held else "no leader"
+        raise Fenced(f"epoch {epoch} does not hold the lease: {now}")
 
 
 def step_down(conn: Connection[Any], schema: str) -> tuple[int, str]:
-    """Asks the leader to step down; its epoch and node id. NoLeader when there is none."""
+    """Asks the leader to step down and returns its epoch and node id. Raises NoLeader if there is none."""
     asked = ask_to_step_down(conn, schema)
     if asked is None:
-        raise NoLeader("nobody leads, so nobody can step down", hint=RUN_HINT)
+        raise NoLeader("no leader to step down", hint=RUN_HINT)
     return asked
 
 
 def await_leader(conn: Connection[Any], schema: str, seconds: float, *, after_epoch: int = 0) -> Lease:
-    """`wait_for_leader`, for commands whose whole purpose is the wait: TimedOut instead of NoLeader."""
+    """Does the same as `wait_for_leader` but raises TimedOut, for commands whose purpose is the wait itself."""
     try:
         return wait_for_leader(conn, schema, seconds, after_epoch=after_epoch)
     except NoLeader as error:
