@@ -32,13 +32,24 @@ from pgcoord_cli import cli as program
 from pgcoord_cli.core.database import migrations
 from pgcoord_cli.core.database.session import migration_session
 from pgcoord_cli.core.embedded.installation import Installation, find_programs
-from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.embedded.server import EmbeddedServer
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT
+from tests.kept_servers import PLUGIN, KeptServers, new_server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server-version", type=int, default=18, choices=(15, 16, 18), help="PostgreSQL to test on")
+    parser.addoption(
+        "--keep-server",
+        action="store_true",
+        help="leave the run's servers and databases as they are, log every statement, and print where they are",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--keep-server"):
+        config.pluginmanager.register(KeptServers(), PLUGIN)
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +59,9 @@ def programs(pytestconfig: pytest.Config) -> Installation:
 
 
 @pytest.fixture(scope="session")
-def server(programs: Installation) -> Iterator[EmbeddedServer]:
+def server(programs: Installation, pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
     """The server that the session's tests share; nobody may stop it."""
-    with throw_away_server(programs) as running:
+    with new_server(pytestconfig, programs) as running:
         yield running
 
 
@@ -91,27 +102,35 @@ empty_template = factories.postgresql_noproc(dbname="empty", depends_on="server_
 
 
 @contextmanager
-def _copy_of(template: NoopExecutor) -> Iterator[Settings]:
+def _copy_of(template: NoopExecutor, request: pytest.FixtureRequest) -> Iterator[Settings]:
     name = f"test_{uuid.uuid4().hex[:12]}"
     janitor = DatabaseJanitor(
         user=template.user, host=template.host, port=template.port, dbname=name,
         template_dbname=template.template_dbname, maintenance_dbname=template.maintenance_dbname,
     )  # fmt: skip
-    with janitor:
-        yield Settings(dsn=make_conninfo("", host=template.host, user=template.user, dbname=name))
+    copied = Settings(dsn=make_conninfo("", host=template.host, user=template.user, dbname=name))
+    janitor.init()
+    is_kept = request.config.getoption("--keep-server")
+    if is_kept:
+        request.node.add_report_section("setup", "database", copied.dsn)  # shown with the test if that fails
+    try:
+        yield copied
+    finally:
+        if not is_kept:
+            janitor.drop()
 
 
 @pytest.fixture
-def settings(migrated_template: NoopExecutor) -> Iterator[Settings]:
+def settings(migrated_template: NoopExecutor, request: pytest.FixtureRequest) -> Iterator[Settings]:
     """A migrated database of the test's own."""
-    with _copy_of(migrated_template) as copied:
+    with _copy_of(migrated_template, request) as copied:
         yield copied
 
 
 @pytest.fixture
-def empty_settings(empty_template: NoopExecutor) -> Iterator[Settings]:
+def empty_settings(empty_template: NoopExecutor, request: pytest.FixtureRequest) -> Iterator[Settings]:
     """A database of the test's own, without any schema of ours."""
-    with _copy_of(empty_template) as copied:
+    with _copy_of(empty_template, request) as copied:
         yield copied
 
 
@@ -123,9 +142,9 @@ def sql(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
 
 
 @pytest.fixture
-def own_server(programs: Installation) -> Iterator[EmbeddedServer]:
+def own_server(programs: Installation, pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
     """A server of the test's own, which it may stop, kill and start again."""
-    with throw_away_server(programs) as running:
+    with new_server(pytestconfig, programs) as running:
         yield running
 
 
