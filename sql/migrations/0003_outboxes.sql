@@ -1,5 +1,5 @@
 -- breaking: no
--- Two outboxes, and what keeps their tails from missing an event. pgcoord_cli/core/events/outbox.py tells the protocol.
+-- Two outboxes, and what keeps their tails from missing an event. The protocol: docs/architecture.md#outboxes.
 
 CREATE TABLE lease_events (
     event_id        bigint  GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

@@ -1,6 +1,6 @@
 -- breaking: no
 -- Flows: executions, what each waits for, and the one function that carries completions a hop further.
--- pgcoord_cli/core/flows/dispatch.py tells the protocol.
+-- The protocol: docs/architecture.md#dispatch.
 
 CREATE TABLE flows (
     flow_id      uuid        PRIMARY KEY DEFAULT gen_random_uuid(),

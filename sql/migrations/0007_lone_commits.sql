@@ -1,5 +1,5 @@
 -- breaking: no
--- Commits that need no leader, because nobody else is committing. pgcoord_cli/core/kv/direct_commit.py tells the protocol.
+-- Commits that need no leader, because nobody else is committing. The protocol: docs/architecture.md#direct-commits.
 
 -- MessagePack, as docs/wire-format.md describes a request: binary or nil, the head of an array, and the whole. Literals
 -- are of the kind that no setting of the session that calls gives another meaning.

@@ -135,9 +135,11 @@ def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
     assert broken_links_of(REPOSITORY / page) == []
 
 
-def test_every_page_that_a_migration_refers_to_exists() -> None:
+def test_a_migration_refers_to_pages_that_exist_and_to_no_python_file() -> None:
     for migration in (REPOSITORY / "sql" / "migrations").glob("*.sql"):
-        for page, anchor in re.findall(r"(docs/[\w.-]+\.md)(?:#([\w-]+))?", migration.read_text(encoding="utf-8")):
+        text = migration.read_text(encoding="utf-8")
+        assert ".py" not in text, f"{migration.name}: once released, it cannot follow when the file moves"
+        for page, anchor in re.findall(r"(docs/[\w.-]+\.md)(?:#([\w-]+))?", text):
             assert (REPOSITORY / page).is_file(), f"{migration.name}: {page}"
             assert not anchor or anchor in anchors_of(REPOSITORY / page), f"{migration.name}: {page}#{anchor}"
 
