@@ -1,1 +1,1 @@
-"""Speed, measured side by side on one server in one go, as ratios. Durability is on everywhere."""
+"""Benchmarks: pgcoord and its baselines, measured in one run on one server, as ratios. Durability is on everywhere."""

@@ -1,13 +1,13 @@
 """The completion cascade and its reconciler: `python -m benchmarks.cascade`.
 
-**Backlog**: a hundred thousand completion events that nobody dispatched, each with an execution that waits for it.
-`reconcile dependency` drains it; beside it, the way of one SERIALIZABLE transaction for each event and edge group, with
-the statements that this takes and retries, on as many connections as asked for, measured on a part of the same backlog.
-With procrastinate installed, its worker finishes as many jobs that do nothing, on the same server.
+**Backlog**: a hundred thousand undispatched completion events, each with one execution that depends on it. `reconcile
+dependency` dispatches them. The baseline is one SERIALIZABLE transaction for each event, which updates the edge group
+and retries after a serialization failure, on the given number of connections and on a part of the same backlog. If
+procrastinate is installed, its worker runs as many empty jobs on the same server.
 
-**Flows**: chains of ten executions, each created, claimed ten times, completed ten times and carried on ten times, by
-several workers in one process. The published rate of FlowFabric's Rust reference is printed beside it: other hardware,
-16 workers, and no dependencies resolved, so it is a landmark and no comparison.
+**Flows**: chains of ten executions, each of which is claimed, completed and dispatched, by several workers in one
+process. The published rate of FlowFabric's Rust reference is printed beside it. It was measured on other hardware, with
+16 workers and without dependencies, so it gives an order of magnitude and no comparison.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ VACUUM ANALYZE executions, edge_groups, edges, completion_events;
 
 
 def fill_backlog(dsn: str, number: int) -> None:
-    """So many events that wait to be dispatched, each with one execution below."""
+    """Replaces all flows by `number` undispatched events, each with one execution that depends on it."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         for statement in BACKLOG.format(number=number).strip().split(";\n"):
             conn.execute(statement.strip().rstrip(";").encode())
 
 
 def drain(settings: Settings) -> float:
-    """Events a second of one reconciler."""
+    """Dispatches the backlog with the reconciler, and returns the events a second."""
     scope = reconcile.Scope(stale_threshold_ms=0)
     done, began = 0, time.perf_counter()
     with command_session(settings, "benchmark", writes=True) as conn:
@@ -75,7 +75,7 @@ def drain(settings: Settings) -> float:
 
 
 def one_by_one(dsn: str, workers: int, number: int) -> float:
-    """Events a second of one SERIALIZABLE transaction each, on several connections."""
+    """Dispatches `number` events in a SERIALIZABLE transaction each, and returns the events a second."""
     with psycopg.connect(dsn) as conn:
         pending = [row[0] for row in conn.execute(
             "SELECT event_id FROM pgcoord.completion_events WHERE dispatched_at_ms IS NULL LIMIT %s", [number]
@@ -103,7 +103,7 @@ def one_by_one(dsn: str, workers: int, number: int) -> float:
 
 
 def dispatch_serializable(conn: psycopg.Connection[Any], event: int) -> None:
-    """One event, one edge group, one transaction; again when it could not be serialised."""
+    """Dispatches one event in one transaction; retries after a serialization failure."""
     while True:
         try:
             with conn.transaction():
@@ -148,7 +148,7 @@ asyncio.run(main())
 
 
 def procrastinate_jobs(dsn: str, number: int, concurrency: int) -> float | None:
-    """Jobs a second of procrastinate's worker; None when it is not installed."""
+    """Runs empty jobs with procrastinate's worker, and returns the jobs a second; None if it is not installed."""
     done = subprocess.run(
         [sys.executable, "-c", PROCRASTINATE, dsn, str(number), str(concurrency)],
         capture_output=True, text=True, check=False,
@@ -160,7 +160,7 @@ def procrastinate_jobs(dsn: str, number: int, concurrency: int) -> float | None:
 
 
 def measure_backlog(settings: Settings, number: int, workers: int) -> list[Record]:
-    """The reconciler on all of it, the others on a part, one after the other on the same server."""
+    """Measures the reconciler on the whole backlog and the baselines on a part, one after the other."""
     fill_backlog(settings.dsn, number)
     part = max(1_000, number // 20)
     rates: dict[str, float | None] = {
@@ -185,7 +185,7 @@ LINE = FlowPlan(
 
 
 def measure_flows(settings: Settings, workers: int, seconds: float) -> list[Record]:
-    """Chains of ten, by several workers that claim, complete and carry on."""
+    """Measures chains of ten, run by several workers that claim, complete and dispatch."""
     finished = [0] * workers
     ends_at = time.monotonic() + seconds
 
@@ -210,7 +210,7 @@ def measure_flows(settings: Settings, workers: int, seconds: float) -> list[Reco
 
 
 def run_line(conn: psycopg.Connection[Any], owner: str) -> None:
-    """Creates one chain, and runs as many executions as that added, whosever they are."""
+    """Creates one chain, and runs ten executions, of this chain or of any other that is eligible."""
     flows.create(conn, LINE)
     for _ in range(10):
         for claim in executions.claim(conn, owner):

@@ -1,12 +1,12 @@
-"""Commits through pgcoord beside three other ways, on one server in one go: `python -m benchmarks.commits`.
+"""Commits through pgcoord and through three baselines, in one run on one server: `python -m benchmarks.commits`.
 
 Workloads: read-modify-write of one of 10,000 keys; the same on 10 hot keys; scan 100 keys and write one of them. Each
-with 1, 32 and 256 transactions in flight; the rivals have at most 32 connections, as a pool would. One at a time, a
-client commits alone; "by leader" is the same if it believed that others were committing. Durability is on
-everywhere. Prints rates, percentiles and ratios, and writes them as JSON with `--json FILE`.
+runs with 1, 32 and 256 transactions in flight; the baselines have at most 32 connections, like a pool. With one in
+flight, a client commits directly; "by leader" is the same with direct commits disabled. Durability is on everywhere.
+Prints rates, percentiles and ratios, and writes them as JSON with `--json FILE`.
 
 The superseded design needs btree_gist, which the embedded PostgreSQL lacks: `--server-version 15` runs on a local
-installation that has it. `--history N` resolves N requests first; `--old-snapshot` holds one open meanwhile.
+installation that has it. `--history N` resolves N requests first; `--old-snapshot` holds a snapshot open meanwhile.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from unittest.mock import patch
 import psycopg
 from tabulate import tabulate
 
-from benchmarks import rivals
+from benchmarks import baselines
+from benchmarks.baselines import KEYS, SCAN, key_of
 from benchmarks.measuring import Result, Stopwatch, resident_bytes
-from benchmarks.rivals import KEYS, SCAN, key_of
 from pgcoord_cli.core.database import session
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import find_programs
@@ -45,7 +45,7 @@ POOL = 32
 
 
 class Workload(NamedTuple):
-    """What a transaction does, and on how many keys."""
+    """The transaction of a workload: a scan or a read-modify-write, and the number of keys it chooses from."""
 
     name: str
     keys: int
@@ -61,7 +61,7 @@ IN_FLIGHT = (1, 32, 256)
 
 
 def transaction_of(workload: Workload) -> Callable[[Transaction], Awaitable[None]]:
-    """The workload as a pgcoord transaction."""
+    """Returns the workload as the work of a pgcoord transaction."""
 
     async def read_modify_write(transaction: Transaction) -> None:
         key = key_of(random.randrange(workload.keys))
@@ -77,7 +77,7 @@ def transaction_of(workload: Workload) -> Callable[[Transaction], Awaitable[None
 
 
 async def drive(database: Database, workload: Workload, in_flight: int, seconds: float) -> Result:
-    """`in_flight` tasks that commit one transaction after the other."""
+    """Runs `in_flight` tasks that commit one transaction after the other, for `seconds`."""
     watch = Stopwatch(seconds)
     work = transaction_of(workload)
 
@@ -92,7 +92,7 @@ async def drive(database: Database, workload: Workload, in_flight: int, seconds:
 
 
 def run_pgcoord(settings: Settings, workload: Workload, in_flight: int, seconds: float) -> Result:
-    """The workload through one client process and the leader."""
+    """Measures the workload through one client in this process, after a short warm-up."""
 
     async def run() -> Result:
         async with await connect(settings, "benchmark") as database:
@@ -104,7 +104,7 @@ def run_pgcoord(settings: Settings, workload: Workload, in_flight: int, seconds:
 
 @contextmanager
 def leading(settings: Settings) -> Iterator[int]:
-    """A leader in a process of its own; yields its process id."""
+    """Runs a leader in a process of its own within the block; yields its process id."""
     environment = os.environ | {"PGCOORD_DSN": settings.dsn}
     process = subprocess.Popen([sys.executable, "-m", "pgcoord_cli", "leader", "run", "-q"], env=environment)
     try:
@@ -117,7 +117,7 @@ def leading(settings: Settings) -> Iterator[int]:
 
 
 async def fill(settings: Settings, requests: int) -> None:
-    """Ten thousand keys, and then so many resolved requests of history."""
+    """Writes the ten thousand keys, and then resolves at least `requests` requests."""
     async with await connect(settings, "benchmark") as database:
         for start in range(0, KEYS, 1000):
             await database.run(lambda tr, start=start: _set_all(tr, start))  # type: ignore[misc]
@@ -136,24 +136,24 @@ async def _set_all(transaction: Transaction, start: int) -> None:
 def measure(
     settings: Settings, bin_dir: Path, workload: Workload, in_flight: int, seconds: float, *, superseded: bool
 ) -> dict[str, Result]:
-    """Every contestant in turn on one workload."""
+    """Measures pgcoord and every baseline on one workload, one after the other."""
     workers = min(in_flight, POOL)
-    work = rivals.scan_and_write if workload.scan else rivals.read_modify_write
+    work = baselines.scan_and_write if workload.scan else baselines.read_modify_write
     script = "scan" if workload.scan else "rmw"
     found = {
         "pgcoord": run_pgcoord(settings, workload, in_flight, seconds),
-        "serializable": rivals.run_workers(settings.dsn, work, workload.keys, workers, seconds, serializable=True),
-        "pgbench": rivals.run_pgbench(bin_dir, settings.dsn, script, workload.keys, workers, seconds),
+        "serializable": baselines.run_workers(settings.dsn, work, workload.keys, workers, seconds, serializable=True),
+        "pgbench": baselines.run_pgbench(bin_dir, settings.dsn, script, workload.keys, workers, seconds),
     }
     if in_flight == 1:
         with patch.object(DirectCommitBackoff, "admits", return_value=False):
             found["by leader"] = run_pgcoord(settings, workload, in_flight, seconds)
     if superseded and not workload.scan:
         stop = threading.Event()
-        pruner = threading.Thread(target=rivals.prune_ranges, args=(settings.dsn, stop))
+        pruner = threading.Thread(target=baselines.prune_ranges, args=(settings.dsn, stop))
         pruner.start()
-        found["superseded"] = rivals.run_workers(
-            settings.dsn, rivals.superseded_write, workload.keys, workers, seconds, serializable=False
+        found["superseded"] = baselines.run_workers(
+            settings.dsn, baselines.superseded_write, workload.keys, workers, seconds, serializable=False
         )
         stop.set()
         pruner.join()
@@ -161,7 +161,7 @@ def measure(
 
 
 def rows_of(workload: Workload, in_flight: int, found: dict[str, Result]) -> list[dict[str, Any]]:
-    """One record a contestant; `ratio` is pgcoord's rate over the contestant's, `latency_ratio` likewise of p50."""
+    """Returns one record for each of them; `ratio` is pgcoord's rate over theirs, `latency_ratio` the same for p50."""
     ours = found["pgcoord"]
     return [
         {"workload": workload.name, "in_flight": in_flight, "who": who}
@@ -176,7 +176,7 @@ def rows_of(workload: Workload, in_flight: int, found: dict[str, Result]) -> lis
 
 @contextmanager
 def old_snapshot(dsn: str, wanted: bool) -> Iterator[None]:
-    """Another session that holds a snapshot open, and with it every dead row since."""
+    """Holds a snapshot open within the block, so that no dead row since then can be removed; if `wanted`."""
     if not wanted:
         yield
         return
@@ -207,7 +207,7 @@ def main() -> None:
 
 def _run(settings: Settings, bin_dir: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     upgrade(settings)
-    superseded = rivals.prepare(settings.dsn)
+    superseded = baselines.prepare(settings.dsn)
     if not superseded:
         print("no btree_gist on this server: the superseded design is left out", file=sys.stderr)
     rows: list[dict[str, Any]] = []

@@ -1,9 +1,9 @@
 """From `kill -9` of the leader to the next acknowledged commit: `python -m benchmarks.failover`.
 
-Two leaders with the default time to live stand for election, and clients increment counters without a pause. Again
-and again whoever leads is killed, and the time to the first commit that a client *began* to submit after the kill and
-that was acknowledged is taken; then a new candidate is started in its place. At the end the counters have to hold just
-what was acknowledged. The ratio compares with waiting for the lease to run out, which is what a lease alone would need.
+Two candidates with the default time to live run, and clients increment counters without a pause. In each round the
+leader is killed, and the time to the first acknowledgement of a commit that *began* after the kill is measured; then a
+new candidate is started in its place. At the end the counters must equal the number of acknowledged commits. The ratio
+compares the median with the time to live, after which the expiry of the lease alone would allow a new leader.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ WRITERS = 16
 
 
 class Candidates:
-    """Leader processes by node id."""
+    """The processes of `pgcoord leader run`, by node id."""
 
     def __init__(self, settings: Settings) -> None:
         self._environment = os.environ | {"PGCOORD_DSN": settings.dsn}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """One more candidate."""
+        """Starts one more candidate."""
         name = f"candidate-{len(self._processes) + 1}"
         command = [sys.executable, "-m", "pgcoord_cli", "leader", "run", "-q", "--ttl", f"{TTL}s", "--node-id", name]
         self._processes[name] = subprocess.Popen(command, env=self._environment)
 
     def kill(self, name: str) -> None:
-        """No goodbye."""
+        """Kills a candidate with SIGKILL, and waits for its end."""
         self._processes[name].send_signal(signal.SIGKILL)
         self._processes[name].wait()
 
     def stop(self) -> None:
-        """Ends whoever is left."""
+        """Terminates all candidates, and waits for their end."""
         for process in self._processes.values():
             process.terminate()
         for process in self._processes.values():
@@ -59,7 +59,7 @@ class Candidates:
 
 
 class Load:
-    """Clients that increment counters; notes when each acknowledged commit began and ended."""
+    """Increments counters, and records when each acknowledged commit began and ended (`perf_counter`)."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -67,7 +67,7 @@ class Load:
         self.running = True
 
     async def writer(self, key: bytes) -> None:
-        """Increments one counter until told to stop."""
+        """Increments one counter until `running` is cleared."""
 
         async def increment(transaction: Transaction) -> None:
             transaction.add(key, (1).to_bytes(8, "little"))
@@ -78,33 +78,33 @@ class Load:
             self.commits.append((began, time.perf_counter()))
 
     async def first_after(self, moment: float) -> float:
-        """Seconds from a moment to the first acknowledgement of a commit that began after it."""
+        """Waits for a commit that began after `moment`, and returns the seconds from there to its acknowledgement."""
         while not (later := [end for began, end in self.commits[-4 * WRITERS :] if began > moment]):
             await asyncio.sleep(0.001)
         return min(later) - moment
 
 
-def who_leads(settings: Settings) -> dict[str, Any]:
-    """The leader part of the status."""
+def current_leader(settings: Settings) -> dict[str, Any]:
+    """Returns the `leader` part of the status document."""
     with session.command_session(settings, "benchmark", writes=False) as conn:
         return leader_status.status_document(conn)["leader"]
 
 
 def await_successor(settings: Settings, epoch: int) -> None:
-    """Returns once somebody leads after that epoch."""
+    """Waits until there is a leader with a greater epoch."""
     with session.command_session(settings, "benchmark", writes=False) as conn:
         leader_status.wait_for_leader(conn, settings.schema, 60, after_epoch=epoch)
 
 
 async def measure(settings: Settings, candidates: Candidates, rounds: int) -> list[float]:
-    """The gap of each round, in seconds."""
+    """Runs the rounds under load, and returns the gap of each in seconds."""
     gaps = []
     async with await connect(settings, "benchmark") as database:
         load = Load(database)
         writers = [asyncio.create_task(load.writer(b"counter-%d" % number)) for number in range(WRITERS)]
         for _ in range(rounds):
             await asyncio.sleep(1.5)  # the second candidate waits for the lock, and there is load
-            now = await asyncio.to_thread(who_leads, settings)
+            now = await asyncio.to_thread(current_leader, settings)
             killed_at = time.perf_counter()
             candidates.kill(now["leader_addr"])
             gaps.append(await load.first_after(killed_at))

@@ -1,4 +1,4 @@
-"""Counting and timing what runs for a while: rates, percentiles, memory of a process; and calls with several parts."""
+"""Rates, percentiles and memory of a measurement, and the command line of benchmarks with several parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Stopwatch:
-    """Collects how long each unit of work took, in seconds, until a deadline."""
+    """Collects the duration of each unit of work, in seconds, for `seconds` from its creation."""
 
     seconds: float
     latencies: list[float] = field(default_factory=list)
@@ -29,11 +29,11 @@ class Stopwatch:
         return time.perf_counter() - self.began < self.seconds
 
     def note(self, began: float) -> None:
-        """A unit of work that began at this `perf_counter` is done."""
+        """Records the end of a unit of work that began at this `perf_counter`."""
         self.latencies.append(time.perf_counter() - began)
 
     def result(self) -> Result:
-        """Rate and percentiles of everything noted so far."""
+        """Returns the rate and the percentiles of the units recorded so far."""
         elapsed = time.perf_counter() - self.began
         ordered = sorted(self.latencies) or [0.0]
         return Result(
@@ -45,21 +45,21 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Result:
-    """A rate, and latencies in milliseconds."""
+    """Units a second, and latencies in milliseconds."""
 
     per_second: float
     p50_ms: float
     p99_ms: float
 
     def as_record(self) -> dict[str, Any]:
-        """Rounded, for tables and JSON."""
+        """Returns the numbers rounded, for tables and JSON."""
         return {
             "per_second": round(self.per_second, 1), "p50_ms": round(self.p50_ms, 2), "p99_ms": round(self.p99_ms, 2)
         }  # fmt: skip
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process (Linux)."""
+    """Returns the resident memory of a process in bytes (Linux only); 0 if it is not known."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -67,7 +67,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def call_parser(description: str | None, *parts: str) -> argparse.ArgumentParser:
-    """The options of every benchmark that has several parts."""
+    """Returns a parser with the options of every benchmark that has several parts."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server-version", type=int, default=18)
     parser.add_argument("--only", choices=parts, action="append")
@@ -76,7 +76,7 @@ def call_parser(description: str | None, *parts: str) -> argparse.ArgumentParser
 
 
 def run_parts(parts: Mapping[str, Callable[[], list[Record]]], options: argparse.Namespace) -> None:
-    """Runs what the call asks for, prints a table of each as soon as it is there, and writes them all."""
+    """Runs the chosen parts, prints a table after each, and writes all records with `--json`."""
     found: dict[str, list[Record]] = {}
     for name in options.only or parts:
         found[name] = parts[name]()

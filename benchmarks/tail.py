@@ -1,14 +1,14 @@
-"""Event tails beside the least that would do: `python -m benchmarks.tail`.
+"""Event tails and minimal baselines: `python -m benchmarks.tail`.
 
-**Latency**: from the moment an INSERT has been committed to the line of that event on a pipe; `pgcoord tail` beside a
-loop of bare psycopg that listens and selects, on a table whose trigger always notifies. They take turns.
+**Latency**: from the commit of an INSERT to the line of that event on a pipe. The baseline of `pgcoord tail` is a
+psycopg loop that listens and selects, on a table whose trigger always notifies. The two are measured in alternation.
 
-**Catch-up**: a million events from the start to a line each; `pgcoord tail -o jsonl` beside a process that copies the
-table out with psycopg's COPY, as blocks that nobody looks at, and beside one that has COPY's rows parsed. Whole
-processes, with the peak of their memory, and the same for ten thousand events.
+**Catch-up**: a million events from the start, one line each. The baselines of `pgcoord tail -o jsonl` are a process
+that copies the table with psycopg's COPY as unparsed blocks, and one that parses the rows of COPY. Whole processes are
+measured, with the peak of their memory, also for ten thousand events.
 
-**Insert cost**: pgbench inserts one row a transaction into the outbox, while nobody tails it and while somebody does,
-beside the same table without anything: and beside one whose trigger always notifies.
+**Insert cost**: pgbench inserts one row a transaction into the outbox, with and without a tail. The baselines are the
+same table without a trigger, and with one that always notifies.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from pgcoord_cli.settings import Settings
 COLUMNS = "execution_id, lease_id, event_type, occurred_at_ms, partition_key, namespace, instance_tag"
 VALUES = "gen_random_uuid()::text, gen_random_uuid()::text, 'renewed', 1700000000000, 3, 'deploys', 'blue'"
 
-RIVALS = """
+BASELINE_TABLES = """
 CREATE TABLE bare_events (LIKE pgcoord.lease_events INCLUDING ALL);
-CREATE TABLE loud_events (LIKE pgcoord.lease_events INCLUDING ALL);
-CREATE FUNCTION announce_loudly() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN PERFORM pg_notify('loud_events', ''); RETURN NULL; END $$;
-CREATE TRIGGER announce AFTER INSERT ON loud_events FOR EACH STATEMENT EXECUTE FUNCTION announce_loudly();
+CREATE TABLE notified_events (LIKE pgcoord.lease_events INCLUDING ALL);
+CREATE FUNCTION always_notify() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN PERFORM pg_notify('notified_events', ''); RETURN NULL; END $$;
+CREATE TRIGGER announce AFTER INSERT ON notified_events FOR EACH STATEMENT EXECUTE FUNCTION always_notify();
 """
 
 LISTEN_LOOP = """
 import json, sys, psycopg
 conn = psycopg.connect(sys.argv[1], autocommit=True)
-conn.execute("LISTEN loud_events")
-last = conn.execute("SELECT coalesce(max(event_id), 0) FROM loud_events").fetchone()[0]
+conn.execute("LISTEN notified_events")
+last = conn.execute("SELECT coalesce(max(event_id), 0) FROM notified_events").fetchone()[0]
 print("ready", flush=True)
 while True:
     for _ in conn.notifies(stop_after=1):
         pass
     for last, execution_id, event_type in conn.execute(
-        "SELECT event_id, execution_id, event_type FROM loud_events WHERE event_id > %s ORDER BY event_id", [last]
+        "SELECT event_id, execution_id, event_type FROM notified_events WHERE event_id > %s ORDER BY event_id", [last]
     ):
         print(json.dumps({"event_id": last, "execution_id": execution_id, "event_type": event_type}), flush=True)
 """
@@ -82,7 +82,7 @@ PGCOORD = [sys.executable, "-m", "pgcoord_cli"]
 
 @contextmanager
 def reader(command: Sequence[str], dsn: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that prints a line an event."""
+    """Runs a command that prints one line for each event, with its output on a pipe."""
     process = subprocess.Popen(
         command, env=os.environ | {"PGCOORD_DSN": dsn}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
     )
@@ -94,7 +94,7 @@ def reader(command: Sequence[str], dsn: str) -> Iterator[subprocess.Popen[bytes]
 
 
 def delay(conn: psycopg.Connection[Any], table: str, process: subprocess.Popen[bytes]) -> float:
-    """Milliseconds from the end of an INSERT to its line."""
+    """Inserts one event, and returns the milliseconds from the end of the INSERT to its line."""
     assert process.stdout
     conn.execute(f"INSERT INTO {table} ({COLUMNS}) VALUES ({VALUES})".encode())
     committed = time.perf_counter()
@@ -105,7 +105,7 @@ def delay(conn: psycopg.Connection[Any], table: str, process: subprocess.Popen[b
 
 
 def measure_latency(dsn: str, rounds: int) -> list[Record]:
-    """The two in turn, on an otherwise idle server; new processes each round, for much depends on where they run."""
+    """Measures both on an idle server, in new processes each round: the latency depends on the CPUs they run on."""
     delays: dict[str, list[float]] = {"pgcoord tail": [], "LISTEN loop": []}
     with psycopg.connect(dsn, autocommit=True) as conn:
         for _ in range(rounds):
@@ -123,7 +123,7 @@ def measure_latency(dsn: str, rounds: int) -> list[Record]:
 
 
 def measure_pair(conn: psycopg.Connection[Any], dsn: str, delays: dict[str, list[float]]) -> None:
-    """A hundred inserts for each of the two, after twenty to warm up."""
+    """Measures a hundred inserts for each of the two, after twenty for the warm-up."""
     with (
         reader([*PGCOORD, "tail", "lease", "-o", "jsonl"], dsn) as tail,
         reader([sys.executable, "-c", LISTEN_LOOP, dsn], dsn) as loop,
@@ -135,7 +135,7 @@ def measure_pair(conn: psycopg.Connection[Any], dsn: str, delays: dict[str, list
         time.sleep(1.5)
         for number in range(120):
             for name, table, process in (
-                ("pgcoord tail", "pgcoord.lease_events", tail), ("LISTEN loop", "loud_events", loop),
+                ("pgcoord tail", "pgcoord.lease_events", tail), ("LISTEN loop", "notified_events", loop),
             ):  # fmt: skip
                 found = delay(conn, table, process)
                 if number >= 20:
@@ -146,7 +146,7 @@ def measure_pair(conn: psycopg.Connection[Any], dsn: str, delays: dict[str, list
 
 
 def run_measured(command: Sequence[str], dsn: str) -> tuple[float, int]:
-    """Seconds, and the peak of resident memory in bytes, of a process whose output goes to a pipe that is drained."""
+    """Runs a command, drains its output, and returns its seconds and its peak of resident memory in bytes."""
     began = time.perf_counter()
     process = subprocess.Popen(command, env=os.environ | {"PGCOORD_DSN": dsn}, stdout=subprocess.PIPE)
     assert process.stdout
@@ -158,7 +158,7 @@ def run_measured(command: Sequence[str], dsn: str) -> tuple[float, int]:
 
 
 def fill(dsn: str, events: int) -> None:
-    """Empties the outbox and puts so many events there."""
+    """Replaces the contents of the outbox by `events` events."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute("TRUNCATE pgcoord.lease_events RESTART IDENTITY")
         conn.execute(
@@ -168,7 +168,7 @@ def fill(dsn: str, events: int) -> None:
 
 
 def measure_catch_up(dsn: str, events: int) -> list[Record]:
-    """Each in a process of its own, the best of three."""
+    """Measures each command in a process of its own, and takes the fastest of three runs."""
     commands = {
         "pgcoord tail": [*PGCOORD, "tail", "lease", "--from-start", "--no-follow", "-o", "jsonl"],
         "COPY, blocks": [sys.executable, "-c", COPY_BLOCKS, dsn],
@@ -193,7 +193,7 @@ def measure_catch_up(dsn: str, events: int) -> list[Record]:
 
 
 def inserts_per_second(bin_dir: Path, dsn: str, table: str, clients: int, seconds: int) -> float:
-    """pgbench's rate of one-row transactions."""
+    """Returns the one-row transactions a second that pgbench reaches on a table."""
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
         file.write(f"INSERT INTO {table} ({COLUMNS}) VALUES ({VALUES});\n")
         file.flush()
@@ -210,21 +210,21 @@ def inserts_per_second(bin_dir: Path, dsn: str, table: str, clients: int, second
 
 
 def measure_inserts(bin_dir: Path, dsn: str, seconds: int, rounds: int) -> list[Record]:
-    """Medians of several rounds, in each of which everybody has a turn."""
-    tables = {"bare table": "bare_events", "outbox": "pgcoord.lease_events", "always notifies": "loud_events"}
+    """Measures all tables in each round, and returns the medians of the rounds."""
+    tables = {"bare table": "bare_events", "outbox": "pgcoord.lease_events", "always notifies": "notified_events"}
     rates: dict[tuple[str, int], list[float]] = {}
 
-    def turn(who: str, table: str, clients: int) -> None:
+    def run(who: str, table: str, clients: int) -> None:
         rates.setdefault((who, clients), []).append(inserts_per_second(bin_dir, dsn, table, clients, seconds))
 
     for _ in range(rounds):
         for clients in (1, 8):
             for who, table in tables.items():
-                turn(who, table, clients)
+                run(who, table, clients)
             with reader([*PGCOORD, "tail", "lease", "-o", "jsonl"], dsn) as tail:
                 assert tail.stdout
                 drain(tail.stdout.fileno())
-                turn("outbox, tailed", "pgcoord.lease_events", clients)
+                run("outbox, tailed", "pgcoord.lease_events", clients)
     return [
         {
             "who": who,
@@ -237,7 +237,7 @@ def measure_inserts(bin_dir: Path, dsn: str, seconds: int, rounds: int) -> list[
 
 
 def drain(descriptor: int) -> None:
-    """Has a child process swallow what a pipe brings."""
+    """Starts a process that reads and discards what arrives on a pipe."""
     subprocess.Popen(["cat"], stdin=descriptor, stdout=subprocess.DEVNULL)
 
 
@@ -254,7 +254,7 @@ def main() -> None:
     with throw_away_server(programs) as server:
         upgrade(Settings(dsn=server.dsn))
         with psycopg.connect(server.dsn, autocommit=True) as conn:
-            conn.execute(RIVALS)
+            conn.execute(BASELINE_TABLES)
         parts: dict[str, Callable[[], list[Record]]] = {
             "latency": lambda: measure_latency(server.dsn, 3 * options.rounds),
             "catch-up": lambda: [

@@ -1,7 +1,7 @@
-"""A real PostgreSQL for every test, and the program as its users run it.
+"""Fixtures for all tests: a PostgreSQL database of their own, and the program as its users run it.
 
-One throw-away server serves a session (`--server-version 15|16|18` chooses it); every test gets a database of its own,
-copied from a migrated template. Tests that stop or break a server start one for themselves (`own_server`).
+One temporary server serves a session (`--server-version 15|16|18` selects the version); every test gets a database of
+its own, copied from a migrated template. Tests that stop or break a server start their own (`own_server`).
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def programs(pytestconfig: pytest.Config) -> Installation:
-    """The PostgreSQL programs of the chosen version."""
+    """The PostgreSQL installation of the chosen version."""
     return find_programs(pytestconfig.getoption("--server-version"))
 
 
 @pytest.fixture(scope="session")
 def server(programs: Installation, pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
-    """The server that the session's tests share; nobody may stop it."""
+    """The server that the tests of the session share; no test may stop it."""
     with new_server(pytestconfig, programs) as running:
         yield running
 
 
 class Address(NamedTuple):
-    """Where the shared server is, in the words that pytest-postgresql asks for."""
+    """The address of the shared server, with the attributes that pytest-postgresql reads."""
 
     host: str
     port: int = 5432
@@ -83,13 +83,13 @@ def server_address(server: EmbeddedServer) -> Address:
 
 
 def migrate(**address: Any) -> None:
-    """Puts the schema into the template that test databases are copied from."""
+    """Migrates the template that the databases of the tests are copied from."""
     address = {name: value for name, value in address.items() if value}
     migrate_schema(Settings(dsn=make_conninfo("", **address)))
 
 
 def migrate_schema(settings: Settings) -> None:
-    """What `pgcoord migrate up` does."""
+    """Applies every migration, like `pgcoord migrate up`."""
     with (
         migration_session(settings, read_only=False) as (conn, _),
         migrations.migration_lock(conn, settings.schema, TIMEOUT, lambda _: None),
@@ -122,35 +122,35 @@ def _copy_of(template: NoopExecutor, request: pytest.FixtureRequest) -> Iterator
 
 @pytest.fixture
 def settings(migrated_template: NoopExecutor, request: pytest.FixtureRequest) -> Iterator[Settings]:
-    """A migrated database of the test's own."""
+    """Creates a migrated database for the test."""
     with _copy_of(migrated_template, request) as copied:
         yield copied
 
 
 @pytest.fixture
 def empty_settings(empty_template: NoopExecutor, request: pytest.FixtureRequest) -> Iterator[Settings]:
-    """A database of the test's own, without any schema of ours."""
+    """Creates a database for the test, without a pgcoord schema."""
     with _copy_of(empty_template, request) as copied:
         yield copied
 
 
 @pytest.fixture
 def sql(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
-    """An autocommit connection to the test's database, as a psql user would have it."""
+    """Opens an autocommit connection to the test's database, without the session settings of pgcoord."""
     with psycopg.connect(settings.dsn, autocommit=True, options="-c search_path=pgcoord") as conn:
         yield conn
 
 
 @pytest.fixture
 def own_server(programs: Installation, pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
-    """A server of the test's own, which it may stop, kill and start again."""
+    """Starts a server for the test, which may stop, kill and start it again."""
     with new_server(pytestconfig, programs) as running:
         yield running
 
 
 @pytest.fixture
 def own_settings(own_server: EmbeddedServer) -> Settings:
-    """A migrated database on a server that the test may stop."""
+    """Creates a migrated database on a server that the test may stop."""
     settings = Settings(dsn=own_server.dsn)
     migrate_schema(settings)
     return settings
@@ -158,7 +158,7 @@ def own_settings(own_server: EmbeddedServer) -> Settings:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory that a server's account can enter, which pytest's own are not."""
+    """Creates a directory that the account of a server can enter; those of pytest it cannot."""
     with tempfile.TemporaryDirectory(prefix="pgcoord-test-", dir="/tmp") as name:
         directory = Path(name)
         directory.chmod(0o711)
@@ -169,7 +169,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """The environment of a user whose PGCOORD_DSN names the test's database."""
+    """Returns the environment for a process of the program: PGCOORD_DSN and PGCOORD_SCHEMA name the test's database."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "PGCOORD"))}
     return clean | {"PGCOORD_DSN": settings.dsn, "PGCOORD_SCHEMA": settings.schema, "NO_COLOR": "1"}
 
@@ -192,7 +192,7 @@ def cli(request: pytest.FixtureRequest) -> Cli:
 
 
 class Answer(NamedTuple):
-    """What a call in this process came to."""
+    """The exit code and the output of a call in this process."""
 
     code: int
     out: str
@@ -200,7 +200,7 @@ class Answer(NamedTuple):
 
     @property
     def document(self) -> Any:
-        """What is on stdout, which has to be one JSON document."""
+        """The JSON document on stdout; fails if there is anything else."""
         return json.loads(self.out)
 
     @property
@@ -209,7 +209,7 @@ class Answer(NamedTuple):
 
     @property
     def refusal(self) -> str:
-        """What a call says that was refused for its words."""
+        """The message of a usage error; fails unless the call ended in one, with exit code 2."""
         assert (self.code, self.error["code"]) == (2, "usage")
         return str(self.error["message"])
 
@@ -219,9 +219,9 @@ Call = Callable[..., Answer]
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """Runs `pgcoord …` in this process, where there is no server unless the call names one; stdout is no terminal.
+    """Runs `pgcoord …` in this process, without a server unless the call names one; stdout is no terminal.
 
-    What goes by keyword is an environment variable of this one call. A command that goes on is broken off.
+    Keyword arguments are environment variables of the call. A command that runs longer than TIMEOUT fails the test.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     monkeypatch.setenv("PGCOORD_DSN", "host=/nowhere")
@@ -245,12 +245,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def give_up(*_: Any) -> None:
-    raise AssertionError(f"the command goes on for more than {TIMEOUT} s")
+    raise AssertionError(f"the command has not ended after {TIMEOUT} s")
 
 
 @pytest.fixture
 def call(offline: Call, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """The same, on the test's database."""
+    """Runs `pgcoord …` in this process, like `offline`, on the test's database."""
     monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
     return offline
 
@@ -260,7 +260,7 @@ StartProgram = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start_program(request: pytest.FixtureRequest) -> Iterator[StartProgram]:
-    """Starts `pgcoord …` in a process of its own, with pipes; kills those that are left when the test is over."""
+    """Starts `pgcoord …` in a process of its own, with pipes; kills the processes that still run after the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*words: str, settings: Settings | None = None) -> subprocess.Popen[str]:
@@ -280,21 +280,21 @@ def start_program(request: pytest.FixtureRequest) -> Iterator[StartProgram]:
 
 @dataclass
 class LeaderProcess:
-    """A `pgcoord leader run` in a process of its own, and what it has said so far."""
+    """A `pgcoord leader run` in a process of its own, with the lines that it has written to stderr so far."""
 
     process: subprocess.Popen[str]
     node_id: str
     _lines: Queue[str]
-    said: list[str]
+    written: list[str]
 
     def wait_for(self, text: str) -> str:
-        """The next line on stderr that holds `text`; fails when none comes in time."""
+        """Returns the next line on stderr that contains `text`; fails after TIMEOUT without one."""
         while True:
             try:
                 line = self._lines.get(timeout=TIMEOUT)
             except Empty:
-                raise AssertionError(f"{self.node_id} never said {text!r}; it said {self.said}") from None
-            self.said.append(line)
+                raise AssertionError(f"{self.node_id} did not write {text!r}; it wrote {self.written}") from None
+            self.written.append(line)
             if text in line:
                 return line
 
@@ -302,7 +302,7 @@ class LeaderProcess:
         self.process.send_signal(number)
 
     def end(self) -> int:
-        """Ends the process, whatever state it is in, and returns its exit code."""
+        """Terminates the process, even if it is stopped, and returns its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
@@ -314,7 +314,7 @@ StartLeader = Callable[..., LeaderProcess]
 
 @pytest.fixture
 def start_leader(request: pytest.FixtureRequest) -> Iterator[StartLeader]:
-    """Starts `pgcoord leader run`; ends those that are left when the test is over."""
+    """Starts `pgcoord leader run`; terminates the processes that still run after the test."""
     started: list[LeaderProcess] = []
 
     def start(node_id: str, *words: str, settings: Settings | None = None) -> LeaderProcess:
@@ -334,9 +334,9 @@ TwoLeaders = Callable[..., tuple[LeaderProcess, LeaderProcess]]
 
 @pytest.fixture
 def two_leaders(start_leader: StartLeader) -> TwoLeaders:
-    """Starts two leaders: `first` is elected, `second` stands by. Leases outlast the test unless the call says another.
+    """Starts two leader processes: `first` is elected, `second` is a candidate. By default no lease expires meanwhile.
 
-    `settings` are those of the one and of the other; None is the test's.
+    `settings` are those of the first and of the second; None: those of the test.
     """
 
     def start(
@@ -369,5 +369,5 @@ def _start_leader(node_id: str, words: Sequence[str], settings: Settings) -> Lea
 
 @pytest.fixture
 def in_schema() -> Callable[[Settings, str], Settings]:
-    """The same database, another schema."""
+    """Returns a function that replaces the schema in settings."""
     return lambda settings, schema: replace(settings, schema=schema, schema_given=True)

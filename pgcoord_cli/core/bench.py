@@ -1,8 +1,7 @@
-"""How many commits a second this database and its leader do, and how long each takes.
+"""`pgcoord bench`: measures the commits a second of this database and its leader, and their latencies.
 
-Tasks of one client add one to a random key of a range of keys of the bench's own, one transaction after the other, for
-some seconds. The keys are removed at the end. What it measures is the whole way: read, submit, resolve, durable
-commit, reply.
+Several tasks of one client increment random keys below a prefix of the run, one transaction after the other, for some
+seconds. The keys are removed at the end. A latency covers the whole path: read, submit, resolve, durable commit, reply.
 """
 
 from __future__ import annotations
@@ -18,10 +17,14 @@ from pgcoord_cli.core.kv.client import Database, Transaction, connect
 from pgcoord_cli.settings import Settings
 
 TICK_SECONDS = 0.1
+"""Least seconds between two reports of progress."""
 
 
 class BenchResult(NamedTuple):
-    """Rates a second, latencies in milliseconds, and the rate of each tenth of the run."""
+    """The result of a run: commits a second, latencies in milliseconds, and the rate in each tenth of the run.
+
+    `conflicts` counts the attempts that were retried.
+    """
 
     commits: int
     seconds: float
@@ -35,7 +38,7 @@ class BenchResult(NamedTuple):
 
 
 class Bench:
-    """One run: `in_flight` tasks over `keys` keys for `seconds`; `tick` hears of the seconds gone by."""
+    """One run of `in_flight` tasks over `keys` keys for `seconds`. `tick` gets the seconds since its last call."""
 
     def __init__(self, seconds: float, in_flight: int, keys: int, tick: Callable[[float], None]) -> None:
         self._seconds = seconds
@@ -43,18 +46,18 @@ class Bench:
         self._keys = keys
         self._tick = tick
         self._prefix = b"pgcoord-bench/" + secrets.token_hex(4).encode() + b"/"
-        self._done: list[tuple[float, float]] = []  # when it was done, and how long it took, in seconds
-        self._tries = 0
-        self._began = self._told = 0.0
+        self._done: list[tuple[float, float]] = []  # end since the start of the run, and latency, in seconds
+        self._attempts = 0
+        self._began = self._ticked = 0.0
 
     async def run(self, settings: Settings) -> BenchResult:
-        """Runs and cleans up after itself; raises what commits raise."""
+        """Runs the tasks, removes their keys, and returns the result. Raises what commits raise."""
         async with await connect(settings, "bench") as database:
             try:
-                self._began = self._told = time.perf_counter()
+                self._began = self._ticked = time.perf_counter()
                 async with asyncio.TaskGroup() as tasks:
                     for _ in range(self._in_flight):
-                        tasks.create_task(self._commit_again_and_again(database))
+                        tasks.create_task(self._commit_repeatedly(database))
                 elapsed = time.perf_counter() - self._began
             finally:
                 await database.run(self._remove_keys)
@@ -63,7 +66,7 @@ class Bench:
     def _is_running(self) -> bool:
         return time.perf_counter() - self._began < self._seconds
 
-    async def _commit_again_and_again(self, database: Database) -> None:
+    async def _commit_repeatedly(self, database: Database) -> None:
         while self._is_running():
             began = time.perf_counter()
             await database.run(self._add_one)
@@ -71,16 +74,17 @@ class Bench:
 
     def _note(self, began: float, now: float) -> None:
         self._done.append((now - self._began, now - began))
-        if now - self._told >= TICK_SECONDS:
-            self._tick(now - self._told)
-            self._told = now
+        if now - self._ticked >= TICK_SECONDS:
+            self._tick(now - self._ticked)
+            self._ticked = now
 
     async def _add_one(self, transaction: Transaction) -> None:
-        self._tries += 1
+        self._attempts += 1
         key = self._prefix + b"%d" % random.randrange(self._keys)
         transaction.set(key, b"%d" % (int(await transaction.get(key) or 0) + 1))
 
     async def _remove_keys(self, transaction: Transaction) -> None:
+        # The prefix ends in a slash, which the digit zero follows in the order of bytes.
         transaction.clear_range(self._prefix, self._prefix[:-1] + b"0")
 
     def _result(self, elapsed: float) -> BenchResult:
@@ -95,6 +99,6 @@ class Bench:
             rates[min(9, int(at / tenth))] += 1
         return BenchResult(
             commits=len(self._done), seconds=round(elapsed, 2), per_second=round(len(self._done) / elapsed, 1),
-            conflicts=self._tries - len(self._done), p50_ms=percentile(0.5), p90_ms=percentile(0.9),
+            conflicts=self._attempts - len(self._done), p50_ms=percentile(0.5), p90_ms=percentile(0.9),
             p99_ms=percentile(0.99), max_ms=round(latencies[-1], 2), rates=[round(n / tenth) for n in rates],
         )  # fmt: skip

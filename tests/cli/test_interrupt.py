@@ -82,7 +82,7 @@ def test_a_leader_releases_its_lease(
     assert "released" in leader.wait_for("released"), word
     assert sql.execute("SELECT term_id, leader_addr FROM leader_lease").fetchall() == [(None, None)]
     assert history(sql) == [(1, "n1", "released")]
-    assert not any("Traceback" in line for line in leader.said)
+    assert not any("Traceback" in line for line in leader.written)
 
 
 @both

@@ -1,9 +1,9 @@
-"""What pgcoord's commits are measured against: three other ways to the same transactions on the same server.
+"""The baselines of pgcoord's commits: three other ways to run the same transactions on the same server.
 
-serializable   psycopg, one connection a worker, SERIALIZABLE, again on a serialisation failure
-superseded     the design before this one: every transaction inserts the ranges it read and wrote, and an exclusion
+serializable   psycopg, one connection for each worker, SERIALIZABLE, retried after a serialization failure
+superseded     the design before this one: every transaction inserts the ranges that it read and wrote, and an exclusion
                constraint over them in a GiST index refuses overlaps of reads and writes in overlapping version ranges
-pgbench        PostgreSQL's own C client at SERIALIZABLE, retrying
+pgbench        the C client of PostgreSQL at SERIALIZABLE, with retries
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ SCAN = 100
 Work = Callable[[Connection[Any], int], None]
 
 TABLE = """
-DROP TABLE IF EXISTS rival_kv;
-CREATE TABLE rival_kv (key bytea PRIMARY KEY, value bytea NOT NULL) WITH (fillfactor = 80);
-INSERT INTO rival_kv SELECT convert_to('k' || lpad(i::text, 5, '0'), 'UTF8'), '0' FROM generate_series(0, 9999) AS i;
-VACUUM ANALYZE rival_kv;
+DROP TABLE IF EXISTS baseline_kv;
+CREATE TABLE baseline_kv (key bytea PRIMARY KEY, value bytea NOT NULL) WITH (fillfactor = 80);
+INSERT INTO baseline_kv SELECT convert_to('k' || lpad(i::text, 5, '0'), 'UTF8'), '0' FROM generate_series(0, 9999) AS i;
+VACUUM ANALYZE baseline_kv;
 """
 
 SUPERSEDED = """
-DROP TABLE IF EXISTS rival_ranges;
-DROP TYPE IF EXISTS rival_bytearange;
-DROP SEQUENCE IF EXISTS rival_version;
+DROP TABLE IF EXISTS baseline_ranges;
+DROP TYPE IF EXISTS baseline_bytearange;
+DROP SEQUENCE IF EXISTS baseline_version;
 CREATE EXTENSION IF NOT EXISTS btree_gist;
-CREATE TYPE rival_bytearange AS RANGE (subtype = bytea);
-CREATE SEQUENCE rival_version;
-SELECT nextval('rival_version');
-CREATE TABLE rival_ranges (
-    range_data rival_bytearange NOT NULL, type text NOT NULL, versions int8range NOT NULL,
+CREATE TYPE baseline_bytearange AS RANGE (subtype = bytea);
+CREATE SEQUENCE baseline_version;
+SELECT nextval('baseline_version');
+CREATE TABLE baseline_ranges (
+    range_data baseline_bytearange NOT NULL, type text NOT NULL, versions int8range NOT NULL,
     start_version bigint NOT NULL,
     EXCLUDE USING gist (range_data WITH &&, type WITH <>, versions WITH &&, start_version WITH <>)
 );
@@ -54,12 +54,12 @@ CREATE TABLE rival_ranges (
 
 
 def key_of(number: int) -> bytes:
-    """The key with that number, of ten thousand."""
+    """Returns one of the ten thousand keys by its number."""
     return b"k%05d" % number
 
 
 def prepare(dsn: str) -> bool:
-    """Makes the rivals' tables; says whether the server has what the superseded design needs."""
+    """Creates the tables of the baselines. Returns whether the server has btree_gist, for the superseded design."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         for statement in TABLE.strip().split(";\n"):
             conn.execute(statement.rstrip(";").encode())
@@ -71,54 +71,54 @@ def prepare(dsn: str) -> bool:
 
 
 def read_modify_write(conn: Connection[Any], keys: int) -> None:
-    """Adds one to one of `keys` keys."""
+    """Increments one of `keys` keys in a transaction."""
     key = key_of(random.randrange(keys))
     with conn.transaction():
-        (value,) = conn.execute("SELECT value FROM rival_kv WHERE key = %s", [key]).fetchone() or (b"0",)
-        conn.execute("UPDATE rival_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
+        (value,) = conn.execute("SELECT value FROM baseline_kv WHERE key = %s", [key]).fetchone() or (b"0",)
+        conn.execute("UPDATE baseline_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
 
 
 def scan_and_write(conn: Connection[Any], keys: int) -> None:
-    """Reads a hundred keys in a row and writes one of them."""
+    """Reads a hundred adjacent keys and writes one of them, in a transaction."""
     first = random.randrange(keys - SCAN)
     with conn.transaction():
         rows = conn.execute(
-            "SELECT key, value FROM rival_kv WHERE key >= %s AND key < %s", [key_of(first), key_of(first + SCAN)]
+            "SELECT key, value FROM baseline_kv WHERE key >= %s AND key < %s", [key_of(first), key_of(first + SCAN)]
         ).fetchall()
         key, value = rows[random.randrange(len(rows))]
-        conn.execute("UPDATE rival_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
+        conn.execute("UPDATE baseline_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
 
 
 def superseded_write(conn: Connection[Any], keys: int) -> None:
-    """Adds one to one of `keys` keys, under the exclusion constraint."""
+    """Increments one of `keys` keys under the exclusion constraint."""
     key = key_of(random.randrange(keys))
     after = key + b"\0"
     with conn.transaction():
         value, start = conn.execute(
-            "SELECT value, (SELECT last_value FROM rival_version) FROM rival_kv WHERE key = %s", [key]
+            "SELECT value, (SELECT last_value FROM baseline_version) FROM baseline_kv WHERE key = %s", [key]
         ).fetchone() or (b"0", 1)
         conn.execute(
-            "WITH commit AS (SELECT nextval('rival_version') AS version) "
-            "INSERT INTO rival_ranges SELECT rival_bytearange(%s, %s), t.type, "
+            "WITH commit AS (SELECT nextval('baseline_version') AS version) "
+            "INSERT INTO baseline_ranges SELECT baseline_bytearange(%s, %s), t.type, "
             "int8range(%s, commit.version, '[]'), %s FROM commit, (VALUES ('read'), ('write')) AS t (type)",
             [key, after, start, start],
         )
-        conn.execute("UPDATE rival_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
+        conn.execute("UPDATE baseline_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
 
 
 def prune_ranges(dsn: str, stop: threading.Event) -> None:
-    """Deletes the ranges that no transaction can overlap any more that lasts as long as pgcoord lets one last."""
+    """Deletes the ranges that are older than pgcoord's conflict window, until `stop` is set."""
     versions: deque[tuple[float, int]] = deque()
     with psycopg.connect(dsn, autocommit=True) as conn:
         while not stop.wait(0.5):
-            (version,) = conn.execute("SELECT last_value FROM rival_version").fetchone() or (0,)
+            (version,) = conn.execute("SELECT last_value FROM baseline_version").fetchone() or (0,)
             versions.append((time.monotonic(), version))
             while versions[0][0] < time.monotonic() - CONFLICT_WINDOW.total_seconds():
-                conn.execute("DELETE FROM rival_ranges WHERE upper(versions) < %s", [versions.popleft()[1]])
+                conn.execute("DELETE FROM baseline_ranges WHERE upper(versions) < %s", [versions.popleft()[1]])
 
 
 def run_workers(dsn: str, work: Work, keys: int, workers: int, seconds: float, *, serializable: bool) -> Result:
-    """`workers` threads, each with its own connection, doing `work` again and again."""
+    """Runs `work` repeatedly in `workers` threads, each with a connection of its own, for `seconds`."""
     watch = Stopwatch(seconds)
 
     def worker() -> None:
@@ -127,7 +127,7 @@ def run_workers(dsn: str, work: Work, keys: int, workers: int, seconds: float, *
                 conn.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
             while watch.is_running():
                 began = time.perf_counter()
-                _until_it_succeeds(conn, work, keys, watch)
+                _retry_until_done(conn, work, keys, watch)
                 watch.note(began)
 
     threads = [threading.Thread(target=worker) for _ in range(workers)]
@@ -138,7 +138,7 @@ def run_workers(dsn: str, work: Work, keys: int, workers: int, seconds: float, *
     return watch.result()
 
 
-def _until_it_succeeds(conn: Connection[Any], work: Work, keys: int, watch: Stopwatch) -> None:
+def _retry_until_done(conn: Connection[Any], work: Work, keys: int, watch: Stopwatch) -> None:
     while watch.is_running():
         try:
             work(conn, keys)
@@ -155,9 +155,9 @@ PGBENCH = {
     "rmw": """
 \\set n random(0, {last})
 BEGIN ISOLATION LEVEL SERIALIZABLE;
-SELECT convert_from(value, 'UTF8')::int AS v FROM rival_kv
+SELECT convert_from(value, 'UTF8')::int AS v FROM baseline_kv
  WHERE key = convert_to('k' || lpad(:n::text, 5, '0'), 'UTF8') \\gset
-UPDATE rival_kv SET value = convert_to((:v + 1)::text, 'UTF8')
+UPDATE baseline_kv SET value = convert_to((:v + 1)::text, 'UTF8')
  WHERE key = convert_to('k' || lpad(:n::text, 5, '0'), 'UTF8');
 COMMIT;
 """,
@@ -165,9 +165,9 @@ COMMIT;
 \\set n random(0, {last} - 100)
 \\set m :n + random(0, 99)
 BEGIN ISOLATION LEVEL SERIALIZABLE;
-SELECT count(value) AS c FROM rival_kv WHERE key >= convert_to('k' || lpad(:n::text, 5, '0'), 'UTF8')
+SELECT count(value) AS c FROM baseline_kv WHERE key >= convert_to('k' || lpad(:n::text, 5, '0'), 'UTF8')
    AND key < convert_to('k' || lpad((:n + 100)::text, 5, '0'), 'UTF8') \\gset
-UPDATE rival_kv SET value = convert_to(:c::text, 'UTF8')
+UPDATE baseline_kv SET value = convert_to(:c::text, 'UTF8')
  WHERE key = convert_to('k' || lpad(:m::text, 5, '0'), 'UTF8');
 COMMIT;
 """,
@@ -175,7 +175,7 @@ COMMIT;
 
 
 def run_pgbench(bin_dir: Path, dsn: str, script: str, keys: int, workers: int, seconds: float) -> Result:
-    """PostgreSQL's own load generator with as many connections as workers."""
+    """Runs pgbench with `workers` connections for `seconds`, and reads its log of latencies."""
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
         file.write(PGBENCH[script].format(last=keys - 1))
         file.flush()
