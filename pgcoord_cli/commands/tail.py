@@ -194,9 +194,9 @@ def _warn_of_unknown_kinds(out: Output, outbox: Outbox, kinds: list[str]) -> Non
 def _way_out(call: Call, cursor: str) -> str | None:
     """How to move a stored cursor, which goes before --from."""
     if call.subscription is not None:
-        return f"resume at the oldest that is kept: pgcoord subscription set {call.subscription} {cursor}"
+        return f"resume at the oldest event that is kept: pgcoord subscription set {call.subscription} {cursor}"
     if call.cursor_file:
-        return f"resume at the oldest that is kept: write {cursor} into {call.cursor_file}"
+        return f"resume at the oldest event that is kept: write {cursor} into {call.cursor_file}"
     return None
 
 

@@ -16,37 +16,37 @@ SELECT event_id, execution_id::text AS execution_id, flow_id::text AS flow_id, o
  ORDER BY event_id
  LIMIT $2::integer;
 
--- name: writers
--- The transactions that have announced themselves as writers of an outbox and have not ended.
-SELECT coalesce(array_agg(virtualtransaction), '{}') AS writers
+-- name: open_transactions
+-- The virtual ids of the open transactions that hold the lock of an outbox's writers, and may still commit events.
+SELECT coalesce(array_agg(virtualtransaction), '{}') AS open_transactions
   FROM pg_locks
  WHERE locktype = 'advisory' AND classid = ($1::text)::regclass::oid AND objid = 0 AND objsubid = 2
    AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
--- name: ask_to_be_woken
--- From now on, and for a number of seconds, whoever writes to the outbox wakes the tails.
+-- name: request_wakeups
+-- Requests that transactions that write to the outbox notify its tails, for a number of seconds from now.
 SELECT setval(($1::text || '_wake_until')::regclass,
               (extract(epoch FROM clock_timestamp()) * 1000000)::bigint + $2::integer * 1000000) AS wake_until;
 
--- name: stay_awake
--- Unless another tail has asked since, nobody needs to wake the one that asked until then.
+-- name: cancel_wakeups
+-- Cancels a wakeup request unless another tail has made a later one, which the value would show.
 SELECT setval(($1::text || '_wake_until')::regclass, 1) AS wake_until
  WHERE pg_sequence_last_value(($1::text || '_wake_until')::regclass) = $2::bigint;
 
 -- name: lease_bounds
--- The last lease event in sight, and up to which garbage collection has deleted.
+-- The highest visible id of a lease event, and the id up to which garbage collection has deleted.
 SELECT greatest((SELECT max(event_id) FROM lease_events), collected_through) AS head, collected_through
   FROM outbox_floors
  WHERE outbox = 'lease_events';
 
 -- name: completion_bounds
--- The last completion event in sight, and up to which garbage collection has deleted.
+-- The highest visible id of a completion event, and the id up to which garbage collection has deleted.
 SELECT greatest((SELECT max(event_id) FROM completion_events), collected_through) AS head, collected_through
   FROM outbox_floors
  WHERE outbox = 'completion_events';
 
--- name: holders
--- Who the announced writers of an outbox are: session or prepared transaction, and since when.
+-- name: blocking_transactions
+-- The open transactions that may still commit events of an outbox: session or prepared transaction, and since when.
 SELECT held.pid, coalesce(activity.application_name, prepared.gid) AS application,
        coalesce(activity.xact_start, prepared.prepared) AS since
   FROM pg_locks AS held
@@ -61,7 +61,7 @@ SELECT held.pid, coalesce(activity.application_name, prepared.gid) AS applicatio
  ORDER BY since NULLS LAST;
 
 -- name: lease_gaps
--- The stretches of ids between two positions that no lease event in sight has.
+-- The ranges of ids between two positions that no visible lease event has.
 SELECT previous + 1 AS first_id, event_id - 1 AS last_id
   FROM (SELECT event_id, lag(event_id, 1, $1::bigint) OVER (ORDER BY event_id) AS previous
           FROM (SELECT event_id FROM lease_events WHERE event_id > $1::bigint AND event_id <= $2::bigint
@@ -70,7 +70,7 @@ SELECT previous + 1 AS first_id, event_id - 1 AS last_id
  ORDER BY first_id;
 
 -- name: completion_gaps
--- The stretches of ids between two positions that no completion event in sight has.
+-- The ranges of ids between two positions that no visible completion event has.
 SELECT previous + 1 AS first_id, event_id - 1 AS last_id
   FROM (SELECT event_id, lag(event_id, 1, $1::bigint) OVER (ORDER BY event_id) AS previous
           FROM (SELECT event_id FROM completion_events WHERE event_id > $1::bigint AND event_id <= $2::bigint
@@ -79,7 +79,7 @@ SELECT previous + 1 AS first_id, event_id - 1 AS last_id
  ORDER BY first_id;
 
 -- name: lease_first_at
--- The first lease event that was inserted at a time or later; milliseconds since 1970, or a negative number of them ago.
+-- The first lease event inserted at or after a time in milliseconds since 1970; a negative number counts back from now.
 SELECT event_id
   FROM lease_events
  WHERE committed_at_ms >= $1::bigint
@@ -88,7 +88,7 @@ SELECT event_id
  LIMIT 1;
 
 -- name: completion_first_at
--- The first completion event that was inserted at a time or later; milliseconds since 1970, or a negative number of them ago.
+-- The first completion event inserted at or after a time in milliseconds since 1970; a negative number counts back from now.
 SELECT event_id
   FROM completion_events
  WHERE committed_at_ms >= $1::bigint
@@ -97,9 +97,9 @@ SELECT event_id
  LIMIT 1;
 
 -- name: lease_count
--- How many lease events lie after a position.
+-- The number of lease events after a position.
 SELECT count(*) AS events FROM lease_events WHERE event_id > $1::bigint;
 
 -- name: completion_count
--- How many completion events lie after a position.
+-- The number of completion events after a position.
 SELECT count(*) AS events FROM completion_events WHERE event_id > $1::bigint;

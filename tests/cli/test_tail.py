@@ -729,7 +729,7 @@ def test_errors_are_one_document_on_stdout(call: Call, sql: Sql, output: str) ->
     assert answer.document.keys() == {"error"}
     people = call("tail", "lease", "--from", cursor(1))
     assert (people.code, people.out) == (8, "")
-    assert people.err.splitlines()[1] == f"hint: resume at the oldest that is kept: --from {cursor(6)}"
+    assert people.err.splitlines()[1] == f"hint: resume at the oldest event that is kept: --from {cursor(6)}"
 
 
 def test_without_a_server_it_cannot_connect(offline: Call) -> None:
@@ -783,7 +783,10 @@ def test_i10_who_holds_a_tail_up_is_named_on_stderr(start: StartTail, sql: Sql, 
     add(sql)
     tail = start("lease", "--from-start", "-o", "plain")
     said = tail.said("held up")
-    assert f"held up at {cursor(0)}: event 1 may still come: pid {writer.info.backend_pid} (slow service)" in said
+    assert (
+        f"held up at {cursor(0)}: event 1 may still be committed by pid {writer.info.backend_pid} (slow service)"
+        in said
+    )
     assert "open since 20" in said
     writer.commit()
     assert [tail.line().split("\t")[0] for _ in range(2)] == ["1", "2"]

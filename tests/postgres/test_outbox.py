@@ -272,7 +272,7 @@ def fall_asleep(conn: Conn, outbox: Outbox, schema: str = "pgcoord", seconds: fl
 def stay_awake(conn: Conn, outbox: Outbox, asked: int) -> None:
     """What a tail does that reads on."""
     with psycopg.RawCursor(conn) as cursor:
-        cursor.execute(statement("tail", "stay_awake"), [outbox.table, asked])
+        cursor.execute(statement("tail", "cancel_wakeups"), [outbox.table, asked])
 
 
 OpenEar = Callable[..., Ear]

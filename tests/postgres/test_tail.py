@@ -1,7 +1,7 @@
 """Tails on a real database: writers that end in every order, and what a tail may deliver meanwhile (rule I10).
 
-How long a tail needs is never asked. It sets a sequence whenever it looks, so a test can wait until it has looked so
-often (`let_look`), and then ask what it delivered and what it did not.
+No test measures time. A tail sets a sequence whenever it requests wakeups and reads, so a test waits for a number of
+reads (`wait_for_reads`), and then checks which events have been delivered and which have not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pgcoord_cli.core.events.outbox import (
     append_lease_event,
 )
 from pgcoord_cli.core.events.tail import BATCH_LIMIT, GAP_LIMIT, Batch, Filters, Notice, StartPosition, Tail, tail
-from pgcoord_cli.core.events.tail_connection import WAKE_SECONDS, TailConnection
+from pgcoord_cli.core.events.tail_connection import WAKEUP_REQUEST_SECONDS, TailConnection
 from pgcoord_cli.core.gc import collect_events
 from pgcoord_cli.errors import ConnectionFailed, CursorExpired, PgcoordError, SchemaMissing, UsageError
 from pgcoord_cli.settings import Settings
@@ -61,7 +61,7 @@ Conn = psycopg.Connection[Any]
 
 
 class Reader:
-    """A tail in a thread of its own: what it has delivered and said so far."""
+    """A tail in its own thread, with the batches and notices so far."""
 
     def __init__(self, settings: Settings, outbox: Outbox = LEASE, **how: Any) -> None:
         self.batches: list[Batch] = []
@@ -69,7 +69,7 @@ class Reader:
         self.error: PgcoordError | None = None
         self.has_ended = False
         self._news = Condition()
-        self.tail = Tail(settings, outbox, report=self._hear, **how)
+        self.tail = Tail(settings, outbox, report=self._on_notice, **how)
         self._thread = Thread(target=self._read)
         self._thread.start()
         self.until(lambda: self.batches or self.has_ended)
@@ -77,16 +77,16 @@ class Reader:
     def _read(self) -> None:
         try:
             for batch in self.tail.batches():
-                self._note(partial(self.batches.append, batch))
+                self._record(partial(self.batches.append, batch))
         except PgcoordError as error:
             self.error = error
         finally:
-            self._note(partial(setattr, self, "has_ended", True))
+            self._record(partial(setattr, self, "has_ended", True))
 
-    def _hear(self, notice: Notice) -> None:
-        self._note(partial(self.notices.append, notice))
+    def _on_notice(self, notice: Notice) -> None:
+        self._record(partial(self.notices.append, notice))
 
-    def _note(self, change: Callable[[], object]) -> None:
+    def _record(self, change: Callable[[], object]) -> None:
         with self._news:
             change()
             self._news.notify_all()
@@ -100,7 +100,7 @@ class Reader:
         return [event.event_id for event in self.events]
 
     @property
-    def said(self) -> list[str]:
+    def notice_types(self) -> list[str]:
         return [notice.type for notice in list(self.notices)]
 
     def until(self, condition: Callable[[], object]) -> None:
@@ -108,7 +108,7 @@ class Reader:
             assert self._news.wait_for(condition, TIMEOUT), (self.ids[-10:], self.notices, self.error)
 
     def wait_for(self, ids: list[int]) -> None:
-        """Waits until as many events have been delivered, which then have to be these."""
+        """Waits until as many events have been delivered, and checks that they are these."""
         self.until(lambda: len(self.ids) >= len(ids) or self.has_ended)
         assert self.ids == ids
 
@@ -127,7 +127,7 @@ StartReader = Callable[..., Reader]
 
 @pytest.fixture
 def start_reader(request: pytest.FixtureRequest) -> Iterator[StartReader]:
-    """Starts tails, on the test's database unless told; ends those that are left when the test is over."""
+    """Starts tails, on the test's database by default, and ends them after the test."""
     started: list[Reader] = []
 
     def start(*args: Any, settings: Settings | None = None, **how: Any) -> Reader:
@@ -139,48 +139,48 @@ def start_reader(request: pytest.FixtureRequest) -> Iterator[StartReader]:
         reader.end()
 
 
-def let_look(sql: Conn, looks: int = 3) -> None:
-    """Returns when the tail of the lease events has looked so often, and has done with it what it does."""
+def wait_for_reads(sql: Conn, count: int = 3) -> None:
+    """Waits until the tail of the lease events has completed that many reads with a gap check."""
 
-    def next_look(last: int | None) -> int | None:
+    def next_request(last: int | None) -> int | None:
         query = "SELECT pg_sequence_last_value('lease_events_wake_until'), pg_notify('pgcoord.lease_events', '')"
         until(lambda: value(sql, query) != last)
         return wake_until(sql)
 
-    asked = wake_until(sql)
-    for _ in range(looks + 1):  # the look after the last of them shows that the last is over
-        asked = next_look(asked)
+    requested = wake_until(sql)
+    for _ in range(count + 1):  # the request of one more read shows that the read before it is complete
+        requested = next_request(requested)
 
 
 def connect(settings: Settings, **options: Any) -> Conn:
-    """A session of somebody's; one that waits for a lock for too long fails, so that no test stands still."""
+    """Opens a session whose lock_timeout is TIMEOUT, so that a blocked test fails instead of hanging."""
     conn = psycopg.connect(make_conninfo(settings.dsn, **options), autocommit=True)
     conn.execute("SELECT set_config('lock_timeout', %s, false)", [f"{TIMEOUT:g}s"])
     return conn
 
 
-def path_to(settings: Settings) -> Conn:
-    """A connection like the fixture `sql`."""
+def connect_to_schema(settings: Settings) -> Conn:
+    """Opens a connection with the search_path of the fixture `sql`."""
     return connect(settings, options="-c search_path=pgcoord")
 
 
 @pytest.fixture
 def writer(settings: Settings) -> Iterator[Conn]:
-    """Some service's session."""
+    """The session of a service that writes events."""
     with connect(settings, application_name="a service") as conn:
         yield conn
 
 
 @pytest.fixture
 def prepares(sql: Conn) -> Iterator[None]:
-    """Leaves no prepared transaction behind, which would keep the test's database from being dropped."""
+    """Rolls back prepared transactions after the test; one that is left would block DROP DATABASE."""
     yield
     for (gid,) in sql.execute("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()").fetchall():
         sql.execute(SQL("ROLLBACK PREPARED {}").format(Literal(gid)))
 
 
 def write(conn: Conn, count: int = 1, **columns: Any) -> list[int]:
-    """Lease events in one statement, in the transaction that `conn` is in or one of their own; their ids."""
+    """Inserts lease events in one statement, in the current transaction of `conn` if any; returns their ids."""
     columns = {"execution_id": str(uuid4()), "event_type": "acquired"} | columns
     statement = SQL("INSERT INTO pgcoord.lease_events ({}) SELECT {} FROM generate_series(1, {}) RETURNING event_id")
     names, values = SQL(", ").join(map(Identifier, columns)), SQL(", ").join(map(Literal, columns.values()))
@@ -188,13 +188,13 @@ def write(conn: Conn, count: int = 1, **columns: Any) -> list[int]:
 
 
 def roll_back(conn: Conn, count: int = 1) -> list[int]:
-    """Draws ids that will never come."""
+    """Draws ids in a transaction that rolls back; returns them."""
     with conn.transaction(force_rollback=True):
         return write(conn, count)
 
 
 def write_before(conn: Conn, milliseconds: int) -> list[int]:
-    """An event that came so long ago."""
+    """Inserts an event that looks as if it had been inserted that long ago; returns its id."""
     ids = write(conn)
     conn.execute(
         "UPDATE pgcoord.lease_events SET committed_at_ms = committed_at_ms - %s WHERE event_id = ANY (%s)",
@@ -204,15 +204,15 @@ def write_before(conn: Conn, milliseconds: int) -> list[int]:
 
 
 @contextmanager
-def under_way(conn: Conn) -> Iterator[int]:
-    """Within the block the event of this id is written but not committed; it is committed when the block ends."""
+def uncommitted_event(conn: Conn) -> Iterator[int]:
+    """Inserts an event, yields its id and commits when the block ends."""
     with conn.transaction():
         (event_id,) = write(conn)
         yield event_id
 
 
 def prepare(conn: Conn, gid: str, *, writes: Callable[[Conn], list[int]] = write) -> list[int]:
-    """A transaction that wrote and was prepared; the ids of its events."""
+    """Inserts events in a transaction and prepares it; returns their ids."""
     conn.execute("BEGIN")
     conn.execute("SET LOCAL pgcoord.notify = off")
     ids = writes(conn)
@@ -221,7 +221,7 @@ def prepare(conn: Conn, gid: str, *, writes: Callable[[Conn], list[int]] = write
 
 
 def tail_pid(sql: Conn) -> int:
-    """The backend of the tail, once there is one."""
+    """Waits for the tail's session and returns its backend pid."""
     query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/tail' AND datname = current_database()"
     until(lambda: sql.execute(query).fetchone())
     (pid,) = sql.execute(query).fetchone() or (0,)
@@ -229,15 +229,15 @@ def tail_pid(sql: Conn) -> int:
 
 
 def is_waiting(sql: Conn, pid: int) -> bool:
-    """Whether a session waits for a lock."""
+    """Returns whether a session waits for a lock."""
     return sql.execute("SELECT FROM pg_locks WHERE pid = %s AND NOT granted", [pid]).fetchone() is not None
 
 
 # -- five writers, every order, every outcome
 
 
-class ExitResult(NamedTuple):
-    """How a writer's transaction ends, and whether and when it is prepared before: `early` is before any ends."""
+class TransactionEnd(NamedTuple):
+    """How a writer's transaction ends, and whether it is prepared first; `early`: before any transaction ends."""
 
     commits: bool
     prepared: bool = False
@@ -249,57 +249,57 @@ class ExitResult(NamedTuple):
 
 
 class Case(NamedTuple):
-    """In which order the five end, and how each of them does."""
+    """The order in which the five transactions end, and how each ends."""
 
     order: tuple[int, ...]
-    endings: tuple[ExitResult, ...]
+    ends: tuple[TransactionEnd, ...]
 
 
 ORDERS = list(permutations(range(5)))
-PLAIN = [ExitResult(True), ExitResult(False)]
-PREPARED = [ExitResult(commits, True, early) for commits in (True, False) for early in (True, False)]
-ALL_PLAIN = [Case(order, endings) for order, endings in product(ORDERS, product(PLAIN, repeat=5))]
+PLAIN = [TransactionEnd(True), TransactionEnd(False)]
+PREPARED = [TransactionEnd(commits, True, early) for commits in (True, False) for early in (True, False)]
+ALL_PLAIN = [Case(order, ends) for order, ends in product(ORDERS, product(PLAIN, repeat=5))]
 
 
 def sample(number: int, seed: int) -> list[Case]:
-    """Plain endings and prepared ones, mixed."""
+    """Returns random cases of plain and prepared transactions."""
     chance = random.Random(seed)
     return [Case(chance.choice(ORDERS), tuple(chance.choices(PLAIN + PREPARED, k=5))) for _ in range(number)]
 
 
-class Five:
-    """Five writers, each with one event that is written and not committed, and a tail that is looking on."""
+class FiveWriters:
+    """FiveWriters open transactions, each with one uncommitted event, and a tail that reads meanwhile."""
 
     def __init__(self, sql: Conn, writers: list[Conn], reader: Reader, case: Case) -> None:
         self._sql = sql
         self._reader = reader
         self._case = case
-        # Delivered before the five begin, so that no gap of earlier ones is left.
+        # Delivered before the five begin, so that no gap of an earlier case is left.
         (first,) = write(sql)
         reader.until(lambda: reader.ids[-1:] == [first])
         self._before = len(reader.ids)
         self._writers = writers
-        self._ids = [self._begin(*each) for each in zip(writers, case.endings, strict=True)]
+        self._ids = [self._begin(*each) for each in zip(writers, case.ends, strict=True)]
         self._committed: set[int] = set()
         self._open = set(self._ids)
 
     def play(self) -> None:
-        """Ends one after the other, and looks after each step at what has been delivered."""
+        """Ends the transactions in order and checks after each step what has been delivered."""
         self._check()
-        for place, ending in enumerate(self._case.endings):
-            if ending.early:
+        for place, end in enumerate(self._case.ends):
+            if end.early:
                 self._prepare(place)
         for place in self._case.order:
-            ending = self._case.endings[place]
-            if ending.prepared and not ending.early:
+            end = self._case.ends[place]
+            if end.prepared and not end.early:
                 self._prepare(place)
-            self._end(place, ending)
+            self._end(place, end)
             self._check()
         self._reader.until(lambda: self._delivered == sorted(self._committed))
 
-    def _begin(self, conn: Conn, ending: ExitResult) -> int:
+    def _begin(self, conn: Conn, end: TransactionEnd) -> int:
         conn.execute("BEGIN")
-        if ending.prepared:
+        if end.prepared:
             conn.execute("SET LOCAL pgcoord.notify = off")
         return write(conn)[0]
 
@@ -307,14 +307,14 @@ class Five:
         self._writers[place].execute(SQL("PREPARE TRANSACTION {}").format(self._gid(place)))
         self._check()
 
-    def _end(self, place: int, ending: ExitResult) -> None:
+    def _end(self, place: int, end: TransactionEnd) -> None:
         gid = self._gid(place)
-        if ending.prepared:
-            self._sql.execute(SQL("{} PREPARED {}").format(SQL(ending.verb), gid))
+        if end.prepared:
+            self._sql.execute(SQL("{} PREPARED {}").format(SQL(end.verb), gid))
         else:
-            self._writers[place].execute(ending.verb)
+            self._writers[place].execute(end.verb)
         self._open.remove(self._ids[place])
-        if ending.commits:
+        if end.commits:
             self._committed.add(self._ids[place])
 
     def _gid(self, place: int) -> Literal:
@@ -325,12 +325,12 @@ class Five:
         return self._reader.ids[self._before :]
 
     def _check(self) -> None:
-        let_look(self._sql)
+        wait_for_reads(self._sql)
         delivered = self._delivered
-        may_come = min(self._open, default=max(self._ids) + 1)
-        allowed = sorted(event_id for event_id in self._committed if event_id < may_come)
+        first_open = min(self._open, default=max(self._ids) + 1)
+        allowed = sorted(event_id for event_id in self._committed if event_id < first_open)
         assert delivered == allowed[: len(delivered)], self._case
-        # Where nothing is missing, nobody has to be waited for.
+        # Contiguous ids must be delivered at once, whatever is open above them.
         contiguous = list(takewhile(self._committed.__contains__, self._ids))
         assert delivered[: len(contiguous)] == contiguous, self._case
 
@@ -340,16 +340,16 @@ PlayAll = Callable[[list[Case]], None]
 
 @pytest.fixture
 def play_all(settings: Settings, sql: Conn, start_reader: StartReader, prepares: None) -> Iterator[PlayAll]:
-    """Plays cases one after the other on one database under one tail, which starts from now."""
+    """Runs cases one after the other on one database, under one tail that starts from now."""
     writers = [connect(settings) for _ in range(5)]
 
     def play(cases: list[Case]) -> None:
         reader = start_reader()
         for case in cases:
-            Five(sql, writers, reader, case).play()
+            FiveWriters(sql, writers, reader, case).play()
         stored = [row[0] for row in sql.execute("SELECT event_id FROM lease_events ORDER BY event_id")]
         assert reader.ids == stored
-        assert set(reader.said) <= {"held_up"}
+        assert set(reader.notice_types) <= {"held_up"}
 
     yield play
     for conn in writers:
@@ -373,13 +373,13 @@ def test_i10_five_writers_of_which_some_prepare(play_all: PlayAll, seed: int) ->
 
 
 def isolate(sql: Conn, isolation: str) -> None:
-    """Gives the database another default, for connections to come."""
+    """Sets the database's default isolation level, for later connections."""
     statement = SQL("ALTER DATABASE {} SET default_transaction_isolation = {}")
     sql.execute(statement.format(Identifier(sql.info.dbname), Literal(isolation)))
 
 
 @pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
-def test_i10_five_writers_on_a_database_that_isolates_by_default(
+def test_i10_five_writers_on_a_database_with_a_stricter_default_isolation(
     sql: Conn, isolation: str, request: pytest.FixtureRequest
 ) -> None:
     isolate(sql, isolation)
@@ -391,15 +391,15 @@ def test_i10_five_writers_on_a_database_that_isolates_by_default(
 def test_i10_a_writer_that_ends_while_a_tail_is_about_to_list_the_writers(
     settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader, isolation: str
 ) -> None:
-    """What the tail then reads has to be as new as its list. Somebody keeps it from asking to be woken until then."""
+    """The tail must read rows at least as new as its list. A lock delays its wakeup request until the writer ends."""
     isolate(sql, isolation)
     writer.execute("SET pgcoord.notify = off")  # so that it leaves the sequence alone
     reader = start_reader()
     pid = tail_pid(sql)
     with connect(settings) as obstacle:
-        with under_way(writer) as held:
+        with uncommitted_event(writer) as held:
             (seen,) = write(sql)
-            let_look(sql)
+            wait_for_reads(sql)
             obstacle.execute("BEGIN")
             obstacle.execute("ALTER SEQUENCE pgcoord.lease_events_wake_until CACHE 1")
             until(lambda: is_waiting(sql, pid))
@@ -428,18 +428,18 @@ def test_i10_many_writers_at_once(settings: Settings, sql: Conn, start_reader: S
     reader.wait_for([row[0] for row in sql.execute("SELECT event_id FROM lease_events ORDER BY event_id")])
 
 
-# -- who holds a tail up and who does not
+# -- which transactions hold a tail up
 
 
 def gap_and_event(conn: Conn) -> list[int]:
-    """A rolled-back id and an event beyond it, for which the tail has to ask who may still write; the event's id."""
+    """Draws an id that rolls back, then inserts an event, so that the tail needs a list; returns the event's id."""
     roll_back(conn)
     return write(conn)
 
 
 @pytest.fixture
 def twin(migrated_template: NoopExecutor, settings: Settings, sql: Conn) -> Iterator[Conn]:
-    """Another database that is a copy of the same template, so that its tables have the same oids."""
+    """Another database made from the same template, so that its tables have the same oids."""
     name = f"{sql.info.dbname}_twin"
     template = Identifier(str(migrated_template.template_dbname))
     sql.execute(SQL("CREATE DATABASE {} TEMPLATE {}").format(Identifier(name), template))
@@ -448,7 +448,7 @@ def twin(migrated_template: NoopExecutor, settings: Settings, sql: Conn) -> Iter
     sql.execute(SQL("DROP DATABASE {} WITH (FORCE)").format(Identifier(name)))
 
 
-def test_i10_a_transaction_in_another_database_holds_nothing_up(
+def test_i10_a_transaction_in_another_database_does_not_hold_the_tail_up(
     sql: Conn, twin: Conn, start_reader: StartReader
 ) -> None:
     oid = "SELECT 'pgcoord.lease_events'::regclass::oid"
@@ -458,7 +458,7 @@ def test_i10_a_transaction_in_another_database_holds_nothing_up(
         reader = start_reader(start=StartPosition.beginning())
         reader.wait_for(gap_and_event(sql))
         reader.wait_for([2, *gap_and_event(sql)])
-        assert reader.said == []
+        assert reader.notice_types == []
 
 
 @pytest.mark.parametrize(
@@ -472,12 +472,12 @@ def test_i10_a_transaction_in_another_database_holds_nothing_up(
         pytest.param(["SELECT pg_advisory_xact_lock_shared('pgcoord.lease_events'::regclass::bigint << 32)"],
                      id="an advisory lock of one key with the same bits"),
         pytest.param(["SELECT pg_advisory_xact_lock_shared('pgcoord.lease_events'::regclass::integer, 1)"],
-                     id="an advisory lock beside"),
+                     id="an advisory lock with another second key"),
         pytest.param(["SAVEPOINT one", "INSERT INTO pgcoord.lease_events (execution_id, event_type) VALUES ('', '')",
                       "ROLLBACK TO SAVEPOINT one"], id="a savepoint that was rolled back to"),
     ],
 )  # fmt: skip
-def test_i10_an_unrelated_transaction_holds_nothing_up(
+def test_i10_an_unrelated_transaction_does_not_hold_the_tail_up(
     sql: Conn, writer: Conn, start_reader: StartReader, statements: list[str]
 ) -> None:
     with writer.transaction():
@@ -487,10 +487,10 @@ def test_i10_an_unrelated_transaction_holds_nothing_up(
         first = gap_and_event(sql)
         reader.wait_for(first)
         reader.wait_for([*first, *gap_and_event(sql)])
-        assert reader.said == []
+        assert reader.notice_types == []
 
 
-def test_i10_a_writer_that_began_after_the_gap_was_seen_holds_nothing_up(
+def test_i10_a_transaction_that_began_after_the_gap_was_seen_does_not_hold_the_tail_up(
     settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
     reader = start_reader()
@@ -498,13 +498,13 @@ def test_i10_a_writer_that_began_after_the_gap_was_seen_holds_nothing_up(
         with writer.transaction(force_rollback=True):
             write(writer)
             (second,) = write(sql)
-            let_look(sql)
+            wait_for_reads(sql)
             late.execute("BEGIN")
             write(late)
         reader.wait_for([second])
 
 
-def test_i10_every_event_of_a_transaction_that_writes_often_comes(
+def test_i10_every_event_of_a_transaction_that_writes_repeatedly_is_delivered(
     sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
     reader = start_reader()
@@ -512,7 +512,7 @@ def test_i10_every_event_of_a_transaction_that_writes_often_comes(
         for _ in range(3):
             write(writer)
             write(sql)
-            let_look(sql)
+            wait_for_reads(sql)
             assert reader.ids == []
     reader.wait_for([1, 2, 3, 4, 5, 6])
 
@@ -521,24 +521,25 @@ def test_i10_every_event_of_a_transaction_that_writes_often_comes(
 
 
 @pytest.fixture
-def without_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tail says at its first wait that it is held up, not after two seconds."""
-    monkeypatch.setattr(tail_module, "HELD_UP_AFTER", 0.0)
+def stall_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a tail report a stall at its first wait instead of after STALL_SECONDS."""
+    monkeypatch.setattr(tail_module, "STALL_SECONDS", 0.0)
 
 
-def test_a_tail_that_does_not_follow_ends_at_a_gap_and_names_the_writer(
+def test_a_tail_that_does_not_follow_ends_at_a_gap_and_names_the_open_transaction(
     sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
     (first,) = write(sql)
-    with under_way(writer) as missing:
+    with uncommitted_event(writer) as missing:
         write(sql)
         reader = start_reader(start=StartPosition.beginning(), follow=False)
         reader.wait_for_end()
-        since = sql.execute("SELECT xact_start FROM pg_stat_activity WHERE pid = %s", [writer.info.backend_pid])
+        pid = writer.info.backend_pid
+        since = sql.execute("SELECT xact_start FROM pg_stat_activity WHERE pid = %s", [pid])
         (notice,) = reader.notices
         assert (notice.type, notice.held_event_id, notice.cursor) == ("held_up", missing, to_cursor(first))
-        assert notice.holders == ((writer.info.backend_pid, "a service", *(since.fetchone() or ())),)
-    assert f"event {missing} may still come: pid {writer.info.backend_pid} (a service), open since " in notice.message
+        assert notice.holders == ((pid, "a service", *(since.fetchone() or ())),)
+    assert f"event {missing} may still be committed by pid {pid} (a service), open since " in notice.message
     assert reader.ids == [first]
 
 
@@ -557,53 +558,53 @@ def test_a_tail_that_is_held_up_by_a_prepared_transaction_names_it(
     assert f"prepared transaction {gid}, open since " in notice.message
 
 
-def test_several_holders_are_named_longest_first(
+def test_several_blocking_transactions_are_named_oldest_first(
     settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
-    with connect(settings, application_name="another") as later, under_way(writer), under_way(later):
+    with connect(settings, application_name="another") as later, uncommitted_event(writer), uncommitted_event(later):
         write(sql)
         reader = start_reader(start=StartPosition.beginning(), follow=False)
         reader.wait_for_end()
     assert [holder.application for holder in reader.notices[0].holders] == ["a service", "another"]
 
 
-def test_a_following_tail_says_once_that_it_is_held_up_and_goes_on_when_it_is_not(
-    sql: Conn, writer: Conn, start_reader: StartReader, without_patience: None
+def test_a_following_tail_reports_a_stall_once_and_continues_when_the_gap_is_filled(
+    sql: Conn, writer: Conn, start_reader: StartReader, stall_at_once: None
 ) -> None:
     reader = start_reader()
-    with under_way(writer) as missing:
+    with uncommitted_event(writer) as missing:
         write(sql)
         reader.until(lambda: reader.notices)
-        let_look(sql, looks=5)
-        assert reader.said == ["held_up"]
+        wait_for_reads(sql, count=5)
+        assert reader.notice_types == ["held_up"]
         assert reader.notices[0].held_event_id == missing
         assert reader.ids == []
     reader.wait_for([1, 2])
 
 
-def test_a_writer_that_hides_nothing_in_sight_is_not_said_to_hold_up(
-    sql: Conn, writer: Conn, start_reader: StartReader, without_patience: None
+def test_an_open_transaction_without_a_gap_is_not_reported(
+    sql: Conn, writer: Conn, start_reader: StartReader, stall_at_once: None
 ) -> None:
     reader = start_reader()
     written = write(sql)
-    with under_way(writer):
-        let_look(sql, looks=5)
-        assert (reader.ids, reader.said) == (written, [])
+    with uncommitted_event(writer):
+        wait_for_reads(sql, count=5)
+        assert (reader.ids, reader.notice_types) == (written, [])
 
 
-def test_rolled_back_ids_hold_nobody_up(sql: Conn, start_reader: StartReader) -> None:
+def test_rolled_back_ids_do_not_hold_the_tail_up(sql: Conn, start_reader: StartReader) -> None:
     roll_back(sql, 3)
     written = [*write(sql), *gap_and_event(sql)]
     roll_back(sql)
     reader = start_reader(start=StartPosition.beginning(), follow=False)
     reader.wait_for_end()
-    assert (reader.ids, reader.said) == (written, [])
+    assert (reader.ids, reader.notice_types) == (written, [])
 
 
 # -- where a tail starts
 
 
-def test_from_now_leaves_out_what_was_there(sql: Conn, start_reader: StartReader) -> None:
+def test_from_now_leaves_out_the_events_that_were_visible(sql: Conn, start_reader: StartReader) -> None:
     write(sql, 3)
     reader = start_reader()
     assert reader.batches[0] == Batch([], 3)
@@ -611,7 +612,7 @@ def test_from_now_leaves_out_what_was_there(sql: Conn, start_reader: StartReader
 
 
 @pytest.mark.parametrize("how", ["committed", "prepared"])
-def test_i10_from_now_delivers_what_writers_under_way_held_and_not_what_was_in_sight(
+def test_i10_from_now_delivers_events_of_open_transactions_and_not_those_that_were_visible(
     sql: Conn, writer: Conn, start_reader: StartReader, prepares: None, how: str
 ) -> None:
     write(sql, 3)
@@ -625,26 +626,26 @@ def test_i10_from_now_delivers_what_writers_under_way_held_and_not_what_was_in_s
     reader = start_reader()
     assert reader.batches[0] == Batch([], held - 1)
     (new,) = write(sql)
-    let_look(sql)
+    wait_for_reads(sql)
     assert reader.ids == []
     sql.execute(SQL("COMMIT PREPARED {}").format(Literal(gid))) if how == "prepared" else writer.execute("COMMIT")
     reader.wait_for([held, new])
 
 
-def test_i10_from_now_skips_gaps_that_a_rollback_left_beside_a_writer_under_way(
+def test_i10_from_now_skips_gaps_that_a_rollback_left_beside_an_open_transaction(
     sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
     write(sql)
     roll_back(sql)
     write(sql)
-    with under_way(writer) as held:
+    with uncommitted_event(writer) as held:
         write(sql)
         reader = start_reader()
     reader.wait_for([held])
     reader.wait_for([held, *write(sql)])
 
 
-def test_from_now_begins_at_the_head_where_nobody_is_writing(sql: Conn, start_reader: StartReader) -> None:
+def test_from_now_begins_at_the_head_when_no_transaction_is_open(sql: Conn, start_reader: StartReader) -> None:
     (last,) = gap_and_event(sql)
     roll_back(sql)
     assert start_reader().batches[0] == Batch([], last)
@@ -662,7 +663,7 @@ def test_from_the_beginning_and_from_a_position(sql: Conn, start_reader: StartRe
         assert reader.ids == expected
 
 
-def test_from_the_beginning_starts_at_the_oldest_that_is_kept(
+def test_from_the_beginning_starts_at_the_oldest_event_that_is_kept(
     settings: Settings, sql: Conn, start_reader: StartReader
 ) -> None:
     write_before(sql, LONG_BEFORE)
@@ -680,7 +681,7 @@ def test_from_the_beginning_starts_at_the_oldest_that_is_kept(
         pytest.param(timedelta(minutes=90), 2, id="in between"),
         pytest.param(timedelta(0), 4, id="after all"),
         pytest.param(datetime(2020, 1, 1, tzinfo=UTC), 1, id="a time before all"),
-        pytest.param(datetime(2120, 1, 1, tzinfo=UTC), 4, id="a time to come, which is now"),
+        pytest.param(datetime(2120, 1, 1, tzinfo=UTC), 4, id="a future time, which is now"),
     ],
 )
 def test_from_a_time(sql: Conn, start_reader: StartReader, start: datetime | timedelta, first: int) -> None:
@@ -692,7 +693,7 @@ def test_from_a_time(sql: Conn, start_reader: StartReader, start: datetime | tim
 
 
 @pytest.mark.parametrize("clock", [0.0, 4e9], ids=["1970", "2096"])
-def test_i12_so_long_ago_is_by_the_clock_of_the_server(
+def test_i12_a_time_ago_is_measured_by_the_clock_of_the_server(
     sql: Conn, start_reader: StartReader, monkeypatch: pytest.MonkeyPatch, clock: float
 ) -> None:
     write_before(sql, 3_600_000)
@@ -703,14 +704,14 @@ def test_i12_so_long_ago_is_by_the_clock_of_the_server(
     assert reader.ids == young
 
 
-def test_i10_from_a_time_delivers_what_a_writer_under_way_holds_below_the_first_in_sight(
+def test_i10_from_a_time_delivers_events_of_open_transactions_below_the_first_visible_one(
     sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
     write_before(sql, LONG_BEFORE)
-    with under_way(writer) as held:
+    with uncommitted_event(writer) as held:
         (seen,) = write(sql)
         reader = start_reader(start=StartPosition.time(timedelta(hours=1)))
-        let_look(sql)
+        wait_for_reads(sql)
     reader.until(lambda: seen in reader.ids)
     assert reader.ids == [held, seen]
 
@@ -731,10 +732,10 @@ def test_until_a_position_ends_a_following_tail(sql: Conn, start_reader: StartRe
     assert reader.ids == ids[:3]
 
 
-def test_until_a_position_to_come_waits_for_it(sql: Conn, start_reader: StartReader) -> None:
+def test_until_a_future_position_waits_for_it(sql: Conn, start_reader: StartReader) -> None:
     write(sql, 2)
     reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(4))
-    let_look(sql)
+    wait_for_reads(sql)
     assert reader.ids == [1, 2]
     assert not reader.has_ended
     write(sql, 3)
@@ -748,18 +749,18 @@ def test_until_an_id_that_was_rolled_back_ends_with_the_first_event_beyond(
     ids = write(sql, 2)
     roll_back(sql, 3)
     reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(5))
-    let_look(sql)
+    wait_for_reads(sql)
     assert not reader.has_ended
     write(sql)
     reader.wait_for_end()
     assert reader.ids == ids
 
 
-def test_i10_until_an_id_that_may_still_come_waits_for_it(sql: Conn, writer: Conn, start_reader: StartReader) -> None:
+def test_i10_until_an_id_that_may_still_commit_waits_for_it(sql: Conn, writer: Conn, start_reader: StartReader) -> None:
     write(sql)
-    with under_way(writer) as last:
+    with uncommitted_event(writer) as last:
         reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(last))
-        let_look(sql)
+        wait_for_reads(sql)
         assert reader.ids == [1]
         assert not reader.has_ended
     reader.wait_for_end()
@@ -772,7 +773,7 @@ def test_i10_until_an_id_that_may_still_come_waits_for_it(sql: Conn, writer: Con
         pytest.param(timedelta(hours=3), 0, id="before all"),
         pytest.param(timedelta(minutes=90), 1, id="in between"),
         pytest.param(timedelta(minutes=10), 3, id="after all, and after a rollback"),
-        pytest.param(datetime(2120, 1, 1, tzinfo=UTC), 3, id="a time to come, which is now"),
+        pytest.param(datetime(2120, 1, 1, tzinfo=UTC), 3, id="a future time, which is now"),
     ],
 )
 def test_until_a_time(sql: Conn, start_reader: StartReader, end: datetime | timedelta, last: int) -> None:
@@ -801,7 +802,7 @@ def test_until_a_time(sql: Conn, start_reader: StartReader, end: datetime | time
         pytest.param(Filters(frozenset({7}), frozenset({"deploys"}), frozenset({"green"})), [], id="all must pass"),
     ],
 )
-def test_filters_choose_and_the_position_passes_the_rest(
+def test_filters_select_events_and_the_position_passes_the_rest(
     sql: Conn, start_reader: StartReader, filters: Filters, expected: list[int]
 ) -> None:
     write(sql)
@@ -826,12 +827,12 @@ def test_outcomes_of_completion_events_are_filtered_too(sql: Conn, settings: Set
 
 
 def collect(settings: Settings) -> int:
-    """Deletes lease events of more than an hour."""
+    """Deletes lease events older than an hour; returns how many."""
     with command_session(settings, "gc", writes=True) as conn:
         return collect_events(conn, LEASE, 3_600, 1_000, lambda _: True).deleted
 
 
-def test_i10_a_cursor_older_than_what_is_kept_says_where_to_resume(settings: Settings, sql: Conn) -> None:
+def test_i10_an_expired_cursor_is_refused_with_the_cursor_to_resume_from(settings: Settings, sql: Conn) -> None:
     for _ in range(3):
         write_before(sql, LONG_BEFORE)
     kept = write(sql)
@@ -841,28 +842,30 @@ def test_i10_a_cursor_older_than_what_is_kept_says_where_to_resume(settings: Set
             closing(Tail(settings, LEASE, start=StartPosition.position(position))) as expired,
             pytest.raises(CursorExpired) as caught,
         ):
-            next(expired.batches())  # before anything is said to have been dealt with
+            next(expired.batches())  # the first batch would already state a position
         assert (caught.value.exit_code, to_cursor(position) in caught.value.message) == (8, True)
     assert caught.value.hint
     resume = StartPosition.position(from_cursor(caught.value.hint.split()[-1], "hint"))
     assert [event.event_id for event in tail(settings, "lease", start=resume, follow=False)] == kept
 
 
-def test_i10_a_tail_at_a_gap_that_collection_overtakes_says_so(
+def test_i10_a_tail_at_a_gap_whose_events_are_deleted_raises_cursor_expired(
     settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
     reader = start_reader()
-    with under_way(writer):
-        # Older than the transaction that is open, as only a clock that was set back makes it.
+    with uncommitted_event(writer):
+        # Older than the open transaction, which happens only if the server's clock was set back.
         write_before(sql, LONG_BEFORE)
-        let_look(sql)
+        wait_for_reads(sql)
         assert collect(settings) == 1
         reader.wait_for_end()
     assert isinstance(reader.error, CursorExpired)
     assert reader.ids == []
 
 
-def test_collection_behind_a_tail_does_not_disturb_it(settings: Settings, sql: Conn, start_reader: StartReader) -> None:
+def test_collection_below_the_position_of_a_tail_does_not_disturb_it(
+    settings: Settings, sql: Conn, start_reader: StartReader
+) -> None:
     reader = start_reader()
     old = write_before(sql, LONG_BEFORE)
     reader.wait_for(old)
@@ -887,33 +890,33 @@ def test_i10_a_gap_that_is_filled_before_more_than_a_batch_of_events(
 ) -> None:
     reader = start_reader()
     reader.wait_for(write(sql, place))
-    with under_way(writer):
+    with uncommitted_event(writer):
         write(sql, MANY)
-        let_look(sql)
+        wait_for_reads(sql)
     (last,) = write(sql)
     reader.until(lambda: last in reader.ids)
     assert reader.ids == list(range(1, last + 1))
 
 
-def test_a_tail_that_is_held_up_reads_little_until_it_is_not(
+def test_a_tail_that_is_held_up_reads_with_a_small_limit(
     sql: Conn, writer: Conn, start_reader: StartReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits, rows_of = [], TailConnection._rows
 
-    def noted(feed: TailConnection, position: int, limit: int) -> Any:
+    def recorded(connection: TailConnection, position: int, limit: int) -> Any:
         limits.append(limit)
-        return rows_of(feed, position, limit)
+        return rows_of(connection, position, limit)
 
-    monkeypatch.setattr(TailConnection, "_rows", noted)
+    monkeypatch.setattr(TailConnection, "_rows", recorded)
     reader = start_reader()
-    with under_way(writer) as held:
+    with uncommitted_event(writer) as held:
         ids = write(sql, 10 * GAP_LIMIT)
-        let_look(sql)
+        wait_for_reads(sql)
         limits.clear()
-        let_look(sql)
+        wait_for_reads(sql)
         assert set(limits) == {GAP_LIMIT}
     reader.wait_for([held, *ids])
-    assert limits.count(BATCH_LIMIT) <= 10, "and then all at once"
+    assert limits.count(BATCH_LIMIT) <= 10, "full batches after the gap is filled"
     limits.clear()
     reader.wait_for([held, *ids, *write(sql)])
     assert set(limits) == {BATCH_LIMIT}
@@ -936,93 +939,95 @@ def test_i10_many_rolled_back_ids_before_many_events(sql: Conn, start_reader: St
     assert reader.ids == ids
 
 
-# -- notifications and connections that get lost
+# -- lost notifications and connections
 
 
-def test_a_tail_that_has_seen_what_a_crash_then_lost_delivers_those_ids_again(
-    sql: Conn, start_reader: StartReader
-) -> None:
+def test_a_tail_delivers_ids_again_that_a_crash_of_the_server_lost(sql: Conn, start_reader: StartReader) -> None:
     reader = start_reader()
     kept, *lost = write(sql, 3)
     reader.wait_for([kept, *lost])
-    let_look(sql)
-    # What writers without synchronous_commit leave of a server that crashes: neither their events nor their ids.
+    wait_for_reads(sql)
+    # What a crash leaves of transactions with synchronous_commit = off: neither their events nor their ids.
     sql.execute("DELETE FROM lease_events WHERE event_id > %s", [kept])
     sql.execute(SQL("ALTER TABLE lease_events ALTER event_id RESTART WITH {}").format(Literal(lost[0])))
     sql.execute("SELECT pg_terminate_backend(%s)", [tail_pid(sql)])
-    reader.until(lambda: "connected" in reader.said)
+    reader.until(lambda: "connected" in reader.notice_types)
     assert f"lost the events up to {lost[-1]}" in reader.notices[-1].message
     assert write(sql) == lost[:1]
     reader.wait_for([kept, *lost, lost[0]])
 
 
-def test_i7_a_tail_that_is_woken_again_and_again_asks_anew_in_time(sql: Conn, start_reader: StartReader) -> None:
-    reader, written, asked = start_reader(), [], set()
-    let_look(sql)
+def test_i7_a_tail_that_is_woken_repeatedly_renews_its_wakeup_request_in_time(
+    sql: Conn, start_reader: StartReader
+) -> None:
+    reader, written, requested = start_reader(), [], set()
+    wait_for_reads(sql)
     wakes: list[psycopg.Notify] = []
     sql.execute('LISTEN "pgcoord.lease_events"')
     sql.add_notify_handler(wakes.append)
 
-    def has_asked_anew_but_not_every_time() -> bool:
+    def has_renewed_but_not_every_time() -> bool:
         written.extend(write(sql))
         reader.wait_for(written)
-        asked.add(wake_until(sql))
-        return len(asked) > 4 and len(written) > 3 * len(asked)  # now and then one comes as it asks, which asks again
+        requested.add(wake_until(sql))
+        return len(requested) > 4 and len(written) > 3 * len(
+            requested
+        )  # an event that arrives during a renewal causes another
 
-    until(has_asked_anew_but_not_every_time)
-    assert len(wakes) == len(written), "nobody took it for one that is gone"
+    until(has_renewed_but_not_every_time)
+    assert len(wakes) == len(written), "every write found an unexpired request"
 
 
-def test_i7_a_tail_asks_to_be_woken_for_no_longer_than_it_says(sql: Conn, start_reader: StartReader) -> None:
+def test_i7_a_wakeup_request_expires_after_the_stated_seconds(sql: Conn, start_reader: StartReader) -> None:
     start_reader()
-    let_look(sql)
-    asked = wake_until(sql)
+    wait_for_reads(sql)
+    requested = wake_until(sql)
     now = value(sql, "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
-    assert asked and asked <= now + WAKE_SECONDS * 1_000_000
+    assert requested and requested <= now + WAKEUP_REQUEST_SECONDS * 1_000_000
 
 
-def test_i7_a_tail_that_ends_does_not_speak_for_another_that_waits(sql: Conn, start_reader: StartReader) -> None:
+def test_i7_a_tail_that_ends_leaves_the_wakeup_request_for_others(sql: Conn, start_reader: StartReader) -> None:
     reader = start_reader()
-    let_look(sql)
+    wait_for_reads(sql)
     reader.end()
     now = value(sql, "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
-    asked = wake_until(sql)
-    assert asked and asked > now
+    requested = wake_until(sql)
+    assert requested and requested > now
 
 
-def test_i7_without_follow_a_tail_never_asks_to_be_woken(sql: Conn, start_reader: StartReader) -> None:
-    roll_back(sql)  # so that it has to look
+def test_i7_without_follow_a_tail_never_requests_wakeups(sql: Conn, start_reader: StartReader) -> None:
+    roll_back(sql)  # a gap, so that it needs a list
     written = write(sql, 3)
     reader = start_reader(start=StartPosition.beginning(), follow=False)
     reader.wait_for_end()
     assert (reader.ids, wake_until(sql)) == (written, None)
 
 
-def test_i10_without_follow_a_gap_that_nobody_fills_is_passed_although_others_write_all_the_time(
+def test_i10_without_follow_a_rolled_back_gap_is_passed_although_some_transaction_is_always_open(
     settings: Settings, sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
     roll_back(sql)
     seen = write(sql)
-    has_looked = "SELECT state = 'idle' AND strpos(query, 'outbox_floors') > 0 FROM pg_stat_activity WHERE pid = %s"
+    has_read = "SELECT state = 'idle' AND strpos(query, 'outbox_floors') > 0 FROM pg_stat_activity WHERE pid = %s"
     with connect(settings) as next_writer, ExitStack() as later:
-        with under_way(writer):
+        with uncommitted_event(writer):
             reader = start_reader(start=StartPosition.beginning(), follow=False)
-            until(lambda: reader.has_ended or value(sql, has_looked, tail_pid(sql)))
-            held = later.enter_context(under_way(next_writer))
+            until(lambda: reader.has_ended or value(sql, has_read, tail_pid(sql)))
+            held = later.enter_context(uncommitted_event(next_writer))
         reader.wait_for_end()
     assert reader.ids[:1] == seen
     assert held not in reader.ids
-    assert reader.said == []
+    assert reader.notice_types == []
 
 
-def test_i10_what_lies_behind_the_end_is_not_counted_as_passed(sql: Conn, start_reader: StartReader) -> None:
+def test_i10_events_beyond_the_end_are_not_counted_as_passed(sql: Conn, start_reader: StartReader) -> None:
     written = write(sql, 10)
     reader = start_reader(start=StartPosition.beginning(), until=StartPosition.position(written[4]))
     reader.wait_for_end()
     assert (reader.ids, reader.batches[-1].position) == (written[:5], written[4])
 
 
-def test_i7_without_any_notification_a_tail_gets_everything(
+def test_i7_without_any_notification_a_tail_delivers_everything(
     settings: Settings, sql: Conn, start_reader: StartReader
 ) -> None:
     sql.execute(SQL("ALTER DATABASE {} SET pgcoord.notify = off").format(Identifier(sql.info.dbname)))
@@ -1035,59 +1040,57 @@ def test_i7_without_any_notification_a_tail_gets_everything(
         reader.wait_for(ids)
 
 
-def test_i10_a_backend_that_is_terminated_leaves_no_gap_and_no_event_twice(
-    sql: Conn, start_reader: StartReader
-) -> None:
+def test_i10_a_terminated_backend_causes_no_gap_and_no_duplicate(sql: Conn, start_reader: StartReader) -> None:
     reader = start_reader()
     ids: list[int] = []
 
     def is_disconnected(times: int) -> bool:
-        return reader.said.count("disconnected") == times
+        return reader.notice_types.count("disconnected") == times
 
     for number in range(3):
         ids += write(sql)
         reader.wait_for(ids)
-        with sql.transaction():  # its events become visible in one moment with nobody reading them
+        with sql.transaction():  # its events become visible while no connection reads
             sql.execute("SELECT pg_terminate_backend(%s)", [tail_pid(sql)])
             ids += write(sql, 2)
             reader.until(partial(is_disconnected, number + 1))
         reader.wait_for(ids)
     reader.until(lambda: len(reader.notices) == 6)
-    assert reader.said == ["disconnected", "connected"] * 3
+    assert reader.notice_types == ["disconnected", "connected"] * 3
     assert [notice.cursor for notice in reader.notices[::2]] == [to_cursor(position) for position in (1, 4, 7)]
 
 
-def test_i10_a_backend_that_is_terminated_at_a_gap_stands_at_it_again(
+def test_i10_a_backend_terminated_at_a_gap_leaves_the_tail_at_that_gap(
     sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
     reader = start_reader()
-    with under_way(writer) as held:
+    with uncommitted_event(writer) as held:
         (seen,) = write(sql)
-        let_look(sql)
+        wait_for_reads(sql)
         sql.execute("SELECT pg_terminate_backend(%s)", [tail_pid(sql)])
-        reader.until(lambda: "connected" in reader.said)
-        let_look(sql)
+        reader.until(lambda: "connected" in reader.notice_types)
+        wait_for_reads(sql)
         assert reader.ids == []
     reader.wait_for([held, seen])
 
 
-def test_i10_what_was_in_sight_beyond_a_gap_and_then_lost_is_waited_for_again(
+def test_i10_ids_beyond_a_gap_that_a_crash_lost_are_waited_for_again(
     sql: Conn, writer: Conn, start_reader: StartReader
 ) -> None:
-    """A crash takes ids beyond the position along that were visible, and gives them to other events."""
+    """A crash loses visible ids above the position, and the server assigns them to other events."""
     reader = start_reader()
     reader.wait_for(write(sql))
-    with under_way(writer):
+    with uncommitted_event(writer):
         write(sql, 5)
-        let_look(sql)
+        wait_for_reads(sql)
         sql.execute("DELETE FROM lease_events WHERE event_id > 1")
         sql.execute("SELECT setval('lease_events_event_id_seq', 1)")
         sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'a service'")
         sql.execute("SELECT pg_terminate_backend(%s)", [tail_pid(sql)])
         with pytest.raises(psycopg.OperationalError):
             writer.execute("SELECT 1")
-    reader.until(lambda: "connected" in reader.said)
-    let_look(sql)
+    reader.until(lambda: "connected" in reader.notice_types)
+    wait_for_reads(sql)
     assert write(sql, 3) == [2, 3, 4]
     reader.wait_for([1, 2, 3, 4])
 
@@ -1097,27 +1100,27 @@ def test_i10_a_prepared_transaction_holds_the_tail_up_across_a_restart_that_rena
     own_server: EmbeddedServer, own_settings: Settings, start_reader: StartReader, mode: StopMode
 ) -> None:
     reader = start_reader(settings=own_settings)
-    with path_to(own_settings) as sql:
+    with connect_to_schema(own_settings) as sql:
         (held,) = prepare(sql, "transfer")
         (seen,) = write(sql)
-        let_look(sql)
+        wait_for_reads(sql)
     own_server.stop(mode)
     own_server.start()
-    reader.until(lambda: "connected" in reader.said)
-    with path_to(own_settings) as sql:
-        let_look(sql)
+    reader.until(lambda: "connected" in reader.notice_types)
+    with connect_to_schema(own_settings) as sql:
+        wait_for_reads(sql)
         assert reader.ids == []
         sql.execute("COMMIT PREPARED 'transfer'")
         (new,) = write(sql)
     reader.wait_for([held, seen, new])
 
 
-def test_a_query_that_cannot_succeed_any_more_ends_the_tail(sql: Conn, start_reader: StartReader) -> None:
+def test_a_statement_that_cannot_succeed_any_more_ends_the_tail(sql: Conn, start_reader: StartReader) -> None:
     reader = start_reader()
     sql.execute("ALTER TABLE lease_events RENAME COLUMN namespace TO hidden")
     sql.execute("SELECT pg_notify('pgcoord.lease_events', '')")
-    reader.until(lambda: reader.has_ended or "disconnected" in reader.said)
-    assert isinstance(reader.error, SchemaMissing), "which does not get better by connecting again"
+    reader.until(lambda: reader.has_ended or "disconnected" in reader.notice_types)
+    assert isinstance(reader.error, SchemaMissing), "a reconnect would not help"
 
 
 def test_a_statement_that_is_cancelled_is_tried_again(sql: Conn, start_reader: StartReader) -> None:
@@ -1127,12 +1130,12 @@ def test_a_statement_that_is_cancelled_is_tried_again(sql: Conn, start_reader: S
         sql.execute("LOCK lease_events IN ACCESS EXCLUSIVE MODE")
         until(lambda: is_waiting(sql, pid))
         sql.execute("SELECT pg_cancel_backend(%s)", [pid])
-        reader.until(lambda: "disconnected" in reader.said)
+        reader.until(lambda: "disconnected" in reader.notice_types)
     reader.wait_for(write(sql))
-    assert reader.said[:2] == ["disconnected", "connected"]
+    assert reader.notice_types[:2] == ["disconnected", "connected"]
 
 
-def test_what_is_wrong_at_the_very_beginning_is_raised(settings: Settings, empty_settings: Settings) -> None:
+def test_an_error_of_the_first_connection_is_raised(settings: Settings, empty_settings: Settings) -> None:
     with pytest.raises(SchemaMissing):
         next(tail(empty_settings, "lease"))
     with pytest.raises(ConnectionFailed):
@@ -1142,7 +1145,7 @@ def test_what_is_wrong_at_the_very_beginning_is_raised(settings: Settings, empty
 # -- what is delivered
 
 
-def test_unknown_types_and_ids_that_are_no_uuids_are_delivered_as_they_are(sql: Conn, settings: Settings) -> None:
+def test_unknown_types_and_ids_that_are_not_uuids_are_delivered_unchanged(sql: Conn, settings: Settings) -> None:
     write(sql, execution_id="job 7 \u00e4\n", event_type="teleported", lease_id="", namespace="", partition_key=-1)
     (event,) = tail(settings, "lease", start=StartPosition.beginning(), follow=False)
     assert isinstance(event, LeaseEvent)
@@ -1163,7 +1166,7 @@ def test_the_values_of_a_completion_event_are_those_that_were_written(sql: Conn,
     assert event.committed_at_ms > event.occurred_at_ms
 
 
-def test_the_two_outboxes_are_apart(sql: Conn, settings: Settings) -> None:
+def test_the_two_outboxes_are_separate(sql: Conn, settings: Settings) -> None:
     append_lease_event(sql, "job", "acquired")
     append_completion_event(sql, uuid4(), "success")
     append_completion_event(sql, uuid4(), "failed")
@@ -1181,7 +1184,7 @@ def test_i10_the_cursor_of_any_event_resumes_after_it(sql: Conn, settings: Setti
         assert list(tail(settings, "lease", start=start, follow=False)) == events[place:]
 
 
-def test_a_tail_that_is_left_gives_its_connection_back(sql: Conn, settings: Settings) -> None:
+def test_a_closed_tail_closes_its_connection(sql: Conn, settings: Settings) -> None:
     write(sql)
     with closing(tail(settings, "lease", start=StartPosition.beginning())) as events:  # type: ignore[type-var]
         assert next(events).event_id == 1
@@ -1189,9 +1192,7 @@ def test_a_tail_that_is_left_gives_its_connection_back(sql: Conn, settings: Sett
     until(lambda: not sql.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone())
 
 
-def test_stop_ends_a_tail_that_sleeps_or_has_not_begun(
-    settings: Settings, sql: Conn, start_reader: StartReader
-) -> None:
+def test_stop_ends_a_tail_that_waits_or_has_not_begun(settings: Settings, sql: Conn, start_reader: StartReader) -> None:
     reader = start_reader(COMPLETION)
     reader.tail.stop()
     reader.wait_for_end()

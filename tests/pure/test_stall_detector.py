@@ -1,4 +1,4 @@
-"""When a tail says that a gap holds it up: two seconds after it came to that very gap."""
+"""When a tail reports that a gap holds it up: two seconds after it arrived at that gap."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pgcoord_cli.core.events.tail import StallDetector
 
 
 class Clock:
-    """Stands in for the clock."""
+    """Replaces the clock of the module."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -25,39 +25,39 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_a_gap_is_told_of_once_after_two_seconds(clock: Clock) -> None:
-    patience = StallDetector()
+def test_a_stall_is_reported_once_after_two_seconds(clock: Clock) -> None:
+    stall = StallDetector()
     found = []
     for clock.now in (100.0, 101.9, 102.0, 102.1, 200.0):
-        patience.note(has_moved=False, is_at_gap=True)
-        found.append(patience.is_over())
+        stall.record(has_moved=False, is_at_gap=True)
+        found.append(stall.has_begun())
     assert found == [False, False, True, False, False]
 
 
 def test_time_without_a_gap_does_not_count(clock: Clock) -> None:
-    patience = StallDetector()
+    stall = StallDetector()
     for clock.now in (100.0, 150.0):
-        patience.note(has_moved=False, is_at_gap=False)
+        stall.record(has_moved=False, is_at_gap=False)
     clock.now = 151.0
-    patience.note(has_moved=False, is_at_gap=True)
+    stall.record(has_moved=False, is_at_gap=True)
     clock.now = 152.9
-    assert not patience.is_over()
+    assert not stall.has_begun()
 
 
 def test_each_gap_has_its_own_two_seconds(clock: Clock) -> None:
-    patience = StallDetector()
-    patience.note(has_moved=False, is_at_gap=True)
+    stall = StallDetector()
+    stall.record(has_moved=False, is_at_gap=True)
     clock.now = 101.0
-    patience.note(has_moved=True, is_at_gap=True)
+    stall.record(has_moved=True, is_at_gap=True)
     clock.now = 102.5
-    assert not patience.is_over()
+    assert not stall.has_begun()
     clock.now = 103.0
-    assert patience.is_over()
+    assert stall.has_begun()
 
 
-def test_looks_come_more_and_more_rarely_until_something_moves() -> None:
-    patience = StallDetector()
-    first, second, third = (patience.next_recheck() for _ in range(3))
+def test_the_pause_before_a_read_doubles_until_the_tail_moves() -> None:
+    stall = StallDetector()
+    first, second, third = (stall.next_recheck() for _ in range(3))
     assert first < second < third
-    patience.note(has_moved=True, is_at_gap=False)
-    assert patience.next_recheck() == first
+    stall.record(has_moved=True, is_at_gap=False)
+    assert stall.next_recheck() == first

@@ -20,7 +20,7 @@ from pgcoord_cli.core.database.advisory_keys import lock_holder
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.core.events.outbox import OUTBOXES, Outbox
-from pgcoord_cli.core.events.tail import Notice, Report, silently
+from pgcoord_cli.core.events.tail import Notice, ReportNotice, ignore_notice
 from pgcoord_cli.core.locks.ownership import draw_fence, subscription_lock, take_lock
 from pgcoord_cli.db.binary import int8
 from pgcoord_cli.db.connection import mapped_errors
@@ -38,7 +38,7 @@ PATIENCE_SECONDS = 8.0
 class Subscription:
     """The checkpoint of a name, owned. Raises Busy at once when somebody else owns it."""
 
-    def __init__(self, settings: Settings, name: str, outbox: Outbox, report: Report = silently) -> None:
+    def __init__(self, settings: Settings, name: str, outbox: Outbox, report: ReportNotice = ignore_notice) -> None:
         self._settings = settings
         self._report = report
         self._name = name

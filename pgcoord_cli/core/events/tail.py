@@ -1,39 +1,42 @@
-"""Tails: reading an outbox from a cursor on, for as long as one likes, without ever missing an event (rule I10).
+"""Tails: read an outbox from a cursor on, for as long as the caller wants, and miss no event (rule I10).
 
-    for event in tail(settings, "completion", start=From.cursor(stored)):
+    for event in tail(settings, "completion", start=StartPosition.position(stored)):
         handle(event)
-        stored = event.cursor
+        stored = event.event_id
 
-**One round** reads the events after the position. While there are many, rounds follow each other; the reader's pace
-is the pace, and no more than one batch is in memory. When a round brings nothing new, the tail asks to be woken,
-lists the writers that may have missed that, and reads once more (`core.events.tail_connection`, `core.events.outbox`). Only then does it wait:
-for a notification, or for the poll interval; for moments where a writer is on its way. `core.events.watermark` decides what of
-a round may be delivered: a gap is stepped over only when nobody is left who could fill it.
+**One round** reads the events after the position. While a read returns a full batch, the next one follows at once, at
+the pace of the caller; at most one batch is in memory. When a read returns the last visible event, the tail requests
+wakeups, lists the open transactions that may not have seen the request, and reads once more
+(`core.events.tail_connection`, `core.events.outbox`). Only then it waits: for a notification or the poll interval, or
+for milliseconds while a listed transaction is open. `core.events.watermark` decides which events of a reading may be
+delivered; a tail passes a gap only when no open transaction can fill it.
 
-**Woken** by one event, the tail reads it and waits again: whoever writes still wakes it. Where events come in company,
-writers that had to notify one after the other would lose most of their pace. So then the tail says that it is awake
-and reads on every five milliseconds, until a reading brings no more than one.
+**After a wakeup** the tail reads, and waits again if it found one event; the wakeup request stays. Writers that notify
+commit one after the other, so when a read finds more than one event, the tail cancels the request and reads every
+PACE_SECONDS until a read finds at most one.
 
-**Held up.** A reading at a gap that moved nothing is followed by short ones, until one moves. When a gap stays for
-longer than two seconds, the tail names the transactions that may fill it.
+**Held up.** After a read at a gap that delivered nothing, the tail reads with a small limit until the watermark
+advances. When a gap stays for longer than STALL_SECONDS, the tail reports the transactions that may fill it.
 
-**Without follow** it ends once it has passed what was in sight when it began, or when a gap before that holds it up. It
-never asks to be woken.
+**Without `follow`** the tail ends when it has passed the last event that was visible when it began, or when it has
+been held up at a gap before that event for STALL_SECONDS. It never requests wakeups.
 
-**From now** means: whatever becomes visible from now on. Writers that are under way may hold ids below the last one
-in sight; so the tail begins before the first such gap and leaves out what was in sight already. It looks back
-100,000 ids for that. From a time on is the same, from the first event of that time on.
+**From now** means every event that becomes visible after the start. Transactions that are open at the start may hold
+ids below the highest visible one; the tail therefore begins before the first gap that they may fill, within the last
+LOOK_BACK ids, and leaves out the events that were visible at the start. A start at a time does the same from the first
+event of that time on.
 
-**Lost connections**, and queries that fail, end the connection. The tail says so, backs off, connects and goes on from
-its position. What is wrong at the very beginning is raised instead.
+**Lost connections** and failed statements close the connection. The tail reports it, backs off, reconnects and
+continues from its position. An error of the first connection is raised instead.
 
-**A crash of the server** takes with it what had not reached its disk: ids that were drawn and rolled back, and, where
-writers commit with `synchronous_commit = off`, events that have been delivered. Those ids are given out again. So a
-tail never goes beyond the last id in sight, forgets with a lost connection what was in sight beyond its position, and
-when it then finds itself ahead of the outbox, it says so and goes back to its end.
+**A crash of the server** loses what had not reached its disk: ids that were drawn and rolled back, and, where writers
+commit with `synchronous_commit = off`, events that have been delivered. The sequence hands those ids out again. A tail
+therefore never advances beyond the highest visible id. When it reconnects it forgets which ids above its position were
+visible; if the outbox now ends before its position, it reports that and moves back to the end of the outbox.
 
-**Garbage collection** raises the outbox's floor before it deletes. A tail that finds a gap looks at the floor before it
-steps over it, so that it cannot take collected events for rolled-back ones: CursorExpired.
+**Garbage collection** raises the floor of the outbox in the transaction that deletes. A tail at a gap compares its
+position with the floor before it passes the gap, so that it does not take deleted events for rolled-back ones: it
+raises CursorExpired.
 """
 
 from __future__ import annotations
@@ -54,7 +57,13 @@ from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.channels import POLL_SECONDS
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.core.events.outbox import OUTBOXES, Event, Outbox
-from pgcoord_cli.core.events.tail_connection import Bounds, Holder, Reading, TailConnection, list_holders
+from pgcoord_cli.core.events.tail_connection import (
+    BlockingTransaction,
+    Bounds,
+    Reading,
+    TailConnection,
+    list_blocking_transactions,
+)
 from pgcoord_cli.core.events.watermark import Watermark
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
@@ -62,54 +71,65 @@ from pgcoord_cli.errors import FINAL, CursorExpired, PgcoordError, UsageError
 from pgcoord_cli.settings import Settings
 
 LOOK_BACK = 100_000
-"""How many ids before the head may still be under way when a tail starts from now."""
+"""How many ids below the highest visible one are searched for gaps when a tail starts from now or from a time."""
 
 BATCH_LIMIT = 4_000
+"""Events in one read."""
+
 GAP_LIMIT = 50
-"""How many events a tail reads that is held up at a gap: enough to see whether the gap is filled, and cheap."""
+"""Events in one read at a gap: enough to see whether the gap has been filled, and cheap."""
 
 PACE_SECONDS = 0.005
-"""How long a tail that has company to read lets it gather."""
+"""Seconds between two reads of a tail that finds several events each time."""
 
-HELD_UP_AFTER = 2.0
+STALL_SECONDS = 2.0
+"""How long a tail stays at one gap before it reports what holds it up."""
+
 FIRST_RECHECK = 0.005
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 5.0
+"""Seconds until the first read again at a gap, or while a listed transaction is open; they double up to the poll."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds between attempts to connect."""
 
 _FINAL = (CursorExpired, *FINAL)
 
 
 class StartPosition(NamedTuple):
-    """Where a tail starts or ends: now, the beginning, a position, or a time in milliseconds (negative: ago)."""
+    """Where a tail starts or ends.
+
+    `how` is `now`, `beginning`, `position` (`value` is an event id) or `time` (`value` is in milliseconds since
+    1970-01-01 UTC; a negative one counts back from the server's clock).
+    """
 
     how: str
     value: int = 0
 
     @classmethod
     def now(cls) -> StartPosition:
-        """At what becomes visible from now on."""
+        """Every event that becomes visible from now on."""
         return cls("now")
 
     @classmethod
     def beginning(cls) -> StartPosition:
-        """At the oldest event that is kept."""
+        """The oldest event that garbage collection has left."""
         return cls("beginning")
 
     @classmethod
     def position(cls, event_id: int) -> StartPosition:
-        """After the event of this id."""
+        """The first event after this id."""
         return cls("position", event_id)
 
     @classmethod
     def time(cls, when: datetime | timedelta) -> StartPosition:
-        """At the first event that occurred then or later; a timedelta counts back from the server's clock."""
+        """The first event inserted at or after a time; a timedelta counts back from the server's clock."""
         if isinstance(when, timedelta):
+            # At least 1 ms, since only a negative number counts back from the server's clock.
             return cls("time", -max(1, round(when.total_seconds() * 1000)))
         return cls("time", max(0, round(when.timestamp() * 1000)))
 
 
 class Filters(NamedTuple):
-    """What to deliver; an empty filter passes everything, and an event without the value passes none on it."""
+    """Which events a tail delivers. An empty set passes every event; any other passes events whose value is in it."""
 
     partitions: frozenset[int] = frozenset()
     namespaces: frozenset[str] = frozenset()
@@ -117,7 +137,7 @@ class Filters(NamedTuple):
     kinds: frozenset[str] = frozenset()
 
     def passes(self, event: Event) -> bool:
-        """Whether an event is wanted."""
+        """Returns whether the event passes every filter."""
         return (
             (not self.partitions or event.partition_key in self.partitions)
             and (not self.namespaces or event.namespace in self.namespaces)
@@ -131,37 +151,40 @@ EVERYTHING = Filters()
 
 
 class Step(Enum):
-    """How a tail reads next, or that it waits."""
+    """What a tail does next."""
 
-    GO_ON = "read at once; no writer needs to wake this tail"
-    PACED = "the same after a moment, with a look at who may fill a gap"
-    BEFORE_WAITING = "read after asking to be woken, with a look at who may have missed that"
-    WOKEN = "read; whoever writes from now on still wakes this tail"
-    WAIT = "wait for news"
+    CATCH_UP = "cancel wakeups and read at once"
+    PACED = "pause, then cancel wakeups and read with a gap check"
+    BEFORE_WAIT = "request wakeups and read with a gap check"
+    AFTER_WAKEUP = "read; the wakeup request stays"
+    WAIT = "wait for a notification or the poll interval"
 
 
 class Batch(NamedTuple):
-    """Events in order, and the position once they are dealt with: what was filtered out or never came is passed."""
+    """Events in ascending order, and the position after them, which also passes filtered and rolled-back ids."""
 
     events: list[Event]
     position: int
 
 
 class Notice(NamedTuple):
-    """Something other than an event: `disconnected`, `connected` or `held_up`, and the cursor at that moment."""
+    """A report of a tail: `disconnected`, `connected` or `held_up`, with the cursor at that moment.
+
+    `held_event_id` and `holders`, the transactions that may still commit that event, are those of `held_up`.
+    """
 
     type: str
     cursor: str
     message: str
     held_event_id: int | None = None
-    holders: tuple[Holder, ...] = ()
+    holders: tuple[BlockingTransaction, ...] = ()
 
 
-Report = Callable[[Notice], None]
+ReportNotice = Callable[[Notice], None]
 
 
-def silently(_notice: Notice) -> None:
-    """Nobody wants to hear of it."""
+def ignore_notice(_notice: Notice) -> None:
+    """Default `report`: ignores notices."""
 
 
 def tail(
@@ -171,12 +194,13 @@ def tail(
     start: StartPosition = NOW,
     filters: Filters = EVERYTHING,
     follow: bool = True,
-    report: Report = silently,
+    report: ReportNotice = ignore_notice,
 ) -> Iterator[Event]:
-    """The events of an outbox (`lease`, `completion`), one by one, each with its cursor; endless if it is to `follow`.
+    """Yields the events of an outbox, `lease` or `completion`, in ascending order; without end if `follow`.
 
-    Raises ConnectionFailed, SchemaMissing, UnsuitableServer at the start and CursorExpired at any time; a lost
-    connection is reported and mended.
+    Raises ConnectionFailed, SchemaMissing and UnsuitableServer before the first event, UsageError if `start` lies
+    beyond the last event, and CursorExpired if garbage collection has deleted events after the position. A connection
+    that is lost later is reported to `report` and reopened.
     """
     one = Tail(settings, OUTBOXES[outbox], start=start, filters=filters, follow=follow, report=report)
     with closing(one) as reader:
@@ -196,7 +220,7 @@ class Tail:
         until: StartPosition | None = None,
         filters: Filters = EVERYTHING,
         follow: bool = True,
-        report: Report = silently,
+        report: ReportNotice = ignore_notice,
     ) -> None:
         self._settings = settings
         self._outbox = outbox
@@ -206,152 +230,177 @@ class Tail:
         self._follow = follow
         self._report = report
         self._wakeup = Wakeup()
-        self._frontier: Watermark | None = None
+        self._watermark: Watermark | None = None
         self._end: int | None = None
         self._stop_at: int | None = None
-        self._seen_before = SeenBefore(0, [])
+        self._visible_at_start = VisibleAtStart(0, [])
         self._stopping = False
 
     @property
     def position(self) -> int | None:
-        """How far this tail has read; None before it is known where it starts."""
-        return self._frontier.position if self._frontier else None
+        """The id up to which this tail has read; None before the start has been resolved."""
+        return self._watermark.position if self._watermark else None
 
     def stop(self) -> None:
-        """Asks `batches` to end after the batch in hand."""
+        """Makes `batches` end after the current batch."""
         self._stopping = True
         self._wakeup.set()
 
     def close(self) -> None:
-        """Gives back what this tail holds of the system."""
+        """Releases the descriptors of this tail."""
         self._wakeup.close()
 
     def batches(self) -> Iterator[Batch]:
-        """Batches, in order, until stopped or, without `follow`, caught up. The first one says where it starts."""
+        """Yields batches until `stop`, the end, or, without `follow`, until the tail has caught up.
+
+        The first batch is empty and holds the position at which the tail starts. Raises what `tail` raises.
+        """
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while not self._stopping:
             try:
-                with closing(TailConnection(self._settings, self._outbox, self._wakeup)) as feed:
-                    if self._frontier is None:
-                        self._frontier = self._begin(feed)
-                        yield Batch([], self._frontier.position)
+                with closing(TailConnection(self._settings, self._outbox, self._wakeup)) as connection:
+                    if self._watermark is None:
+                        self._watermark = self._begin(connection)
+                        yield Batch([], self._watermark.position)
                     else:
-                        self._say("connected", self._check_after_crash(feed, self._frontier.position))
+                        self._notify("connected", self._check_after_crash(connection, self._watermark.position))
                     backoff.reset()
-                    yield from self._read_on(feed, self._frontier)
+                    yield from self._read_on(connection, self._watermark)
                     return
             except PgcoordError as error:
-                if self._frontier is None or isinstance(error, _FINAL):
+                # Before the first position there is nothing to continue from; _FINAL errors persist after a reconnect.
+                if self._watermark is None or isinstance(error, _FINAL):
                     raise
-                self._say("disconnected", error.message)
+                self._notify("disconnected", error.message)
             self._wakeup.wait(backoff.next_pause())
 
-    def _check_after_crash(self, feed: TailConnection, position: int) -> str:
-        """Goes back to the end of the outbox if that lies before the position; returns what to say.
-
-        What was in sight beyond the position, the server may have lost, too.
-        """
-        head = feed.bounds().head
-        self._frontier = Watermark(min(head, position))
+    def _check_after_crash(self, connection: TailConnection, position: int) -> str:
+        """Moves back to the end of the outbox if that lies before `position`; returns the message to report."""
+        head = connection.bounds().head
+        # A new Watermark: the server may also have lost ids above the position that the old one had seen.
+        self._watermark = Watermark(min(head, position))
         if head >= position:
             return "connected again"
-        return f"connected again; the server has lost the events up to {position} and will give their ids to new ones"
+        return (
+            f"connected again; the server lost the events up to {position} in a crash, "
+            "and new events will get their ids"
+        )
 
-    # -- where it starts and ends
+    # -- start and end
 
-    def _begin(self, feed: TailConnection) -> Watermark:
-        bounds = feed.bounds()
-        position = self._resolve_start(feed, bounds)
+    def _begin(self, connection: TailConnection) -> Watermark:
+        bounds = connection.bounds()
+        position = self._resolve_start(connection, bounds)
         if self._until:
-            self._end = self._resolve_end(feed, self._until, bounds)
+            self._end = self._resolve_end(connection, self._until, bounds)
         ends = [self._end, None if self._follow else bounds.head]
         self._stop_at = min((end for end in ends if end is not None), default=None)
         return Watermark(position)
 
-    def _resolve_start(self, feed: TailConnection, bounds: Bounds) -> int:
+    def _resolve_start(self, connection: TailConnection, bounds: Bounds) -> int:
         how, value = self._start
         if how == "beginning":
             return bounds.collected_through
         if how == "position":
             check_position(value, bounds)
             return value
-        first = feed.first_at(value) if how == "time" else None
+        first = connection.first_at(value) if how == "time" else None
         position = bounds.head if first is None else first - 1
-        gaps = feed.gaps_before(position, LOOK_BACK)
-        self._seen_before = SeenBefore(position, gaps)
+        # Open transactions may hold ids below the position that become visible from now on.
+        gaps = connection.gaps_before(position, LOOK_BACK)
+        self._visible_at_start = VisibleAtStart(position, gaps)
         return max(gaps[0][0] - 1, bounds.collected_through) if gaps else position
 
-    def _resolve_end(self, feed: TailConnection, until: StartPosition, bounds: Bounds) -> int:
+    def _resolve_end(self, connection: TailConnection, until: StartPosition, bounds: Bounds) -> int:
         if until.how == "position":
             return until.value
-        first = feed.first_at(until.value)
+        first = connection.first_at(until.value)
         return bounds.head if first is None else first - 1
 
     # -- reading
 
-    def _read_on(self, feed: TailConnection, frontier: Watermark) -> Iterator[Batch]:
-        patience = StallDetector()
-        step, limit = Step.GO_ON, BATCH_LIMIT
+    def _read_on(self, connection: TailConnection, watermark: Watermark) -> Iterator[Batch]:
+        stall = StallDetector()
+        step, limit = Step.CATCH_UP, BATCH_LIMIT
         while not self._stopping:
-            reading = self._read(feed, frontier.position, step, limit)
-            batch = self._advance(frontier, reading)
-            limit = GAP_LIMIT if frontier.is_at_gap and batch is None else BATCH_LIMIT
-            patience.note(has_moved=batch is not None, is_at_gap=frontier.is_at_gap)
+            reading = self._read(connection, watermark.position, step, limit)
+            batch = self._advance(watermark, reading)
+            # Reads at a gap repeat; events beyond it would be fetched again each time and thrown away.
+            limit = GAP_LIMIT if watermark.is_at_gap and batch is None else BATCH_LIMIT
+            stall.record(has_moved=batch is not None, is_at_gap=watermark.is_at_gap)
             if batch:
                 yield batch
-            if self._stop_at is not None and frontier.position >= self._stop_at:
+            if self._stop_at is not None and watermark.position >= self._stop_at:
                 return
-            step = self._next_step(feed, step, reading, frontier, has_moved=batch is not None)
+            step = self._next_step(connection, step, reading, watermark, has_moved=batch is not None)
             if step is Step.PACED:
-                feed.pause(PACE_SECONDS)
+                connection.pause(PACE_SECONDS)
             elif step is Step.WAIT:
-                if not self._is_worth_waiting(feed, frontier, patience):
+                if not self._should_wait(connection, watermark, stall):
                     return
-                step = self._await_news(feed, frontier, patience, reading.writers)
+                step = self._wait(connection, watermark, stall, reading.open_transactions)
 
-    def _read(self, feed: TailConnection, position: int, step: Step, limit: int) -> Reading:
-        if step is Step.WOKEN:
-            return feed.read(position, limit)
-        if step is Step.BEFORE_WAITING and self._follow:
-            return feed.read_before_waiting(position, limit)
-        return feed.read_awake(position, limit, looking=step is not Step.GO_ON)
+    def _read(self, connection: TailConnection, position: int, step: Step, limit: int) -> Reading:
+        if step is Step.AFTER_WAKEUP:
+            return connection.read(position, limit)
+        # A tail that does not follow ends instead of waiting, so writers need not notify it.
+        if step is Step.BEFORE_WAIT and self._follow:
+            return connection.request_wakeups_and_read(position, limit)
+        return connection.cancel_wakeups_and_read(position, limit, check_gaps=step is not Step.CATCH_UP)
 
     def _next_step(
-        self, feed: TailConnection, step: Step, reading: Reading, frontier: Watermark, *, has_moved: bool
+        self, connection: TailConnection, step: Step, reading: Reading, watermark: Watermark, *, has_moved: bool
     ) -> Step:
-        """What to do after a step that brought this reading."""
-        if not reading.is_whole and not frontier.is_at_gap:
-            return Step.GO_ON
-        if has_moved and len(reading.events) > 1 and self._follow and step is not Step.GO_ON:
+        """Returns the step that follows `step`, which produced `reading`."""
+        if not reading.is_whole and not watermark.is_at_gap:
+            return Step.CATCH_UP
+        # Several events at once: notifications would serialise the commits of their writers. Not after CATCH_UP,
+        # whose last read says nothing about the rate at which events arrive.
+        if has_moved and len(reading.events) > 1 and self._follow and step is not Step.CATCH_UP:
             return Step.PACED
-        if step is Step.WOKEN and has_moved and not frontier.is_at_gap and feed.is_woken_for(POLL_SECONDS):
+        # The request must outlast the wait, or it has to be renewed first.
+        if (
+            step is Step.AFTER_WAKEUP
+            and has_moved
+            and not watermark.is_at_gap
+            and connection.has_requested_wakeups_for(POLL_SECONDS)
+        ):
             return Step.WAIT
-        if step is Step.BEFORE_WAITING and not has_moved and not frontier.needs_list:
+        # Only after a read that found nothing *after* the request: an event committed before it was not notified.
+        if step is Step.BEFORE_WAIT and not has_moved and not watermark.needs_list:
             return Step.WAIT
-        return Step.BEFORE_WAITING
+        return Step.BEFORE_WAIT
 
-    def _advance(self, frontier: Watermark, reading: Reading) -> Batch | None:
-        """What of a reading may be delivered now; None when that moves nothing."""
-        before = frontier.position
+    def _advance(self, watermark: Watermark, reading: Reading) -> Batch | None:
+        """Advances the watermark; returns the batch that may be delivered, None if the position stays.
+
+        Raises CursorExpired if garbage collection has deleted events after the position.
+        """
+        before = watermark.position
         ids = [event.event_id for event in reading.events]
-        count = frontier.advance(ids, reading.writers, is_whole=reading.is_whole)
+        count = watermark.advance(ids, reading.open_transactions, is_whole=reading.is_whole)
         if reading.bounds:
+            # Before anything is returned: the gap that was just passed may be deleted events, not rolled-back ids.
             if before < reading.bounds.collected_through:
                 raise expired(before, reading.bounds.collected_through)
+            # The end may be an id without an event; that it has been drawn lets the watermark settle up to it.
             if self._end is not None and reading.bounds.head >= self._end:
-                frontier.note_drawn(self._end)
-        if frontier.position == before:
+                watermark.note_drawn(self._end)
+        if watermark.position == before:
             return None
-        position = frontier.position if self._end is None else min(frontier.position, max(before, self._end))
-        return Batch(self._wanted(reading.events[:count]), position)
+        # Events beyond the end are not delivered, so their ids must not count as passed either.
+        position = watermark.position if self._end is None else min(watermark.position, max(before, self._end))
+        return Batch(self._select(reading.events[:count]), position)
 
-    def _wanted(self, events: list[Event]) -> list[Event]:
-        if self._end is None and self._filters == EVERYTHING and events and events[0].event_id > self._seen_before.head:
+    def _select(self, events: list[Event]) -> list[Event]:
+        # Without filters and past the start, the common case in a catch-up, no event needs to be looked at.
+        is_past_start = events and events[0].event_id > self._visible_at_start.head
+        if is_past_start and self._end is None and self._filters == EVERYTHING:
             return events
-        return [event for event in events if self._is_wanted(event)]
+        return [event for event in events if self._is_selected(event)]
 
-    def _is_wanted(self, event: Event) -> bool:
-        if event.event_id <= self._seen_before.head and event.event_id in self._seen_before:
+    def _is_selected(self, event: Event) -> bool:
+        if event.event_id in self._visible_at_start:
             return False
         if self._end is not None and event.event_id > self._end:
             return False
@@ -359,76 +408,87 @@ class Tail:
 
     # -- waiting
 
-    def _is_worth_waiting(self, feed: TailConnection, frontier: Watermark, patience: StallDetector) -> bool:
-        """Without follow, only for what fills a gap, and not for long. Says so where something holds this tail up."""
-        if patience.is_over():
-            self._say_held_up(feed, frontier)
+    def _should_wait(self, connection: TailConnection, watermark: Watermark, stall: StallDetector) -> bool:
+        """Reports a stall; returns whether to wait. A tail that does not follow waits at a gap, until the stall."""
+        if stall.has_begun():
+            self._report_stall(connection, watermark)
             return self._follow
-        return self._follow or frontier.is_at_gap
+        return self._follow or watermark.is_at_gap
 
-    def _await_news(
-        self, feed: TailConnection, frontier: Watermark, patience: StallDetector, writers: Sequence[str] | None
+    def _wait(
+        self,
+        connection: TailConnection,
+        watermark: Watermark,
+        stall: StallDetector,
+        open_transactions: Sequence[str] | None,
     ) -> Step:
-        """Until there may be something new. Who is on the way now may not have been told that this tail sleeps."""
-        if frontier.is_at_gap or writers:
-            feed.wait(patience.next_recheck())
-            return Step.BEFORE_WAITING
-        return Step.WOKEN if feed.wait(POLL_SECONDS) else Step.BEFORE_WAITING
+        """Blocks until there may be new events; returns the step that reads them."""
+        # A transaction that was open when wakeups were requested may commit without notifying, and a rollback, which
+        # settles a gap as well, never notifies. Neither may cost a whole poll interval.
+        if watermark.is_at_gap or open_transactions:
+            connection.wait(stall.next_recheck())
+            return Step.BEFORE_WAIT
+        # Also without a notification: NOTIFY only wakes (rule I7).
+        return Step.AFTER_WAKEUP if connection.wait(POLL_SECONDS) else Step.BEFORE_WAIT
 
-    def _say_held_up(self, feed: TailConnection, frontier: Watermark) -> None:
-        holders = tuple(feed.holders())
-        missing = frontier.position + 1
+    def _report_stall(self, connection: TailConnection, watermark: Watermark) -> None:
+        holders = tuple(connection.blocking_transactions())
+        missing = watermark.position + 1
         who = "; ".join(map(str, holders)) or "a transaction that has just ended"
-        self._say("held_up", f"event {missing} may still come: {who}", missing, holders)
+        self._notify("held_up", f"event {missing} may still be committed by {who}", missing, holders)
 
-    def _say(self, kind: str, message: str, held: int | None = None, holders: tuple[Holder, ...] = ()) -> None:
+    def _notify(
+        self, kind: str, message: str, held: int | None = None, holders: tuple[BlockingTransaction, ...] = ()
+    ) -> None:
         self._report(Notice(kind, to_cursor(self.position or 0), message, held, holders))
 
 
-class SeenBefore:
-    """What a tail from now, or from a time, leaves out: ids up to `head` that do not lie in one of the `gaps`."""
+class VisibleAtStart:
+    """The ids that were visible when the tail started, which it leaves out: those up to `head` outside of `gaps`."""
 
     def __init__(self, head: int, gaps: list[tuple[int, int]]) -> None:
         self.head = head
         self._gaps = gaps
 
     def __contains__(self, event_id: int) -> bool:
+        if event_id > self.head:
+            return False
         place = bisect_right(self._gaps, event_id, key=lambda gap: gap[0]) - 1
-        is_in_gap = place >= 0 and event_id <= self._gaps[place][1]
-        return event_id <= self.head and not is_in_gap
+        return place < 0 or event_id > self._gaps[place][1]
 
 
 class StallDetector:
-    """How long a tail has been waiting for the same thing: looks come more rarely, and once it is held up for long."""
+    """How long a tail has been at one gap: spaces its reads out, and detects once a gap that it is held up."""
 
     def __init__(self) -> None:
         self._recheck = FIRST_RECHECK
-        self._over_at: float | None = None
+        self._begins_at: float | None = None
 
-    def note(self, *, has_moved: bool, is_at_gap: bool) -> None:
-        """After each reading: what came of it."""
+    def record(self, *, has_moved: bool, is_at_gap: bool) -> None:
+        """Records the result of a read."""
         if has_moved:
             self._recheck = FIRST_RECHECK
+        # A gap at which the tail arrives by moving is another gap, and gets its own STALL_SECONDS.
         if has_moved or not is_at_gap:
-            self._over_at = None
-        if is_at_gap and self._over_at is None:
-            self._over_at = time.monotonic() + HELD_UP_AFTER
+            self._begins_at = None
+        if is_at_gap and self._begins_at is None:
+            self._begins_at = time.monotonic() + STALL_SECONDS
 
     def next_recheck(self) -> float:
-        """Seconds until the next look."""
+        """Returns the seconds until the next read, which double from call to call until the tail moves."""
         seconds, self._recheck = self._recheck, min(self._recheck * 2, POLL_SECONDS)
         return seconds
 
-    def is_over(self) -> bool:
-        """Whether it is time to say that a gap holds this tail up; true once a gap."""
-        over = self._over_at is not None and time.monotonic() >= self._over_at
-        if over:
-            self._over_at = math.inf
-        return over
+    def has_begun(self) -> bool:
+        """Returns True once for each gap that stayed for STALL_SECONDS."""
+        begun = self._begins_at is not None and time.monotonic() >= self._begins_at
+        if begun:
+            self._begins_at = math.inf
+        return begun
 
 
 def check_position(position: int, bounds: Bounds) -> None:
-    """UsageError when nothing has got that far, CursorExpired when what comes next is not kept any more."""
+    """Raises UsageError if `position` is beyond the last event, CursorExpired if events after it were deleted."""
     if position > bounds.head:
         raise UsageError(
             f"cursor {to_cursor(position)} is ahead of the outbox, which ends at {to_cursor(bounds.head)}",
@@ -439,22 +499,25 @@ def check_position(position: int, bounds: Bounds) -> None:
 
 
 def expired(position: int, collected_through: int) -> CursorExpired:
-    """What to say of a position whose next events have been deleted."""
+    """Returns the error for a position whose next events have been deleted; `resume_at` is the first valid cursor."""
     error = CursorExpired(
-        f"events after cursor {to_cursor(position)} have been collected as garbage",
-        hint=f"resume at the oldest that is kept: --from {to_cursor(collected_through)}",
+        f"garbage collection has deleted events after cursor {to_cursor(position)}",
+        hint=f"resume at the oldest event that is kept: --from {to_cursor(collected_through)}",
     )
     error.resume_at = to_cursor(collected_through)
     return error
 
 
 def lag_document(conn: Connection[Any], outbox: Outbox, position: int) -> dict[str, Any]:
-    """How far behind a position is: events that wait, the last in sight, and who may hold one that is not seen yet."""
+    """Returns how far `position` is behind: the number of events after it, the last cursor, the oldest open writer.
+
+    Raises what `check_position` raises.
+    """
     with mapped_errors():
         bounds = Bounds(*(conn.execute(sql("tail", f"{outbox.noun}_bounds")).fetchone() or (0, 0)))
         check_position(position, bounds)
         (waiting,) = conn.execute(sql("tail", f"{outbox.noun}_count"), [position]).fetchone() or (0,)
-    holders = [holder._asdict() for holder in list_holders(conn, outbox)]
+    holders = [holder._asdict() for holder in list_blocking_transactions(conn, outbox)]
     return {
         "outbox": outbox.table,
         "position": to_cursor(position),

@@ -1,10 +1,10 @@
-"""A feed: one connection to an outbox, with every statement that a tail runs over it.
+"""The connection of a tail: one session that listens to an outbox and runs every statement that the tail needs.
 
-The same connection listens and reads, so that one that went silent is noticed by whichever statement comes next: every
-statement has to be answered within PATIENCE_SECONDS, and a tail runs one at least once in a poll interval.
+One connection both listens and reads, so the next statement detects a connection that no longer answers: each must be
+answered within ANSWER_TIMEOUT_SECONDS, and a tail runs at least one in every poll interval.
 
-Statements that belong together go out as one unit, and their order matters. Each sees what was committed when it
-began: the session is READ COMMITTED whatever the server's default.
+Statements that belong together are sent as one pipeline, and their order matters. The session is READ COMMITTED
+whatever the server's default, so each statement sees what was committed when it began.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from pgcoord_cli.db.pipeline import BoundStatement, Pipeline
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.settings import Settings
 
-WAKE_SECONDS = 3
-"""How long writers go on waking a tail that has not asked anew: some poll intervals."""
+WAKEUP_REQUEST_SECONDS = 3
+"""How long writers notify a tail that does not renew its request: a few poll intervals."""
 
-PATIENCE_SECONDS = 8.0
-"""How long an answer may take before the connection is taken for dead."""
+ANSWER_TIMEOUT_SECONDS = 8.0
+"""How long a statement may go unanswered before the connection counts as lost."""
 
 
-class Holder(NamedTuple):
-    """A transaction that may hold an event that is not yet to be seen; of a prepared one, `application` is its name."""
+class BlockingTransaction(NamedTuple):
+    """An open transaction that may still commit an event of an outbox.
+
+    `since` is when it began. A prepared transaction has no `pid`; its `application` is its global identifier.
+    """
 
     pid: int | None
     application: str | None
@@ -49,34 +52,38 @@ class Holder(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """The last event in sight, and up to which garbage collection has deleted."""
+    """`head` is the highest visible event id, `collected_through` the id up to which gc may have deleted events."""
 
     head: int
     collected_through: int
 
 
 class Reading(NamedTuple):
-    """At most `limit` events after a position; of a look, also the announced writers before it and the bounds after."""
+    """At most `limit` events after a position, ascending.
+
+    A gap check also holds the transactions that were open before the events were read, and the bounds read after them.
+    """
 
     events: list[Event]
     limit: int
-    writers: list[str] | None = None
+    open_transactions: list[str] | None = None
     bounds: Bounds | None = None
 
     @property
     def is_whole(self) -> bool:
-        """Whether these are all that were there."""
+        """Whether no further event was visible after these."""
         return len(self.events) < self.limit
 
 
 class TailConnection:
-    """A listening connection to one outbox. Raises ConnectionFailed and others of psycopg's errors, translated."""
+    """A listening connection to one outbox. Raises ConnectionFailed and psycopg's other errors translated."""
 
     def __init__(self, settings: Settings, outbox: Outbox, wakeup: Wakeup) -> None:
         self._outbox = outbox
         self._table = outbox.table.encode()
-        self._wake_until: int | None = None
-        self._is_woken_until = 0.0
+        self._requested: int | None = None
+        self._requested_until = 0.0
+        # It writes no table, but `setval` for the wakeup request is refused on a standby, as any write is.
         self._conn = open_session(settings, "tail", writes=True)
         try:
             with mapped_errors():
@@ -86,64 +93,75 @@ class TailConnection:
             raise
 
     def _prepare(self, settings: Settings, wakeup: Wakeup) -> None:
+        # LISTEN before the first read: what is committed after it is notified, what was committed before is read.
         self._notifications = listen(self._conn, [channels.outbox(settings.schema, self._outbox.table)], wakeup)
         self._conn.execute(sql("session", "plan_once"))
-        self._pipeline = Pipeline(self._conn, PATIENCE_SECONDS)
+        self._pipeline = Pipeline(self._conn, ANSWER_TIMEOUT_SECONDS)
 
     def close(self) -> None:
-        """Ends the connection.
-
-        What it asked for runs out by itself: to take it back would speak for other tails that wait.
-        """
+        """Closes the connection."""
+        # The wakeup request is left to expire: another tail may rely on the same value of the sequence.
         self._conn.close()
 
     def wait(self, seconds: float) -> bool:
-        """Waits for a notification, the wakeup or the time; whether it was a notification."""
+        """Blocks until a notification, the wakeup or `seconds`; returns whether a notification arrived."""
         with mapped_errors():
             return bool(self._notifications.wait(seconds))
 
     def pause(self, seconds: float) -> None:
-        """Waits for the wakeup or the time, whoever notifies."""
+        """Blocks until the wakeup or for `seconds`; notifications do not end it."""
         with mapped_errors():
             self._notifications.pause(seconds)
 
-    # -- reading on
+    # -- reading
 
     def read(self, position: int, limit: int) -> Reading:
-        """The next events. Whether writers wake this tail stays as it is."""
+        """Reads the events after `position`. The wakeup request stays as it is."""
         return Reading(self._events(self._run([self._rows(position, limit)])[0]), limit)
 
-    def read_awake(self, position: int, limit: int, *, looking: bool) -> Reading:
-        """The next events, or a look at them; no writer needs to wake this tail from now on."""
-        first = self._staying_awake()
-        wanted = self._look(position, limit) if looking else [self._rows(position, limit)]
-        found = self._run([*first, *wanted])[len(first) :]
-        return self._looked(found, limit) if looking else Reading(self._events(found[0]), limit)
+    def cancel_wakeups_and_read(self, position: int, limit: int, *, check_gaps: bool) -> Reading:
+        """Cancels this tail's wakeup request, then reads the events after `position`, on request as a gap check."""
+        cancellation = self._take_cancellation()
+        wanted = self._gap_check(position, limit) if check_gaps else [self._rows(position, limit)]
+        results = self._run([*cancellation, *wanted])[len(cancellation) :]
+        return self._checked_reading(results, limit) if check_gaps else Reading(self._events(results[0]), limit)
 
-    def _staying_awake(self) -> list[BoundStatement]:
-        """Takes back what `read_before_waiting` asked for, if it did."""
-        asked, self._wake_until, self._is_woken_until = self._wake_until, None, 0.0
-        return [] if asked is None else [(sql("tail", "stay_awake"), [self._table, int8(asked)])]
+    def _take_cancellation(self) -> list[BoundStatement]:
+        """Returns the statement that cancels this tail's wakeup request, or none if there is no request."""
+        requested, self._requested, self._requested_until = self._requested, None, 0.0
+        # The statement compares the value, so that it does not cancel a request that another tail has made since.
+        return [] if requested is None else [(sql("tail", "cancel_wakeups"), [self._table, int8(requested)])]
 
-    def read_before_waiting(self, position: int, limit: int) -> Reading:
-        """Has the writers wake this tail from now on; lists those who may have missed that; reads."""
-        woken_until = time.monotonic() + WAKE_SECONDS
-        asking = sql("tail", "ask_to_be_woken"), [self._table, int4(WAKE_SECONDS)]
-        wake_until, *found = self._run([asking, *self._look(position, limit)])
-        self._wake_until, self._is_woken_until = wake_until[0][0], woken_until
-        return self._looked(found, limit)
+    def request_wakeups_and_read(self, position: int, limit: int) -> Reading:
+        """Requests wakeups for WAKEUP_REQUEST_SECONDS, then reads the events after `position` as a gap check."""
+        # From before the statement is sent: the server counts from later, so this end is never past the server's.
+        requested_until = time.monotonic() + WAKEUP_REQUEST_SECONDS
+        request = sql("tail", "request_wakeups"), [self._table, int4(WAKEUP_REQUEST_SECONDS)]
+        # The request comes before the list of the gap check: a writer that read the sequence too early to see the
+        # request had its lock before, so it is in the list, unless it has committed and its events are in the rows.
+        requested, *results = self._run([request, *self._gap_check(position, limit)])
+        self._requested, self._requested_until = requested[0][0], requested_until
+        return self._checked_reading(results, limit)
 
-    def is_woken_for(self, seconds: float) -> bool:
-        """Whether the writers wake this tail for at least so long; of those that `read_before_waiting` did not list."""
-        return time.monotonic() + seconds < self._is_woken_until
+    def has_requested_wakeups_for(self, seconds: float) -> bool:
+        """Returns whether the wakeup request still lasts for at least `seconds`.
 
-    def _look(self, position: int, limit: int) -> list[BoundStatement]:
-        """The bounds come last: what was collected as garbage before the reading shows in them."""
-        return [(sql("tail", "writers"), [self._table]), self._rows(position, limit), self._bounds()]
+        A transaction that the gap check of the request listed as open may nevertheless commit without notifying.
+        """
+        return time.monotonic() + seconds < self._requested_until
 
-    def _looked(self, found: list[list[tuple[Any, ...]]], limit: int) -> Reading:
-        writers, rows, bounds = found
-        return Reading(self._events(rows), limit, writers[0][0], Bounds(*bounds[0]))
+    def _gap_check(self, position: int, limit: int) -> list[BoundStatement]:
+        return [
+            # Before the rows: the watermark's proof needs a list that is older than the reading.
+            (sql("tail", "open_transactions"), [self._table]),
+            self._rows(position, limit),
+            # After the rows: gc raises the floor in the transaction that deletes, so rows that it removed show here.
+            self._bounds(),
+        ]
+
+    def _checked_reading(self, results: list[list[tuple[Any, ...]]], limit: int) -> Reading:
+        open_transactions, rows, bounds = results
+        return Reading(self._events(rows), limit, open_transactions[0][0], Bounds(*bounds[0]))
 
     def _rows(self, position: int, limit: int) -> BoundStatement:
         return sql("tail", f"{self._outbox.noun}_events"), [int8(position), int4(limit)]
@@ -152,46 +170,55 @@ class TailConnection:
         return sql("tail", f"{self._outbox.noun}_bounds"), []
 
     def _events(self, rows: list[tuple[Any, ...]]) -> list[Event]:
-        """What `_make` does, without its check of the length: half the time."""
+        # NamedTuple._make would also check the length of each row, which doubles the time; the SQL fixes it.
         return list(map(partial(tuple.__new__, self._outbox.event), rows))
 
     def _run(self, statements: Sequence[BoundStatement]) -> list[list[tuple[Any, ...]]]:
         with mapped_errors():
             return self._pipeline.run(statements)
 
-    # -- looking
+    # -- positions
 
     def bounds(self) -> Bounds:
-        """Where the outbox begins and ends at this moment."""
+        """Returns the bounds of the outbox at this moment."""
         return Bounds(*self._run([self._bounds()])[0][0])
 
     def gaps_before(self, position: int, depth: int) -> list[tuple[int, int]]:
-        """The gaps, among the last `depth` ids up to a position, that a writer may still fill."""
+        """Returns the gaps in the last `depth` ids up to `position` that an open transaction may still fill.
+
+        Each gap is its first and its last missing id; the list is ascending.
+        """
         after = max(0, position - depth)
-        writers, gaps = self._run(
+        open_transactions, gaps = self._run(
             [
-                (sql("tail", "writers"), [self._table]),
+                # Before the gaps: a transaction that ends in between has made its events visible to the second.
+                (sql("tail", "open_transactions"), [self._table]),
                 (sql("tail", f"{self._outbox.noun}_gaps"), [int8(after), int8(position)]),
             ]
         )
-        return [(first, last) for first, last in gaps] if writers[0][0] else []
+        return [(first, last) for first, last in gaps] if open_transactions[0][0] else []
 
     def first_at(self, milliseconds: int) -> int | None:
-        """The first event that was inserted at a time or later, or so many milliseconds ago if negative."""
+        """Returns the id of the first event inserted at or after a time, or None if there is none.
+
+        `milliseconds` counts from 1970-01-01 UTC; a negative number counts back from the server's clock.
+        """
         row = self._fetchone(sql("tail", f"{self._outbox.noun}_first_at"), [milliseconds])
         return row[0] if row else None
 
     def _fetchone(self, statement: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
-        """For what may take long: as long as a statement may take."""
+        # Not through the pipeline: this search may take longer than ANSWER_TIMEOUT_SECONDS; the session's
+        # statement_timeout bounds it.
         with mapped_errors():
             return self._conn.execute(statement, values).fetchone()
 
-    def holders(self) -> list[Holder]:
-        """Who the announced writers are, longest first."""
-        return list_holders(self._conn, self._outbox)
+    def blocking_transactions(self) -> list[BlockingTransaction]:
+        """Returns the open transactions that may still commit events, the oldest first."""
+        return list_blocking_transactions(self._conn, self._outbox)
 
 
-def list_holders(conn: Connection[Any], outbox: Outbox) -> list[Holder]:
-    """Who may hold events of an outbox that are not yet to be seen, longest first."""
+def list_blocking_transactions(conn: Connection[Any], outbox: Outbox) -> list[BlockingTransaction]:
+    """Returns the open transactions that may still commit events of `outbox`, the oldest first."""
     with mapped_errors():
-        return [Holder(*row) for row in conn.execute(sql("tail", "holders"), [outbox.table])]
+        rows = conn.execute(sql("tail", "blocking_transactions"), [outbox.table])
+        return [BlockingTransaction(*row) for row in rows]
