@@ -25,14 +25,14 @@ SELECT version, answered_at
   FROM commit_alone($1::uuid, $2::bigint, $3::uuid, $4::bigint, $5::bytea[], $6::bytea[], $7::bytea[], $8::bytea[],
                     $9::bytea[], $10::bytea[], $11::bytea[], $12::bytea[], $13::text);
 
--- name: lock_out_lone_commits
--- Waits, up to a limit, for the commit that a client is making by itself, and keeps others from making any. The limit is for that wait alone.
+-- name: block_direct_commits
+-- Waits for a direct commit in progress, at most for the timeout $1, and blocks further ones. The timeout is for this wait only.
 SELECT pg_advisory_lock_shared('commit_requests'::regclass::oid::integer, 0) IS NOT NULL AS is_locked_out,
        set_config('lock_timeout', '0', true) AS lock_timeout
   FROM set_config('lock_timeout', $1::text, true);
 
--- name: let_lone_commits_in
--- Lets clients commit by themselves again.
+-- name: admit_direct_commits
+-- Lets clients make direct commits again.
 SELECT pg_advisory_unlock_shared('commit_requests'::regclass::oid::integer, 0) AS is_unlocked;
 
 -- name: claim

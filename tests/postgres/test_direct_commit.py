@@ -413,7 +413,7 @@ def test_i1_a_direct_commit_between_claim_and_settlement_rolls_the_batch_back_wh
 ) -> None:
     """The lock would prevent this; here the leader cannot get it, so that only the fence protects the data."""
     sql.execute("SELECT pg_advisory_lock('commit_requests'::regclass::oid::integer, 0)")
-    monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
+    monkeypatch.setattr(resolver, "BLOCK_TIMEOUT", b"1ms")
     enqueue(sql, codec.encode(Request((b"k",), (), (), (Mutation(Op.SET, b"stale", b"v"),))), 0)
     enqueue(sql, codec.encode(Request((), (), (), (Mutation(Op.SET, b"blind", b"v"),))), 0)
     decide = resolver.decide
@@ -462,7 +462,7 @@ def test_a_leader_without_the_lock_tries_for_it_again_with_each_batch(
     sql: Sql, leader: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A direct commit that is stuck ends some time. Until the leader has the lock, others can roll its batches back."""
-    monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
+    monkeypatch.setattr(resolver, "BLOCK_TIMEOUT", b"1ms")
     shared = f"{LOCKS} AND mode = 'ShareLock'"
     blind = codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),)))
     with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder:
@@ -470,18 +470,18 @@ def test_a_leader_without_the_lock_tries_for_it_again_with_each_batch(
         for _ in range(2):
             enqueue(sql, blind, 0)
         assert (leader.resolve_batch(), value(sql, shared)) == (2, 0)
-        assert leader._lock_out_within == resolver.LOCK_OUT_AGAIN, "the long wait is not repeated for each batch"
+        assert leader._block_timeout == resolver.BLOCK_RETRY_TIMEOUT, "the long wait is not repeated for each batch"
     for _ in range(2):
         enqueue(sql, blind, 0)
     assert (leader.resolve_batch(), value(sql, shared)) == (2, 1)
-    assert leader._lock_out_within == resolver.LOCK_OUT_WITHIN
+    assert leader._block_timeout == resolver.BLOCK_TIMEOUT
 
 
 def test_the_limit_of_the_lock_wait_does_not_apply_to_a_locked_table(
     sql: Sql, leader: Resolver, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An ALTER TABLE of an operator is no direct commit: the leader waits for it, and later releases its own lock."""
-    monkeypatch.setattr(resolver, "LOCK_OUT_WITHIN", b"1ms")
+    monkeypatch.setattr(resolver, "BLOCK_TIMEOUT", b"1ms")
     leader.resolve_batch()
     enqueue(sql, codec.encode(Request((), (), (), (Mutation(Op.SET, b"k", b"v"),))), 0)
     with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as holder, ThreadPoolExecutor(1) as pool:
@@ -512,7 +512,7 @@ def test_i8_the_floors_rise_without_any_queued_request(
     sql: Sql, leader: Resolver, leader_conn: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even with direct commits only, a successor reads no more than the window, and the queue floor rises."""
-    monkeypatch.setattr(resolver, "NOTE_AFTER", 10)
+    monkeypatch.setattr(resolver, "STORE_FLOORS_AFTER", 10)
     monkeypatch.setattr(resolver, "OBSERVE_AFTER", 10)
     for version in range(40):
         commit_directly(sql, version)
@@ -529,7 +529,7 @@ def test_i8_the_floors_rise_without_any_queued_request(
 
 
 def test_i2_a_superseded_leader_raises_no_floors(sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolver, "NOTE_AFTER", 0)
+    monkeypatch.setattr(resolver, "STORE_FLOORS_AFTER", 0)
     commit_directly(sql, 0)
     next_epoch(sql)
     with pytest.raises(Fenced):

@@ -169,8 +169,8 @@ EXPECTED = {
         "uuid, bigint, uuid, bigint, bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], text",
         "version bigint, answered_at timestamptz",
     ),
-    "commits.lock_out_lone_commits": Shape("text", "is_locked_out boolean, lock_timeout text"),
-    "commits.let_lone_commits_in": Shape("", "is_unlocked boolean"),
+    "commits.block_direct_commits": Shape("text", "is_locked_out boolean, lock_timeout text"),
+    "commits.admit_direct_commits": Shape("", "is_unlocked boolean"),
     "commits.settle": Shape(
         "bigint, uuid, bigint, bigint, bigint, bigint, bigint, bigint[], text[], bigint[], text[]",
         "settle_commits void",

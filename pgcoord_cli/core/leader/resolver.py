@@ -1,39 +1,40 @@
-"""The resolver: drains the queue of commit requests under one leadership.
+"""The resolver: settles the queue of commit requests during one term.
 
-**A batch** is claimed (the oldest pending requests, no locks), decided in memory, folded into one write set, and
-applied in one PostgreSQL transaction that is sent as a whole, so that a leader that freezes leaves none open half
-way: `write_data`, and at the end `settle_commits`, which sets the statuses, checks the fence, advances the durable
-version and wakes the clients. Either all of it happens or nothing (rules I2, I5).
+**A batch** is claimed (the oldest pending requests, without row locks), decided in memory, folded into one write set,
+and applied in one PostgreSQL transaction. The transaction is sent as a whole, so that a leader that freezes leaves none
+open half way: `write_data`, and last `settle_commits`, which sets the statuses, checks the fence, advances the durable
+version and notifies the clients. All of it takes effect or nothing (rules I2, I5).
 
-**Deciding.** In queue order. A payload that cannot be decoded is `rejected`. A read version below the conflict floor is
-`too_old`. So is one that was read under another term, unless `leader_history` has that very term and the read version
-is at most its last version: a failover to a standby that lagged, or a restored backup, has lost what was read, and
-gives its versions to other commits (rule I2). A read version above the durable version of the present term is
-`rejected`. A request whose reads were written since is a `conflict`. Any other gets the next version, and its writes
-enter the window at once, so that later requests of the same batch are checked against it.
+**Deciding** is done in queue order. A read version below the conflict floor is `too_old`. So is one that was read under
+another term, unless `leader_history` has that very term and the read version is at most its last version: a failover
+to a standby that lagged, or a restored backup, has lost what was read, and gives its versions to other commits
+(rule I2). A read version above the durable version of the present term is `rejected`, and so is a payload that cannot
+be decoded. A request whose reads were written since its read version is a `conflict`. Any other gets the next version,
+and its writes enter the window at once, so that later requests of the same batch are checked against them.
 
-**When PostgreSQL refuses a batch** for a reason that lies in the data, the window is rebuilt and the same requests are
-tried one by one; the one that is refused alone is `rejected` with PostgreSQL's reason (rule I6). When it undoes a
-batch because somebody else was in the way, the window is rebuilt and the batch is claimed again.
+**When PostgreSQL refuses a batch** because of its data, the window is rebuilt and the same requests are tried one by
+one; the request that is refused by itself is `rejected` with PostgreSQL's reason (rule I6). When a batch is rolled back
+because of a concurrent transaction, the window is rebuilt and the batch is claimed again.
 
-**When the fate of a batch is unknown**, because the connection broke, nothing is retried: the leadership ends, and
-whoever leads next, perhaps this very process, starts from what the database holds.
+**When the outcome of a batch is unknown**, because the connection was lost, nothing is retried: the term ends, and the
+next leader, which may be this process, starts from what the database holds.
 
-**Lone commits.** While the resolver works, no client commits by itself (`core.kv.direct_commit`); before it begins to, it takes
-in what such clients have committed. It rests, and lets them, once it has settled a single request and nothing
-else was there: many at once are better served by a leader. To look at the queue without having been called is no work
-yet.
+**Direct commits.** While the resolver is busy, it blocks direct commits (`core.kv.direct_commit`); before its first
+batch it adds those that were made meanwhile to its window. It admits them again once a claim has found at most one
+request and left none: many at once are better served by the leader. A claim that no notification caused does not make
+the resolver busy unless it finds a request.
 
-**The queue floor.** Ids become visible out of order, so "above the last id seen" would miss requests. The resolver
-notes the last id drawn and the transactions that hold a row-exclusive lock on the queue; those are the only ones that
-can still bring an id up to there to light. When all of them are gone, and a claim made after that has been
-settled, every id up to the noted one is settled for ever, and claims start above it. So a claim costs what is
-new, not what is stored; raising the floor costs something too, so that a few hundred settled requests are let be. After
-a restart, a prepared transaction goes by another name than before, so each of those counts (`core.database.open_transactions`).
+**The queue floor.** Ids become visible out of order, so a claim of the ids above the last one seen would miss requests.
+The resolver notes the last id that was drawn and the transactions that hold a row-exclusive lock on the queue: only
+these can still make an id up to that one visible. When all of them have ended, and a claim made after that has been
+settled, every id up to the noted one is settled for good, and claims start above it. So a claim costs what is new, not
+what is stored. Raising the floor has a cost too, so up to OBSERVE_AFTER settled requests may lie above it. After a
+restart of the server a prepared transaction has another name than before, so each of those counts as noted
+(`core.database.open_transactions`).
 
-**Plans.** Every statement here looks rows up by index, whatever the statistics say, so the session has them planned
-once and for that (`session.plan_once`): planning anew cost more than all else in a small batch, and a plan made while
-a table was empty must not scan it when it is full.
+**Plans.** Every statement here looks rows up by index, whatever the statistics say, so the session plans each once and
+for that (`session.plan_once`): planning anew cost more than all else in a small batch, and a plan made while a table
+was empty must not scan it when it is full.
 """
 
 from __future__ import annotations
@@ -63,25 +64,25 @@ BATCH_BYTES = 50_000_000
 """A batch ends with the payload that reaches this; PostgreSQL takes no statement of more than a gigabyte."""
 
 OBSERVE_AFTER = 200
-"""So many settled requests above the queue floor cost a claim less than raising the floor would."""
+"""Settled requests above the queue floor from which on the floor is raised. Fewer cost a claim less than raising it."""
 
-NOTE_AFTER = 200
-"""So many commits that clients made alone are a stretch that a successor should not have to read."""
+STORE_FLOORS_AFTER = 200
+"""Direct commits after which the floors are stored without a batch, so that the next leader need not read them all."""
 
-LOCK_OUT_WITHIN, LOCK_OUT_AGAIN = b"2s", b"20ms"
-"""How long the leader waits for a commit that a client is making by itself; and then, as long as that was in vain."""
+BLOCK_TIMEOUT, BLOCK_RETRY_TIMEOUT = b"2s", b"20ms"
+"""How long the leader waits for a direct commit in progress, and how long after a wait that has timed out."""
 
 FENCED = "PC001"
 ALREADY_SETTLED = "PC002"
 COMMITTED_SINCE = "PC003"
-IN_THE_WAY = (ALREADY_SETTLED, COMMITTED_SINCE, "40001", "40P01")  # the last two: serialization failure, deadlock
+RETRYABLE = (ALREADY_SETTLED, COMMITTED_SINCE, "40001", "40P01")  # the last two: serialization failure, deadlock
 
 
 class Claimed(NamedTuple):
-    """A pending request as the leader sees it; `claimed_at` is the server's clock.
+    """A pending request; `claimed_at` is by the server's clock.
 
-    `read_limit` is the last version that could be read under the term that the client read under; None: it is the
-    present term, whose last version is the durable version; -1: this database does not know that term.
+    `read_limit` is the last version of the term that the client read under. None: it is the present term, whose last
+    version is the durable version. -1: this database does not know that term.
     """
 
     id: int
@@ -92,7 +93,7 @@ class Claimed(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What becomes of one request. `request` is there when it was committed."""
+    """The decision on one request, with its final status. `request` is set if that is committed."""
 
     id: int
     status: str
@@ -102,13 +103,14 @@ class Verdict(NamedTuple):
 
 
 def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed]) -> list[Verdict]:
-    """One verdict a request, in order; committed writes enter `window`. Reads no clock and no database."""
+    """Returns one verdict for each request, in order, and adds committed writes to `window`. Pure."""
     verdicts = []
     version = durable_version
     for claimed in batch:
-        verdict = _judge(window, version, claimed)
+        verdict = _decide_one(window, version, claimed)
         if verdict.request:
-            version += 1
+            version += 1  # dense, as later readers of the table expect (rule I5)
+            # Stamped before they are recorded: only now it is known which key a stamped key is.
             request = mutations.with_stamps(verdict.request, version)
             window.record(version, *mutations.writes_of(request))
             verdict = Verdict(claimed.id, "committed", version, None, request)
@@ -116,10 +118,11 @@ def decide(window: ConflictWindow, durable_version: int, batch: Iterable[Claimed
     return verdicts
 
 
-def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Verdict:
+def _decide_one(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Verdict:
+    # Before all else, because below the floor no check of conflicts is possible (rule I4).
     if claimed.read_version < window.floor:
         return Verdict(claimed.id, "too_old", reason=f"read at {claimed.read_version}, checkable from {window.floor}")
-    # A failover to a standby that lagged, or a restored backup: other commits have got, or will get, these versions.
+    # After a failover to a standby that lagged, or a restore, other commits have got or will get these versions.
     if claimed.read_limit is not None and claimed.read_version > claimed.read_limit:
         return Verdict(claimed.id, "too_old", reason=f"read version {claimed.read_version} was lost with its term")
     if claimed.read_version > durable_version:
@@ -134,49 +137,51 @@ def _judge(window: ConflictWindow, durable_version: int, claimed: Claimed) -> Ve
 
 
 class Resolver:
-    """Resolves requests over `conn` for as long as `term` lasts. Raises Fenced when it is over."""
+    """Settles commit requests over `conn` during `term`. Raises Fenced once the term has ended, and psycopg.Error."""
 
     def __init__(self, conn: Connection[Any], term: Term, abandon: int | None = None) -> None:
-        """`abandon` is a descriptor; when it becomes readable, an answer that has not come is not waited for."""
+        """`abandon` is a descriptor: when it becomes readable, the connection is closed instead of waiting on."""
         self._conn = conn
         self._pipeline = Pipeline(conn, abandon=abandon)
         self._term = term
         self._floor = QueueFloor(term.queue_floor_id)
         self._above_floor = 0
         self._one_by_one_up_to = 0
-        self._is_working = False
-        self._keeps_out = False
-        self._lock_out_within = LOCK_OUT_WITHIN
+        self._is_busy = False
+        self._blocks_direct_commits = False
+        self._block_timeout = BLOCK_TIMEOUT
         self.has_more = True
-        """Whether the last claim left something behind: otherwise a notification will come for what is new."""
+        """Whether the last claim may have left requests; if not, a notification comes with the next one."""
         self._recent = self._load(term.conflict_floor, term.window_start_id)
-        self._unnoted = 0
+        self._direct_commits_since_floors = 0
 
     @property
     def durable_version(self) -> int:
-        """The version of the last commit that is known of."""
+        """The version of the last commit that this resolver knows."""
         return self._recent.durable_version
 
     def _load(self, floor: int, start_id: int) -> RecentCommits:
-        """What was committed above a floor, as it is stored (rule I8)."""
+        """Reads the stored commits above a floor and a request id (rule I8)."""
         cursor = self._conn.cursor(binary=True)
         _, durable_version = cursor.execute(sql("kv", "read_version")).fetchone() or (0, floor)
         rows = cursor.execute(sql("commits", "window_commits"), [start_id, floor]).fetchall()
         return RecentCommits(floor, durable_version, start_id, [StoredCommit(*row) for row in rows])
 
     def resolve_batch(self, limit: int = BATCH_LIMIT, *, expected: bool = True) -> int:
-        """Claims and settles one batch; returns how many requests it had.
+        """Claims and settles one batch of at most `limit` requests; returns how many it had.
 
-        `expected`: whether there is likely to be one. If not, a look comes first, which is in nobody's way.
+        `expected`: a notification announced requests. Without one, direct commits are blocked only if some are found.
         """
         if self._one_by_one_up_to:
             limit = 1
         floor_before = self._floor.id
         batch = self._claim(limit, expected=expected)
+        # A claim that reached a limit may have left requests whose notification came before it.
         self.has_more = len(batch) == limit or sum(len(claimed.payload) for claimed in batch) >= BATCH_BYTES
         if not batch or batch[-1].id >= self._one_by_one_up_to:
             self._one_by_one_up_to = 0
         if batch:
+            # The age of commits is measured by the server's clock (rule I12).
             self._recent.expire(batch[0].claimed_at)
             verdicts = decide(self._recent.window, self._recent.durable_version, batch)
             if not self._settle(verdicts, batch[0].claimed_at):
@@ -186,93 +191,103 @@ class Resolver:
         if not self.has_more:
             self._floor.everything_settled()
             if len(batch) <= 1:
-                self._rest()
+                self._admit_direct_commits()
         self._above_floor = 0 if self._floor.id > floor_before else self._above_floor + len(batch)
+        # Here, for the next claim, and not before this one: the clients have been notified and do not wait for it.
         if self._above_floor > OBSERVE_AFTER:
             self._observe_writers()
-        self._note_floors()
+        self._store_floors()
         return len(batch)
 
     def _observe_writers(self) -> None:
-        """For the next claim, and after the clients have been told: nobody waits for this."""
+        """Reads, before the next claim, which transactions may still enqueue requests with earlier ids."""
         if not self._floor.is_clear:
             self._floor.observe(*self._pipeline.fetch(sql("commits", "queue_writers"), [])[0])
 
     def _claim(self, limit: int, *, expected: bool) -> list[Claimed]:
-        # Of a payload that is too large, one byte more than may be shows that it is.
+        # One byte more than the limit is enough to see that a payload is too large.
         arguments = [int8(self._floor.id), int4(limit), int8(BATCH_BYTES), int4(codec.MAX_TRANSACTION_BYTES + 1)]
         arguments.append(self._term.term_id.bytes)
         claim = (sql("commits", "claim"), arguments)
-        if self._keeps_out:
+        if self._blocks_direct_commits:
             rows = self._pipeline.run([claim])[0]
-        elif expected or self._is_working or self._look(claim):
-            rows = self._begin_work(claim)
+        # A claim that finds requests is made again once direct commits are blocked, because others were made meanwhile.
+        elif expected or self._is_busy or self._add_direct_commits(claim):
+            rows = self._block_direct_commits(claim)
         else:
             rows = []
         return [Claimed(*row) for row in rows]
 
-    def _begin_work(self, claim: BoundStatement) -> list[tuple[Any, ...]]:
-        """Keeps lone commits out, and claims; one of them that does not end must not stop everybody else."""
-        self._is_working = True
+    def _block_direct_commits(self, claim: BoundStatement) -> list[tuple[Any, ...]]:
+        """Waits for a direct commit in progress, blocks further ones, and claims; returns the claimed rows."""
+        self._is_busy = True
         try:
-            rows = self._look(claim, (sql("commits", "lock_out_lone_commits"), [self._lock_out_within]))
-            self._keeps_out, self._lock_out_within = True, LOCK_OUT_WITHIN
+            rows = self._add_direct_commits(claim, (sql("commits", "block_direct_commits"), [self._block_timeout]))
+            self._blocks_direct_commits, self._block_timeout = True, BLOCK_TIMEOUT
         except psycopg.errors.LockNotAvailable:
-            self._lock_out_within = LOCK_OUT_AGAIN
-            rows = self._look(claim)
+            # A direct commit that does not end must not stop the queue. The batch goes on without the lock: if the
+            # direct commit comes first after all, the settlement fails and the batch is claimed again.
+            self._block_timeout = BLOCK_RETRY_TIMEOUT
+            rows = self._add_direct_commits(claim)
         return rows
 
-    def _rest(self) -> None:
-        """Until there is more to do, clients may commit alone."""
-        self._is_working = False
-        if self._keeps_out:
-            self._keeps_out = False
-            self._pipeline.fetch(sql("commits", "let_lone_commits_in"), [])
+    def _admit_direct_commits(self) -> None:
+        """Lets clients make direct commits until there are requests in the queue again."""
+        self._is_busy = False
+        if self._blocks_direct_commits:
+            self._blocks_direct_commits = False
+            self._pipeline.fetch(sql("commits", "admit_direct_commits"), [])
 
-    def _look(self, claim: BoundStatement, *before: BoundStatement) -> list[tuple[Any, ...]]:
-        """What a claim finds, once what was committed without the leader is in the window."""
+    def _add_direct_commits(self, claim: BoundStatement, *before: BoundStatement) -> list[tuple[Any, ...]]:
+        """Runs `before`, reads the direct commits since the last claim, and claims, all in one unit.
+
+        Adds those commits to the window; returns the claimed rows.
+        """
         known = [int8(self._recent.last_id), int8(self._recent.durable_version)]
         *_, commits, rows = self._pipeline.run([*before, (sql("commits", "window_commits"), known), claim])
+        # A gap in the versions means a commit that is no longer stored: the window is rebuilt with a higher floor.
         if not self._recent.add_stored([StoredCommit(*commit) for commit in commits]):
             self._recent = self._load(self._recent.window.floor, self._window_start_id())
         self._above_floor += len(commits)
-        self._unnoted += len(commits)
+        self._direct_commits_since_floors += len(commits)
         return rows
 
-    def _note_floors(self) -> None:
-        """A batch notes them with it. Where all commit alone there is none, and a successor would have to read far."""
-        if self._unnoted > NOTE_AFTER:
-            self._unnoted = 0
+    def _store_floors(self) -> None:
+        """Stores the floors after many direct commits. Raises Fenced if the term has ended."""
+        # Each batch stores them with its settlement; where all commits are direct there is no batch.
+        if self._direct_commits_since_floors > STORE_FLOORS_AFTER:
+            self._direct_commits_since_floors = 0
             term = [int8(self._term.epoch), self._term.term_id.bytes]
             if not self._pipeline.fetch(sql("lease", "raise_floors"), [*term, *self._floors()]):
-                raise Fenced("this leadership is over")
+                raise Fenced(f"the term of epoch {self._term.epoch} has ended")
 
     def _settle(self, verdicts: Sequence[Verdict], now: datetime) -> bool:
-        """Applies a batch; False when it was undone and has to be claimed again."""
+        """Applies a batch. Returns False if it was rolled back and has to be claimed again."""
         start_id = self._window_start_id()
         try:
             self._apply(verdicts)
         except psycopg.Error as error:
-            if error.sqlstate not in IN_THE_WAY and not _lies_in_the_data(error):
-                raise
+            if error.sqlstate not in RETRYABLE and not _is_about_data(error):
+                raise  # the outcome may be unknown: the term ends
+            # The writes of the batch are in the window, but were not made (rule I8).
             self._recent = self._load(self._recent.window.floor, start_id)
-            if error.sqlstate not in IN_THE_WAY:
+            if error.sqlstate not in RETRYABLE:
                 self._isolate(verdicts, error)
             return False
         if committed := [verdict.id for verdict in verdicts if verdict.version is not None]:
             self._recent.add_durable(now, _last_version(verdicts, self._recent.durable_version), committed)
-        self._unnoted = 0
+        self._direct_commits_since_floors = 0
         return True
 
     def _window_start_id(self) -> int:
-        """No commit of the window, nor any to come, has an id at or below this."""
+        """Returns an id below those of all commits of the window and of all commits to come."""
         return min([self._floor.id, *(period.first_id - 1 for period in self._recent.periods)])
 
     def _floors(self) -> list[bytes]:
         return [*map(int8, [self._recent.window.floor, self._window_start_id(), self._floor.id])]
 
     def _apply(self, verdicts: Sequence[Verdict]) -> None:
-        """One transaction, sent as one unit: a pipeline without BEGIN is atomic up to its end."""
+        """Writes the data and settles the requests, in one transaction. Raises Fenced and psycopg.Error."""
         write_set = self._folded(verdicts)
         statements: list[BoundStatement] = []
         if write_set:
@@ -280,13 +295,15 @@ class Resolver:
             writes += bytea_columns(write_set.written.items())
             statements.append((sql("commits", "write_data"), writes))
         statements.append((sql("commits", "settle"), self._settlement(verdicts)))
-        with fence_shown():
+        # Without BEGIN, all statements of one unit are one transaction that needs no further message to commit.
+        with mapped_fence():
             self._pipeline.run(statements)
 
     def _folded(self, verdicts: Sequence[Verdict]) -> WriteSet:
-        """The net effect of the batch. If anybody wrote after what is read here was read, its settlement fails."""
+        """Returns the net effect of the batch, reading the stored values that mutations depend on."""
         write_set = mutations.fold(m for verdict in verdicts if verdict.request for m in verdict.request.mutations)
         if undecided := write_set.undecided:
+            # The settlement names the version that it follows, so it fails if a commit comes after this read.
             cursor = self._conn.cursor(binary=True)
             write_set.decide(dict(cursor.execute(sql("commits", "stored_values"), [undecided]).fetchall()))
         return write_set
@@ -303,7 +320,7 @@ class Resolver:
         ]
 
     def _isolate(self, verdicts: Sequence[Verdict], error: psycopg.Error) -> None:
-        """Has the requests of a refused batch tried one by one; a single one is rejected with the reason."""
+        """Makes the next claims single requests; rejects the request if the batch was a single one already."""
         if len(verdicts) > 1:
             self._one_by_one_up_to = verdicts[-1].id
             return
@@ -312,28 +329,28 @@ class Resolver:
 
 
 @contextmanager
-def fence_shown() -> Iterator[None]:
-    """Within the block, PostgreSQL's word that this leadership is over leaves as Fenced."""
+def mapped_fence() -> Iterator[None]:
+    """Translates SQLSTATE PC001, that the term has ended, into Fenced."""
     try:
         yield
     except psycopg.Error as error:
         if error.sqlstate == FENCED:
-            raise Fenced(error.diag.message_primary or "this leadership is over") from None
+            raise Fenced(error.diag.message_primary or "the term has ended") from None
         raise
 
 
 class QueueFloor:
-    """Below or at `id` nothing is pending, now or later. The module's docstring says why. Pure."""
+    """No request with an id up to `id` is pending, now or later. The module's docstring gives the protocol. Pure."""
 
     def __init__(self, floor_id: int) -> None:
         self.id = floor_id
         self._last_id = floor_id
         self._writers: OpenTransactions | None = None
         self.is_clear = False
-        """Whether nobody is left who could write up to the last id that was noted."""
+        """Whether the transactions that could enqueue ids up to the noted one have all ended."""
 
     def observe(self, last_id: int, writers: Iterable[str]) -> None:
-        """Before a claim: notes who may still write up to the last id, or sees that they are gone."""
+        """Called before a claim. Notes the last id and its open `writers`, or drops those that have ended."""
         if self._writers is None:
             self._last_id, self._writers = last_id, OpenTransactions(writers)
         else:
@@ -341,18 +358,19 @@ class QueueFloor:
         self.is_clear = not self._writers
 
     def everything_settled(self) -> None:
-        """After a claim that held all there was, and its settlement."""
+        """Called when all requests of a claim that reached no limit are settled."""
         self.settled_up_to(self._last_id)
 
     def settled_up_to(self, last_settled: int) -> None:
-        """After a claim whose last request was this id, and its settlement."""
+        """Called when all requests of a claim up to this id are settled."""
+        # Clear before the claim: had a writer ended after it, its request would not have been in the claim.
         if self.is_clear and last_settled >= self._last_id:
             self.id = max(self.id, self._last_id)
             self._writers, self.is_clear = None, False
 
 
-def _lies_in_the_data(error: psycopg.Error) -> bool:
-    """Whether PostgreSQL refused what was to be written, rather than when or by whom: classes 22, 23 and 54."""
+def _is_about_data(error: psycopg.Error) -> bool:
+    """Returns whether PostgreSQL refused the data: classes 22 (data), 23 (constraints) and 54 (limits)."""
     return (error.sqlstate or "").startswith(("22", "23", "54"))
 
 
