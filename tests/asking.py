@@ -12,8 +12,6 @@ import psycopg
 TIMEOUT = 30.0
 """Seconds after which a test that waits for something fails. No test asserts anything about shorter times."""
 
-PATIENCE = TIMEOUT
-
 
 def until(condition: Callable[[], object]) -> None:
     """Polls `condition` until it is true; fails after TIMEOUT seconds.

@@ -69,7 +69,7 @@ class RecentCommits:
         whole_from = last - _dense_suffix([commit.version for commit in commits], last)
         self.window = ConflictWindow(max(floor, whole_from))
         self.periods = CommitPeriods()
-        self.durable_version = self.window.floor
+        self.durable_version = self.window.floor  # raised with each commit that is recorded
         self.last_id = max([start_id, *(commit.id for commit in commits)])
         """Each direct commit to come has a greater id: it reads the last of these commits before it draws its id."""
         self._record([commit for commit in commits if commit.version > self.window.floor])
@@ -93,6 +93,7 @@ class RecentCommits:
         if [commit.version - self.durable_version for commit in commits] != list(range(1, len(commits) + 1)):
             return False
         self._record(commits)
+        # Without a batch of its own, a leader beside direct commits would never shorten the window.
         if commits:
             self.expire(commits[-1].resolved_at)
         return True

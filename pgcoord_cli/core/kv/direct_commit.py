@@ -58,6 +58,7 @@ def is_plain(request: Request) -> bool:
 
 def columns(request: Request) -> list[bytes]:
     """Returns the reads and the net writes of a plain request as `commit_alone` takes them: eight `bytea[]`. Pure."""
+    # Folded: the function removes ranges, then keys, and then writes keys, in whatever order they were written.
     writes = fold(request.mutations)
     return [
         bytea_array(request.read_keys),

@@ -103,6 +103,7 @@ class HotKeys:
     def queue_of(self, key: bytes, kind: object) -> Queue | None:
         """Returns the queue of a key, or None if the key is not hot for this kind of work."""
         queue = self._queues.get(key)
+        # Entries of cold keys are removed when they are next looked up, so that no key needs a timer.
         if queue and queue.is_cold():
             queue = None
             del self._queues[key]

@@ -106,6 +106,7 @@ class SnapshotReader:
         return read.snapshot
 
     def _send(self, batch: list[PendingRead]) -> None:
+        # Each key and range once, however many reads of the batch have it.
         keys = list({key for read in batch for key in read.read_set.keys})
         ranges = list({interval for read in batch for interval in read.read_set.ranges})
         done = partial(self._on_answer, batch, keys, ranges)
@@ -123,7 +124,7 @@ class SnapshotReader:
             _fail(batch, found)
             return
         for read in batch:
-            if not read.snapshot.done():
+            if not read.snapshot.done():  # done: its caller was cancelled
                 read.snapshot.set_result(found)
 
 
@@ -134,6 +135,7 @@ def _fail(batch: list[PendingRead], error: Exception) -> None:
 
 
 def _bounds(ranges: list[RangeRead]) -> list[bytes]:
+    # A comparison with null would be null, so that a range without an end has one past every key.
     return [
         bytea_array([interval.begin for interval in ranges]),
         bytea_array([PAST_THE_LAST_KEY if interval.end is None else interval.end for interval in ranges]),

@@ -147,7 +147,7 @@ class Transaction:
         own = self._own_writes()
         if own:
             decided, value = own.lookup(key)
-            if decided:  # the own writes alone decide it, so that nothing is read and no conflict is possible
+            if decided:  # by own writes, without a read: so there is nothing that could conflict
                 return value
         if key not in self._values:
             try:
@@ -158,6 +158,7 @@ class Transaction:
             if self._ticket and self._snapshot is None and not snapshot:
                 await self._ticket.acquire(key)
             await self._extend((key,), ())
+        # Also for a value that is known already: a snapshot read may have read it, without a conflict.
         if not snapshot:
             self._read_keys[key] = None
         stored = self._values[key]
@@ -211,6 +212,7 @@ class Transaction:
 
     async def get_key(self, selector: KeySelector, *, snapshot: bool = False) -> bytes | None:
         """Returns the key that a selector points at; b"" before the first key, None past the last."""
+        # Everything below the edge is below the selector's key, or not above it with `or_equal`.
         edge = selector.key + b"\0" if selector.or_equal else selector.key
         if selector.offset > 0:
             rows = await self.get_range(edge, None, limit=selector.offset, snapshot=snapshot)
@@ -228,6 +230,7 @@ class Transaction:
             self._began = monotonic()
         else:
             self._check_time()
+            # One snapshot for all, so that no connection has to keep the earlier one open in between.
             keys, ranges = (*self._values, *keys), (*self._rows, *ranges)
         now = await self._reader.read(ReadSet(keys, ranges))
         # With the same durable version no commit lies between the two snapshots, so that nothing can have changed.
@@ -238,6 +241,7 @@ class Transaction:
         self._rows.update((interval, now.rows[interval]) for interval in ranges)
 
     def _is_unchanged(self, now: Snapshot) -> bool:
+        # Keys that the caller added without reading them have no value here; the resolver checks them, from this version on.
         return all(now.values[key] == self._values[key] for key in self._read_keys if key in self._values) and all(
             now.rows[interval] == self._rows[interval] for interval in self._compared_ranges
         )
@@ -377,6 +381,7 @@ class Transaction:
         """
         snapshot = self._snapshot or await self._read_version_only()
         version = snapshot.version
+        # Without writes nothing is submitted: all reads were of one version, and the transaction takes effect there.
         if self._mutations or self._write_ranges:
             self._check_time()
             version = self._committed = await self._submit(snapshot)
