@@ -241,7 +241,7 @@ class Transaction:
         self._rows.update((interval, now.rows[interval]) for interval in ranges)
 
     def _is_unchanged(self, now: Snapshot) -> bool:
-        # Keys that the caller added without reading them have no value here; the resolver checks them, from this version on.
+        # Keys that the caller added without a read have no value here; the resolver checks them, from this version on.
         return all(now.values[key] == self._values[key] for key in self._read_keys if key in self._values) and all(
             now.rows[interval] == self._rows[interval] for interval in self._compared_ranges
         )
