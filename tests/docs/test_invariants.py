@@ -156,6 +156,12 @@ def test_the_map_of_the_packages_has_the_layers_that_are_checked() -> None:
     assert packages == {name for layer in layers for name in layer.split(" | ")}
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_diagram_has_a_semicolon_which_mermaid_takes_for_the_end_of_a_line(page: str) -> None:
+    diagrams = re.findall(r"```mermaid\n(.*?)```", (REPOSITORY / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert not any(";" in diagram for diagram in diagrams)
+
+
 # That these tests can fail
 
 
