@@ -36,7 +36,7 @@ from pgcoord_cli.core.database import session
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import find_programs
 from pgcoord_cli.core.embedded.server import throw_away_server
-from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.core.kv.direct_commit import DirectCommitBackoff
 from pgcoord_cli.core.leader import status as leader_status
 from pgcoord_cli.settings import Settings
@@ -95,7 +95,7 @@ def run_pgcoord(settings: Settings, workload: Workload, in_flight: int, seconds:
     """Measures the workload through one client in this process, after a short warm-up."""
 
     async def run() -> Result:
-        async with await connect(settings, "benchmark") as database:
+        async with await open_database(settings, "benchmark") as database:
             await drive(database, workload, in_flight, min(1.0, seconds / 4))
             return await drive(database, workload, in_flight, seconds)
 
@@ -118,7 +118,7 @@ def leading(settings: Settings) -> Iterator[int]:
 
 async def fill(settings: Settings, requests: int) -> None:
     """Writes the ten thousand keys, and then resolves at least `requests` requests."""
-    async with await connect(settings, "benchmark") as database:
+    async with await open_database(settings, "benchmark") as database:
         for start in range(0, KEYS, 1000):
             await database.run(lambda tr, start=start: _set_all(tr, start))  # type: ignore[misc]
         done = 0

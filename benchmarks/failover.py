@@ -24,7 +24,7 @@ from pgcoord_cli.core.database import session
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import find_programs
 from pgcoord_cli.core.embedded.server import throw_away_server
-from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.core.leader import status as leader_status
 from pgcoord_cli.settings import Settings
 
@@ -99,7 +99,7 @@ def await_successor(settings: Settings, epoch: int) -> None:
 async def measure(settings: Settings, candidates: Candidates, rounds: int) -> list[float]:
     """Runs the rounds under load, and returns the gap of each in seconds."""
     gaps = []
-    async with await connect(settings, "benchmark") as database:
+    async with await open_database(settings, "benchmark") as database:
         load = Load(database)
         writers = [asyncio.create_task(load.writer(b"counter-%d" % number)) for number in range(WRITERS)]
         for _ in range(rounds):

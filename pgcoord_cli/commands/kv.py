@@ -254,14 +254,14 @@ def _commit(
     import asyncio
 
     from pgcoord_cli.core.database import session
-    from pgcoord_cli.core.kv.client import connect
+    from pgcoord_cli.core.kv.client import open_database
     from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
 
     async def commit() -> int:
-        async with await connect(settings, name, pool_size=1) as database:
+        async with await open_database(settings, name, pool_size=1) as database:
             return await database.write(write, commit_seconds=seconds)
 
     with session.command_session(settings, name, writes=True) as conn:

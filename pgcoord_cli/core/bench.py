@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.settings import Settings
 
 TICK_SECONDS = 0.1
@@ -52,7 +52,7 @@ class Bench:
 
     async def run(self, settings: Settings) -> BenchResult:
         """Runs the tasks, removes their keys, and returns the result. Raises what commits raise."""
-        async with await connect(settings, "bench") as database:
+        async with await open_database(settings, "bench") as database:
             try:
                 self._began = self._ticked = time.perf_counter()
                 async with asyncio.TaskGroup() as tasks:

@@ -13,7 +13,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from pgcoord_cli.core.kv.client import connect
+from pgcoord_cli.core.kv.client import open_database
 from pgcoord_cli.errors import Conflict
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def test_a_conflict_is_explained_by_the_commit_that_it_lost_to(
     start_leader("A").wait_for("elected epoch")
 
     async def lose() -> None:
-        async with await connect(settings) as database:
+        async with await open_database(settings) as database:
             first, second = database.transaction(), database.transaction()
             for transaction in (first, second):
                 await transaction.get(b"key")

@@ -16,7 +16,7 @@ from psycopg.conninfo import make_conninfo
 from pgcoord_cli.core.database.grants import grant
 from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.embedded.server import EmbeddedServer
-from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, until_async, value
@@ -34,7 +34,7 @@ def play(settings: Settings, scenario: Callable[[Database], Awaitable[T]]) -> T:
     """Runs a scenario with its own client; returns its result."""
 
     async def main() -> T:
-        async with await connect(settings) as db:
+        async with await open_database(settings) as db:
             return await scenario(db)
 
     return asyncio.run(main())
@@ -150,7 +150,7 @@ def test_i8_a_kill_under_load_costs_no_commit_and_causes_no_reject(
         done = 0
 
         async def client(number: int) -> None:
-            async with await connect(settings, pool_size=1) as db:
+            async with await open_database(settings, pool_size=1) as db:
                 await writer(number, db)
 
         async def writer(number: int, db: Database = shared) -> None:

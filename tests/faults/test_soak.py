@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pgcoord_cli.core.kv.client import Transaction, connect
+from pgcoord_cli.core.kv.client import Transaction, open_database
 from pgcoord_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def test_a_leader_uses_no_more_memory_after_ten_minutes_of_commits_than_after_tw
                 await db.run(increment)
                 committed += 1
 
-        async with await connect(settings) as db:
+        async with await open_database(settings) as db:
             workers = asyncio.gather(*(worker() for _ in range(TASKS)))
             for _ in range(MINUTES):
                 await asyncio.wait([workers], timeout=60)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import psycopg
 import pytest
 
-from pgcoord_cli.core.kv.client import Database, connect
+from pgcoord_cli.core.kv.client import Database, open_database
 from pgcoord_cli.core.leader.candidate import Candidate, CandidateEvent
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT
@@ -57,7 +57,7 @@ def run_scenario(settings: Settings, scenario: Callable[[Database], Awaitable[T]
     """Runs a scenario in an event loop of its own, with a client of its own, and returns its result."""
 
     async def main() -> T:
-        async with await connect(settings, pool_size=pool_size) as db:
+        async with await open_database(settings, pool_size=pool_size) as db:
             return await scenario(db)
 
     return asyncio.run(main())

@@ -23,7 +23,7 @@ from pgcoord_cli.core.commits.recent_commits import stored_writes
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.kv import direct_commit
-from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.core.kv.submissions import PendingCommit, Submitter
 from pgcoord_cli.core.leader import lease, resolver
 from pgcoord_cli.core.leader.lease import Term, read_lease
@@ -547,7 +547,7 @@ def test_i1_competing_direct_commits_lose_no_update(settings: Settings, sql: Sql
         tr.set(b"n", b"%d" % (int(await tr.get(b"n") or 0) + 1))
 
     async def client(commits: int) -> None:
-        async with await connect(settings, pool_size=1) as db:
+        async with await open_database(settings, pool_size=1) as db:
             for _ in range(commits):
                 await db.run(increment)
 
@@ -582,7 +582,7 @@ def test_a_client_uses_the_queue_for_a_while_after_a_direct_commit_fell_back(
     async def scenario(db: Database) -> None:
         late = db.transaction()
         await late.get(b"k")
-        async with await connect(settings) as another:
+        async with await open_database(settings) as another:
             await put(another, j=b"1")
         late.set(b"k", b"1")
         await late.commit()

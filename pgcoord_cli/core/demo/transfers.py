@@ -28,7 +28,7 @@ from pgcoord_cli.core.database import session
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.demo import flow as demo_flow
 from pgcoord_cli.core.demo.reporter import Reporter
-from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.core.leader import status as leader_status
 from pgcoord_cli.errors import PgcoordError
 from pgcoord_cli.settings import Settings
@@ -96,7 +96,7 @@ class Bank:
 
     async def run(self) -> DemoResult:
         """Opens the accounts, moves the money, kills the leader half way, and counts."""
-        async with await connect(self.settings, "demo") as database:
+        async with await open_database(self.settings, "demo") as database:
             await database.run(self._open_accounts)
             before, _ = await database.run(self._count)
             self.epochs.append(await self._epoch())

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 from psycopg import Connection
 
 from pgcoord_cli.core.kv import reading
-from pgcoord_cli.core.kv.client import Database, Transaction, connect
+from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.core.kv.reading import Entry
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import Settings
@@ -79,7 +79,7 @@ async def load(
     Calls `advance` with the number of bytes done since the last call. Raises UsageError, which names the line, for one
     that is not valid, and what a commit raises.
     """
-    async with await connect(settings, "kv load") as database:
+    async with await open_database(settings, "kv load") as database:
         resumed_at = done = await _resume(database, source)
         advance(done)
         loaded = transactions = 0

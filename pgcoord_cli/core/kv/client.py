@@ -1,16 +1,23 @@
-"""The commit client: optimistic transactions for asyncio.
+"""The transaction client for asyncio: optimistic transactions over the table `kv`.
 
-    async with await connect(settings) as db:
-        async def transfer(tr):
-            balance = int(await tr.get(b"alice") or 0)
-            tr.set(b"alice", str(balance - 1).encode())
-        await db.run(transfer)
+    async with await connect() as database:
+        async def withdraw(transaction):
+            balance = int(await transaction.get(b"alice") or 0)
+            transaction.set(b"alice", b"%d" % (balance - 1))
+        await database.run(withdraw)
 
-A Database is a few connections that many transactions share: reads and submissions that come up while a statement is
-in flight go out together in the next one, and nothing holds a connection while it waits. `core.kv.transaction` says what
-a transaction sees, `core.kv.submissions` how it is committed, and `core.kv.direct_commit` how that is done where nobody competes. One
-that wrote nothing needs no leader: what it saw was consistent, and it commits as of then. Those of one Database that
-`run` the same read-modify-write of a contended key take turns (`core.kv.hot_keys`).
+**Connections.** A Database is a few connections that any number of transactions share. Reads and submissions that are
+asked for while a statement is in flight go out together in the next one, and no transaction holds a connection while
+it waits.
+
+**Commit.** `core.kv.transaction` says what a transaction sees, `core.kv.submissions` how the leader commits it, and
+`core.kv.direct_commit` how a client without competitors commits by itself. A transaction that wrote nothing needs no
+leader: it commits as of the version that it read.
+
+**Retries.** `Database.run` runs the transaction again while it conflicts. The transactions of one Database that run
+the same read-modify-write of a contended key do so one after the other (`core.kv.hot_keys`).
+
+`core.kv.blocking` is the same client for programs without an event loop.
 """
 
 from __future__ import annotations
@@ -33,35 +40,57 @@ from pgcoord_cli.core.kv.watches import Watch, Watcher
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import Conflict, TooOld
-from pgcoord_cli.settings import Settings
+from pgcoord_cli.settings import Settings, resolve_arguments
 
-__all__ = ["Database", "KeySelector", "Transaction", "Watch", "connect"]
+__all__ = ["Database", "KeySelector", "Transaction", "Watch", "connect", "open_database"]
 
 POOL_SIZE = 3
+"""Connections of a Database that run statements, by default."""
+
 RETRY_LIMIT = 100
+"""How often `Database.run` runs a transaction again, by default."""
+
 ANSWER_SECONDS = 5.0
-"""A server whose statement timeout is over by this has fallen silent."""
+"""Seconds after the statement timeout at which a server that has not answered counts as lost."""
 
 COMMIT_SECONDS = 20.0
-"""How long a commit is waited for by default."""
+"""Seconds for which a commit is waited for by default."""
 
 T = TypeVar("T")
 
 
-async def connect(settings: Settings, command: str = "client", *, pool_size: int = POOL_SIZE) -> Database:
-    """A client of the cluster that `settings` name. Raises ConnectionFailed, SchemaMissing, UnsuitableServer."""
-    database = Database(settings, command, pool_size)
+async def connect(
+    dsn: str | None = None, *, schema: str | None = None, application: str = "client", pool_size: int = POOL_SIZE
+) -> Database:
+    """Opens a client of the cluster in `schema` of the database at `dsn`, a connection string of libpq.
+
+    What is left out comes from PGCOORD_DSN, PGCOORD_SCHEMA and libpq's environment. Sessions are named
+    `pgcoord/<application>` in pg_stat_activity; at most `pool_size` run statements, one more listens. Use the result
+    with `async with`, or close it.
+
+    Raises UsageError for a malformed argument, ConnectionFailed, SchemaMissing, SchemaUnknown, UnsuitableServer.
+    """
+    return await open_database(resolve_arguments(dsn, schema), application, pool_size=pool_size)
+
+
+async def open_database(settings: Settings, application: str = "client", *, pool_size: int = POOL_SIZE) -> Database:
+    """Opens a client of the cluster that `settings` name. Raises what `connect` raises."""
+    database = Database(settings, application, pool_size)
     await database.open()
     return database
 
 
 class Database:
-    """Transactions over a few shared connections. Use `connect`, and `async with` to close it."""
+    """Transactions over a few shared connections. `connect` opens one; close it, or use it with `async with`.
 
-    def __init__(self, settings: Settings, command: str, pool_size: int) -> None:
+    Belongs to the event loop in which it was opened.
+    """
+
+    def __init__(self, settings: Settings, application: str, pool_size: int) -> None:
         self._settings = settings
-        self._command = command
-        limit = settings.statement_timeout  # what the server itself keeps to; 0 is no limit
+        self._application = application
+        # The server itself ends a statement at its timeout; 0 is no limit.
+        limit = settings.statement_timeout
         self._pool = Pool(self._open_connection, pool_size, limit + ANSWER_SECONDS if limit else None)
         self._reader = SnapshotReader(self._pool)
         self._listener = AsyncListener(self._open_connection)
@@ -78,35 +107,41 @@ class Database:
         await self.close()
 
     async def open(self) -> None:
-        """Opens the first connection, so that what is wrong with the server shows here."""
+        """Opens the first connection. Raises what `connect` raises."""
         with mapped_errors():
             await self._pool.open()
 
     async def close(self) -> None:
-        """Closes every connection."""
+        """Closes every connection and cancels every watch.
+
+        Transactions that are under way raise ConnectionFailed, or OutcomeUnknown while they commit.
+        """
         await self._watcher.close()
         await self._submitter.close()
         await self._listener.close()
         await self._pool.close()
 
     async def _open_connection(self) -> AsyncConnection[Any]:
-        conn = await open_session_async(self._settings, self._command, writes=True)
+        conn = await open_session_async(self._settings, self._application, writes=True)
         try:
             with mapped_errors():
                 async with answer_expected():
                     await conn.execute(sql("session", "commit_lazily"))
                     await conn.execute(sql("session", "plan_once"))
-        except BaseException:  # whoever waits for it may be cancelled
+        except BaseException:  # cancellation of the waiting task included
             await conn.close()
             raise
         return conn
 
     def transaction(self, *, commit_seconds: float = COMMIT_SECONDS) -> Transaction:
-        """A new transaction. It begins with its first read; its commit is waited for that long."""
+        """Returns a new transaction, for a caller that commits and retries by itself.
+
+        It begins with its first read. Its commit is waited for up to `commit_seconds`, then OutcomeUnknown is raised.
+        """
         return Transaction(self._reader, self._submitter, self._watcher, commit_seconds)
 
     async def write(self, work: Callable[[Transaction], Awaitable[Any]], *, commit_seconds: float) -> int:
-        """Runs `work` once in a transaction and commits it; returns its version. Raises as `Transaction.commit`."""
+        """Runs `work` once in a transaction and commits it; returns its version. Raises what the commit raises."""
         transaction = self.transaction(commit_seconds=commit_seconds)
         await work(transaction)
         return await transaction.commit()
@@ -118,9 +153,12 @@ class Database:
         retry_limit: int = RETRY_LIMIT,
         commit_seconds: float = COMMIT_SECONDS,
     ) -> T:
-        """Runs `work` in a transaction and commits it, again from the start while it conflicts or read too long ago.
+        """Runs `work` in a transaction, commits it, and returns the result of `work`.
 
-        Raises what `work` raises, Rejected, OutcomeUnknown, and, `retry_limit` retries later, Conflict or TooOld.
+        Runs it again from the start, after a back-off, up to `retry_limit` times, while it ends with Conflict or
+        TooOld; `work` must have no effects outside the transaction that may not happen twice. The last Conflict or
+        TooOld is raised, and at once anything that `work` raises, Rejected, ConnectionFailed (nothing was written) and
+        OutcomeUnknown (no outcome within `commit_seconds`, or the connection was lost: it may have been committed).
         """
         backoff = Backoff(0.001, 0.25)
         retries = 0

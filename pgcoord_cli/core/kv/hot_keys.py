@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from functools import partial
 from typing import Any, Self
@@ -40,6 +41,16 @@ MANY_KEYS = 1_000
 """Entries of the table of hot keys, which bounds its memory."""
 
 _in_attempt = ContextVar("pgcoord.ticket", default=False)
+
+
+@contextmanager
+def inside_attempt() -> Iterator[None]:
+    """Within the block, transactions that this thread starts have no ticket, as if they were started by an attempt."""
+    token = _in_attempt.set(True)
+    try:
+        yield
+    finally:
+        _in_attempt.reset(token)
 
 
 class Ticket:
@@ -210,6 +221,7 @@ def kind_of(work: Callable[..., Any]) -> object:
     For other callables it is their class.
     """
     # Programs make a new closure or partial call for each transaction, so the callable itself would never be equal.
-    while isinstance(work, partial):
-        work = work.func
+    # A decorator's wrapper has the same code for every function, so the function that it wraps decides.
+    while isinstance(work, partial) or hasattr(work, "__wrapped__"):
+        work = work.func if isinstance(work, partial) else work.__wrapped__
     return getattr(work, "__code__", type(work))

@@ -31,6 +31,7 @@ from pgcoord_cli.core.kv.hot_keys import Ticket
 from pgcoord_cli.core.kv.snapshots import RangeRead, ReadSet, Rows, Snapshot, SnapshotReader
 from pgcoord_cli.core.kv.submissions import Outcome, Submission, Submitter, new_request_id
 from pgcoord_cli.core.kv.watches import Watch, Watcher
+from pgcoord_cli.core.kv.writing import WriteMethods
 from pgcoord_cli.errors import (
     CommitRefused,
     Conflict,
@@ -85,7 +86,7 @@ class KeySelector(NamedTuple):
         return self._replace(offset=self.offset - keys)
 
 
-class Transaction:
+class Transaction(WriteMethods):
     """Reads and writes that commit together or not at all. One task at a time may use it.
 
     A read that goes to the server raises Conflict if a key that was read before has been written since, TimeLimit after
@@ -267,10 +268,6 @@ class Transaction:
             codec.check_range(begin, end)
         self._read_ranges[begin, end] = None
 
-    def add_write_conflict_key(self, key: bytes) -> None:
-        """Makes transactions that read a key conflict with this one, as if it had written the key."""
-        self.add_write_conflict_range(key, key + b"\0")
-
     def add_write_conflict_range(self, begin: bytes, end: bytes | None) -> None:
         """Makes transactions that read from `begin` up to but without `end` conflict with this one."""
         with checked():
@@ -279,67 +276,7 @@ class Transaction:
 
     # -- writing
 
-    def set(self, key: bytes, value: bytes) -> None:
-        """Sets a key to a value."""
-        self._mutate(Op.SET, key, value)
-
-    def clear(self, key: bytes) -> None:
-        """Removes a key."""
-        self._mutate(Op.CLEAR, key, None)
-
-    def clear_range(self, begin: bytes, end: bytes | None) -> None:
-        """Removes every key from `begin` up to but without `end` (None: to the last key)."""
-        self._mutate(Op.CLEAR_RANGE, begin, end)
-
-    def add(self, key: bytes, operand: bytes) -> None:
-        """Adds an unsigned little-endian number; the result has the operand's length. An absent key counts as zero."""
-        self._mutate(Op.ADD, key, operand)
-
-    def bit_and(self, key: bytes, operand: bytes) -> None:
-        """Applies a bitwise AND; the result has the operand's length. An absent key is set to the operand."""
-        self._mutate(Op.BIT_AND, key, operand)
-
-    def bit_or(self, key: bytes, operand: bytes) -> None:
-        """Applies a bitwise OR; the result has the operand's length. An absent key is set to the operand."""
-        self._mutate(Op.BIT_OR, key, operand)
-
-    def bit_xor(self, key: bytes, operand: bytes) -> None:
-        """Applies a bitwise XOR; the result has the operand's length. An absent key is set to the operand."""
-        self._mutate(Op.BIT_XOR, key, operand)
-
-    def append_if_fits(self, key: bytes, operand: bytes) -> None:
-        """Appends the operand, unless the value would become longer than MAX_VALUE_BYTES."""
-        self._mutate(Op.APPEND_IF_FITS, key, operand)
-
-    def max(self, key: bytes, operand: bytes) -> None:
-        """Sets the greater of two unsigned little-endian numbers, of the operand's length. Absent counts as zero."""
-        self._mutate(Op.MAX, key, operand)
-
-    def min(self, key: bytes, operand: bytes) -> None:
-        """Sets the smaller of two unsigned little-endian numbers, of the operand's length. Absent: the operand."""
-        self._mutate(Op.MIN, key, operand)
-
-    def byte_max(self, key: bytes, operand: bytes) -> None:
-        """Sets the lexically greater of two byte strings. An absent key is set to the operand."""
-        self._mutate(Op.BYTE_MAX, key, operand)
-
-    def byte_min(self, key: bytes, operand: bytes) -> None:
-        """Sets the lexically smaller of two byte strings. An absent key is set to the operand."""
-        self._mutate(Op.BYTE_MIN, key, operand)
-
-    def compare_and_clear(self, key: bytes, operand: bytes) -> None:
-        """Removes the key if its value equals the operand."""
-        self._mutate(Op.COMPARE_AND_CLEAR, key, operand)
-
-    def set_versionstamped_key(self, template: bytes, value: bytes) -> None:
-        """Sets a key with the versionstamp at the offset in the last four bytes of the template, little-endian."""
-        self._mutate(Op.SET_VERSIONSTAMPED_KEY, template, value)
-
-    def set_versionstamped_value(self, key: bytes, template: bytes) -> None:
-        """Sets a value with the versionstamp at the offset in the last four bytes of the template, little-endian."""
-        self._mutate(Op.SET_VERSIONSTAMPED_VALUE, key, template)
-
-    def _mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
+    def mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
         mutation = Mutation(op, key, operand)
         try:
             codec.check_mutation(mutation)

@@ -1,0 +1,272 @@
+"""The transaction client for programs without an event loop: `core.kv.client`, with calls that block.
+
+    with connect() as database:
+        def withdraw(transaction):
+            balance = int(transaction.get(b"alice") or 0)
+            transaction.set(b"alice", b"%d" % (balance - 1))
+        database.run(withdraw)
+
+**One loop.** A Database runs the asyncio client in one background thread (`core.concurrency.loop_thread`). All
+threads of the program may use one Database at once: their reads and commits share its connections and statements, as
+those of tasks do. A transaction belongs to one thread at a time.
+
+**Run.** `Database.run` is the `run` of the asyncio client, with its retries, back-off and hot keys. For each attempt
+the loop hands the transaction to the thread that called `run`, which calls the function and hands the result back. So
+the function runs in its caller's thread and may block there, and other transactions go on meanwhile. An exception other
+than Conflict and TooOld ends the run: it is raised in the caller's thread as it is, and nothing is written.
+
+**Interruption.** Ctrl-C raises KeyboardInterrupt in the thread that waits. Its transaction is cancelled, and whether a
+commit that was being waited for has happened is not known. The Database stays usable.
+
+**Fork.** A Database is of the process that opened it: a child gets UsageError and opens one of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+from pgcoord_cli.core.commits.codec import Op
+from pgcoord_cli.core.concurrency.loop_thread import LoopThread, wait_for
+from pgcoord_cli.core.kv import client
+from pgcoord_cli.core.kv.client import COMMIT_SECONDS, POOL_SIZE, RETRY_LIMIT
+from pgcoord_cli.core.kv.hot_keys import inside_attempt
+from pgcoord_cli.core.kv.transaction import KeySelector
+from pgcoord_cli.core.kv.writing import WriteMethods
+from pgcoord_cli.errors import Conflict, ConnectionFailed, TooOld
+from pgcoord_cli.settings import resolve_arguments
+
+T = TypeVar("T")
+
+ClientThread = LoopThread[client.Database]
+
+
+def connect(
+    dsn: str | None = None, *, schema: str | None = None, application: str = "client", pool_size: int = POOL_SIZE
+) -> Database:
+    """Opens a client of the cluster in `schema` of the database at `dsn`, a connection string of libpq.
+
+    What is left out comes from PGCOORD_DSN, PGCOORD_SCHEMA and libpq's environment. Sessions are named
+    `pgcoord/<application>` in pg_stat_activity; at most `pool_size` run statements, one more listens. Use the result
+    with `with`, or close it.
+
+    Raises UsageError for a malformed argument, ConnectionFailed, SchemaMissing, SchemaUnknown, UnsuitableServer.
+    """
+    settings = resolve_arguments(dsn, schema)
+    return Database(
+        LoopThread(lambda: client.open_database(settings, application, pool_size=pool_size), f"pgcoord/{application}")
+    )
+
+
+class Database:
+    """Transactions for any number of threads. `connect` opens one; close it, or use it with `with`.
+
+    Every method raises ConnectionFailed once it is closed, and UsageError in a process that was forked from the one
+    that opened it.
+    """
+
+    def __init__(self, thread: ClientThread) -> None:
+        self._thread = thread
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes every connection and ends the background thread; waits for both. Repeated calls do nothing.
+
+        Transactions of other threads that are under way raise ConnectionFailed, or OutcomeUnknown while they commit.
+        """
+        self._thread.close()
+
+    def transaction(self, *, commit_seconds: float = COMMIT_SECONDS) -> Transaction:
+        """Returns a new transaction, for a caller that commits and retries by itself.
+
+        It begins with its first read. Its commit is waited for up to `commit_seconds`, then OutcomeUnknown is raised.
+        """
+        return Transaction(self._thread, self._thread.resource.transaction(commit_seconds=commit_seconds))
+
+    def run(
+        self,
+        work: Callable[[Transaction], T],
+        *,
+        retry_limit: int = RETRY_LIMIT,
+        commit_seconds: float = COMMIT_SECONDS,
+    ) -> T:
+        """Runs `work` in a transaction, commits it, and returns the result of `work`.
+
+        Runs it again from the start, after a back-off, up to `retry_limit` times, while it ends with Conflict or
+        TooOld; `work` must have no effects outside the transaction that may not happen twice. The last Conflict or
+        TooOld is raised, and at once anything that `work` raises, Rejected, ConnectionFailed (nothing was written) and
+        OutcomeUnknown (no outcome within `commit_seconds`, or the connection was lost: it may have been committed).
+        """
+        attempts = _Attempts(self._thread, work)
+        running = self._thread.submit(
+            lambda database: database.run(attempts, retry_limit=retry_limit, commit_seconds=commit_seconds)
+        )
+        running.add_done_callback(attempts.end)
+        try:
+            attempts.make_all()
+            return wait_for(running)
+        finally:
+            running.cancel()  # does nothing if it is done; otherwise `work` raised, or this thread was interrupted
+
+
+class _Attempt(NamedTuple):
+    """A transaction for one attempt at the work, and the future of the loop for the attempt's result."""
+
+    transaction: client.Transaction
+    result: asyncio.Future[Any]
+
+    def settle(self, value: Any, error: Exception | None) -> None:
+        """Sets the result, in the loop; an attempt that was cancelled there has one already."""
+        if self.result.done():
+            return
+        if error is None:
+            self.result.set_result(value)
+        else:
+            self.result.set_exception(error)
+
+
+class _Attempts(Generic[T]):
+    """The attempts of one `run`: the loop calls this object for each, and the thread that called `run` makes them.
+
+    `__wrapped__` tells the loop's client which attempts run the same work (`core.kv.hot_keys.kind_of`).
+    """
+
+    def __init__(self, thread: ClientThread, work: Callable[[Transaction], T]) -> None:
+        self.__wrapped__ = work
+        self._thread = thread
+        self._asked: SimpleQueue[_Attempt | None] = SimpleQueue()
+
+    async def __call__(self, transaction: client.Transaction) -> T:
+        """Asks for an attempt and waits for its result; runs in the loop."""
+        attempt = _Attempt(transaction, asyncio.get_running_loop().create_future())
+        self._asked.put(attempt)
+        result: T = await attempt.result
+        return result
+
+    def end(self, _running: object) -> None:
+        """Has `make_all` return; runs in the loop."""
+        self._asked.put(None)
+
+    def make_all(self) -> None:
+        """Makes the attempts that the loop asks for, until `end`. Raises what the work raises but Conflict, TooOld."""
+        while attempt := self._asked.get():
+            value: T | None = None
+            error: Conflict | TooOld | None = None
+            try:
+                with inside_attempt():
+                    value = self.__wrapped__(Transaction(self._thread, attempt.transaction))
+            except (Conflict, TooOld) as refused:
+                error = refused
+            self._thread.call_soon(attempt.settle, value, error)
+
+
+class Transaction(WriteMethods):
+    """Reads and writes that take effect together or not at all, as `pgcoord_cli.Transaction`; for one thread at a time.
+
+    Reads raise Conflict if a key that was read before has been written since, TimeLimit five seconds after the first
+    read, and ConnectionFailed.
+    """
+
+    def __init__(self, thread: ClientThread, transaction: client.Transaction) -> None:
+        self._thread = thread
+        self._transaction = transaction
+
+    @property
+    def read_version(self) -> int | None:
+        """The version that every read so far has seen; None before the first read."""
+        return self._transaction.read_version
+
+    @property
+    def versionstamp(self) -> bytes:
+        """The ten bytes that name this transaction's commit. Raises Rejected before it, and if nothing was written."""
+        return self._transaction.versionstamp
+
+    def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:
+        """Returns the value of a key as this transaction would leave it; None if there is none."""
+        return self._thread.call(lambda _: self._transaction.get(key, snapshot=snapshot))
+
+    def get_range(
+        self,
+        begin: bytes | KeySelector,
+        end: bytes | KeySelector | None,
+        *,
+        limit: int | None = None,
+        reverse: bool = False,
+        snapshot: bool = False,
+    ) -> list[tuple[bytes, bytes]]:
+        """Returns keys and values from `begin` up to but without `end` (None: to the last key), in order of the keys.
+
+        At most `limit`; `reverse`: the last ones, in descending order.
+        """
+        return self._thread.call(
+            lambda _: self._transaction.get_range(begin, end, limit=limit, reverse=reverse, snapshot=snapshot)
+        )
+
+    def get_key(self, selector: KeySelector, *, snapshot: bool = False) -> bytes | None:
+        """Returns the key that a selector selects; b"" before the first key, None after the last."""
+        return self._thread.call(lambda _: self._transaction.get_key(selector, snapshot=snapshot))
+
+    def watch(self, key: bytes) -> Watch:
+        """Returns a watch: it ends once the key no longer holds the value that this transaction leaves.
+
+        It watches from the commit on.
+        """
+        return Watch(self._thread, self._thread.call(lambda _: self._transaction.watch(key)))
+
+    def mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
+        self._transaction.mutate(op, key, operand)
+
+    def add_read_conflict_key(self, key: bytes) -> None:
+        """Makes this transaction conflict with later writes of a key, as if it had been read."""
+        self._transaction.add_read_conflict_key(key)
+
+    def add_read_conflict_range(self, begin: bytes, end: bytes | None) -> None:
+        """Makes this transaction conflict with later writes from `begin` up to but without `end`."""
+        self._transaction.add_read_conflict_range(begin, end)
+
+    def add_write_conflict_range(self, begin: bytes, end: bytes | None) -> None:
+        self._transaction.add_write_conflict_range(begin, end)
+
+    def commit(self) -> int:
+        """Commits, and returns the version of the commit; without writes, the read version.
+
+        Raises Conflict, TooOld or Rejected, after which nothing was written; ConnectionFailed if the request was not
+        sent; OutcomeUnknown if it is not known whether it committed.
+        """
+        return self._thread.call(lambda _: self._transaction.commit())
+
+
+class Watch:
+    """A key that is watched from the commit of its transaction on; made by `Transaction.watch`."""
+
+    def __init__(self, thread: ClientThread, watch: client.Watch) -> None:
+        self._thread = thread
+        self._watch = watch
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the key holds another value; returns False after `timeout` seconds, if given. May be repeated.
+
+        Raises ConnectionFailed if the watch is cancelled or the Database closed meanwhile.
+        """
+        return self._thread.call(lambda _: self._wait(timeout))
+
+    async def _wait(self, timeout: float | None) -> bool:
+        # Unlike wait_for, this leaves the watch as it is at the timeout.
+        done, _ = await asyncio.wait([self._watch.changed], timeout=timeout)
+        if self._watch.changed.cancelled():
+            raise ConnectionFailed("the watch was cancelled")
+        return bool(done) and self._watch.changed.result() is None
+
+    def cancel(self) -> None:
+        """Ends the watch; a thread that waits for it gets ConnectionFailed."""
+        self._thread.call_soon(self._watch.cancel)

@@ -1,0 +1,91 @@
+"""Writing in a transaction: one method for each mutation, with FoundationDB's meaning.
+
+The asyncio transaction (`core.kv.transaction`) and the blocking one (`core.kv.blocking`) share these methods. None of
+them waits: a mutation is checked and buffered, and takes effect at the commit. `core.commits.mutations` applies them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from pgcoord_cli.core.commits.codec import Op
+
+
+class WriteMethods(ABC):
+    """The writing methods of a transaction.
+
+    Keys, values and operands are bytes. Each method raises KeyTooLarge, ValueTooLarge or Rejected at once for an
+    argument that no commit would accept; nothing is buffered then.
+    """
+
+    @abstractmethod
+    def mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
+        """Checks and buffers one mutation."""
+
+    @abstractmethod
+    def add_write_conflict_range(self, begin: bytes, end: bytes | None) -> None:
+        """Makes transactions that read from `begin` up to but without `end` conflict with this one."""
+
+    def add_write_conflict_key(self, key: bytes) -> None:
+        """Makes transactions that read a key conflict with this one, as if it had written the key."""
+        self.add_write_conflict_range(key, key + b"\0")
+
+    def set(self, key: bytes, value: bytes) -> None:
+        """Sets a key to a value."""
+        self.mutate(Op.SET, key, value)
+
+    def clear(self, key: bytes) -> None:
+        """Removes a key."""
+        self.mutate(Op.CLEAR, key, None)
+
+    def clear_range(self, begin: bytes, end: bytes | None) -> None:
+        """Removes every key from `begin` up to but without `end` (None: to the last key)."""
+        self.mutate(Op.CLEAR_RANGE, begin, end)
+
+    def add(self, key: bytes, operand: bytes) -> None:
+        """Adds an unsigned little-endian number; the result has the operand's length. An absent key counts as zero."""
+        self.mutate(Op.ADD, key, operand)
+
+    def bit_and(self, key: bytes, operand: bytes) -> None:
+        """Applies a bitwise AND; the result has the operand's length. An absent key is set to the operand."""
+        self.mutate(Op.BIT_AND, key, operand)
+
+    def bit_or(self, key: bytes, operand: bytes) -> None:
+        """Applies a bitwise OR; the result has the operand's length. An absent key is set to the operand."""
+        self.mutate(Op.BIT_OR, key, operand)
+
+    def bit_xor(self, key: bytes, operand: bytes) -> None:
+        """Applies a bitwise XOR; the result has the operand's length. An absent key is set to the operand."""
+        self.mutate(Op.BIT_XOR, key, operand)
+
+    def append_if_fits(self, key: bytes, operand: bytes) -> None:
+        """Appends the operand, unless the value would become longer than MAX_VALUE_BYTES."""
+        self.mutate(Op.APPEND_IF_FITS, key, operand)
+
+    def max(self, key: bytes, operand: bytes) -> None:
+        """Sets the greater of two unsigned little-endian numbers, of the operand's length. Absent counts as zero."""
+        self.mutate(Op.MAX, key, operand)
+
+    def min(self, key: bytes, operand: bytes) -> None:
+        """Sets the smaller of two unsigned little-endian numbers, of the operand's length. Absent: the operand."""
+        self.mutate(Op.MIN, key, operand)
+
+    def byte_max(self, key: bytes, operand: bytes) -> None:
+        """Sets the lexically greater of two byte strings. An absent key is set to the operand."""
+        self.mutate(Op.BYTE_MAX, key, operand)
+
+    def byte_min(self, key: bytes, operand: bytes) -> None:
+        """Sets the lexically smaller of two byte strings. An absent key is set to the operand."""
+        self.mutate(Op.BYTE_MIN, key, operand)
+
+    def compare_and_clear(self, key: bytes, operand: bytes) -> None:
+        """Removes the key if its value equals the operand."""
+        self.mutate(Op.COMPARE_AND_CLEAR, key, operand)
+
+    def set_versionstamped_key(self, template: bytes, value: bytes) -> None:
+        """Sets a key with the versionstamp at the offset in the last four bytes of the template, little-endian."""
+        self.mutate(Op.SET_VERSIONSTAMPED_KEY, template, value)
+
+    def set_versionstamped_value(self, key: bytes, template: bytes) -> None:
+        """Sets a value with the versionstamp at the offset in the last four bytes of the template, little-endian."""
+        self.mutate(Op.SET_VERSIONSTAMPED_VALUE, key, template)

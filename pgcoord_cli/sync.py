@@ -1,0 +1,16 @@
+"""The transaction client for programs without an event loop.
+
+    from pgcoord_cli.sync import connect
+
+    with connect() as database:
+        database.run(lambda transaction: transaction.add(b"visits", (1).to_bytes(8, "little")))
+
+`Database`, `Transaction` and `Watch` are those of `pgcoord_cli`, with calls that block instead of coroutines. One
+Database serves all threads of a program; `pgcoord_cli.core.kv.blocking` describes how. Errors and `KeySelector` are
+those of `pgcoord_cli`.
+"""
+
+from pgcoord_cli.core.kv.blocking import Database, Transaction, Watch, connect
+from pgcoord_cli.core.kv.transaction import KeySelector
+
+__all__ = ["Database", "KeySelector", "Transaction", "Watch", "connect"]
