@@ -130,17 +130,25 @@ async def test_other_work_never_waits() -> None:
 
 
 @in_loop
-async def test_closures_over_one_function_and_partial_calls_are_the_same_work() -> None:
+async def test_closures_over_one_function_its_partial_calls_and_its_wrappers_are_the_same_work() -> None:
     def closure(number: int) -> Callable[..., object]:
         return lambda: number
+
+    def decorated(kind: Callable[..., object]) -> Callable[..., object]:
+        @wraps(kind)
+        def run() -> object:
+            return kind()
+
+        return run
 
     hot_keys = HotKeys()
     conflicting = Attempt(hot_keys, kind=closure(1))
     await settled()
     await conflicting.end("conflict")
-    those = [Attempt(hot_keys, kind=kind) for kind in (closure(2), partial(closure(3)), partial(partial(closure(4))))]
+    kinds = (closure(2), partial(closure(3)), partial(partial(closure(4))), partial(decorated(partial(closure(5)))))
+    those = [Attempt(hot_keys, kind=kind) for kind in (*kinds, decorated(work))]
     await settled()
-    assert reading(those) == [True, False, False]
+    assert reading(those) == [True, False, False, False, True], "the last one decorates another function"
 
 
 @in_loop
