@@ -41,7 +41,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION pgcoord.commit_alone(request_id uuid, seen_epoch bigint, seen_term uuid, seen_version bigint, read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[], reply_channel text, OUT version bigint, OUT answered_at timestamp with time zone) RETURNS record
+CREATE FUNCTION pgcoord.commit_directly(request_id uuid, seen_epoch bigint, seen_term uuid, seen_version bigint, read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[], reply_channel text, OUT version bigint, OUT answered_at timestamp with time zone) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pgcoord', 'pg_temp'
     AS $_$
@@ -622,7 +622,7 @@ CREATE TABLE pgcoord.kv (
 )
 WITH (fillfactor='80');
 
-COMMENT ON TABLE pgcoord.kv IS 'The committed data. Written only under the fence: by the leader, and by commit_alone.';
+COMMENT ON TABLE pgcoord.kv IS 'The committed data. Written only under the fence: by the leader, and by commit_directly.';
 
 CREATE TABLE pgcoord.leader_history (
     epoch bigint NOT NULL,

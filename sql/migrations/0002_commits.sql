@@ -6,7 +6,7 @@ CREATE TABLE kv (
     value bytea NOT NULL CHECK (octet_length(value) <= 100000)
 ) WITH (fillfactor = 80);
 
-COMMENT ON TABLE kv IS 'The committed data. Written only under the fence: by the leader, and by commit_alone.';
+COMMENT ON TABLE kv IS 'The committed data. Written only under the fence: by the leader, and by commit_directly.';
 
 -- Removes ranges (an end of null means to the last key), then keys, and then writes keys.
 CREATE FUNCTION write_data(

@@ -19,10 +19,10 @@ WITH enqueued AS (
 )
 SELECT pg_notify($7::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
 
--- name: commit_alone
+-- name: commit_directly
 -- Commits a request by itself, if nobody else is committing, and gives its version; otherwise puts it into the queue.
 SELECT version, answered_at
-  FROM commit_alone($1::uuid, $2::bigint, $3::uuid, $4::bigint, $5::bytea[], $6::bytea[], $7::bytea[], $8::bytea[],
+  FROM commit_directly($1::uuid, $2::bigint, $3::uuid, $4::bigint, $5::bytea[], $6::bytea[], $7::bytea[], $8::bytea[],
                     $9::bytea[], $10::bytea[], $11::bytea[], $12::bytea[], $13::text);
 
 -- name: block_direct_commits

@@ -105,7 +105,7 @@ def commit_directly(
         [b"v"],
         "reply",
     ]
-    row = psycopg.RawCursor(conn).execute(statement("commits", "commit_alone"), arguments).fetchone()
+    row = psycopg.RawCursor(conn).execute(statement("commits", "commit_directly"), arguments).fetchone()
     assert row
     return row[0]
 
@@ -654,7 +654,7 @@ def test_i3_a_direct_commit_whose_session_was_ended_is_repeated_and_applies_once
     settings: Settings, sql: Sql, while_it_waits: str
 ) -> None:
     lock = "SELECT FROM kv FOR UPDATE" if while_it_waits == "for the data" else "SELECT FROM leader_lease FOR UPDATE"
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'commit_alone'"
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'commit_directly'"
     end = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE application_name = 'pgcoord/client' AND datname = current_database()"
@@ -697,7 +697,7 @@ def test_a_role_without_the_right_to_commit_cannot_commit_directly(settings: Set
     try:
         sql.execute("GRANT USAGE ON SCHEMA pgcoord TO passer_by")
         sql.execute("SET ROLE passer_by")
-        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="commit_alone"):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="commit_directly"):
             commit_directly(sql, 0, term_id=uuid4())
     finally:
         sql.execute("RESET ROLE")
@@ -741,9 +741,9 @@ TERM = "(SELECT last_term_id FROM pgcoord.leader_lease)"
 
 
 def call_with(sql: Sql, **given: Any) -> Any:
-    """Calls commit_alone with the lists that are given, and empty ones for the others; returns the version or None."""
+    """Calls commit_directly with the given lists, and empty ones for the others; returns the version or None."""
     names = ", ".join(f"{place} => %s::bytea[]" for place in PLACES)
-    text = f"SELECT version FROM commit_alone(gen_random_uuid(), 1, {TERM}, 0, {names}, reply_channel => 'reply')"
+    text = f"SELECT version FROM commit_directly(gen_random_uuid(), 1, {TERM}, 0, {names}, reply_channel => 'reply')"
     row = sql.execute(text, [given.get(place, []) for place in PLACES]).fetchone()
     assert row
     return row[0]
@@ -786,7 +786,8 @@ def test_i6_no_setting_of_the_session_changes_what_is_stored(sql: Sql, settings:
         conn.execute(f"SET {setting}".encode())
         names = ", ".join(f"{place} => ARRAY['{place}']::bytea[]" for place in PLACES)
         call = (
-            f"SELECT version FROM pgcoord.commit_alone(gen_random_uuid(), 1, {TERM}, 0, {names}, reply_channel => 'r')"
+            f"SELECT version FROM pgcoord.commit_directly(gen_random_uuid(), 1, {TERM}, 0, {names}, "
+            "reply_channel => 'r')"
         )
         assert conn.execute(call.encode()).fetchone() == (1,)
     (payload,) = sql.execute("SELECT payload FROM commit_requests").fetchone() or (b"",)

@@ -165,7 +165,7 @@ EXPECTED = {
     ),
     "commits.queue_writers": Shape("", "last_id bigint, writers text[]"),
     "commits.write_data": Shape("bytea[], bytea[], bytea[], bytea[], bytea[]", "write_data void"),
-    "commits.commit_alone": Shape(
+    "commits.commit_directly": Shape(
         "uuid, bigint, uuid, bigint, bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], text",
         "version bigint, answered_at timestamptz",
     ),

@@ -4,7 +4,7 @@
 and one wake-up. A single commit shares nothing, and through the queue it would only wait for other processes to be
 woken. Much of what coordination writes is of this kind: a single write now and then.
 
-**How.** The SQL function `commit_alone` does in one transaction what the leader would do: it stores the request as
+**How.** The SQL function `commit_directly` does in one transaction what the leader would do: it stores the request as
 committed, writes the data, advances the durable version under the fence, and notifies the watches. It checks no reads,
 since no conflict is possible: it requires that the epoch, the term and the durable version are still those that the
 transaction read under, so that no commit can have written what was read. The stored row has the form of one that the
@@ -12,7 +12,7 @@ leader settled, so that readers of the table need not tell the two apart: a runn
 conflict window before it decides a batch, and a new leader loads them from the table.
 
 **Not beside the leader.** While the leader works at batches it holds a session-level advisory lock in shared mode.
-`commit_alone` tries for the same lock in exclusive mode and does not wait for it; the leader does wait for a direct
+`commit_directly` tries for the same lock in exclusive mode and does not wait for it; the leader does wait for a direct
 commit in progress, and then reads what direct commits have written. Correctness rests on the fence alone: the
 settlement of a batch and a direct commit each name the version that they follow, and of two that name the same version
 one is rolled back. The lock makes that rare. A leader that cannot get the lock within its limit, because another
@@ -20,7 +20,7 @@ session holds it for too long, goes on without it.
 
 **Not on a copy.** A valid lease is not enough: it may be a copy, on a standby that was promoted with fewer commits than
 clients have seen, or on a restored backup. The lease therefore names the start of the postmaster that it was taken on,
-and `commit_alone` compares it with its own. A direct commit that is called by hand in a transaction that stays open
+and `commit_directly` compares it with its own. A direct commit that is called by hand in a transaction that stays open
 blocks the renewal of the lease; the leader, or a candidate, then terminates that session, unless it may be committing
 (`core.leader.lease_keeper`).
 
@@ -38,7 +38,10 @@ from pgcoord_cli.core.commits.mutations import fold
 from pgcoord_cli.db.binary import bytea_array, bytea_columns
 
 MAX_BYTES = 16_000
-"""Payload bytes of the largest direct commit, which excludes all others while it runs. `commit_alone` checks it too."""
+"""Payload bytes of the largest direct commit, which excludes all others while it runs.
+
+`commit_directly` checks it too.
+"""
 
 PAUSE_SECONDS = 0.25
 """Seconds for which a client uses the queue after a direct commit that fell back to it."""
@@ -57,7 +60,7 @@ def is_plain(request: Request) -> bool:
 
 
 def columns(request: Request) -> list[bytes]:
-    """Returns the reads and the net writes of a plain request as `commit_alone` takes them: eight `bytea[]`. Pure."""
+    """Returns reads and net writes of a plain request as `commit_directly` takes them: eight `bytea[]`. Pure."""
     # Folded: the function removes ranges, then keys, and then writes keys, in whatever order they were written.
     writes = fold(request.mutations)
     return [

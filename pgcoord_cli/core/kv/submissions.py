@@ -276,7 +276,7 @@ class Submitter:
         read_under = [int8(epoch), term_id, int8(read_version)]
         parameters = [request_id, *read_under, *direct_commit.columns(request), self._reply_channel]
         commit.sent = True
-        self._pool.run(sql("commits", "commit_alone"), parameters, partial(self._on_direct_answer, commit))
+        self._pool.run(sql("commits", "commit_directly"), parameters, partial(self._on_direct_answer, commit))
 
     def _on_direct_answer(self, commit: PendingCommit, answer: Answer) -> None:
         if isinstance(answer, psycopg.Error) and not is_connection_lost(answer):

@@ -53,7 +53,7 @@ $$;
 -- Commits a request in its own transaction if nobody works at commits and nobody has committed since it read; its
 -- version then. Otherwise puts it into the queue like any other; null. It runs with the rights of the schema's owner,
 -- so it makes what it stores from what it writes, and takes nobody's word for it.
-CREATE FUNCTION commit_alone(
+CREATE FUNCTION commit_directly(
     request_id uuid, seen_epoch bigint, seen_term uuid, seen_version bigint,
     read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[],
     cleared_keys bytea[], written_keys bytea[], written_values bytea[], reply_channel text,
@@ -112,4 +112,4 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION commit_alone FROM PUBLIC;
+REVOKE ALL ON FUNCTION commit_directly FROM PUBLIC;
