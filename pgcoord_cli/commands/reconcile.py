@@ -97,14 +97,14 @@ def _tick(settings: Settings, out: Output, which: Which, scope: Scope, *, drain:
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.flows.reconcile import RECONCILERS, Tick
 
-    def complain(event: int, why: str) -> None:
+    def on_error(event: int, why: str) -> None:
         out.warn(f"event {event}: {why}")
 
     wanted = RECONCILERS if which == Which.ALL else {which.value: RECONCILERS[which.value]}
     totals = dict.fromkeys(wanted, Tick())
     with session.command_session(settings, "reconcile", writes=True) as conn:
         while True:
-            ticks = {name: run(conn, scope, complain) for name, run in wanted.items()}
+            ticks = {name: run(conn, scope, on_error) for name, run in wanted.items()}
             totals = {name: totals[name] + tick for name, tick in ticks.items()}
             if not drain or not any(tick.reconciled for tick in ticks.values()):
                 return totals

@@ -31,7 +31,7 @@ SELECT execution_id, lease_id, lease_epoch, flow_id, name, command, failures + l
  ORDER BY queue_position;
 
 -- name: renew
--- Prolongs a lease from now on, if it is still the one of that epoch.
+-- Renews a lease from now on, if its epoch is still the given one.
 WITH renewed AS (
     UPDATE execution_leases
        SET expires_at = clock_timestamp() + make_interval(secs => $3::double precision)
@@ -45,7 +45,7 @@ WITH renewed AS (
 SELECT expires_at FROM renewed;
 
 -- name: complete
--- Ends an execution as a success, if the lease is still the one of that epoch.
+-- Ends an execution as a success, if its lease epoch is still the given one.
 WITH mine AS MATERIALIZED (
     SELECT execution_id
       FROM executions
@@ -55,11 +55,11 @@ WITH mine AS MATERIALIZED (
 SELECT count(*) AS ended FROM end_executions(ARRAY(SELECT execution_id FROM mine), 'success', NULL);
 
 -- name: fail
--- Ends an attempt as a failure, if the lease is still the one of that epoch; says what becomes of the execution.
+-- Ends an attempt as a failure, if the lease epoch is still the given one; returns the execution's new state.
 SELECT fail_execution($1::uuid, $2::bigint, $3::text) AS state;
 
 -- name: revoke
--- Takes an execution away from whoever runs it, or from the lease of one epoch only, for somebody else to run.
+-- Revokes the lease of a running execution, of one epoch only if given, and makes the execution eligible again.
 WITH locked AS MATERIALIZED (
     SELECT execution_id
       FROM executions
@@ -69,7 +69,7 @@ WITH locked AS MATERIALIZED (
 SELECT end_leases(ARRAY(SELECT execution_id FROM locked), 'revoked', 2147483647) AS revoked;
 
 -- name: show
--- One execution, and who runs it.
+-- One execution with its lease.
 SELECT execution.execution_id, execution.flow_id, execution.name, execution.state, execution.partition_key,
        execution.namespace, execution.instance_tag, execution.command, execution.max_attempts, execution.failures,
        execution.lost_leases, execution.reason, execution.created_at, execution.ended_at, execution.lease_epoch,
@@ -79,7 +79,7 @@ SELECT execution.execution_id, execution.flow_id, execution.name, execution.stat
  WHERE execution.execution_id = $1::uuid;
 
 -- name: next_eligible
--- In how many seconds the next execution leaves its back-off; null when none is waiting for that.
+-- The seconds until the next execution leaves its back-off; null if none is in back-off.
 SELECT extract(epoch FROM min(eligible_from) - clock_timestamp())::double precision AS seconds
   FROM executions
  WHERE state = 'eligible' AND eligible_from > clock_timestamp()

@@ -1,5 +1,5 @@
 -- name: lock_holder
--- Who holds the advisory lock of this 64-bit key: pid, application, and, where this role may see it, client address and since when its transaction or session began.
+-- The session that holds the advisory lock of a 64-bit key; client address and start of its transaction or session are null if this role may not see them.
 SELECT activity.pid,
        activity.application_name AS application,
        CASE WHEN activity.backend_start IS NOT NULL THEN coalesce(activity.client_addr::text, 'local') END AS client,
@@ -14,31 +14,31 @@ SELECT activity.pid,
  LIMIT 1;
 
 -- name: name_key
--- Notes which name a key stands for, unless that is known.
+-- Records the name of a lock key, unless the key has one.
 INSERT INTO lock_names (lock_key, lock_name) VALUES ($1::bigint, $2::text) ON CONFLICT (lock_key) DO NOTHING;
 
 -- name: name_of_key
--- Which name a key stands for.
+-- The name of a lock key.
 SELECT lock_name FROM lock_names WHERE lock_key = $1::bigint;
 
 -- name: try_lock
--- Takes a session's advisory lock if nobody holds it.
+-- Takes a session-level advisory lock if it is free; never waits.
 SELECT pg_try_advisory_lock($1::bigint) AS is_taken;
 
 -- name: wait_for_lock
--- Takes a session's advisory lock, in its turn, within the session's lock timeout.
+-- Takes a session-level advisory lock, waiting in PostgreSQL's queue for at most the session's lock_timeout.
 SELECT pg_advisory_lock($1::bigint) IS NOT NULL AS is_taken;
 
 -- name: set_lock_timeout
--- How long the session waits for a lock, in milliseconds.
+-- Sets the session's lock_timeout, in milliseconds.
 SELECT set_config('lock_timeout', $1::text, false) AS lock_timeout;
 
 -- name: heartbeat
--- A sign of life.
+-- Checks that the session answers.
 SELECT true AS alive;
 
 -- name: list
--- Who holds and who waits for the locks that have a name here; holders first.
+-- The sessions that hold or wait for the locks named in this schema; holders first.
 SELECT names.lock_name AS name, NOT held.granted AS is_waiting, activity.pid,
        activity.application_name AS application,
        CASE WHEN activity.backend_start IS NOT NULL THEN coalesce(activity.client_addr::text, 'local') END AS client,
@@ -52,5 +52,5 @@ SELECT names.lock_name AS name, NOT held.granted AS is_waiting, activity.pid,
  ORDER BY names.lock_name, held.granted DESC, held.waitstart;
 
 -- name: end_session
--- Ends another session.
+-- Terminates another session.
 SELECT pg_terminate_backend($1::integer) AS is_ended;

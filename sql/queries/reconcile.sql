@@ -1,5 +1,5 @@
 -- name: undispatched
--- Completion events that nobody carried on, older than a number of milliseconds, oldest first; not those that are backing off or quarantined.
+-- The oldest undispatched completion events older than a number of milliseconds, without those that back off or are quarantined.
 SELECT event.event_id
   FROM completion_events AS event
   LEFT JOIN dispatch_failures AS failure USING (event_id)
@@ -11,7 +11,7 @@ SELECT event.event_id
  LIMIT $2::integer;
 
 -- name: count_filtered
--- How many such events the filters leave out, up to a number.
+-- The number of stale undispatched events that the filters leave out, up to a limit.
 SELECT count(*) AS filtered
   FROM (SELECT FROM completion_events AS event
          WHERE event.dispatched_at_ms IS NULL
@@ -21,7 +21,7 @@ SELECT count(*) AS filtered
          LIMIT $2::integer) AS left_out;
 
 -- name: note_failure
--- Notes that an event could not be carried on: the next try comes after a doubling pause, and none after so many.
+-- Records a failed dispatch: the next attempt comes after a pause that doubles, and after a number of attempts none does.
 INSERT INTO dispatch_failures AS failure (event_id, last_error, retry_at)
 VALUES ($1::bigint, $2::text, clock_timestamp() + interval '1 second')
 ON CONFLICT (event_id) DO UPDATE
@@ -31,7 +31,7 @@ ON CONFLICT (event_id) DO UPDATE
 RETURNING attempts, quarantined_at IS NOT NULL AS is_quarantined;
 
 -- name: quarantined
--- The events that are not tried any more.
+-- The quarantined events, which no reconciler dispatches.
 SELECT event_id, event.execution_id, event.flow_id, event.outcome, attempts, last_error, quarantined_at
   FROM dispatch_failures
   JOIN completion_events AS event USING (event_id)
@@ -39,12 +39,12 @@ SELECT event_id, event.execution_id, event.flow_id, event.outcome, attempts, las
  ORDER BY event_id;
 
 -- name: retry
--- Has quarantined events tried again: one of them, or all.
+-- Releases one event from quarantine, or all of them.
 DELETE FROM dispatch_failures
  WHERE quarantined_at IS NOT NULL AND ($1::bigint IS NULL OR event_id = $1::bigint);
 
 -- name: expire_leases
--- Takes back leases that have run out, the oldest first; says how many.
+-- Ends execution leases that have expired; returns how many it found and ended.
 WITH lost AS MATERIALIZED (
     SELECT execution.execution_id
       FROM executions AS execution
@@ -60,7 +60,7 @@ SELECT cardinality(ARRAY(SELECT execution_id FROM lost)) AS scanned,
        end_leases(ARRAY(SELECT execution_id FROM lost), 'expired', $4::integer) AS expired;
 
 -- name: cancel_siblings
--- Ends what need not run any more since enough of its siblings succeeded; says how many.
+-- Cancels executions whose group is satisfied and cancels its siblings; returns how many it found and cancelled.
 WITH needless AS MATERIALIZED (
     SELECT execution.execution_id
       FROM executions AS execution

@@ -1,5 +1,5 @@
 -- name: acquire
--- Draws the next fence of a subscription, which is made where there is none; says where it stands.
+-- Draws the next fence of a subscription, inserting it if missing; returns its position and outbox.
 INSERT INTO subscriptions AS subscription (subscription_name, outbox, fence)
 VALUES ($1::text, $2::text, 1)
 ON CONFLICT (subscription_name) DO UPDATE
@@ -8,7 +8,7 @@ ON CONFLICT (subscription_name) DO UPDATE
 RETURNING fence, last_position, outbox;
 
 -- name: save
--- Moves a checkpoint forward, under the fence of whoever saves; says whether it did.
+-- Moves a checkpoint forward if the fence is the latest; returns whether it is.
 WITH saved AS (
     UPDATE {schema}.subscriptions
        SET last_position = greatest(last_position, $3::bigint), updated_at = pg_catalog.clock_timestamp()
@@ -19,11 +19,11 @@ WITH saved AS (
 SELECT EXISTS (SELECT FROM saved) AS is_saved;
 
 -- name: checkpoint
--- Where a subscription stands.
+-- The outbox and position of a subscription.
 SELECT outbox, last_position FROM subscriptions WHERE subscription_name = $1::text;
 
 -- name: list
--- Subscriptions with how many events of their outbox lie ahead of them.
+-- Subscriptions with the number of events of their outbox after their position.
 SELECT subscription_name, outbox, last_position, fence, updated_at,
        CASE outbox
            WHEN 'lease_events' THEN (SELECT count(*) FROM lease_events WHERE event_id > coalesce(last_position, 0))
@@ -35,13 +35,13 @@ SELECT subscription_name, outbox, last_position, fence, updated_at,
  ORDER BY subscription_name;
 
 -- name: set_position
--- Moves a checkpoint to wherever, under the fence of whoever does so; null: nowhere yet.
+-- Sets a checkpoint to any position if the fence is the latest; null: no position.
 UPDATE subscriptions
    SET last_position = $3::bigint, updated_at = clock_timestamp()
  WHERE subscription_name = $1::text AND fence = $2::bigint;
 
 -- name: remove
--- Forgets where a subscription stands, under the fence of whoever does so. The fence stays: it must never go back.
+-- Clears the checkpoint and outbox of a subscription if the fence is the latest. The fence stays: it never goes back.
 UPDATE subscriptions
    SET last_position = NULL, outbox = NULL, updated_at = clock_timestamp()
  WHERE subscription_name = $1::text AND fence = $2::bigint;

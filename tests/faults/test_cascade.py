@@ -18,7 +18,7 @@ import pytest
 from pgcoord_cli.core.flows import executions
 from pgcoord_cli.core.flows.dispatch import dispatch_all, dispatch_completion
 from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, PolicyKind
 from pgcoord_cli.core.flows.reconcile import Scope, dependency
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, value
@@ -111,7 +111,7 @@ def ladder(policy: JoinPolicy) -> FlowPlan:
     helpers = [f"h{number}" for number in range(1, HOPS + 1)]
     edges = [(rungs[number], rungs[number + 1]) for number in range(HOPS)]
     edges += list(zip(helpers, rungs[1:], strict=True)) + [(rung, "most") for rung in rungs]
-    policies = dict.fromkeys(rungs[1:], policy) | {"most": JoinPolicy(Kind.QUORUM, HOPS // 2)}
+    policies = dict.fromkeys(rungs[1:], policy) | {"most": JoinPolicy(PolicyKind.QUORUM, HOPS // 2)}
     planned = [PlannedExecution(name) for name in (*rungs[:1], *helpers, *rungs[1:], "most")]
     return FlowPlan(None, None, planned, edges, policies)
 

@@ -18,15 +18,15 @@ from pgcoord_cli.core.flows import dispatch, executions, flows
 from pgcoord_cli.core.flows.dispatch import dispatch_all
 from pgcoord_cli.core.flows.executions import Claim
 from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.flows.join_policy import JoinPolicy, JoinVerdict, Kind, OnSatisfied, judge
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, JoinVerdict, OnSatisfied, PolicyKind, judge
 from pgcoord_cli.settings import Settings
 from tests.asking import until, value
 
 Conn = psycopg.Connection[Any]
 Make = Callable[[FlowPlan], "Flow"]
 
-ANY = JoinPolicy(Kind.ANY_OF)
-ANY_CANCEL = JoinPolicy(Kind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING)
+ANY = JoinPolicy(PolicyKind.ANY_OF)
+ANY_CANCEL = JoinPolicy(PolicyKind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING)
 FINAL = {"success", "failed", "cancelled", "skipped"}
 
 

@@ -17,7 +17,7 @@ from pgcoord_cli.core.events.outbox import append_completion_event
 from pgcoord_cli.core.flows import executions
 from pgcoord_cli.core.flows.dispatch import TRIES, Advanced, NoOp, dispatch_all, dispatch_completion
 from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, OnSatisfied, PolicyKind
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, value
@@ -116,12 +116,12 @@ CASES = [
     Case(ANY, "sff", "sss"),
     Case(ANY, "ffs", "pps"),
     Case(ANY, "fff", "ppi"),
-    Case(JoinPolicy(Kind.QUORUM, 2), "sfs", "pps"),
-    Case(JoinPolicy(Kind.QUORUM, 2), "ssf", "pss"),
-    Case(JoinPolicy(Kind.QUORUM, 2), "fsf", "ppi"),
-    Case(JoinPolicy(Kind.QUORUM, 2), "ffs", "pii"),
-    Case(JoinPolicy(Kind.QUORUM, 1), "ffs", "pps"),
-    Case(JoinPolicy(Kind.QUORUM, 3), "fss", "iii"),
+    Case(JoinPolicy(PolicyKind.QUORUM, 2), "sfs", "pps"),
+    Case(JoinPolicy(PolicyKind.QUORUM, 2), "ssf", "pss"),
+    Case(JoinPolicy(PolicyKind.QUORUM, 2), "fsf", "ppi"),
+    Case(JoinPolicy(PolicyKind.QUORUM, 2), "ffs", "pii"),
+    Case(JoinPolicy(PolicyKind.QUORUM, 1), "ffs", "pps"),
+    Case(JoinPolicy(PolicyKind.QUORUM, 3), "fss", "iii"),
 ]
 WORDS = {"p": "pending", "s": "satisfied", "i": "impossible"}
 STATES = {"p": "blocked", "s": "eligible", "i": "skipped"}
@@ -216,7 +216,7 @@ def test_i9_a_sibling_that_wins_at_the_same_time_stays_a_winner(settings: Settin
 
 @pytest.mark.parametrize("verdict", ["pending", "impossible"])
 def test_i9_siblings_run_on_unless_enough_have_succeeded(make: Make, verdict: str) -> None:
-    policy = JoinPolicy(Kind.QUORUM, 2 if verdict == "pending" else 3, OnSatisfied.CANCEL_REMAINING)
+    policy = JoinPolicy(PolicyKind.QUORUM, 2 if verdict == "pending" else 3, OnSatisfied.CANCEL_REMAINING)
     flow = make(plan("a b c goal", "a>goal b>goal c>goal", goal=policy))
     dispatch_completion(flow.conn, flow.end("a", "failed"))
     assert flow.group("goal").state == verdict
@@ -395,8 +395,10 @@ class Graph(NamedTuple):
 
 def policies(then: Sequence[OnSatisfied], size: int) -> st.SearchStrategy[JoinPolicy]:
     """For something that waits for so many."""
-    others = st.builds(JoinPolicy, st.sampled_from([Kind.ALL_OF, Kind.ANY_OF]), st.none(), st.sampled_from(then))
-    return others | st.builds(JoinPolicy, st.just(Kind.QUORUM), st.integers(1, size), st.sampled_from(then))
+    others = st.builds(
+        JoinPolicy, st.sampled_from([PolicyKind.ALL_OF, PolicyKind.ANY_OF]), st.none(), st.sampled_from(then)
+    )
+    return others | st.builds(JoinPolicy, st.just(PolicyKind.QUORUM), st.integers(1, size), st.sampled_from(then))
 
 
 @st.composite

@@ -13,7 +13,7 @@ import pytest
 from pgcoord_cli.core.flows import dispatch, executions, flows, reconcile
 from pgcoord_cli.core.flows.dispatch import Advanced, NoOp, dispatch_completion
 from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied, judge
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, OnSatisfied, PolicyKind, judge
 from pgcoord_cli.errors import ConditionFalse, Fenced, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, value
@@ -37,7 +37,7 @@ from tests.postgres.flow_world import (
 
 
 def test_a_new_flow_waits_where_it_has_to_and_counts_nothing_yet(make: Make) -> None:
-    quorum = JoinPolicy(Kind.QUORUM, 2, OnSatisfied.CANCEL_REMAINING)
+    quorum = JoinPolicy(PolicyKind.QUORUM, 2, OnSatisfied.CANCEL_REMAINING)
     flow = make(plan("a b c all any some", "a>all b>all a>any c>any a>some b>some c>some", any=ANY, some=quorum))
     assert flow.states() == dict.fromkeys("abc", "eligible") | dict.fromkeys(("all", "any", "some"), "blocked")
     assert [flow.group(name) for name in ("all", "any", "some")] == [
@@ -63,7 +63,7 @@ def test_labels_and_the_partition_are_the_flows_unless_an_execution_has_its_own_
     [
         pytest.param(plan("a b a"), id="a name twice"),
         pytest.param(plan("a b", "a>b a>b"), id="an edge twice"),
-        pytest.param(plan("a b", "a>b", b=JoinPolicy(Kind.QUORUM, 0)), id="nothing required"),
+        pytest.param(plan("a b", "a>b", b=JoinPolicy(PolicyKind.QUORUM, 0)), id="nothing required"),
         pytest.param(FlowPlan(None, None, [PlannedExecution("a", None, 0)], [], {}), id="no attempt"),
     ],
 )
@@ -156,7 +156,7 @@ def test_i9_an_edge_that_makes_impossible_skips_at_once_and_the_cascade_goes_on(
 
 
 def test_i9_one_more_upstream_is_one_more_that_all_of_needs_and_no_more_that_a_quorum_needs(make: Make) -> None:
-    flow = make(plan("a b x all some", "a>all b>all a>some b>some", some=JoinPolicy(Kind.QUORUM, 2)))
+    flow = make(plan("a b x all some", "a>all b>all a>some b>some", some=JoinPolicy(PolicyKind.QUORUM, 2)))
     for name in ("all", "some"):
         flows.add_edge(flow.conn, flow.ids["x"], flow.ids[name])
     for name in ("a", "b"):

@@ -13,10 +13,10 @@ import pytest
 from pgcoord_cli.core.flows import executions, reconcile
 from pgcoord_cli.core.flows.dispatch import Advanced, dispatch_completion
 from pgcoord_cli.core.flows.flow_file import FlowPlan
-from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, OnSatisfied, PolicyKind
 from pgcoord_cli.core.flows.reconcile import (
     EVENTS_A_TRANSACTION,
-    MOST_LOSSES,
+    MAX_LOST_LEASES,
     QUARANTINE_AFTER,
     Scope,
     Tick,
@@ -386,15 +386,15 @@ def test_leases_are_taken_back_by_namespace_and_tag_up_to_the_batch_limit(make: 
 
 def test_what_loses_its_worker_too_often_has_failed_and_says_so(make: Make, conn: Conn, sql: Conn) -> None:
     flow = make(plan("a b", "a>b"))
-    for loss in range(1, MOST_LOSSES + 2):
+    for loss in range(1, MAX_LOST_LEASES + 2):
         (claim,) = executions.claim(conn, "doomed")
         assert claim.attempt == loss
         run_out(sql)
         assert expire(conn) == Tick(scanned=1, reconciled=1)
-        assert flow.state("a") == ("failed" if loss > MOST_LOSSES else "eligible")
+        assert flow.state("a") == ("failed" if loss > MAX_LOST_LEASES else "eligible")
     assert value(sql, "SELECT reason FROM executions WHERE name = 'a'") == "its workers vanished too often"
     assert column(sql, "SELECT event_type FROM lease_events ORDER BY event_id") == [
-        "acquired", *["expired", "reclaimed"] * MOST_LOSSES, "expired",
+        "acquired", *["expired", "reclaimed"] * MAX_LOST_LEASES, "expired",
     ]  # fmt: skip
     assert tick(conn).reconciled == 1
     assert flow.state("b") == "skipped"
@@ -450,7 +450,7 @@ def test_siblings_that_need_not_run_are_cancelled_once(make: Make, conn: Conn, s
 
 def test_siblings_of_what_may_still_need_them_or_cannot_succeed_any_more_run_on(make: Make, conn: Conn) -> None:
     flow = make(
-        plan("a b c goal", "a>goal b>goal c>goal", goal=JoinPolicy(Kind.QUORUM, 3, OnSatisfied.CANCEL_REMAINING))
+        plan("a b c goal", "a>goal b>goal c>goal", goal=JoinPolicy(PolicyKind.QUORUM, 3, OnSatisfied.CANCEL_REMAINING))
     )
     assert sibling_cancel(conn, NOW, Complaints()) == Tick()
     dispatch_completion(conn, flow.end("a", "failed"))
@@ -499,7 +499,7 @@ def test_one_tick_of_all_carries_on_what_it_has_ended_itself(make: Make, conn: C
     """The order of the reconcilers: an execution that is given up takes the first hop in the same tick."""
     flow = make(plan("a b", "a>b"))
     flow.claim("a")
-    sql.execute("UPDATE executions SET lost_leases = %s WHERE name = 'a'", [MOST_LOSSES])
+    sql.execute("UPDATE executions SET lost_leases = %s WHERE name = 'a'", [MAX_LOST_LEASES])
     run_out(sql)
     ticks = {name: run(conn, NOW, Complaints()) for name, run in reconcile.RECONCILERS.items()}
     assert {name: done.reconciled for name, done in ticks.items()} == {

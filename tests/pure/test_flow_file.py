@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgcoord_cli.core.flows.flow_file import MAX_NAME, FlowPlan, PlannedExecution, parse_flow
-from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, OnSatisfied, PolicyKind
 from pgcoord_cli.errors import UsageError
 
 DESIGN = """\
@@ -51,7 +51,7 @@ def test_the_form_that_the_design_shows() -> None:
         "deploys", None,
         [PlannedExecution("build", ["make", "build"]), PlannedExecution("test"), PlannedExecution("release")],
         [("build", "test"), ("test", "release")],
-        {"release": JoinPolicy(Kind.QUORUM, 1, OnSatisfied.LET_RUN)},
+        {"release": JoinPolicy(PolicyKind.QUORUM, 1, OnSatisfied.LET_RUN)},
     )  # fmt: skip
     assert plan.upstreams() == {"test": ["build"], "release": ["test"]}
 
@@ -72,7 +72,7 @@ def test_everything_that_can_be_said() -> None:
         """)
     assert (plan.namespace, plan.instance_tag) == ("ci", "blue")
     assert plan.executions[0] == PlannedExecution("a", ["sh", "-c", "echo 'ä'"], 3, "green")
-    assert plan.policies == {"c": JoinPolicy(Kind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING)}
+    assert plan.policies == {"c": JoinPolicy(PolicyKind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING)}
 
 
 def test_names_that_yaml_takes_for_something_else_are_texts() -> None:
@@ -104,7 +104,7 @@ def document(name: str = "build") -> dict[str, Any]:
 
 def meant(name: str = "build") -> FlowPlan:
     executions = [PlannedExecution(name, ["make", "a/b"]), PlannedExecution("test", None, 2)]
-    return FlowPlan("deploys", None, executions, [(name, "test")], {"test": JoinPolicy(Kind.QUORUM, 1)})
+    return FlowPlan("deploys", None, executions, [(name, "test")], {"test": JoinPolicy(PolicyKind.QUORUM, 1)})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgcoord_cli.core.flows.join_policy import JoinPolicy, JoinVerdict, Kind, OnSatisfied, judge
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, JoinVerdict, OnSatisfied, PolicyKind, judge
 
 MOST = 9
 """Upstreams. Two to the power of it are the ways in which they can end."""
@@ -61,22 +61,22 @@ def test_all_of_asks_for_all_any_of_for_one_and_a_quorum_for_k(size: int, data: 
     k = data.draw(st.integers(1, size))
     asked = [
         policy.required(size)
-        for policy in (JoinPolicy(Kind.ALL_OF), JoinPolicy(Kind.ANY_OF), JoinPolicy(Kind.QUORUM, k))
+        for policy in (JoinPolicy(PolicyKind.ALL_OF), JoinPolicy(PolicyKind.ANY_OF), JoinPolicy(PolicyKind.QUORUM, k))
     ]
     assert asked == [size, 1, k]
 
 
 def test_what_is_given_without_a_policy_waits_for_all_and_lets_the_others_run() -> None:
-    assert JoinPolicy() == JoinPolicy(Kind.ALL_OF, None, OnSatisfied.LET_RUN)
+    assert JoinPolicy() == JoinPolicy(PolicyKind.ALL_OF, None, OnSatisfied.LET_RUN)
 
 
 @pytest.mark.parametrize(
     ("policy", "record"),
     [
         (JoinPolicy(), {"kind": "all_of", "on_satisfied": "let_run"}),
-        (JoinPolicy(Kind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING),
+        (JoinPolicy(PolicyKind.ANY_OF, None, OnSatisfied.CANCEL_REMAINING),
          {"kind": "any_of", "on_satisfied": "cancel_remaining"}),
-        (JoinPolicy(Kind.QUORUM, 2), {"kind": "quorum", "on_satisfied": "let_run", "k": 2}),
+        (JoinPolicy(PolicyKind.QUORUM, 2), {"kind": "quorum", "on_satisfied": "let_run", "k": 2}),
     ],
 )  # fmt: skip
 def test_a_policy_is_stored_in_the_words_of_the_flow_file(policy: JoinPolicy, record: dict[str, object]) -> None:

@@ -19,7 +19,7 @@ from pgcoord_cli.core.database import session
 from pgcoord_cli.core.demo.reporter import Reporter
 from pgcoord_cli.core.flows import flows, reconcile
 from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
-from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, PolicyKind
 from pgcoord_cli.errors import PgcoordError
 from pgcoord_cli.settings import Settings
 
@@ -36,7 +36,7 @@ PLAN = FlowPlan(
     edges=[
         ("prepare", "copy-1"), ("prepare", "copy-2"), ("copy-1", "check"), ("copy-2", "check"), ("check", "release"),
     ],
-    policies={"check": JoinPolicy(Kind.QUORUM, 1)},
+    policies={"check": JoinPolicy(PolicyKind.QUORUM, 1)},
 )  # fmt: skip
 
 EXPECTED = {

@@ -1,8 +1,8 @@
-"""A follower: carries completions on as soon as they are committed, by tailing their outbox.
+"""The completion dispatcher: tails the completion events and dispatches each as soon as it is committed.
 
-It starts from now, and keeps no cursor: what it misses, because it was not running or because a dispatch failed, is an
-event without a dispatch time, and those are the reconciler's. Any number may follow at once; each event is claimed by
-one of them.
+It starts from now and keeps no cursor. An event that it misses, because it was not running or because a dispatch
+failed, has no dispatch time, and the reconciler dispatches it (`core.flows.reconcile`). Any number of dispatchers may
+run at once; each event is claimed by one of them.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ EVENTS_A_TRANSACTION = 100
 
 
 class CompletionDispatcher:
-    """Dispatches completion events in a thread of its own; `complain` hears what went wrong."""
+    """Dispatches completion events in its own thread. `on_error` is called there with one line for each failure."""
 
-    def __init__(self, settings: Settings, complain: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, on_error: Callable[[str], None]) -> None:
         self._settings = settings
-        self._complain = complain
+        self._on_error = on_error
         self._tail = Tail(settings, COMPLETION, report=self._on_notice)
         self._conn: Connection[Any] | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within the block, completions are carried on."""
+        """Runs the dispatcher within the block; its thread has ended when the block is left."""
         thread = Thread(target=self._run, name="dispatch")
         thread.start()
         try:
@@ -50,10 +50,12 @@ class CompletionDispatcher:
         try:
             for batch in self._tail.batches():
                 ids = [event.event_id for event in batch.events]
+                # Short transactions: each holds its edge groups locked until it commits.
                 for start in range(0, len(ids), EVENTS_A_TRANSACTION):
                     self._dispatch(ids[start : start + EVENTS_A_TRANSACTION])
         except PgcoordError as error:
-            self._complain(f"dispatch has ended, the rest is left to the reconciler: {error.message}")
+            # Raised by the tail for an error that persists after a reconnect.
+            self._on_error(f"dispatch has stopped; only the reconciler dispatches events now: {error.message}")
         finally:
             self._close()
 
@@ -63,7 +65,8 @@ class CompletionDispatcher:
                 self._conn = self._conn or open_session(self._settings, "dispatch", writes=True)
                 dispatch_all(self._conn, ids)
         except PgcoordError as error:
-            self._complain(f"left to the reconciler: {error.message}")
+            # The events keep no dispatch time, so skipping them here loses nothing.
+            self._on_error(f"{_count(ids)} left to the reconciler: {error.message}")
             self._close()
 
     def _close(self) -> None:
@@ -73,4 +76,8 @@ class CompletionDispatcher:
 
     def _on_notice(self, notice: Notice) -> None:
         if notice.type != "connected":
-            self._complain(notice.message)
+            self._on_error(notice.message)
+
+
+def _count(ids: Sequence[int]) -> str:
+    return f"event {ids[0]}" if len(ids) == 1 else f"{len(ids)} events from {ids[0]} on"

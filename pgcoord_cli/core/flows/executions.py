@@ -1,15 +1,14 @@
-"""Executions and their leases: claiming work, keeping it, ending it.
+"""Executions and their leases: claim an execution, renew its lease, end it.
 
-**A claim** takes the oldest eligible executions that nobody else is just claiming, and leases each to the worker until
-a time by the server's clock. The lease's epoch grows with every claim of that execution.
+**A claim** takes the oldest eligible executions whose rows no other claim has locked, and leases each to the worker
+until a time by the server's clock. Each claim of an execution increments its lease epoch.
 
-**The fence.** Whatever a worker does with its lease names the epoch, and the same statement that would change anything
-checks it under the row's lock. A worker whose lease was taken away (it ran out and was reclaimed, it was revoked, the
-execution was cancelled) is told so, Fenced, and has changed nothing. A lease that has run out but that nobody took away
-yet is still its worker's.
+**The fence.** Every call of a worker names the lease epoch, and the statement that would change a row compares it under
+the row's lock. If the lease has ended (it expired and was reclaimed, it was revoked, the execution was cancelled), the
+call raises Fenced and changes nothing. A lease that has expired but has not been ended yet still belongs to its worker.
 
-**Events.** Every transition of a lease writes its lease event, and every end of an execution its completion event, in
-the transaction that makes it true.
+**Events.** Every transition of a lease writes a lease event, and every end of an execution a completion event, in the
+transaction that makes the transition.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ DEFAULT_LEASE_SECONDS = 30.0
 
 
 class Claim(NamedTuple):
-    """An execution that was leased. `attempt` counts from 1; what one does with it names `lease_epoch`."""
+    """A leased execution. `attempt` counts from 1; `lease_epoch` is the fence that renew, complete and fail take."""
 
     execution_id: UUID
     lease_id: UUID
@@ -49,7 +48,10 @@ def claim(
     namespace: str | None = None,
     instance_tag: str | None = None,
 ) -> list[Claim]:
-    """Leases up to `limit` eligible executions to `owner`, the oldest first."""
+    """Leases up to `limit` eligible executions to `owner` for `seconds`, the oldest first; returns the claims.
+
+    `namespace` and `instance_tag` restrict the executions, unless None.
+    """
     return [
         Claim(*row)
         for row in conn.execute(sql("executions", "claim"), [owner, seconds, limit, namespace, instance_tag])
@@ -57,7 +59,10 @@ def claim(
 
 
 def renew(conn: Connection[Any], execution_id: UUID, lease_epoch: int, seconds: float) -> datetime:
-    """Prolongs a lease from now on; returns until when. Fenced when it is over."""
+    """Renews a lease for `seconds` from now; returns its new expiry.
+
+    Raises Fenced if the lease has ended, ConditionFalse if there is no such execution.
+    """
     row = conn.execute(sql("executions", "renew"), [execution_id, lease_epoch, seconds]).fetchone()
     if row is None:
         raise _fenced(conn, execution_id, lease_epoch)
@@ -65,14 +70,17 @@ def renew(conn: Connection[Any], execution_id: UUID, lease_epoch: int, seconds: 
 
 
 def complete(conn: Connection[Any], execution_id: UUID, lease_epoch: int) -> None:
-    """Ends an execution as a success. Fenced when the lease is over."""
+    """Ends an execution as a success. Raises Fenced and ConditionFalse as `renew` does."""
     row = conn.execute(sql("executions", "complete"), [execution_id, lease_epoch]).fetchone()
     if not (row and row[0]):
         raise _fenced(conn, execution_id, lease_epoch)
 
 
 def fail(conn: Connection[Any], execution_id: UUID, lease_epoch: int, reason: str | None = None) -> str:
-    """Ends an attempt as a failure; `eligible` when there will be another, `failed` when not. Fenced as above."""
+    """Ends an attempt as a failure; returns `eligible` if another attempt follows, else `failed`.
+
+    Raises Fenced and ConditionFalse as `renew` does.
+    """
     row = conn.execute(sql("executions", "fail"), [execution_id, lease_epoch, reason]).fetchone()
     if row is None or row[0] is None:
         raise _fenced(conn, execution_id, lease_epoch)
@@ -80,9 +88,9 @@ def fail(conn: Connection[Any], execution_id: UUID, lease_epoch: int, reason: st
 
 
 def revoke(conn: Connection[Any], execution_id: UUID, lease_epoch: int | None = None) -> None:
-    """Takes a running execution away from its worker, for another to run. ConditionFalse when it is not running.
+    """Revokes the lease of a running execution, which becomes eligible again.
 
-    With a `lease_epoch`, from that lease alone.
+    With a `lease_epoch`, only the lease of that epoch. Raises ConditionFalse if the execution is not running.
     """
     row = conn.execute(sql("executions", "revoke"), [execution_id, lease_epoch]).fetchone()
     if not (row and row[0]):
@@ -91,7 +99,7 @@ def revoke(conn: Connection[Any], execution_id: UUID, lease_epoch: int | None = 
 
 
 def execution_record(conn: Connection[Any], execution_id: UUID) -> dict[str, Any]:
-    """One execution and who runs it. ConditionFalse when there is none."""
+    """Returns an execution with its lease. Raises ConditionFalse if there is no such execution."""
     record = conn.cursor(row_factory=dict_row).execute(sql("executions", "show"), [execution_id]).fetchone()
     if record is None:
         raise ConditionFalse(f"there is no execution {execution_id}")
@@ -99,18 +107,18 @@ def execution_record(conn: Connection[Any], execution_id: UUID) -> dict[str, Any
 
 
 def seconds_to_next(conn: Connection[Any], namespace: str | None, instance_tag: str | None) -> float | None:
-    """In how many seconds the next execution leaves its back-off; None when none does."""
+    """Returns the seconds until the next execution leaves its back-off, or None if none is in back-off."""
     row = conn.execute(sql("executions", "next_eligible"), [namespace, instance_tag]).fetchone()
     return row[0] if row else None
 
 
 def _fenced(conn: Connection[Any], execution_id: UUID, lease_epoch: int) -> PgcoordError:
-    """What to raise when nothing was changed: that it is fenced, or that there is no such execution."""
+    """Returns the error for a call that changed no row: ConditionFalse if there is no such execution, else Fenced."""
     try:
         execution_record(conn, execution_id)
     except ConditionFalse as error:
         return error
     return Fenced(
-        f"the lease of epoch {lease_epoch} on execution {execution_id} is over; nothing was changed",
-        hint="it ran out, was revoked, or the execution has ended; see: pgcoord execution show",
+        f"the lease of epoch {lease_epoch} on execution {execution_id} has ended; nothing was changed",
+        hint=f"it expired, was revoked, or the execution has ended; see: pgcoord execution show {execution_id}",
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
 
-from pgcoord_cli.core.flows.join_policy import JoinPolicy, Kind, OnSatisfied
+from pgcoord_cli.core.flows.join_policy import JoinPolicy, OnSatisfied, PolicyKind
 from pgcoord_cli.errors import UsageError
 
 MAX_NAME = 200
@@ -156,11 +156,11 @@ class _Reader:
 
     def _policy(self, node: Any, size: int) -> JoinPolicy:
         fields = self._mapping(node, {"kind", "k", "on_satisfied"})
-        kind = Kind(self._choice(fields["kind"], list(Kind))) if "kind" in fields else Kind.ALL_OF
+        kind = PolicyKind(self._choice(fields["kind"], list(PolicyKind))) if "kind" in fields else PolicyKind.ALL_OF
         then = OnSatisfied.LET_RUN
         if "on_satisfied" in fields:
             then = OnSatisfied(self._choice(fields["on_satisfied"], list(OnSatisfied)))
-        if kind != Kind.QUORUM:
+        if kind != PolicyKind.QUORUM:
             if "k" in fields:
                 raise self._wrong(fields["k"], f"k belongs to a quorum, not to {kind}")
             return JoinPolicy(kind, None, then)

@@ -1,11 +1,12 @@
-"""Flows: graphs of executions that wait for each other.
+"""Flows: graphs of executions that depend on each other.
 
-A flow is made whole, in one transaction: its executions, an edge group for each that waits for something, and the
-edges. What waits for nothing is eligible at once. From then on completions move it along (`core.flows.dispatch`).
+A flow is created in one transaction: its executions, an edge group for each execution that has upstreams, and the
+edges. An execution without upstreams is eligible at once; afterwards completions move the others
+(`core.flows.dispatch`).
 
-**New edges** may be added below executions of a flow that is already under way. The upstream is locked against ending
-meanwhile; if it has ended before, its outcome is counted in the same transaction, since its completion event may have
-been dispatched long ago. A dispatch counts only edges without an outcome, so nothing is ever counted twice.
+**New edges** may be added above blocked executions of a running flow. `add_edge` locks the upstream so that it cannot
+end meanwhile. If it has ended before, the same transaction counts its outcome, since its completion event may already
+have been dispatched. A dispatch counts only edges without an outcome, so no edge is counted twice.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
 PARTITIONS = 16
-"""A flow's executions and events share a partition key below this."""
+"""Partition keys are 0 to PARTITIONS - 1; all executions and events of a flow have the same one."""
 
 
-class Created(NamedTuple):
-    """A new flow, and the ids of its executions by name."""
+class CreatedFlow(NamedTuple):
+    """The id of a new flow, and the ids of its executions by name."""
 
     flow_id: UUID
     executions: dict[str, UUID]
 
 
-def create(conn: Connection[Any], plan: FlowPlan) -> Created:
-    """Writes a flow, all of it or nothing."""
+def create(conn: Connection[Any], plan: FlowPlan) -> CreatedFlow:
+    """Creates a flow from a plan in one transaction; returns the ids."""
     upstreams = plan.upstreams()
     with conn.transaction():
         (flow_id,) = conn.execute(sql("flows", "insert_flow"), [plan.namespace, plan.instance_tag]).fetchall()[0]
@@ -54,22 +55,23 @@ def create(conn: Connection[Any], plan: FlowPlan) -> Created:
         rows = conn.execute(sql("flows", "insert_executions"), [flow_id, json.dumps(records)])
         ids = {name: execution_id for execution_id, name in rows}
         if plan.edges:
-            _connect(conn, flow_id, plan, ids)
+            _insert_edges(conn, flow_id, plan, ids)
+        # Sent at the commit, when the workers that it wakes can see the executions.
         conn.execute(sql("flows", "announce"))
-    return Created(flow_id, ids)
+    return CreatedFlow(flow_id, ids)
 
 
-def _connect(conn: Connection[Any], flow_id: UUID, plan: FlowPlan, ids: dict[str, UUID]) -> None:
+def _insert_edges(conn: Connection[Any], flow_id: UUID, plan: FlowPlan, ids: dict[str, UUID]) -> None:
     groups = []
-    for name, waited_for in plan.upstreams().items():
+    for name, upstreams in plan.upstreams().items():
         policy = plan.policies.get(name, JoinPolicy())
         groups.append(
             {
                 "downstream_id": str(ids[name]),
                 "policy": policy.as_record(),
-                "required": policy.required(len(waited_for)),
+                "required": policy.required(len(upstreams)),
                 "cancel_siblings": policy.on_satisfied == OnSatisfied.CANCEL_REMAINING,
-                "size": len(waited_for),
+                "size": len(upstreams),
             }
         )
     conn.execute(sql("flows", "insert_groups"), [flow_id, json.dumps(groups)])
@@ -78,28 +80,35 @@ def _connect(conn: Connection[Any], flow_id: UUID, plan: FlowPlan, ids: dict[str
 
 
 def add_edge(conn: Connection[Any], upstream_id: UUID, downstream_id: UUID) -> UUID:
-    """Has one more execution waited for by one that waits already; counts it at once if it has ended.
+    """Makes a blocked execution depend on one more upstream; returns the id of the new edge.
 
-    UsageError when there is no such execution, or the downstream is not waiting any more. Whoever adds edges sees to
-    it that they do not close a circle.
+    If the upstream has ended, its outcome is counted at once. Raises UsageError if an execution does not exist, the
+    downstream is not blocked, or there is such an edge. Does not check for cycles: the caller must not add one.
     """
     with conn.transaction():
-        # In the order in which a dispatch takes its locks: the group, then executions by their ids.
+        # In the lock order of a dispatch, so that the two cannot deadlock: the group, then executions by id.
         group = conn.execute(sql("flows", "lock_group"), [downstream_id]).fetchone()
         states = dict(conn.execute(sql("flows", "hold_ends"), [[upstream_id, downstream_id]]).fetchall())
         if group is None or upstream_id not in states or states[downstream_id] != "blocked":
-            raise UsageError("the upstream does not exist, or the downstream waits for nothing (any more)")
+            raise UsageError(
+                f"cannot add an edge from {upstream_id} to {downstream_id}: the upstream does not exist, "
+                "or the downstream is not blocked"
+            )
         outcome = states[upstream_id] if states[upstream_id] in OUTCOMES else None
         edge = conn.execute(sql("flows", "insert_edge"), [upstream_id, downstream_id, outcome]).fetchone()
         if edge is None:
-            raise UsageError("there is such an edge already")
+            raise UsageError(f"there is already an edge from {upstream_id} to {downstream_id}")
         conn.execute(sql("flows", "count_new_edge"), [downstream_id, outcome])
+        # The new edge may have made the group satisfied or impossible, and perhaps no later event judges it.
         conn.execute(sql("flows", "judge"), [downstream_id])
     return UUID(str(edge[0]))
 
 
 def cancel(conn: Connection[Any], flow_id: UUID) -> int:
-    """Ends what has not ended; returns how many executions that were. ConditionFalse: there is no such flow."""
+    """Cancels the executions of a flow that have not ended; returns how many.
+
+    Raises ConditionFalse if there is no such flow.
+    """
     is_found, cancelled = conn.execute(sql("flows", "cancel"), [flow_id]).fetchone() or (False, 0)
     if not is_found:
         raise _missing(flow_id)
@@ -107,9 +116,10 @@ def cancel(conn: Connection[Any], flow_id: UUID) -> int:
 
 
 def flow_document(conn: Connection[Any], flow_id: UUID) -> dict[str, Any]:
-    """A flow with its executions and edges. ConditionFalse: there is no such flow."""
+    """Returns a flow with its executions and edges. Raises ConditionFalse if there is no such flow."""
     with conn.transaction():
-        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")  # one snapshot of all of it
+        # One snapshot for the three statements, so that states and edge outcomes match.
+        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         cursor = conn.cursor(row_factory=dict_row)
         flow = cursor.execute(sql("flows", "show"), [flow_id]).fetchone()
         executions = cursor.execute(sql("flows", "executions"), [flow_id]).fetchall()
@@ -120,7 +130,7 @@ def flow_document(conn: Connection[Any], flow_id: UUID) -> dict[str, Any]:
 
 
 def list_flows(conn: Connection[Any], namespace: str | None, limit: int) -> list[dict[str, Any]]:
-    """Flows, newest first, with how many of their executions are unfinished or failed."""
+    """Returns at most `limit` flows, newest first, with the counts of their executions."""
     return conn.cursor(row_factory=dict_row).execute(sql("flows", "list"), [namespace, limit]).fetchall()
 
 

@@ -1,9 +1,10 @@
-"""When an execution may run, given what became of those it waits for. Pure.
+"""Join policies: when an execution may run, given the outcomes of its upstreams. Pure.
 
-Every policy asks for a number of successes among n upstreams: `all_of` for n, `any_of` for one, `quorum` for k. It is
-satisfied once there are as many, and impossible once the upstreams that are still open could not make up for what is
-missing. In between it is pending. Whatever is not a success (failed, cancelled, skipped) counts the same here. The
-database judges by the same rule (`judge_groups` in the migration of flows); what follows is what it is tested against.
+Each policy requires a number of successes among n upstreams: `all_of` requires n, `any_of` one, `quorum` k. A policy is
+satisfied when that number is reached, impossible when the upstreams without an outcome cannot reach it any more, and
+pending in between. Every other outcome (failed, cancelled, skipped) counts the same.
+
+The database applies the same rule (`judge_groups` in migration 0005); `judge` is the model that it is tested against.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 
-class Kind(StrEnum):
+class PolicyKind(StrEnum):
     """How many upstreams have to succeed."""
 
     ALL_OF = "all_of"
@@ -21,14 +22,14 @@ class Kind(StrEnum):
 
 
 class OnSatisfied(StrEnum):
-    """What becomes of the upstreams that are still open when enough have succeeded."""
+    """What happens to the upstreams without an outcome when the policy is satisfied."""
 
     CANCEL_REMAINING = "cancel_remaining"
     LET_RUN = "let_run"
 
 
 class JoinVerdict(StrEnum):
-    """What a policy says of its upstreams at some moment."""
+    """The state of a policy for the outcomes so far."""
 
     PENDING = "pending"
     SATISFIED = "satisfied"
@@ -36,27 +37,28 @@ class JoinVerdict(StrEnum):
 
 
 class JoinPolicy(NamedTuple):
-    """A policy as a flow file states it; `k` belongs to quorum alone."""
+    """A policy of a flow file. `k` is set for `quorum` only."""
 
-    kind: Kind = Kind.ALL_OF
+    kind: PolicyKind = PolicyKind.ALL_OF
     k: int | None = None
     on_satisfied: OnSatisfied = OnSatisfied.LET_RUN
 
     def required(self, size: int) -> int:
-        """How many of `size` upstreams have to succeed."""
-        if self.kind == Kind.QUORUM:
+        """Returns how many of `size` upstreams have to succeed."""
+        if self.kind == PolicyKind.QUORUM:
             assert self.k is not None
             return self.k
-        return size if self.kind == Kind.ALL_OF else 1
+        return size if self.kind == PolicyKind.ALL_OF else 1
 
     def as_record(self) -> dict[str, Any]:
-        """As it is stored and shown."""
+        """Returns the policy as `edge_groups.policy` stores it."""
         record: dict[str, Any] = {"kind": self.kind, "on_satisfied": self.on_satisfied}
         return record | ({"k": self.k} if self.k is not None else {})
 
 
 def judge(required: int, size: int, successes: int, others: int) -> JoinVerdict:
-    """The verdict when `successes` of `size` upstreams have succeeded and `others` ended otherwise."""
+    """Returns the verdict when `successes` of `size` upstreams have succeeded and `others` have ended otherwise."""
     if successes >= required:
         return JoinVerdict.SATISFIED
+    # Even if every upstream without an outcome succeeded, `size - others` is the most that can succeed.
     return JoinVerdict.IMPOSSIBLE if size - others < required else JoinVerdict.PENDING

@@ -1,15 +1,16 @@
 """Reconcilers: one tick of each repairs what crashes left behind. Made for cron; any number may run at once.
 
-- **dependency** dispatches completion events that nobody dispatched, once they are older than a threshold by the
-  server's clock; younger ones are on their way. Events share transactions, a hundred each. When one such transaction is
-  refused, its events are tried one by one, so that a bad one harms only itself: it is noted, backs off, and after
-  QUARANTINE_AFTER attempts is left alone until somebody has it tried again.
-- **lease-expiry** takes back the leases of workers that vanished.
-- **sibling-cancel** ends what need not run any more since enough of its siblings succeeded.
-- **orphaned-commits** marks commit requests that outlived every leader.
+- **dependency** dispatches completion events that have no dispatch time and are older than a threshold by the server's
+  clock; younger ones are being dispatched normally. Events are dispatched EVENTS_A_TRANSACTION in a transaction. If
+  such a transaction fails, its events are dispatched one by one, so that a bad event affects only itself: its failure
+  is recorded, it backs off, and after QUARANTINE_AFTER attempts it is quarantined until an operator has it retried.
+- **lease-expiry** ends execution leases that have expired, and makes their executions eligible again.
+- **sibling-cancel** cancels executions that a satisfied group with `cancel_remaining` no longer needs.
+- **orphaned-commits** marks pending commit requests of superseded epochs, older than the retention, as orphaned, while
+  no leader holds an unexpired lease.
 
-Each skips what somebody else is at, and reports how many rows it looked at (`scanned`), changed (`reconciled`), found
-done (`noop`), left out by the filters (`filtered`) and could not change (`errors`).
+Each skips rows that another transaction has locked, and returns how many rows it found (`scanned`), changed
+(`reconciled`), found changed already (`noop`), left out by the filters (`filtered`) and failed to change (`errors`).
 """
 
 from __future__ import annotations
@@ -29,15 +30,21 @@ from pgcoord_cli.db.sqlfiles import sql
 
 EVENTS_A_TRANSACTION = 100
 QUARANTINE_AFTER = 8
-MOST_LOSSES = 5
-"""An execution whose worker vanished more often than this has failed."""
+"""Failed attempts to dispatch an event before it is quarantined."""
+
+MAX_LOST_LEASES = 5
+"""An execution whose lease expires more often than this fails."""
 
 DEFAULT_BATCH_LIMIT = 1_000
 DEFAULT_STALE_MS = 1_000
 
 
 class Scope(NamedTuple):
-    """What one tick may touch."""
+    """What one tick may change.
+
+    At most `batch_limit` rows; events older than `stale_threshold_ms` milliseconds; of the namespace and the instance
+    tag, unless None.
+    """
 
     batch_limit: int = DEFAULT_BATCH_LIMIT
     stale_threshold_ms: int = DEFAULT_STALE_MS
@@ -46,7 +53,7 @@ class Scope(NamedTuple):
 
 
 class Tick(NamedTuple):
-    """What one tick of one reconciler did."""
+    """The counts of one tick of one reconciler, as the module's docstring defines them."""
 
     scanned: int = 0
     reconciled: int = 0
@@ -58,83 +65,86 @@ class Tick(NamedTuple):
         return Tick(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
-Complain = Callable[[int, str], None]
-"""Hears of an event that could not be dispatched, and why."""
+OnError = Callable[[int, str], None]
+"""Called with the id of an event that could not be dispatched, and the reason."""
 
 
-def dependency(conn: Connection[Any], scope: Scope, complain: Complain) -> Tick:
-    """Dispatches stale events, oldest first."""
+def dependency(conn: Connection[Any], scope: Scope, on_error: OnError) -> Tick:
+    """Dispatches stale undispatched events, the oldest first. Raises psycopg's error when the connection is lost."""
     bounds = [scope.stale_threshold_ms, scope.batch_limit, scope.namespace, scope.instance_tag]
     events = [row[0] for row in conn.execute(sql("reconcile", "undispatched"), bounds)]
+    # Counted only with a filter: without one it is zero, and the count would read the backlog once more.
     filtered = 0
     if scope.namespace or scope.instance_tag:
         filtered = _number(conn, "filtered", bounds)
     tick = Tick(scanned=len(events), filtered=filtered)
     for chunk in _chunks(events, EVENTS_A_TRANSACTION):
-        tick += _dispatch_chunk(conn, chunk, complain)
+        tick += _dispatch_chunk(conn, chunk, on_error)
     return tick
 
 
-def _dispatch_chunk(conn: Connection[Any], events: Sequence[int], complain: Complain) -> Tick:
+def _dispatch_chunk(conn: Connection[Any], events: Sequence[int], on_error: OnError) -> Tick:
     try:
         claimed = len(dispatch_all(conn, events))
     except psycopg.Error as error:
+        # Says nothing about the events, and every further statement would fail in the same way.
         if is_connection_lost(error):
             raise
         if len(events) == 1:
-            return _note_failure(conn, events[0], error, complain)
+            return _note_failure(conn, events[0], error, on_error)
+        # One by one: the refused transaction does not say which of its events was the cause.
         tick = Tick()
         for event in events:
-            tick += _dispatch_chunk(conn, [event], complain)
+            tick += _dispatch_chunk(conn, [event], on_error)
         return tick
     return Tick(reconciled=claimed, noop=len(events) - claimed)
 
 
-def _note_failure(conn: Connection[Any], event: int, error: psycopg.Error, complain: Complain) -> Tick:
+def _note_failure(conn: Connection[Any], event: int, error: psycopg.Error, on_error: OnError) -> Tick:
     reason = error.diag.message_primary or type(error).__name__
     attempts, is_quarantined = conn.execute(
         sql("reconcile", "note_failure"), [event, reason, QUARANTINE_AFTER]
     ).fetchone() or (0, False)
-    complain(event, f"{reason} (attempt {attempts}{', quarantined' if is_quarantined else ''})")
+    on_error(event, f"{reason} (attempt {attempts}{', quarantined' if is_quarantined else ''})")
     return Tick(errors=1)
 
 
-def lease_expiry(conn: Connection[Any], scope: Scope, _complain: Complain) -> Tick:
-    """Takes back leases that have run out."""
-    values = [scope.batch_limit, scope.namespace, scope.instance_tag, MOST_LOSSES]
+def lease_expiry(conn: Connection[Any], scope: Scope, _on_error: OnError) -> Tick:
+    """Ends leases that have expired; an execution with more than MAX_LOST_LEASES of them fails."""
+    values = [scope.batch_limit, scope.namespace, scope.instance_tag, MAX_LOST_LEASES]
     scanned, expired = conn.execute(sql("reconcile", "expire_leases"), values).fetchone() or (0, 0)
     return Tick(scanned=scanned, reconciled=expired, noop=scanned - expired)
 
 
-def sibling_cancel(conn: Connection[Any], scope: Scope, _complain: Complain) -> Tick:
-    """Ends what need not run any more."""
+def sibling_cancel(conn: Connection[Any], scope: Scope, _on_error: OnError) -> Tick:
+    """Cancels executions whose downstream group is satisfied and cancels its siblings."""
     values = [scope.batch_limit, scope.namespace, scope.instance_tag]
     scanned, cancelled = conn.execute(sql("reconcile", "cancel_siblings"), values).fetchone() or (0, 0)
     return Tick(scanned=scanned, reconciled=cancelled, noop=scanned - cancelled)
 
 
-def orphaned_commits(conn: Connection[Any], scope: Scope, _complain: Complain) -> Tick:
-    """Marks commit requests that outlived every leader."""
+def orphaned_commits(conn: Connection[Any], scope: Scope, _on_error: OnError) -> Tick:
+    """Marks commit requests of superseded epochs that stayed pending for DEFAULT_RETENTION as orphaned."""
     orphaned, _ = orphan_batch(conn, DEFAULT_RETENTION, scope.batch_limit)
     return Tick(scanned=orphaned, reconciled=orphaned)
 
 
-RECONCILERS: dict[str, Callable[[Connection[Any], Scope, Complain], Tick]] = {
+RECONCILERS: dict[str, Callable[[Connection[Any], Scope, OnError], Tick]] = {
     "lease-expiry": lease_expiry,
     "sibling-cancel": sibling_cancel,
     "dependency": dependency,
     "orphaned-commits": orphaned_commits,
 }
-"""In the order in which one tick of all runs them: what the first ones end, the later ones carry on."""
+"""In the order in which `reconcile all` runs them: the first two may write events that the third dispatches."""
 
 
 def list_quarantined(conn: Connection[Any]) -> list[dict[str, Any]]:
-    """The events that are not tried any more, and why."""
+    """Returns the quarantined events, each with its last error."""
     return conn.cursor(row_factory=dict_row).execute(sql("reconcile", "quarantined")).fetchall()
 
 
 def retry_quarantined(conn: Connection[Any], event_id: int | None) -> int:
-    """Has one quarantined event tried again, or all; returns how many."""
+    """Releases one event from quarantine, or all if None; returns how many. The next tick dispatches them."""
     return conn.execute(sql("reconcile", "retry"), [event_id]).rowcount
 
 
