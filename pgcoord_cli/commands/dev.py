@@ -122,8 +122,8 @@ def bring_up_to_date(settings: Settings, out: Output) -> int:
     return len(
         upgrade(
             settings,
-            waiting=lambda ahead: out.note(f"waiting for the migration lock held by {ahead}"),
-            applied=lambda done: out.note(f"applied {done.version:04}_{done.name}"),
+            on_wait=lambda holder: out.note(f"waiting for the migration lock held by {holder}"),
+            on_applied=lambda done: out.note(f"applied {done.version:04}_{done.name}"),
         )
     )
 

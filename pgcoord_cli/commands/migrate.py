@@ -37,7 +37,7 @@ def up(
     from pgcoord_cli.core.database import migrations, session
 
     settings, out = output_of(ctx)
-    patience = duration("--lock-timeout")(lock_timeout) or 0
+    timeout = duration("--lock-timeout")(lock_timeout) or 0
     with session.migration_session(settings, read_only=dry_run) as (conn, server):
         if dry_run:
             todo = migrations.plan(migrations.states(conn, has_ledger=server.has_ledger), to)
@@ -45,8 +45,8 @@ def up(
             with migrations.migration_lock(
                 conn,
                 settings.schema,
-                patience,
-                lambda ahead: out.note(f"waiting for the migration lock held by {ahead}"),
+                timeout,
+                lambda holder: out.note(f"waiting for the migration lock held by {holder}"),
             ):
                 todo = migrations.apply(
                     conn, settings.schema, to, lambda done: out.note(f"applied {done.version:04}_{done.name}")
@@ -87,7 +87,7 @@ def status(
     if check and pending:
         raise ConditionFalse(
             f"{len(pending)} migration(s) are pending",
-            hint=f"apply them with: {migrations.mending_command(settings.schema)}",
+            hint=f"apply them with: {migrations.migrate_command(settings.schema)}",
             answered=True,
         )
 

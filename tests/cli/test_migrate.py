@@ -188,7 +188,7 @@ def test_i14_a_mistyped_schema_is_told_from_an_unmigrated_one(call: Call, settin
     error = call(settings, "kv", "set", "key", "value", "--schema", "pgcrood", "-o", "json").document["error"]
     assert error["code"] == "usage"
     assert error["message"].startswith("--schema or PGCOORD_SCHEMA: there is no pgcoord schema 'pgcrood'")
-    assert error["hint"] == "found: pgcoord; a new one is made by: pgcoord migrate up --schema pgcrood"
+    assert error["hint"] == "found: pgcoord; create a new one with: pgcoord migrate up --schema pgcrood"
     with connect(settings) as conn:
         assert conn.execute("SELECT to_regnamespace('pgcrood')").fetchone() == (None,)
 

@@ -1,4 +1,4 @@
-"""Migration runs that meet, are interrupted, or die half-way: every schema ends up whole or as it was."""
+"""Migration runs that are concurrent, interrupted or killed: each migration is applied in full or not at all."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ IN_THE_MIDDLE = """
 
 @pytest.fixture
 def start(start_program: StartProgram, empty_settings: Settings) -> StartProgram:
-    """Starts `pgcoord migrate up …` in a process of its own."""
+    """Starts `pgcoord migrate up …` in its own process."""
     return partial(start_program, "migrate", "up", settings=empty_settings)
 
 
 @pytest.fixture
 def admin(empty_settings: Settings) -> Iterator[psycopg.Connection[Any]]:
-    """An autocommit connection that looks on, in the schema that is about to be made."""
+    """An autocommit connection that observes, with the schema in its search path."""
     with psycopg.connect(empty_settings.dsn, autocommit=True, options="-c search_path=pgcoord") as conn:
         yield conn
 
@@ -62,7 +62,7 @@ def tables(conn: psycopg.Connection[Any]) -> set[str]:
 
 
 def until(conn: psycopg.Connection[Any], question: str, answer: Callable[[list[Any]], bool]) -> list[Any]:
-    """The first column of the rows, as soon as `answer` agrees with them."""
+    """Returns the first column of the rows, once `answer` is true of it."""
     deadline = time.monotonic() + TIMEOUT
     while not answer(rows := [row[0] for row in conn.execute(question)]):
         assert time.monotonic() < deadline, f"it stayed at {rows}: {question}"
@@ -71,17 +71,17 @@ def until(conn: psycopg.Connection[Any], question: str, answer: Callable[[list[A
 
 @contextmanager
 def migration_two_held_up(settings: Settings) -> Iterator[None]:
-    """Within the block migration 2 gets as far as its second table, and waits there for whoever else makes it."""
+    """Blocks migration 2 at its second table, which another transaction is creating, within the block."""
     upgrade(settings, to=1)
     with psycopg.connect(settings.dsn) as other, other.transaction(force_rollback=True):
         other.execute("CREATE TABLE pgcoord.commit_requests ()")
         yield
 
 
-# Many at once
+# Concurrent runs
 
 
-def test_twenty_runs_at_once_all_succeed_and_apply_each_migration_once(
+def test_of_twenty_concurrent_runs_each_succeeds_and_each_migration_is_applied_once(
     empty_settings: Settings, admin: psycopg.Connection[Any]
 ) -> None:
     together = threading.Barrier(20)
@@ -103,9 +103,9 @@ def test_processes_that_queue_for_the_lock_all_succeed(admin: psycopg.Connection
     admin.execute("SELECT pg_advisory_unlock_all()")
     answers = [(*process.communicate(timeout=TIMEOUT), process.returncode) for process in processes]
     assert [code for _, _, code in answers] == [0] * 6
-    assert all("waiting for the migration lock held by pid" in talk for _, talk, _ in answers)
-    assert sum("applied 0001_leader" in talk for _, talk, _ in answers) == 1
-    assert sum("schema pgcoord is up to date" in talk for _, talk, _ in answers) == 5
+    assert all("waiting for the migration lock held by pid" in err for _, err, _ in answers)
+    assert sum("applied 0001_leader" in err for _, err, _ in answers) == 1
+    assert sum("schema pgcoord is up to date" in err for _, err, _ in answers) == 5
     assert versions(admin) == VERSIONS
 
 
@@ -113,28 +113,28 @@ def test_processes_that_queue_for_the_lock_all_succeed(admin: psycopg.Connection
 
 
 @pytest.mark.parametrize(("words", "told"), [((), ""), (("-o", "json"), '"interrupted"')])
-def test_ctrl_c_while_waiting_for_the_lock_ends_at_once_with_nothing_written(
+def test_ctrl_c_while_waiting_for_the_lock_ends_the_run_with_nothing_written(
     words: tuple[str, ...], told: str, admin: psycopg.Connection[Any], start: StartProgram
 ) -> None:
     admin.execute("SELECT pg_advisory_lock(%s)", [lock_key("pgcoord", "migrate")])
     process = start(*words)
     until(admin, WAITING_RUNS, lambda rows: rows == [1])
     process.send_signal(signal.SIGINT)
-    data, talk = process.communicate(timeout=TIMEOUT)
+    data, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert told in data
-    assert "Traceback" not in talk
+    assert "Traceback" not in err
     assert tables(admin) == set()
     until(admin, WAITING_RUNS, lambda rows: rows == [0])
 
 
-# Ended in the middle
+# Interrupted in a migration
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_a_signal_in_the_middle_leaves_neither_row_nor_objects(
+def test_a_signal_in_a_migration_leaves_neither_row_nor_objects(
     number: signal.Signals, code: int, empty_settings: Settings, admin: psycopg.Connection[Any], start: StartProgram
 ) -> None:
     with migration_two_held_up(empty_settings):
@@ -142,10 +142,10 @@ def test_a_signal_in_the_middle_leaves_neither_row_nor_objects(
         (pid,) = until(admin, IN_THE_MIDDLE, lambda rows: len(rows) == 1)
         before = tables(admin)
         process.send_signal(number)
-        _, talk = process.communicate(timeout=TIMEOUT)
+        _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code
-    assert "Traceback" not in talk
-    # The server ends a session whose program is gone when it next writes to it; until then it holds the lock.
+    assert "Traceback" not in err
+    # The server ends the session when it next writes to the closed socket; until then it holds the lock.
     until(admin, f"SELECT pid FROM pg_stat_activity WHERE pid = {pid}", lambda rows: not rows)
     assert versions(admin) == [1]
     assert tables(admin) == before
@@ -154,7 +154,7 @@ def test_a_signal_in_the_middle_leaves_neither_row_nor_objects(
     assert versions(admin) == VERSIONS
 
 
-def test_a_session_that_is_ended_in_the_middle_leaves_neither_row_nor_objects(
+def test_a_session_terminated_in_a_migration_leaves_neither_row_nor_objects(
     empty_settings: Settings, admin: psycopg.Connection[Any], start: StartProgram
 ) -> None:
     with migration_two_held_up(empty_settings):
@@ -162,14 +162,14 @@ def test_a_session_that_is_ended_in_the_middle_leaves_neither_row_nor_objects(
         (pid,) = until(admin, IN_THE_MIDDLE, lambda rows: len(rows) == 1)
         before = tables(admin)
         admin.execute("SELECT pg_terminate_backend(%s, 30000)", [pid])
-        _, talk = process.communicate(timeout=TIMEOUT)
+        _, err = process.communicate(timeout=TIMEOUT)
         assert (versions(admin), tables(admin)) == ([1], before)
     assert process.returncode == 4
-    assert talk.startswith("error: connection lost: terminating connection due to administrator command\n")
+    assert err.startswith("error: connection lost: terminating connection due to administrator command\n")
     assert [migration.version for migration in upgrade(empty_settings)] == VERSIONS[1:]
 
 
-def test_a_server_that_crashes_in_the_middle_comes_back_without_row_and_objects(own_server: EmbeddedServer) -> None:
+def test_a_server_that_crashes_in_a_migration_restarts_without_row_and_objects(own_server: EmbeddedServer) -> None:
     settings = Settings(dsn=own_server.dsn)
     with ThreadPoolExecutor(1) as elsewhere, psycopg.connect(own_server.dsn, autocommit=True) as admin:
         upgrade(settings, to=1)

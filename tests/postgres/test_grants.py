@@ -1,4 +1,4 @@
-"""What `migrate grant` gives: each kind of role can do its own work through the program, and nothing beyond by hand."""
+"""`migrate grant`: each kind of role can do its work through the program, and nothing else by SQL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NewRole = Callable[..., str]
 
 @pytest.fixture
 def new_role(sql: psycopg.Connection[Any]) -> NewRole:
-    """Makes a role that may log in and nothing else; its name begins as asked."""
+    """Creates a role that may only log in; its name has the given beginning."""
 
     def make(beginning: str = "role") -> str:
         name = f"{beginning}_{uuid.uuid4().hex[:8]}"
@@ -49,7 +49,7 @@ def give(settings: Settings, **wanted: list[str]) -> None:
 
 @pytest.fixture
 def reader(settings: Settings, new_role: NewRole) -> Settings:
-    """The test's database as a reader sees it."""
+    """The settings of a reader of the test's database."""
     role = new_role("reader")
     give(settings, reader=[role])
     return as_role(settings, role)
@@ -57,7 +57,7 @@ def reader(settings: Settings, new_role: NewRole) -> Settings:
 
 @pytest.fixture
 def client(settings: Settings, new_role: NewRole) -> Settings:
-    """The test's database as a client sees it."""
+    """The settings of a client of the test's database."""
     role = new_role("client")
     give(settings, client=[role])
     return as_role(settings, role)
@@ -65,14 +65,14 @@ def client(settings: Settings, new_role: NewRole) -> Settings:
 
 @pytest.fixture
 def operator(settings: Settings, new_role: NewRole) -> Settings:
-    """The test's database as an operator sees it."""
+    """The settings of an operator of the test's database."""
     role = new_role("operator")
     give(settings, operator=[role])
     return as_role(settings, role)
 
 
 def refused(settings: Settings, *statements: str) -> None:
-    """Fails unless the role may do none of this by hand."""
+    """Asserts that the role has the right to execute none of the statements."""
     with psycopg.connect(settings.dsn, autocommit=True, options="-c search_path=pgcoord") as conn:
         for statement in statements:
             with pytest.raises(InsufficientPrivilege):
@@ -80,7 +80,7 @@ def refused(settings: Settings, *statements: str) -> None:
 
 
 def rights(conn: psycopg.Connection[Any]) -> Any:
-    """Who may do what with anything in the schema."""
+    """Returns the access rights of the schema, its relations and columns."""
     return conn.execute(
         "SELECT array_agg(ROW(relname, relacl::text) ORDER BY relname)::text,"
         "       (SELECT nspacl::text FROM pg_namespace WHERE nspname = 'pgcoord'),"
@@ -93,12 +93,14 @@ def rights(conn: psycopg.Connection[Any]) -> Any:
 # Through the program
 
 
-def test_a_reader_can_look_but_sees_no_data(cli: Cli, reader: Settings) -> None:
-    assert cli("leader", "status", settings=reader).returncode == 3  # nobody leads
+def test_a_reader_can_read_the_status_but_no_data(cli: Cli, reader: Settings) -> None:
+    assert cli("leader", "status", settings=reader).returncode == 3  # no leader
     assert cli("leader", "history", settings=reader).returncode == 0
     assert cli("commit", "list", settings=reader).returncode == 0
     assert cli("migrate", "status", "--check", settings=reader).returncode == 0
-    assert "up to date" in cli("migrate", "up", settings=reader).stderr, "where nothing is missing, nothing is made"
+    assert "up to date" in cli("migrate", "up", settings=reader).stderr, (
+        "without pending migrations no right to create is needed"
+    )
     denied = cli("kv", "get", "key", "-o", "json", settings=reader)
     assert denied.returncode == 1
     error = json.loads(denied.stdout)["error"]
@@ -107,7 +109,7 @@ def test_a_reader_can_look_but_sees_no_data(cli: Cli, reader: Settings) -> None:
 
 
 @pytest.mark.parametrize("words", [("--once",), ("--once", "--concurrency", "3"), ()], ids=str)
-def test_a_worker_that_may_not_work_says_so_and_ends(words: tuple[str, ...], cli: Cli, reader: Settings) -> None:
+def test_a_worker_without_the_rights_reports_that_and_ends(words: tuple[str, ...], cli: Cli, reader: Settings) -> None:
     denied = cli("worker", "run", "-q", *words, "--", "true", settings=reader)
     assert denied.returncode == 1
     assert "permission denied for table" in denied.stderr
@@ -133,7 +135,7 @@ def test_a_client_reads_and_writes_through_a_leader_that_is_an_operator(
     )
 
 
-def test_an_operator_leads_again_after_another_operator(
+def test_an_operator_is_elected_after_another_operator(
     start_leader: StartLeader, settings: Settings, new_role: NewRole, operator: Settings
 ) -> None:
     second = new_role("operator")
@@ -152,10 +154,10 @@ def test_an_operator_cannot_migrate(cli: Cli, operator: Settings, sql: psycopg.C
     assert sql.execute("SELECT count(*) FROM schema_migrations").fetchone() == (1,)
 
 
-# By hand
+# By SQL
 
 
-def test_a_reader_can_change_nothing_and_sees_neither_data_nor_payloads(reader: Settings) -> None:
+def test_a_reader_can_change_nothing_and_read_neither_data_nor_payloads(reader: Settings) -> None:
     refused(
         reader,
         "SELECT * FROM kv",
@@ -193,7 +195,7 @@ def test_i18_a_client_can_submit_requests_but_not_settle_them(client: Settings, 
     assert sql.execute("SELECT status, commit_version FROM commit_requests").fetchall() == [("pending", None)]
 
 
-def test_a_client_that_is_alone_commits_by_itself(
+def test_a_client_can_make_direct_commits(
     cli: Cli, start_leader: StartLeader, client: Settings, operator: Settings, sql: psycopg.Connection[Any]
 ) -> None:
     start_leader("one", settings=operator).wait_for("elected epoch")
@@ -222,7 +224,7 @@ def test_an_operator_can_change_neither_the_schema_nor_its_ledger(operator: Sett
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
-def test_a_database_of_another_encoding_is_as_good(
+def test_a_database_of_another_encoding_works(
     cli: Cli, server: EmbeddedServer, sql: psycopg.Connection[Any], encoding: str
 ) -> None:
     name = f"in_{encoding.lower()}"
@@ -250,11 +252,11 @@ def test_an_unknown_role_is_refused_before_anything_is_granted(
         assert answer.returncode == 2
         error = json.loads(answer.stdout)["error"]
         assert error["message"].startswith(f"--{kind}: there is no role ")
-        assert error["hint"] == 'make it first: CREATE ROLE "No ""such"" role" LOGIN'
+        assert error["hint"] == 'create it first: CREATE ROLE "No ""such"" role" LOGIN'
     assert rights(sql) == before
 
 
-def test_without_a_role_there_is_nothing_to_grant(cli: Cli) -> None:
+def test_a_grant_without_a_role_is_a_usage_error(cli: Cli) -> None:
     answer = cli("migrate", "grant")
     assert answer.returncode == 2
     assert all(f"--{kind}" in answer.stderr for kind in grants.KINDS)
@@ -282,7 +284,7 @@ def test_names_of_roles_are_quoted(
 ) -> None:
     role = new_role(beginning)
     give(settings, operator=[role])
-    give(settings, operator=[role])  # twice is as good as once
+    give(settings, operator=[role])  # a second time has no effect
     with psycopg.connect(as_role(settings, role).dsn, autocommit=True) as conn:
         assert conn.execute("SELECT count(*) FROM pgcoord.kv").fetchone() == (0,)
     granted = sql.execute("SELECT has_table_privilege(%s, 'kv', 'DELETE')", [role]).fetchone()
@@ -309,5 +311,5 @@ def test_only_an_owner_can_grant(operator: Settings, new_role: NewRole, sql: psy
     with pytest.raises(PermissionDenied):
         give(operator, reader=[role])
     with pytest.raises(UsageError):
-        give(operator, reader=["nobody_of_that_name"])
+        give(operator, reader=["no_such_role"])
     assert rights(sql) == before

@@ -1,4 +1,4 @@
-"""Bringing a schema up to date: the ledger, the lock between runs, and what a failure leaves."""
+"""Applying migrations: the ledger, the lock between runs, and the state after a failure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ InSchema = Callable[[Settings, str], Settings]
 
 
 def connect(settings: Settings, **options: Any) -> psycopg.Connection[Any]:
-    """An autocommit connection of somebody else's."""
+    """Opens an autocommit connection that is not pgcoord's."""
     conn = psycopg.connect(settings.dsn, autocommit=True, **options)
     conn.execute(f"SET search_path = {settings.schema}")
     return conn
@@ -41,7 +41,7 @@ def versions(conn: psycopg.Connection[Any]) -> list[int]:
 
 
 def until(conn: psycopg.Connection[Any], question: str, *arguments: Any) -> None:
-    """Returns once the server answers the question with true."""
+    """Waits until the query `question` returns true."""
     deadline = time.monotonic() + TIMEOUT
     while not conn.execute(question, arguments).fetchone()[0]:  # type: ignore[index]
         assert time.monotonic() < deadline, f"never true: {question}"
@@ -49,7 +49,7 @@ def until(conn: psycopg.Connection[Any], question: str, *arguments: Any) -> None
 
 @contextmanager
 def migrating_elsewhere(settings: Settings, application: str = "deploy") -> Iterator[psycopg.Connection[Any]]:
-    """Within the block another session holds the migration lock of this schema."""
+    """Holds the migration lock of this schema in another session within the block."""
     with psycopg.connect(settings.dsn, autocommit=True, application_name=application) as other:
         other.execute("SELECT pg_advisory_lock(%s)", [lock_key(settings.schema, "migrate")])
         yield other
@@ -57,8 +57,8 @@ def migrating_elsewhere(settings: Settings, application: str = "deploy") -> Iter
 
 @pytest.fixture
 def role(empty_settings: Settings) -> Settings:
-    """The empty database as a role sees it that may log in and nothing else."""
-    name = f"somebody_{uuid.uuid4().hex[:8]}"
+    """The settings of a role that may log in to the empty database and nothing else."""
+    name = f"role_{uuid.uuid4().hex[:8]}"
     with connect(empty_settings) as conn:
         conn.execute(f"CREATE ROLE {name} LOGIN")
     return replace(empty_settings, dsn=make_conninfo(empty_settings.dsn, user=name))
@@ -86,7 +86,7 @@ def test_i12_each_migration_is_in_the_ledger_once_dated_by_the_server(empty_sett
     assert all(row.applied_by == "postgres" and row.execution_ms is not None for row in ledger)
 
 
-def test_migrating_stops_where_it_is_told_and_goes_on_from_there(empty_settings: Settings) -> None:
+def test_migrating_stops_at_the_given_version_and_continues_from_it(empty_settings: Settings) -> None:
     assert [migration.version for migration in upgrade(empty_settings, to=1)] == [1]
     assert upgrade(empty_settings, to=1) == []
     assert [migration.version for migration in upgrade(empty_settings)] == VERSIONS[1:]
@@ -99,14 +99,14 @@ def test_versions_are_dense_and_each_file_says_whether_it_is_breaking() -> None:
 
 
 def row_of(version: int, **changes: Any) -> LedgerRow:
-    """The ledger row of a migration as this program carries it, or of one that it has never heard of."""
+    """Returns the ledger row of a migration of this program, or of one that it does not have."""
     known = {migration.version: migration for migration in migration_files()}
     name, checksum = (known[version].name, known[version].checksum) if version in known else ("new", "x")
-    row = LedgerRow(version, name, checksum, datetime.now(UTC), "somebody", 1, False)
+    row = LedgerRow(version, name, checksum, datetime.now(UTC), "postgres", 1, False)
     return row._replace(**changes)
 
 
-def test_file_and_ledger_are_told_apart_by_checksum_and_version() -> None:
+def test_files_and_ledger_are_compared_by_checksum_and_version() -> None:
     ledger = [row_of(1), row_of(2, checksum="edited"), row_of(9001), row_of(9002, breaking=True)]
     states = {state.version: state.state for state in migrations.compare(ledger)}
     assert states == dict.fromkeys(VERSIONS, "pending") | {
@@ -114,7 +114,7 @@ def test_file_and_ledger_are_told_apart_by_checksum_and_version() -> None:
     }  # fmt: skip
 
 
-def test_i14_a_ledger_is_served_only_when_nothing_is_missing_and_nothing_unknown_is_breaking() -> None:
+def test_i14_a_ledger_with_missing_or_unknown_breaking_migrations_is_refused() -> None:
     complete = [row_of(version) for version in VERSIONS]
     migrations.check_ledger("pgcoord", complete)
     migrations.check_ledger("pgcoord", [*complete, row_of(9001)])
@@ -139,7 +139,7 @@ def test_i14_nothing_is_applied_over_an_edited_or_a_breaking_migration(empty_set
 
 
 @pytest.mark.parametrize("to", [0, -1, 9001])
-def test_a_migration_to_stop_at_that_does_not_exist_is_refused(to: int) -> None:
+def test_an_unknown_version_to_stop_at_is_refused(to: int) -> None:
     with pytest.raises(UsageError, match=f"--to: there is no migration {to}"):
         migrations.plan(migrations.compare([]), to)
 
@@ -147,7 +147,7 @@ def test_a_migration_to_stop_at_that_does_not_exist_is_refused(to: int) -> None:
 # Failure
 
 
-def test_a_migration_that_fails_leaves_neither_row_nor_objects(empty_settings: Settings) -> None:
+def test_a_failed_migration_leaves_neither_row_nor_objects(empty_settings: Settings) -> None:
     upgrade(empty_settings, to=1)
     with connect(empty_settings) as conn:
         conn.execute("CREATE TABLE commit_requests ()")
@@ -160,7 +160,7 @@ def test_a_migration_that_fails_leaves_neither_row_nor_objects(empty_settings: S
         assert versions(conn) == VERSIONS
 
 
-def test_a_schema_that_was_made_for_a_role_is_migrated_by_it(empty_settings: Settings, role: Settings) -> None:
+def test_a_role_can_migrate_a_schema_that_was_created_for_it(empty_settings: Settings, role: Settings) -> None:
     with pytest.raises(PgcoordError, match="permission denied for database"):
         upgrade(role)
     with connect(empty_settings) as conn:
@@ -179,28 +179,28 @@ def test_the_key_of_the_lock_is_the_same_in_every_release() -> None:
 
 
 def test_waiting_names_the_holder_and_ends_at_the_lock_timeout(empty_settings: Settings) -> None:
-    ahead: list[LockHolder] = []
+    holders: list[LockHolder] = []
     with migrating_elsewhere(empty_settings, "deploy job 7") as other:
         pid = other.info.backend_pid
         with pytest.raises(Busy) as busy:
-            upgrade(empty_settings, lock_timeout=0.05, waiting=ahead.append)
-    assert [(holder.pid, holder.application, holder.client) for holder in ahead] == [(pid, "deploy job 7", "local")]
-    assert busy.value.message == f"another migration run holds the lock: {ahead[0]}"
+            upgrade(empty_settings, lock_timeout=0.05, on_wait=holders.append)
+    assert [(holder.pid, holder.application, holder.client) for holder in holders] == [(pid, "deploy job 7", "local")]
+    assert busy.value.message == f"another migration run holds the lock: {holders[0]}"
     assert f"pid {pid} (deploy job 7, local) since 20" in busy.value.message
     with connect(empty_settings) as conn:
         assert conn.execute("SELECT to_regnamespace('pgcoord')").fetchone() == (None,)
 
 
-def test_a_holder_is_named_as_far_as_the_role_may_see_it(empty_settings: Settings, role: Settings) -> None:
-    ahead: list[LockHolder] = []
+def test_a_holder_is_described_as_far_as_the_role_may_see_it(empty_settings: Settings, role: Settings) -> None:
+    holders: list[LockHolder] = []
     with migrating_elsewhere(empty_settings, "deploy job 7") as other:
         pid = other.info.backend_pid
         with pytest.raises(Busy):
-            upgrade(role, lock_timeout=0.05, waiting=ahead.append)
-    assert [str(holder) for holder in ahead] == [f"pid {pid} (deploy job 7)"]
+            upgrade(role, lock_timeout=0.05, on_wait=holders.append)
+    assert [str(holder) for holder in holders] == [f"pid {pid} (deploy job 7)"]
 
 
-def test_a_run_that_had_to_wait_goes_on_with_the_usual_lock_timeout(empty_settings: Settings) -> None:
+def test_a_run_that_waited_continues_with_its_own_lock_timeout(empty_settings: Settings) -> None:
     def wait_and_look() -> Any:
         with (
             migration_session(empty_settings, read_only=False) as (conn, _),
@@ -215,7 +215,7 @@ def test_a_run_that_had_to_wait_goes_on_with_the_usual_lock_timeout(empty_settin
         assert waiting.result(TIMEOUT) == ("10s",)
 
 
-def test_the_lock_is_given_back(empty_settings: Settings) -> None:
+def test_the_lock_is_released(empty_settings: Settings) -> None:
     with migration_session(empty_settings, read_only=False) as (conn, _):
         for _ in range(2):
             with migrations.migration_lock(conn, "pgcoord", 1, lambda _: None):
@@ -242,7 +242,7 @@ def test_two_schemas_in_one_database_are_independent(empty_settings: Settings, i
 # Reading only
 
 
-def test_a_session_that_only_looks_is_one_read_only_transaction(empty_settings: Settings) -> None:
+def test_a_read_only_session_is_one_read_only_transaction(empty_settings: Settings) -> None:
     upgrade(empty_settings)
     with migration_session(empty_settings, read_only=True) as (conn, _):
         assert conn.execute("SHOW transaction_read_only").fetchone() == ("on",)

@@ -1,4 +1,4 @@
-"""Behind PgBouncer: in transaction mode everything refuses before it sets or takes anything; session mode works."""
+"""Behind PgBouncer: in transaction mode every command refuses before it changes anything; session mode works."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Pool = Callable[..., Settings]
 
 @pytest.fixture
 def pool(settings: Settings, place: Path) -> Iterator[Pool]:
-    """Starts a PgBouncer before the test's database; the settings of whoever connects through it."""
+    """Starts a PgBouncer before the test's database; returns the settings for connecting through it."""
     started: list[tuple[subprocess.Popen[bytes], Lines]] = []
 
     def start(mode: str, size: int, round_robin: int = 0) -> Settings:
@@ -69,7 +69,7 @@ def pool(settings: Settings, place: Path) -> Iterator[Pool]:
         started.append((process, said))
         assert any("process up" in line for line in iter(said.next, None)), "PgBouncer did not start"
         dbname = conninfo_to_dict(settings.dsn)["dbname"]
-        return replace(settings, dsn=make_conninfo("", host=str(place), port=6432, user="anyone", dbname=dbname))
+        return replace(settings, dsn=make_conninfo("", host=str(place), port=6432, user="any", dbname=dbname))
 
     yield start
     for process, said in started:
@@ -85,7 +85,7 @@ def configuration(settings: Settings, directory: Path, **chosen: object) -> str:
 
 
 def backends(pooled: Settings, size: int) -> list[tuple[Any, ...]]:
-    """What is set in each backend of a pool; as many transactions at once get hold of all."""
+    """Returns the settings of each backend of a pool, through as many transactions at once."""
     query = """SELECT pg_backend_pid(), current_setting('search_path'), current_setting('statement_timeout'),
                       current_setting('lock_timeout'), current_setting('plan_cache_mode'),
                       ARRAY(SELECT pg_listening_channels())"""
@@ -94,7 +94,7 @@ def backends(pooled: Settings, size: int) -> list[tuple[Any, ...]]:
         for _ in range(size):
             conn = stack.enter_context(closing(psycopg.connect(pooled.dsn)))
             rows.append(conn.execute(query.encode()).fetchone())
-            stack.callback(conn.rollback)  # PgBouncer ends a backend whose client leaves in mid-transaction
+            stack.callback(conn.rollback)  # PgBouncer closes a backend whose client leaves a transaction open
     assert len({row[0] for row in rows if row}) == size
     return [row[1:] for row in rows if row]
 
@@ -113,14 +113,14 @@ COMMANDS = [
     ["tail", "lease", "--no-follow"],
     ["migrate", "up"],
     ["worker", "run", "--once"],
-    ["leader", "run"],  # last: were it not refused, it would not end
+    ["leader", "run"],  # last: without a refusal it would not end
 ]
 
 TRANSACTION_POOLS = [(size, round_robin) for size in (1, 2, 5) for round_robin in (0, 1)]
 
 
 @pytest.mark.parametrize(("size", "round_robin"), TRANSACTION_POOLS)
-def test_i14_a_transaction_pooler_is_refused_and_nothing_is_left_in_it(
+def test_i14_a_transaction_pooler_is_refused_and_its_backends_are_unchanged(
     call: Call, pool: Pool, sql: Sql, size: int, round_robin: int
 ) -> None:
     pooled = pool("transaction", size, round_robin)
@@ -134,15 +134,13 @@ def test_i14_a_transaction_pooler_is_refused_and_nothing_is_left_in_it(
 
 
 @pytest.mark.parametrize(("size", "round_robin"), TRANSACTION_POOLS)
-def test_i14_a_transaction_pooler_whose_backends_are_still_to_come_is_refused(
-    pool: Pool, size: int, round_robin: int
-) -> None:
+def test_i14_a_transaction_pooler_without_backends_yet_is_refused(pool: Pool, size: int, round_robin: int) -> None:
     with pytest.raises(UnsuitableServer, match="transaction pooler"):
         open_session(pool("transaction", size, round_robin), "test", writes=False).close()
 
 
 @pytest.mark.parametrize(("size", "round_robin"), TRANSACTION_POOLS)
-def test_i14_asyncio_sessions_refuse_it_too(pool: Pool, size: int, round_robin: int) -> None:
+def test_i14_asyncio_sessions_refuse_a_transaction_pooler(pool: Pool, size: int, round_robin: int) -> None:
     pooled = pool("transaction", size, round_robin)
     before = backends(pooled, size)
     with pytest.raises(UnsuitableServer, match="transaction pooler"):
@@ -154,8 +152,8 @@ async def opened(pooled: Settings) -> None:
     await (await open_session_async(pooled, "test", writes=True)).close()
 
 
-def test_i14_it_is_refused_while_others_are_using_the_pool(pool: Pool) -> None:
-    """Two of three backends are busy, so that our session and the probes share what is left."""
+def test_i14_a_transaction_pooler_is_refused_while_other_clients_use_it(pool: Pool) -> None:
+    """Two of three backends are busy, so that the session and the probes share one."""
     pooled = pool("transaction", 3)
     with ExitStack() as busy:
         for _ in range(2):
@@ -165,7 +163,7 @@ def test_i14_it_is_refused_while_others_are_using_the_pool(pool: Pool) -> None:
 
 
 def pids(pooled: Settings, size: int) -> set[int]:
-    """The backends of a pool."""
+    """Returns the pids of the backends of a pool."""
     with ExitStack() as stack:
         found = set()
         for _ in range(size):
@@ -176,7 +174,7 @@ def pids(pooled: Settings, size: int) -> set[int]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_i14_probing_does_not_cost_a_pool_its_backends(pool: Pool, size: int) -> None:
+def test_i14_probing_closes_no_backends_of_a_pool(pool: Pool, size: int) -> None:
     pooled = pool("transaction", size)
     before = pids(pooled, size)
     with pytest.raises(UnsuitableServer):
@@ -200,14 +198,16 @@ def test_in_session_mode_a_command_of_one_connection_works(
     assert (tailed.code, len(tailed.out.splitlines())) == (0, 1)
 
 
-def test_in_session_mode_a_leader_leads_and_a_client_writes(call: Call, pool: Pool, start_leader: StartLeader) -> None:
+def test_in_session_mode_a_leader_is_elected_and_a_client_writes(
+    call: Call, pool: Pool, start_leader: StartLeader
+) -> None:
     pooled = pool("session", 20)
     start_leader("A", settings=pooled).wait_for("elected epoch 1")
     assert call("kv", "set", "key", "value", PGCOORD_DSN=pooled.dsn).code == 0
     assert call("kv", "get", "key", "-o", "plain").out == "value\n"
 
 
-def test_in_session_mode_the_session_is_prepared_and_async_sessions_are_too(pool: Pool) -> None:
+def test_in_session_mode_sessions_have_their_settings_also_for_asyncio(pool: Pool) -> None:
     pooled = replace(pool("session", 4), statement_timeout=12.0)
     query = "SELECT current_setting('search_path'), current_setting('statement_timeout')"
     with closing(open_session(pooled, "test", writes=True)) as conn:
@@ -226,7 +226,7 @@ def test_in_session_mode_the_session_is_prepared_and_async_sessions_are_too(pool
 
 
 def sessions_so_far(sql: Sql) -> int:
-    """How many sessions this database has seen, once all but this one have ended and been counted."""
+    """Returns the number of sessions so far, once all but this one have ended and been counted."""
     others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     until(lambda: value(sql, others) == 0)
     sql.execute("SELECT pg_stat_force_next_flush()")

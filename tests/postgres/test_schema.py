@@ -24,7 +24,7 @@ dump_schema = SimpleNamespace(**runpy.run_path(str(REPOSITORY / ".ci" / "dump_sc
 
 @pytest.fixture(scope="module", params=[15, 16, 18])
 def any_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
-    """A server of each supported version, whatever `--server-version` says."""
+    """A server of each supported version, independent of `--server-version`."""
     try:
         programs = find_programs(request.param)
     except ServerUnavailable as error:
@@ -35,7 +35,7 @@ def any_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
 
 @pytest.fixture(scope="module")
 def migrated(any_server: EmbeddedServer) -> str:
-    """DSN of a database there that has had every migration."""
+    """The DSN of a migrated database on that server."""
     upgrade(Settings(dsn=any_server.dsn))
     return any_server.dsn
 

@@ -1,4 +1,4 @@
-"""Opening a session: where the address comes from, what the session is set to, and what is said when it cannot be."""
+"""Opening a session: the source of the address, the settings of the session, and the errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REQUEST_ID = "7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f"
 
 @pytest.fixture
 def call(offline: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs `pgcoord …` in this process, with the environment variables that are given and no others of PostgreSQL's."""
+    """Runs `pgcoord …` in this process, with no PG* environment variables but the given ones."""
     for name in [name for name in os.environ if name.startswith("PG")]:
         monkeypatch.delenv(name)
     return offline
@@ -47,7 +47,7 @@ def call(offline: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
 
 @pytest.fixture
 def primary(programs: Installation) -> Iterator[EmbeddedServer]:
-    """A migrated server of the test's own, with one key."""
+    """A migrated server for one test, with one key."""
     with throw_away_server(programs) as running:
         upgrade(Settings(dsn=running.dsn))
         with psycopg.connect(running.dsn, autocommit=True) as conn:
@@ -89,25 +89,25 @@ def everything(dsn: str) -> list[Any]:
 # Unsuitable servers
 
 
-def test_i14_on_a_standby_commands_look_and_change_nothing(
+def test_i14_on_a_standby_commands_read_and_change_nothing(
     call: Call, primary: EmbeddedServer, programs: Installation
 ) -> None:
-    looking = {
+    reading = {
         "leader status": 3, "leader history": 0, "leader assert --epoch 1": 6,
-        "leader wait": 9,  # a standby passes no notifications on
+        "leader wait": 9,  # a standby sends no notifications
         "kv get key": 0, "kv range": 0, "kv export": 0,
         "commit list": 0, f"commit show {REQUEST_ID}": 3, f"commit explain {REQUEST_ID}": 3,
         "migrate status --check": 0, "migrate verify": 0, "migrate up --dry-run": 0,
         "migrate grant --reader postgres --dry-run": 0, "gc commit-requests --dry-run": 0,
     }  # fmt: skip
-    changing = (
+    writing = (
         "leader run", "leader step-down", "kv set key other", "kv clear key", "kv clear-range a z", "kv add key 1",
         "kv load /dev/null", "migrate up", "migrate grant --reader postgres", "gc commit-requests", "bench",
     )  # fmt: skip
     before = everything(primary.dsn)
     with standby_of(primary, programs) as standby:
-        codes = {words: call(*words.split(), "--dsn", standby.dsn).code for words in [*looking, *changing]}
-        assert codes == looking | dict.fromkeys(changing, 9)
+        codes = {words: call(*words.split(), "--dsn", standby.dsn).code for words in [*reading, *writing]}
+        assert codes == reading | dict.fromkeys(writing, 9)
         answer = call("kv", "set", "key", "other", "-o", "json", "--dsn", standby.dsn)
         error = json.loads(answer.out)["error"]
         assert error["code"] == "unsuitable_server"
@@ -118,7 +118,7 @@ def test_i14_on_a_standby_commands_look_and_change_nothing(
             asyncio.run(open_and_close(Settings(dsn=standby.dsn), writes=True))
         assert everything(standby.dsn) == before
 
-        # What the hint says helps, and in whatever order the servers are listed.
+        # The cure that the hint names works in any order of the servers.
         assert call("gc", "commit-requests", "--dsn", any_of(standby, primary)).code == 0
     assert everything(primary.dsn) == before
 
@@ -139,7 +139,7 @@ def test_i14_a_server_that_is_too_old_is_refused() -> None:
     assert session._server((1, True, 150_000, False, True)).has_ledger
 
 
-def test_i14_asyncio_sessions_ask_the_same_questions(settings: Settings, empty_settings: Settings) -> None:
+def test_i14_asyncio_sessions_make_the_same_checks(settings: Settings, empty_settings: Settings) -> None:
     def refused_alike(wanted: Settings, code: str) -> None:
         with pytest.raises(PgcoordError) as refused:
             session.open_session(wanted, "test", writes=True)
@@ -184,7 +184,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("dsn", MALFORMED)
-def test_a_malformed_address_is_a_usage_error_that_shows_no_password(dsn: str, call: Call) -> None:
+def test_a_malformed_address_is_a_usage_error_without_the_password(dsn: str, call: Call) -> None:
     for words in (("migrate", "status"), ("leader", "status", "-v"), ("kv", "set", "k", "v", "-o", "json")):
         for source, answer in {
             "--dsn": call(*words, "--dsn", dsn), "PGCOORD_DSN": call(*words, PGCOORD_DSN=dsn),
@@ -203,7 +203,7 @@ def test_a_malformed_address_is_a_usage_error_that_shows_no_password(dsn: str, c
         "postgresql://me:what?is#this@localhost/db",
     ],
 )  # fmt: skip
-def test_an_unusual_address_is_not_taken_for_a_malformed_one(dsn: str) -> None:
+def test_an_unusual_address_is_accepted(dsn: str) -> None:
     given = conninfo_to_dict(connection.conninfo(Settings(dsn=dsn), "test"))
     assert given.items() >= conninfo_to_dict(dsn).items()
 
@@ -227,7 +227,7 @@ def test_a_secret_in_the_text_of_an_error_is_struck_out() -> None:
     assert SECRET not in repr(Settings(dsn=f"password={SECRET}"))
 
 
-# Servers that do not answer, or refuse
+# Servers that do not answer, or refuse the session
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_secret_in_the_text_of_an_error_is_struck_out() -> None:
         ("host=no-such-host.invalid", "failed to resolve host 'no-such-host.invalid'"),
     ],
 )
-def test_a_server_that_is_not_there_is_one_line_and_a_hint(dsn: str, reason: str, call: Call) -> None:
+def test_an_unreachable_server_is_reported_in_one_line_and_a_hint(dsn: str, reason: str, call: Call) -> None:
     answer = call("leader", "status", PGCOORD_DSN=f"{dsn} password={SECRET}")
     assert (answer.code, answer.out) == (4, "")
     error, hint = answer.err.splitlines()
@@ -260,7 +260,7 @@ def test_a_server_that_is_not_there_is_one_line_and_a_hint(dsn: str, reason: str
         ({"user": "no_such_role"}, 'role "no_such_role" does not exist'),
     ],
 )
-def test_a_database_or_role_that_is_not_there_is_named(
+def test_a_missing_database_or_role_is_named(
     changes: dict[str, str], reason: str, call: Call, server: EmbeddedServer
 ) -> None:
     answer = call("leader", "status", "--dsn", make_conninfo(server.dsn, password=SECRET, **changes))
@@ -290,7 +290,7 @@ def test_a_wrong_password_is_refused_and_not_shown(call: Call, own_server: Embed
     assert all(len(answer.err.splitlines()) == 2 and SECRET not in answer.err for answer in (wrong, none))
 
 
-def test_a_connection_that_is_lost_while_waiting_is_one_line_and_a_hint(empty_settings: Settings) -> None:
+def test_a_connection_lost_while_waiting_is_reported_in_one_line_and_a_hint(empty_settings: Settings) -> None:
     with psycopg.connect(empty_settings.dsn, autocommit=True) as admin:
         admin.execute("SELECT pg_advisory_lock(%s)", [lock_key("pgcoord", "migrate")])
         process = subprocess.Popen(
@@ -313,10 +313,10 @@ def test_a_connection_that_is_lost_while_waiting_is_one_line_and_a_hint(empty_se
     ]
 
 
-# Where the address comes from
+# The source of the address
 
 
-def test_a_flag_goes_before_the_variable_and_the_variable_before_libpq(call: Call, settings: Settings) -> None:
+def test_the_flag_has_precedence_over_the_variable_and_that_over_libpq(call: Call, settings: Settings) -> None:
     nowhere = "host=/nowhere"
     assert call("migrate", "verify", "--dsn", settings.dsn, PGCOORD_DSN=nowhere, PGHOST="/nowhere").code == 0
     assert call("migrate", "verify", PGCOORD_DSN=settings.dsn, PGHOST="/nowhere").code == 0
@@ -324,12 +324,12 @@ def test_a_flag_goes_before_the_variable_and_the_variable_before_libpq(call: Cal
 
 
 def libpq(settings: Settings) -> dict[str, str]:
-    """The address in libpq's own variables."""
+    """Returns the address as libpq's environment variables."""
     given = conninfo_to_dict(settings.dsn)
     return {"PGHOST": str(given["host"]), "PGUSER": str(given["user"]), "PGDATABASE": str(given["dbname"])}
 
 
-def test_without_an_address_libpq_uses_its_environment_and_service_file(
+def test_without_an_address_libpqs_environment_and_service_file_are_used(
     call: Call, settings: Settings, tmp_path: Path
 ) -> None:
     assert call("migrate", "verify", **libpq(settings)).code == 0
@@ -343,7 +343,7 @@ def test_without_an_address_libpq_uses_its_environment_and_service_file(
     assert "the address comes from libpq's environment" in answer.err
 
 
-def test_of_several_hosts_a_dead_one_is_passed_over(call: Call, settings: Settings) -> None:
+def test_of_several_hosts_an_unreachable_one_is_skipped(call: Call, settings: Settings) -> None:
     given = conninfo_to_dict(settings.dsn)
     several = make_conninfo(settings.dsn, host=f"/nowhere,{given['host']}", target_session_attrs="read-write")
     assert call("gc", "commit-requests", "--dsn", several).code == 0
@@ -351,7 +351,7 @@ def test_of_several_hosts_a_dead_one_is_passed_over(call: Call, settings: Settin
     assert call("gc", "commit-requests", "--dsn", uri).code == 4
 
 
-# What a session is set to
+# The settings of a session
 
 
 def setting(conn: psycopg.Connection[Any], name: str) -> Any:
@@ -360,7 +360,7 @@ def setting(conn: psycopg.Connection[Any], name: str) -> Any:
     return row[0]
 
 
-def test_a_session_says_whose_it_is_and_how_long_it_waits(settings: Settings) -> None:
+def test_a_session_has_its_application_name_and_timeouts(settings: Settings) -> None:
     given = replace(settings, statement_timeout=2.5, lock_timeout=0.25)
     with session.command_session(given, "kv get", writes=False) as conn, psycopg.connect(settings.dsn) as onlooker:
         seen = onlooker.execute(
@@ -371,11 +371,11 @@ def test_a_session_says_whose_it_is_and_how_long_it_waits(settings: Settings) ->
         assert shown == ["2500ms", "250ms", "pgcoord, pg_temp"]
     with session.migration_session(given, read_only=False) as (conn, _):
         assert setting(conn, "application_name") == "pgcoord/migrate"
-        # A migration takes as long as it takes.
+        # A migration has no statement timeout.
         assert (setting(conn, "statement_timeout"), setting(conn, "lock_timeout")) == ("0", "250ms")
 
 
-def test_dead_peers_are_noticed_unless_the_address_says_otherwise(settings: Settings) -> None:
+def test_dead_peers_are_detected_unless_the_address_says_otherwise(settings: Settings) -> None:
     with closing(session.open_session(settings, "test", writes=False)) as conn:
         parameters = conn.info.get_parameters()
         expected = {name: str(value) for name, value in connection.LIVENESS_DEFAULTS.items()}
@@ -386,7 +386,7 @@ def test_dead_peers_are_noticed_unless_the_address_says_otherwise(settings: Sett
     assert chosen["application_name"] == "pgcoord/test"
 
 
-def test_what_libpqs_environment_says_counts_more_than_a_default_and_less_than_what_was_said_to_us(
+def test_libpqs_environment_overrides_defaults_and_is_overridden_by_settings(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def chosen(given: Settings) -> tuple[object, object]:
@@ -394,12 +394,12 @@ def test_what_libpqs_environment_says_counts_more_than_a_default_and_less_than_w
         return options["connect_timeout"], options["keepalives_idle"]
 
     assert chosen(settings) == ("10", "10")
-    (tmp_path / "services").write_text("[patient]\nconnect_timeout=77\nkeepalives_idle=66\n")
+    (tmp_path / "services").write_text("[slow]\nconnect_timeout=77\nkeepalives_idle=66\n")
     monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
-    monkeypatch.setenv("PGSERVICE", "patient")
+    monkeypatch.setenv("PGSERVICE", "slow")
     assert chosen(settings) == ("77", "66")
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "55")
-    assert chosen(settings) == ("77", "66"), "a service comes first, as libpq has it"
+    assert chosen(settings) == ("77", "66"), "libpq reads a service before its variables"
     monkeypatch.delenv("PGSERVICE")
     assert chosen(settings) == ("55", "10")
     assert chosen(replace(settings, connect_timeout=4.2)) == ("4", "10")
@@ -421,7 +421,7 @@ def test_timeouts_come_from_the_environment(call: Call, settings: Settings) -> N
     assert (wrong.code, "PGCOORD_LOCK_TIMEOUT" in wrong.err) == (2, True)
 
 
-def test_an_error_within_a_session_says_what_to_do(settings: Settings) -> None:
+def test_errors_within_a_session_are_translated(settings: Settings) -> None:
     blocked = replace(settings, statement_timeout=0.05, lock_timeout=0)
     with psycopg.connect(settings.dsn) as other:
         other.execute("LOCK TABLE pgcoord.kv")
@@ -436,7 +436,7 @@ def test_an_error_within_a_session_says_what_to_do(settings: Settings) -> None:
         conn.execute("SELECT pg_terminate_backend(pg_backend_pid())")
 
 
-def test_a_session_that_is_refused_is_closed(settings: Settings, empty_settings: Settings) -> None:
+def test_a_refused_session_is_closed(settings: Settings, empty_settings: Settings) -> None:
     with pytest.raises(UsageError):
         session.open_session(replace(settings, schema="other", schema_given=True), "test", writes=True)
     with psycopg.connect(settings.dsn, autocommit=True) as conn:
@@ -446,10 +446,10 @@ def test_a_session_that_is_refused_is_closed(settings: Settings, empty_settings:
             assert time.monotonic() < deadline
 
 
-def test_i3_whatever_code_a_session_ends_with_the_fate_of_its_statement_is_unknown(
+def test_i3_a_session_that_ends_with_any_code_leaves_the_outcome_unknown(
     settings: Settings, sql: psycopg.Connection[Any]
 ) -> None:
-    """A code that is not one of those for lost connections; the severity says it."""
+    """The code is none of those for lost connections; the severity of the error shows the loss."""
     with psycopg.connect(settings.dsn, options="-c idle_in_transaction_session_timeout=1ms") as conn:
         conn.execute("SELECT 1")
         ended = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)"

@@ -1,7 +1,7 @@
-"""Advisory lock keys, and who holds them.
+"""Advisory lock keys, and the sessions that hold them.
 
 A key is 64 bits of a hash over the schema and a name, so that two schemas in one database never share a lock. The
-hash is computed here rather than by the server, so that every version of PostgreSQL gets the same key.
+hash is computed here and not by the server, so that every version of PostgreSQL gets the same key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pgcoord_cli.db.sqlfiles import sql
 
 
 class LockHolder(NamedTuple):
-    """The session that holds a lock. `since` is when its transaction, or else the session, began.
+    """The session that holds a lock. `since` is the start of its transaction or, without one, of the session.
 
     PostgreSQL shows `client` and `since` of another role's session only to superusers and members of pg_read_all_stats.
     """
@@ -34,12 +34,12 @@ class LockHolder(NamedTuple):
 
 
 def lock_key(schema: str, name: str) -> int:
-    """The signed 64-bit key of the lock called `name` in `schema`."""
+    """Returns the signed 64-bit key of the lock `name` in `schema`."""
     digest = blake2b(f"{schema}\0{name}".encode(), digest_size=8, person=b"pgcoord lock").digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
 def lock_holder(conn: Connection[Any], key: int) -> LockHolder | None:
-    """Who holds the advisory lock of `key` at this moment, or None."""
+    """Returns the session that holds the advisory lock `key` at this moment, or None."""
     row = conn.execute(sql("locks", "lock_holder"), [key]).fetchone()
     return LockHolder(*row) if row else None

@@ -1,14 +1,13 @@
-"""Bringing a schema up to date, and knowing whether it is.
+"""Migrations: applying the missing ones, and comparing the applied ones with the files of this program.
 
-**Protocol.** A run takes a session advisory lock, so that any number of runs started at once go one after the
-other; whoever waits is told who is ahead. Under the lock it reads the ledger, refuses to go on when an applied
-migration no longer matches its file, and applies the missing ones in order. Each goes in a transaction of its own:
-first its ledger row, then its statements, then how long they took. A crash therefore leaves either the migration
-and its row, or neither.
+**Protocol.** A run takes a session advisory lock, so that runs that are started at the same time go one after the
+other; a run that waits reports which session holds the lock. Under the lock it reads the ledger, refuses to go on if an
+applied migration no longer matches its file, and applies the missing ones in order. Each is one transaction: first its
+ledger row, then its statements, then their duration. So a crash leaves either the migration and its row, or neither.
 
 **Files.** `sql/migrations/NNNN_<noun>.sql`, applied in the order of their numbers. The first line says whether an
-older program may go on working beside it (`-- breaking: no`) or not (`-- breaking: yes`). A released file never
-changes: its SHA-256 is in every ledger.
+older program can go on working beside the migration (`-- breaking: no`) or not (`-- breaking: yes`). A released file
+never changes: its SHA-256 is in every ledger.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Migration(NamedTuple):
 
 
 class LedgerRow(NamedTuple):
-    """One migration that a schema has had; `execution_ms` is in milliseconds."""
+    """One migration that has been applied to a schema. `execution_ms`: how long it took; None for psql scripts."""
 
     version: int
     name: str
@@ -55,7 +54,10 @@ class LedgerRow(NamedTuple):
 
 
 class MigrationState(NamedTuple):
-    """A migration as file and ledger together see it; state is applied, pending, edited, unknown or breaking."""
+    """A migration compared between files and ledger.
+
+    `state` is applied, pending, edited (the checksums differ), or unknown and breaking (in the ledger only).
+    """
 
     version: int
     name: str
@@ -67,7 +69,7 @@ class MigrationState(NamedTuple):
 
 @cache
 def migration_files() -> tuple[Migration, ...]:
-    """Every migration that this program carries, oldest first."""
+    """Returns the migrations of this program, oldest first."""
     found = []
     for path in sorted((sql_root() / "migrations").iterdir()):
         if match := _FILE_NAME.fullmatch(path.name):
@@ -79,38 +81,39 @@ def migration_files() -> tuple[Migration, ...]:
 
 
 def read_ledger(conn: Connection[Any]) -> list[LedgerRow]:
-    """Every migration that the session's schema has had, oldest first."""
+    """Returns the migrations that have been applied to the session's schema, oldest first."""
     return [LedgerRow(*row) for row in conn.execute(sql("migrations", "read_ledger"))]
 
 
 async def read_ledger_async(conn: AsyncConnection[Any]) -> list[LedgerRow]:
-    """The same for asyncio."""
+    """Does the same for asyncio."""
     cursor = await conn.execute(sql("migrations", "read_ledger"))
     return [LedgerRow(*row) for row in await cursor.fetchall()]
 
 
 def check_ledger(schema: str, ledger: Sequence[LedgerRow]) -> None:
-    """SchemaMissing or SchemaUnknown unless this program can work on a schema with this ledger."""
+    """Raises SchemaMissing or SchemaUnknown unless this program can work on a schema with this ledger. Pure."""
     states = compare(ledger)
+    # First, because upgrading pgcoord is the cure even if migrations of this program are missing too.
     if breaking := [f"{state.version:04}_{state.name}" for state in states if state.state == "breaking"]:
         raise SchemaUnknown(
-            f"schema {schema!r} has migration {breaking[0]}, which this pgcoord does not know",
-            hint="a newer pgcoord migrated it in a way that older ones cannot serve: upgrade pgcoord",
+            f"schema {schema!r} has the breaking migration {breaking[0]}, which this version of pgcoord does not know",
+            hint="it was applied by a newer version: upgrade pgcoord on this machine",
         )
     if pending := [state for state in states if state.state == "pending"]:
         raise SchemaMissing(
             f"schema {schema!r} lacks {len(pending)} migration(s), from {pending[0].version:04}_{pending[0].name} on",
-            hint=f"bring it up to date with: {mending_command(schema)}",
+            hint=f"bring it up to date with: {migrate_command(schema)}",
         )
 
 
-def mending_command(schema: str) -> str:
-    """What makes a schema or brings it up to date, as a person types it."""
+def migrate_command(schema: str) -> str:
+    """Returns the shell command that creates a schema or brings it up to date."""
     return "pgcoord migrate up" + ("" if schema == Settings.schema else f" --schema {schema}")
 
 
 def compare(ledger: Sequence[LedgerRow]) -> list[MigrationState]:
-    """Files and ledger side by side, oldest first. Pure."""
+    """Compares the files with a ledger; returns every migration of either, oldest first. Pure."""
     applied = {row.version: row for row in ledger}
     files = {migration.version: migration for migration in migration_files()}
     return [_state(files.get(version), applied.get(version)) for version in sorted(files.keys() | applied.keys())]
@@ -121,19 +124,22 @@ def _state(file: Migration | None, row: LedgerRow | None) -> MigrationState:
         assert file is not None
         return MigrationState(file.version, file.name, "pending", None, None, None)
     if file is None:
-        word = "breaking" if row.breaking else "unknown"
+        state = "breaking" if row.breaking else "unknown"
     else:
-        word = "applied" if file.checksum == row.checksum else "edited"
-    return MigrationState(row.version, row.name, word, row.applied_at, row.applied_by, row.execution_ms)
+        state = "applied" if file.checksum == row.checksum else "edited"
+    return MigrationState(row.version, row.name, state, row.applied_at, row.applied_by, row.execution_ms)
 
 
 def states(conn: Connection[Any], *, has_ledger: bool) -> list[MigrationState]:
-    """What `migrate status` shows. Reads only."""
+    """Returns the state of every migration of the session's schema, oldest first. Only reads."""
     return compare(read_ledger(conn) if has_ledger else [])
 
 
 def plan(current: Sequence[MigrationState], to: int | None) -> list[Migration]:
-    """The migrations to apply, in order; raises MigrationEdited, SchemaUnknown, UsageError. Pure."""
+    """Returns the migrations to apply, up to version `to`, in order. Pure.
+
+    Raises UsageError if there is no such version, and as `verify`.
+    """
     _require_known(to)
     verify(current)
     pending = {state.version for state in current if state.state == "pending"}
@@ -147,55 +153,68 @@ def _require_known(to: int | None) -> None:
 
 
 def verify(current: Sequence[MigrationState]) -> None:
-    """MigrationEdited or SchemaUnknown when what was applied is not what this program carries."""
+    """Raises MigrationEdited or SchemaUnknown if an applied migration is edited or breaking. Pure."""
     for state in current:
         label = f"{state.version:04}_{state.name}"
         if state.state == "edited":
             raise MigrationEdited(
-                f"migration {label} was edited after it was applied: its checksum differs",
+                f"migration {label} was edited after it was applied: the checksums of file and ledger differ",
                 hint="restore the released file and put the change into a new migration",
             )
         if state.state == "breaking":
-            raise SchemaUnknown(f"this pgcoord does not know migration {label}", hint="upgrade pgcoord")
+            raise SchemaUnknown(
+                f"this version of pgcoord does not know the breaking migration {label}", hint="upgrade pgcoord"
+            )
 
 
 @contextmanager
 def migration_lock(
-    conn: Connection[Any], schema: str, lock_timeout: float, waiting: Callable[[LockHolder], None]
+    conn: Connection[Any], schema: str, lock_timeout: float, on_wait: Callable[[LockHolder], None]
 ) -> Iterator[None]:
-    """Holds the lock that keeps runs apart; `waiting` hears who is ahead. Busy after `lock_timeout` seconds."""
+    """Holds the migration lock of a schema within the block. Raises Busy after `lock_timeout` seconds.
+
+    If another session holds the lock, calls `on_wait` with it once before waiting.
+    """
     key = lock_key(schema, "migrate")
-    _take_lock(conn, key, lock_timeout, waiting)
+    _take_lock(conn, key, lock_timeout, on_wait)
     try:
         yield
     finally:
-        if not conn.closed:
+        if not conn.closed:  # a lost connection has released the lock
             conn.execute(sql("migrations", "unlock"), [key])
 
 
-def _take_lock(conn: Connection[Any], key: int, lock_timeout: float, waiting: Callable[[LockHolder], None]) -> None:
+def _take_lock(conn: Connection[Any], key: int, lock_timeout: float, on_wait: Callable[[LockHolder], None]) -> None:
     row = conn.execute(sql("migrations", "try_lock"), [key]).fetchone()
     if row and row[0]:
         return
     if holder := lock_holder(conn, key):
-        waiting(holder)
+        on_wait(holder)
     try:
-        with conn.transaction():  # for this wait alone; the lock itself is the session's and outlives the transaction
+        # The timeout is the transaction's, so that later statements keep their own; the lock is the session's.
+        with conn.transaction():
             conn.execute("SELECT set_config('lock_timeout', $1, true)", [f"{max(1, round(lock_timeout * 1000))}"])
             conn.execute(sql("migrations", "wait_for_lock"), [key])
     except psycopg.errors.LockNotAvailable:
         holder = lock_holder(conn, key) or holder
         raise Busy(
-            f"another migration run holds the lock: {holder}", hint="wait for it, or raise --lock-timeout"
+            f"another migration run holds the lock: {holder}", hint="wait for it to end, or raise --lock-timeout"
         ) from None
 
 
-def apply(conn: Connection[Any], schema: str, to: int | None, applied: Callable[[Migration], None]) -> list[Migration]:
-    """Applies what is missing, under `migration_lock`; `applied` hears of each. Returns what it applied."""
-    _require_known(to)  # before anything is made
+def apply(
+    conn: Connection[Any], schema: str, to: int | None, on_applied: Callable[[Migration], None]
+) -> list[Migration]:
+    """Applies the missing migrations up to version `to`, and returns them. To be called within `migration_lock`.
+
+    Calls `on_applied` after each. Raises as `plan`, and psycopg's errors.
+    """
+    _require_known(to)  # before the schema is created
     ensure_ledger(conn, schema)
     todo = plan(states(conn, has_ledger=True), to)
     for migration in todo:
+        # One transaction, with the ledger row first: a run without the lock would block on the row's key, and fail,
+        # instead of applying the migration a second time.
         with conn.transaction():
             conn.execute(
                 sql("migrations", "record_migration"),
@@ -203,12 +222,13 @@ def apply(conn: Connection[Any], schema: str, to: int | None, applied: Callable[
             )
             _run_script(conn, migration.text)
             conn.execute(sql("migrations", "record_duration"), [migration.version])
-        applied(migration)
+        on_applied(migration)
     return todo
 
 
 def ensure_ledger(conn: Connection[Any], schema: str) -> None:
-    """Makes the schema and its ledger where they are missing; where they are not, nobody needs the right to."""
+    """Creates the schema and its ledger if they are missing."""
+    # Looked for first, because CREATE … IF NOT EXISTS would ask for the right to create even where nothing is missing.
     if conn.execute(sql("migrations", "find_ledger"), [schema]).fetchone():
         return
     missing = conn.execute(sql("migrations", "schema_to_create"), [schema]).fetchone()
@@ -219,12 +239,12 @@ def ensure_ledger(conn: Connection[Any], schema: str) -> None:
 
 
 def _run_script(conn: Connection[Any], text: str) -> None:
-    # The simple protocol takes many statements at once; libpq is reached directly because cursors do not.
+    # A ClientCursor without parameters uses the simple protocol, which takes several statements in one message.
     psycopg.ClientCursor(conn).execute(text)
 
 
 def script(schema: str, migrations: Sequence[Migration]) -> str:
-    """Returns what `apply` does as a psql script, for DDL that is run by hand. The script ends at the first error."""
+    """Returns what `apply` does as a psql script that stops at the first error, for DDL that is run by hand."""
     head = (
         sql("migrations", "create_schema", schema=schema),
         sql("migrations", "choose_schema", schema=schema),

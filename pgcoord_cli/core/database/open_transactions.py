@@ -1,7 +1,8 @@
-"""Which of the transactions that were writing at one moment are still at it. Pure.
+"""Which of the transactions that were writing at one moment are still open. Pure.
 
-PostgreSQL's lock table names a transaction by its virtual id. A prepared one keeps it until the server is restarted,
-and goes by another kind of name from then on; so whoever waits for some to end counts all of that kind among them.
+PostgreSQL's lock table names a transaction by its virtual id. A prepared transaction keeps that name until the server
+is restarted, and has another kind of name afterwards, by which it cannot be recognised. So a wait for the end of some
+transactions includes every one with a name of the second kind.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 PREPARED = "-1/"
-"""How the names of transactions that were prepared before the last restart begin in pg_locks."""
+"""Prefix, in pg_locks, of the names of transactions that were prepared before the last restart."""
 
 
 class OpenTransactions:
-    """The transactions that were writing at one moment and have not been seen to end."""
+    """The transactions that were writing at one moment and have not ended since. False once there is none."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = set(names)
@@ -22,5 +23,5 @@ class OpenTransactions:
         return bool(self._names)
 
     def keep(self, names: Iterable[str]) -> None:
-        """Forgets all but those that are writing at a later moment too."""
+        """Drops the transactions that are not among `names`, those that are writing at a later moment."""
         self._names = {name for name in names if name in self._names or name.startswith(PREPARED)}

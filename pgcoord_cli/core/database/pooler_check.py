@@ -1,15 +1,15 @@
-"""Is this session a session? Telling a connection to a backend of one's own from one through a transaction pooler.
+"""Detecting a transaction pooler between this process and PostgreSQL.
 
-pgcoord needs sessions: advisory locks, LISTEN, the search path. A pooler in transaction mode hands every transaction to
-whichever backend is free, so that locks would stay behind with strangers. It has to be found out before anything is
-set or taken (rule I14).
+pgcoord needs sessions: for advisory locks, LISTEN and the search path. A pooler in transaction mode assigns each
+transaction to any backend that is free, so that locks and settings would stay behind with backends that other clients
+use. It has to be detected before anything is set or taken (rule I14).
 
 **Suspicion** costs nothing: a pooler greets its client with a process id that it made up, and `prepare_session` sets
-nothing where the backend's own process id is another. Without a pooler the two are the same.
+nothing if the backend's own process id is another. Without a pooler the two are the same.
 
-**Proof.** Several other connections each hold a transaction open, so that they keep backends busy. If one of them got
-the backend that answered our session a moment ago, or our session is answered by another backend than before, or not
-at all any more because none is left, the pooler is in transaction mode. In session mode our backend stays ours.
+**Proof.** Several other connections each hold a transaction open, so that they occupy backends. The pooler is in
+transaction mode if one of them got the backend that answered our session before, or if our session is then answered by
+another backend, or by none because none is free. In session mode our session keeps its backend.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from pgcoord_cli.errors import ConnectionFailed, UnsuitableServer
 from pgcoord_cli.settings import Settings
 
 PROBES = 3
-PATIENCE_SECONDS = 2.0
-"""How long a pooler may take to find a backend for a statement."""
+"""Number of other connections that occupy backends during the check."""
+
+TIMEOUT_SECONDS = 2.0
+"""How long to wait for the answer to a statement, for which a pooler has to find a backend."""
 
 
 def require_own_backend(settings: Settings, pgconn: pq.abc.PGconn) -> None:
-    """UnsuitableServer when the connection goes through a pooler that does not keep a backend for it."""
+    """Raises UnsuitableServer if the connection goes through a pooler that does not keep a backend for it."""
     if not _has_own_backend(settings, pgconn):
         raise UnsuitableServer(
-            "this connection goes through a transaction pooler, which locks and settings do not survive",
+            "this connection goes through a transaction pooler, which keeps neither locks nor settings of a session",
             hint="connect to PostgreSQL itself, or to a pool in session mode (PgBouncer: pool_mode = session)",
         )
 
@@ -47,10 +49,12 @@ def _has_own_backend(settings: Settings, pgconn: pq.abc.PGconn) -> bool:
             try:
                 other = held.enter_context(closing(connect(settings, "probe")))
             except ConnectionFailed:
-                break  # no connection is left: in session mode that is a full pool
+                break  # no connection is free: in session mode the pool is full, and the earlier probes decide
+            # The open transaction keeps the backend of this probe occupied while the next ones ask.
             theirs = _ask(other.pgconn, "BEGIN; " + sql("session", "backend"))
             if theirs is not None:
-                held.callback(_ask, other.pgconn, "COMMIT;")  # a pooler ends backends that it gets back half way
+                # A pooler would close a backend that comes back with a transaction open.
+                held.callback(_ask, other.pgconn, "COMMIT;")
             if theirs is not None and theirs == ours:
                 return False
             if _ask(pgconn, sql("session", "backend")) != ours:
@@ -59,10 +63,10 @@ def _has_own_backend(settings: Settings, pgconn: pq.abc.PGconn) -> bool:
 
 
 def _ask(pgconn: pq.abc.PGconn, text: str) -> bytes | None:
-    """The value that a statement gives, in the simple protocol; None when none comes in time."""
+    """Executes a statement in the simple protocol and returns its value, or None after TIMEOUT_SECONDS or an error."""
     try:
         pgconn.send_query(text.encode())
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         poll = select.poll()
         poll.register(pgconn.socket, select.POLLIN)
         value = None

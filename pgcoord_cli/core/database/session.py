@@ -1,14 +1,14 @@
-"""Opening a database session that is fit for its work, or saying why it is not.
+"""Opening database sessions that are fit for their work.
 
-Every command comes through here, and three questions are asked before it may touch anything (rule I14):
+Every command opens its sessions here. Three checks come before anything is set, taken or written (rule I14):
 
-1. Does this session have a backend of its own, or does it go through a transaction pooler (`core.database.pooler_check`)? Is the
-   server new enough, and, if the command is going to write, is it a primary? Otherwise UnsuitableServer.
-2. Does the schema exist and carry every migration that this program needs? Otherwise SchemaMissing, with the
-   command that mends it. A `--schema` that does not exist in a database where another schema is migrated is
-   taken for a typing mistake: UsageError.
-3. Has a newer pgcoord migrated it, with a migration marked breaking? Then SchemaUnknown. Newer migrations that
-   are not breaking only add things, and an older program goes on working beside them.
+1. The session has a backend of its own and does not go through a transaction pooler (`core.database.pooler_check`). The
+   server is new enough and, if the command writes, it is a primary. Otherwise UnsuitableServer.
+2. The schema exists and has every migration that this program needs. Otherwise SchemaMissing, with the command that
+   applies them. If `--schema` names a schema that does not exist, in a database that has another one, it is taken for a
+   typing error: UsageError.
+3. No migration marked breaking has been applied by a newer pgcoord. Otherwise SchemaUnknown. Newer migrations that are
+   not breaking only add things, and an older program goes on working beside them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from psycopg import AsyncConnection, Connection, RawCursor
 from psycopg.rows import tuple_row
 
-from pgcoord_cli.core.database.migrations import check_ledger, mending_command, read_ledger, read_ledger_async
+from pgcoord_cli.core.database.migrations import check_ledger, migrate_command, read_ledger, read_ledger_async
 from pgcoord_cli.core.database.pooler_check import require_own_backend
 from pgcoord_cli.db.connection import connect, connect_async, mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
@@ -30,13 +30,14 @@ from pgcoord_cli.errors import ConnectionFailed, PgcoordError, SchemaMissing, Un
 from pgcoord_cli.settings import Settings
 
 OLDEST_SERVER = 150_000
+"""The oldest supported version of PostgreSQL, as `server_version_num` counts."""
 
 READY_SECONDS = 15.0
-"""How long a server that has taken a connection may take over what makes it a session."""
+"""Timeout for the first statements of an asyncio session, which set it up and check it."""
 
 
 class Server(NamedTuple):
-    """What the session found: `version_number` as PostgreSQL counts (150004 is 15.4)."""
+    """The server of a session. `version_number` is `server_version_num`: 150004 is 15.4."""
 
     version_number: int
     in_recovery: bool
@@ -45,14 +46,18 @@ class Server(NamedTuple):
 
 @contextmanager
 def command_session(settings: Settings, command: str, *, writes: bool) -> Iterator[Connection[Any]]:
-    """A session on a migrated schema for one command's work; psycopg's errors leave it translated."""
+    """Opens a session for one command on a migrated schema, and closes it. Translates psycopg's errors."""
     with mapped_errors(), closing(open_session(settings, command, writes=writes)) as conn:
         yield conn
 
 
 @contextmanager
 def migration_session(settings: Settings, *, read_only: bool) -> Iterator[tuple[Connection[Any], Server]]:
-    """A session whose schema may be missing, without a statement timeout; `read_only`: one READ ONLY transaction."""
+    """Opens a session whose schema may be missing; with `read_only`, the block is one READ ONLY transaction.
+
+    Raises UnsuitableServer on a standby unless `read_only`. Translates psycopg's errors.
+    """
+    # No statement timeout: building an index on a large table takes as long as it takes.
     conn, server = open_bare_session(replace(settings, statement_timeout=0), "migrate")
     with mapped_errors(), closing(conn):
         if read_only:
@@ -65,13 +70,14 @@ def migration_session(settings: Settings, *, read_only: bool) -> Iterator[tuple[
 
 
 def open_session(settings: Settings, command: str, *, writes: bool) -> Connection[Any]:
-    """A synchronous session on a migrated schema. Raises what the module's docstring lists, and ConnectionFailed."""
+    """Opens a synchronous session. Raises ConnectionFailed and the errors that the module's docstring lists."""
     return adopt_session(connect(settings, command), settings, writes=writes)
 
 
 def adopt_session(conn: Connection[Any], settings: Settings, *, writes: bool) -> Connection[Any]:
-    """Makes a connection that the caller hands over what `open_session` would return. Closes it when that fails."""
+    """Sets up and checks a connection that a caller hands over. Closes it on failure; raises as `open_session`."""
     try:
+        # As the connections of `open_session` are made: statements take $1 parameters and commit by themselves.
         conn.autocommit = True
         conn.cursor_factory = RawCursor
         conn.row_factory = tuple_row
@@ -87,11 +93,11 @@ def adopt_session(conn: Connection[Any], settings: Settings, *, writes: bool) ->
 
 
 async def open_session_async(settings: Settings, command: str, *, writes: bool) -> AsyncConnection[Any]:
-    """The same for asyncio."""
+    """Opens a session for asyncio. Raises as `open_session`, and ConnectionFailed after READY_SECONDS."""
     conn = await connect_async(settings, command)
     try:
         with mapped_errors():
-            async with answer_expected():
+            async with answer_timeout():
                 await _make_ready(conn, settings, writes=writes)
     except BaseException:
         await conn.close()
@@ -108,22 +114,24 @@ async def _make_ready(conn: AsyncConnection[Any], settings: Settings, *, writes:
     require_primary(server, writes=writes)
     if not server.has_ledger:
         others = await (await conn.execute(*_other_schemas(settings))).fetchall()
-        raise unmigrated(settings, [row[0] for row in others])
+        raise schema_missing(settings, [row[0] for row in others])
     check_ledger(settings.schema, await read_ledger_async(conn))
 
 
 @asynccontextmanager
-async def answer_expected() -> AsyncIterator[None]:
-    """Within the block, a server that is connected and then falls silent leaves as ConnectionFailed."""
+async def answer_timeout() -> AsyncIterator[None]:
+    """Raises ConnectionFailed if the block, which talks to a connected server, takes longer than READY_SECONDS."""
     try:
         async with asyncio.timeout(READY_SECONDS):
             yield
     except TimeoutError:
-        raise ConnectionFailed("the server does not answer") from None
+        raise ConnectionFailed(
+            f"the server accepted the connection but did not answer within {READY_SECONDS:g}s"
+        ) from None
 
 
 def open_bare_session(settings: Settings, command: str) -> tuple[Connection[Any], Server]:
-    """A session on a supported server whose schema may still be missing: what `migrate` starts from."""
+    """Opens a session on a supported server whose schema may be missing. Raises ConnectionFailed, UnsuitableServer."""
     conn = connect(settings, command)
     try:
         with mapped_errors():
@@ -135,26 +143,29 @@ def open_bare_session(settings: Settings, command: str) -> tuple[Connection[Any]
 
 
 def _prepare(conn: Connection[Any], settings: Settings) -> Server:
+    # The statement sets nothing if the backend has another pid than the server announced: then there may be a pooler
+    # between, and settings would stay behind with a backend that other clients use (rule I14).
     row = conn.execute(*_preparation(settings, conn.info.backend_pid)).fetchone()
     if row is not None and not row[1]:
         require_own_backend(settings, conn.pgconn)
+        # A pooler in session mode, or a proxy: the backend is ours under the pid that it gave itself.
         row = conn.execute(*_preparation(settings, row[0])).fetchone()
     return _server(row)
 
 
 def require_primary(server: Server, *, writes: bool) -> None:
-    """UnsuitableServer when the session is on a standby and the command is going to write."""
+    """Raises UnsuitableServer if the command writes and the server is a standby."""
     if writes and server.in_recovery:
         raise UnsuitableServer(
-            "this server is a standby: nothing can be changed here",
+            "this server is a standby, on which nothing can be written",
             hint="connect to the primary, for example with target_session_attrs=read-write in the connection string",
         )
 
 
 def require_ledger(conn: Connection[Any], server: Server, settings: Settings) -> None:
-    """SchemaMissing unless the schema has been migrated; UsageError if its name looks like a typing mistake."""
+    """Raises SchemaMissing if the schema has not been migrated, or UsageError if its name seems mistyped."""
     if not server.has_ledger:
-        raise unmigrated(settings, [row[0] for row in conn.execute(*_other_schemas(settings))])
+        raise schema_missing(settings, [row[0] for row in conn.execute(*_other_schemas(settings))])
 
 
 def _preparation(settings: Settings, backend_pid: int) -> tuple[Any, list[Any]]:
@@ -177,14 +188,14 @@ def _server(row: tuple[Any, ...] | None) -> Server:
     return server
 
 
-def unmigrated(settings: Settings, others: Sequence[str]) -> PgcoordError:
-    """What to say of a schema that is not there; `others` are the pgcoord schemas that this database does have."""
+def schema_missing(settings: Settings, others: Sequence[str]) -> PgcoordError:
+    """Returns the error for a schema without migrations; `others` are the pgcoord schemas that the database has."""
     if settings.schema_given and others:
         return UsageError(
             f"--schema or PGCOORD_SCHEMA: there is no pgcoord schema {settings.schema!r} in this database",
-            hint=f"found: {', '.join(others)}; a new one is made by: {mending_command(settings.schema)}",
+            hint=f"found: {', '.join(others)}; create a new one with: {migrate_command(settings.schema)}",
         )
     return SchemaMissing(
         f"schema {settings.schema!r} has not been migrated",
-        hint=f"create it with: {mending_command(settings.schema)}",
+        hint=f"create it with: {migrate_command(settings.schema)}",
     )

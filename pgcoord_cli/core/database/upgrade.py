@@ -1,4 +1,4 @@
-"""Bringing a database's schema up to date in one call: session, lock, migrations."""
+"""Bringing a schema up to date in one call: session, lock and migrations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pgcoord_cli.core.database.session import migration_session
 from pgcoord_cli.settings import Settings
 
 LOCK_TIMEOUT = 30.0
+"""Seconds to wait for another run that holds the migration lock."""
 
 
 def upgrade(
@@ -17,12 +18,16 @@ def upgrade(
     *,
     to: int | None = None,
     lock_timeout: float = LOCK_TIMEOUT,
-    waiting: Callable[[LockHolder], None] = lambda _holder: None,
-    applied: Callable[[Migration], None] = lambda _migration: None,
+    on_wait: Callable[[LockHolder], None] = lambda _holder: None,
+    on_applied: Callable[[Migration], None] = lambda _migration: None,
 ) -> list[Migration]:
-    """Applies what the schema lacks; `waiting` hears who is ahead, `applied` of each. Busy on timeout."""
+    """Applies the missing migrations of `settings.schema` up to version `to`, and returns them.
+
+    Calls `on_wait` if another session holds the lock, and `on_applied` after each migration. Raises Busy after
+    `lock_timeout` seconds, and the errors of `migration_session` and `migrations.apply`.
+    """
     with (
         migration_session(settings, read_only=False) as (conn, _server),
-        migration_lock(conn, settings.schema, lock_timeout, waiting),
+        migration_lock(conn, settings.schema, lock_timeout, on_wait),
     ):
-        return apply(conn, settings.schema, to, applied)
+        return apply(conn, settings.schema, to, on_applied)

@@ -31,7 +31,7 @@ from psycopg import AsyncConnection
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.database.pool import Pool
-from pgcoord_cli.core.database.session import answer_expected, open_session_async
+from pgcoord_cli.core.database.session import answer_timeout, open_session_async
 from pgcoord_cli.core.kv.hot_keys import HotKeys
 from pgcoord_cli.core.kv.snapshots import SnapshotReader
 from pgcoord_cli.core.kv.submissions import Submitter
@@ -125,7 +125,7 @@ class Database:
         conn = await open_session_async(self._settings, self._application, writes=True)
         try:
             with mapped_errors():
-                async with answer_expected():
+                async with answer_timeout():
                     await conn.execute(sql("session", "commit_lazily"))
                     await conn.execute(sql("session", "plan_once"))
         except BaseException:  # cancellation of the waiting task included
