@@ -130,11 +130,11 @@ def test_a_check_only_looks(offline: Call, write: Write) -> None:
     ("text", "line", "complaint"),
     [
         (DIAMOND.replace("from: lint", "from: lnit"), 14, "no execution 'lnit'"),
-        (DIAMOND.replace("k: 1", "k: 3"), 16, "only 2 are waited for"),
-        (DIAMOND.replace("to: test", "to: build"), 11, "a circle: build → build"),
-        (DIAMOND.replace("name: lint", "name: test"), 8, "there twice"),
-        (DIAMOND.replace("max_attempts: 2", "max_attempts: 0"), 7, "not a number from 1 on"),
-        ("executions: [", 1, "not YAML"),
+        (DIAMOND.replace("k: 1", "k: 3"), 16, "`k` is 3, but 'release' has 2 upstreams"),
+        (DIAMOND.replace("to: test", "to: build"), 11, "a cycle: build → build"),
+        (DIAMOND.replace("name: lint", "name: test"), 8, "duplicate execution 'test'"),
+        (DIAMOND.replace("max_attempts: 2", "max_attempts: 0"), 7, "`max_attempts` must be an integer from 1 to"),
+        ("executions: [", 1, "invalid YAML"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_line(
