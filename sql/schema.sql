@@ -7,10 +7,13 @@ CREATE FUNCTION pgcoord.announce_events() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
 BEGIN
-    -- It never is null, but PERFORM would be a query, which costs several times what an expression does.
+    -- The function returns void, never null: it is called in an expression, since PERFORM would run a query, which
+    -- costs several times as much.
     IF pg_catalog.pg_advisory_xact_lock_shared(TG_RELID::integer, 0) IS NULL THEN
         RETURN NULL;
     END IF;
+    -- pgcoord.notify = off is for transactions that will be prepared: PostgreSQL does not prepare one that has
+    -- notified.
     IF pg_catalog.current_setting('pgcoord.notify', true) IS DISTINCT FROM 'off'
        AND pg_catalog.to_timestamp(
                pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_wake_until')::regclass)
@@ -27,13 +30,15 @@ CREATE FUNCTION pgcoord.collection_bound(outbox_name text, older_than double pre
     SET search_path TO 'pgcoord', 'pg_temp'
     AS $$
 BEGIN
-    SELECT CASE WHEN coalesce(bool_or(activity.xact_start IS NULL), false) THEN 0 -- prepared, or not ours to see
+    -- The start of a prepared transaction, or of one that this role may not see, is unknown: then nothing is collected.
+    SELECT CASE WHEN coalesce(bool_or(activity.xact_start IS NULL), false) THEN 0
                 ELSE (extract(epoch FROM least(min(activity.xact_start),
                                                clock_timestamp() - make_interval(secs => older_than))) * 1000)::bigint
            END
       INTO committed_before_ms
       FROM pg_locks AS held
       LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
+     -- The lock that announce_events takes: two keys (objsubid 2), the oid of the outbox and 0.
      WHERE held.locktype = 'advisory' AND held.classid = outbox_name::regclass::oid AND held.objid = 0
        AND held.objsubid = 2
        AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database());
@@ -54,17 +59,20 @@ BEGIN
         AND cardinality(read_begins) = cardinality(read_ends)
         AND cardinality(cleared_begins) = cardinality(cleared_ends)
         AND cardinality(written_keys) = cardinality(written_values)) IS NOT TRUE THEN
-        RAISE EXCEPTION 'keys, begins with their ends, and keys with their values have to be lists'
+        RAISE EXCEPTION 'arguments must be one-dimensional, from 1, with as many ends as begins and values as keys'
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
     request := packed_request(read_keys, read_begins, read_ends, cleared_begins, cleared_ends,
                               cleared_keys, written_keys, written_values);
-    -- A nil is no key, which is for the leader to say, and what is large would keep it waiting.
+    -- A null key is left to the leader, which rejects it with a reason. A large request goes through the queue,
+    -- because the leader waits while a direct commit runs. The lock excludes the leader at work (which holds it
+    -- shared) and other direct commits; it saves work, and correctness does not depend on it.
     IF array_position(read_keys || read_begins || cleared_begins || cleared_keys || written_keys, NULL) IS NULL
        AND octet_length(request) <= 16000
        AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
-        -- A lease that began under another postmaster is a copy of the one that clients have seen: on a standby that was
-        -- promoted, or a restored backup, which may lack commits that they have read.
+        -- No read is checked: the epoch, the term and the durable version are still those of the client's snapshot, so
+        -- no commit has written anything since. A lease that began under another postmaster is a copy, on a promoted
+        -- standby or a restored backup, which may lack commits that clients have read.
         SELECT lease.term_id INTO term
           FROM leader_lease AS lease
          WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
@@ -80,19 +88,23 @@ BEGIN
     END IF;
 
     version := seen_version + 1;
-    -- Whatever the session says of lesser commits, one that is acknowledged survives a crash.
+    -- A client's session commits asynchronously; this commit is acknowledged, and must survive a crash (rule I3).
+    -- pgcoord.durable holds the level that the session had before.
     PERFORM set_config('synchronous_commit', coalesce(nullif(current_setting('pgcoord.durable', true), ''), 'on'), true),
-            -- and who calls this by hand within a transaction, and lets it lie, does not hold up everybody else.
+            -- Ends a session that leaves this transaction idle for 1 s, so that it cannot block other commits: from the
+            -- update below until it ends, the transaction holds the lock on the lease row.
             set_config('idle_in_transaction_session_timeout', '1s', true);
     INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, status, commit_version, resolved_at)
     VALUES ($1, seen_epoch, seen_term, seen_version, request, 'committed', version, answered_at);
     PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values);
+    -- The fence: of two transactions that follow the same durable version, only one finds it here. Last, so that the
+    -- lease row is locked for the commit only.
     UPDATE leader_lease AS lease
        SET durable_version = version
      WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = term
        AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'the leadership of epoch % is over', seen_epoch USING ERRCODE = 'PC001';
+        RAISE EXCEPTION 'the term of epoch % has ended', seen_epoch USING ERRCODE = 'PC001';
     END IF;
     PERFORM pg_notify(current_schema() || '.data', '');
 END
@@ -111,6 +123,7 @@ DECLARE
     upstreams uuid[];
     touched uuid[];
 BEGIN
+    -- SKIP LOCKED: another dispatcher has the event in hand; waiting for it would only show that it is done.
     WITH mine AS (
         SELECT event_id FROM completion_events
          WHERE event_id = ANY (ids) AND dispatched_at_ms IS NULL
@@ -127,11 +140,14 @@ BEGIN
     END IF;
     DELETE FROM dispatch_failures WHERE event_id = ANY (claimed);
 
+    -- Locks the groups in key order before any edge is counted: concurrent completions of the same group wait here.
     SELECT array_agg(downstream_id) INTO touched
       FROM (SELECT downstream_id FROM edge_groups
              WHERE downstream_id IN (SELECT downstream_id FROM edges WHERE upstream_id = ANY (upstreams))
              ORDER BY downstream_id FOR NO KEY UPDATE) AS locked;
 
+    -- Only edges without an outcome are updated, so that a second event of the same execution counts nothing. Of
+    -- several events of one execution in this call, the first one counts.
     RETURN QUERY
     WITH first_event AS (
         SELECT DISTINCT ON (execution_id) execution_id, event_id, outcome
@@ -169,6 +185,7 @@ CREATE FUNCTION pgcoord.end_executions(ids uuid[], ending text, why text) RETURN
     SET enable_mergejoin TO 'off'
     AS $$
 BEGIN
+    -- The completion event is part of the same statement: an execution cannot end without one (rule I9).
     RETURN QUERY
     WITH ended AS (
         UPDATE executions
@@ -182,7 +199,7 @@ BEGIN
         INSERT INTO lease_events (execution_id, lease_id, event_type, partition_key, namespace, instance_tag)
         SELECT ended.execution_id, released.lease_id, 'revoked', ended.partition_key, ended.namespace, ended.instance_tag
           FROM released JOIN ended USING (execution_id)
-         WHERE ending IN ('cancelled', 'skipped')
+         WHERE ending IN ('cancelled', 'skipped') -- otherwise its owner reported the end
     )
     INSERT INTO completion_events (execution_id, flow_id, outcome, partition_key, namespace, instance_tag)
     SELECT execution_id, flow_id, ending, partition_key, namespace, instance_tag
@@ -192,7 +209,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION pgcoord.end_leases(ids uuid[], event text, most_losses integer) RETURNS integer
+CREATE FUNCTION pgcoord.end_leases(ids uuid[], event text, max_lost_leases integer) RETURNS integer
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
     SET plan_cache_mode TO 'force_generic_plan'
@@ -212,14 +229,14 @@ BEGIN
           FROM freed
          WHERE executions.execution_id = freed.execution_id AND state = 'running'
         RETURNING executions.execution_id, freed.lease_id, partition_key, namespace, instance_tag
-    ), told AS (
+    ), announced AS (
         INSERT INTO lease_events (execution_id, lease_id, event_type, partition_key, namespace, instance_tag)
         SELECT execution_id, lease_id, event, partition_key, namespace, instance_tag FROM again ORDER BY execution_id
     )
     SELECT count(*) INTO lost FROM again;
     PERFORM end_executions(
-        array(SELECT execution_id FROM executions WHERE execution_id = ANY (ids) AND lost_leases > most_losses),
-        'failed', 'its workers vanished too often');
+        array(SELECT execution_id FROM executions WHERE execution_id = ANY (ids) AND lost_leases > max_lost_leases),
+        'failed', 'its lease expired too often');
     IF lost > 0 THEN
         PERFORM pg_notify(current_schema() || '.executions', '');
     END IF;
@@ -234,6 +251,7 @@ CREATE FUNCTION pgcoord.fail_execution(id uuid, epoch bigint, why text) RETURNS 
 DECLARE
     is_last boolean;
 BEGIN
+    -- The fence: an execution that was claimed again has a higher lease epoch.
     UPDATE executions
        SET failures = failures + 1, is_reclaimed = false
      WHERE execution_id = id AND lease_epoch = epoch AND state = 'running'
@@ -289,13 +307,13 @@ BEGIN
            (SELECT array_agg(upstream_id) FROM needless)
       INTO satisfied, impossible, siblings;
 
-    -- Everything that is about to change is locked in one order, whoever else does the same.
+    -- Locks every execution that is about to change in key order, before the first update: see the lock order above.
     PERFORM FROM executions
       WHERE execution_id = ANY (satisfied || impossible || siblings) ORDER BY execution_id FOR NO KEY UPDATE;
     UPDATE executions SET state = 'eligible' WHERE execution_id = ANY (satisfied) AND state = 'blocked';
     PERFORM end_executions(
         array(SELECT execution_id FROM executions WHERE execution_id = ANY (impossible) AND state = 'blocked'),
-        'skipped', 'what it waits for can no longer succeed');
+        'skipped', 'its join policy can no longer be satisfied');
     PERFORM end_executions(siblings, 'cancelled', 'enough of its siblings succeeded');
     IF satisfied IS NOT NULL THEN
         PERFORM pg_notify(current_schema() || '.executions', '');
@@ -357,6 +375,8 @@ CREATE FUNCTION pgcoord.settle_commits(leader_epoch bigint, leader_term uuid, ve
 DECLARE
     settled bigint;
 BEGIN
+    -- Only pending requests change: one that another session has settled keeps its outcome, and is counted as missing
+    -- below.
     WITH settlement AS (
         UPDATE commit_requests AS request
            SET status = outcome.status, commit_version = outcome.version, reason = outcome.reason,
@@ -367,7 +387,8 @@ BEGIN
     ), wake_up AS (
         SELECT pg_notify(waiting.reply_channel, '')
           FROM (SELECT DISTINCT reply_channel FROM settlement
-                 WHERE octet_length(reply_channel) BETWEEN 1 AND 63) AS waiting -- pg_notify refuses any other
+                 -- pg_notify raises an error for any other length; one bad channel must not fail the batch.
+                 WHERE octet_length(reply_channel) BETWEEN 1 AND 63) AS waiting
     )
     SELECT (SELECT count(*) FROM settlement) + 0 * (SELECT count(*) FROM wake_up) INTO settled;
     IF settled <> cardinality(ids) THEN
@@ -375,6 +396,9 @@ BEGIN
             USING ERRCODE = 'PC002';
     END IF;
 
+    -- The fence check, and the only lock on the lease row. It is the last write of the transaction, so that the row is
+    -- locked only while the transaction commits, and a renewal never waits for the writes of a long batch. The start of
+    -- the postmaster is compared because a promoted standby or a restored copy holds the same epoch and term.
     UPDATE leader_lease
        SET durable_version = version_after, conflict_floor = new_conflict_floor,
            window_start_id = new_window_start_id, queue_floor_id = new_queue_floor_id
@@ -382,16 +406,18 @@ BEGIN
        AND durable_version = version_before AND expires_at > clock_timestamp()
        AND server_started_at = pg_postmaster_start_time();
     IF NOT FOUND THEN
+        -- Tells a direct commit of the same term, after which the batch is resolved anew, from the end of the term.
         PERFORM FROM leader_lease
           WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
             AND durable_version > version_before AND expires_at > clock_timestamp()
             AND server_started_at = pg_postmaster_start_time();
         IF FOUND THEN
-            RAISE EXCEPTION 'version % is not the last one any more', version_before USING ERRCODE = 'PC003';
+            RAISE EXCEPTION 'version % is no longer the durable version', version_before USING ERRCODE = 'PC003';
         END IF;
-        RAISE EXCEPTION 'the leadership of epoch % is over', leader_epoch USING ERRCODE = 'PC001';
+        RAISE EXCEPTION 'the term of epoch % has ended', leader_epoch USING ERRCODE = 'PC001';
     END IF;
     IF version_after > version_before THEN
+        -- Wakes the watches of clients; delivered by PostgreSQL when the transaction commits.
         PERFORM pg_notify(current_schema() || '.data', '');
     END IF;
 END
@@ -403,7 +429,7 @@ CREATE FUNCTION pgcoord.write_data(cleared_begins bytea[], cleared_ends bytea[],
     AS $$
 BEGIN
     IF cardinality(cleared_begins) > 0 THEN
-        -- The ranges that have no end are one, from the smallest begin on.
+        -- Ranges without an end are together one range, from the smallest of their begins.
         DELETE FROM kv
          WHERE key >= (SELECT cleared.begin_key
                          FROM unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
@@ -444,17 +470,21 @@ CREATE TABLE pgcoord.commit_requests (
 )
 WITH (fillfactor='45');
 
-COMMENT ON TABLE pgcoord.commit_requests IS 'The queue of transactions that ask to be committed, and what became of each.';
+COMMENT ON TABLE pgcoord.commit_requests IS 'The queue of commit requests, and the outcome of each.';
 
 COMMENT ON COLUMN pgcoord.commit_requests.request_id IS 'Made by the client; a request applies at most once.';
 
-COMMENT ON COLUMN pgcoord.commit_requests.epoch IS 'The leadership that the client saw in the snapshot it read in.';
+COMMENT ON COLUMN pgcoord.commit_requests.epoch IS 'leader_lease.epoch in the snapshot that the client read in.';
 
-COMMENT ON COLUMN pgcoord.commit_requests.term_id IS 'leader_lease.last_term_id in that snapshot; null: no leader had ever been elected.';
+COMMENT ON COLUMN pgcoord.commit_requests.term_id IS 'leader_lease.last_term_id in that snapshot; null: no leader had been elected yet.';
 
-COMMENT ON COLUMN pgcoord.commit_requests.read_version IS 'The durable version of the snapshot that the client read in.';
+COMMENT ON COLUMN pgcoord.commit_requests.read_version IS 'leader_lease.durable_version in that snapshot.';
 
 COMMENT ON COLUMN pgcoord.commit_requests.payload IS 'Read ranges and mutations; docs/wire-format.md.';
+
+COMMENT ON COLUMN pgcoord.commit_requests.status IS 'pending, or the outcome, which is final: committed, conflict, too_old, rejected, orphaned.';
+
+COMMENT ON COLUMN pgcoord.commit_requests.reason IS 'Why a request was rejected or orphaned.';
 
 ALTER TABLE pgcoord.commit_requests ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME pgcoord.commit_requests_id_seq
@@ -482,7 +512,7 @@ COMMENT ON TABLE pgcoord.completion_events IS 'Outbox: executions that ended. In
 
 COMMENT ON COLUMN pgcoord.completion_events.committed_at_ms IS 'The server''s clock at the insert, shortly before the commit.';
 
-COMMENT ON COLUMN pgcoord.completion_events.dispatched_at_ms IS 'When the event was carried into the graph; null: not yet.';
+COMMENT ON COLUMN pgcoord.completion_events.dispatched_at_ms IS 'When the event was dispatched: counted at the edges below its execution; null: not yet.';
 
 ALTER TABLE pgcoord.completion_events ALTER COLUMN event_id ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME pgcoord.completion_events_event_id_seq
@@ -508,7 +538,7 @@ CREATE TABLE pgcoord.dispatch_failures (
     quarantined_at timestamp with time zone
 );
 
-COMMENT ON TABLE pgcoord.dispatch_failures IS 'Completion events that could not be carried on: when they are tried again, or that they are not.';
+COMMENT ON TABLE pgcoord.dispatch_failures IS 'Completion events whose dispatch failed: the last error, when it is retried, and since when it is quarantined.';
 
 CREATE TABLE pgcoord.edge_groups (
     downstream_id uuid NOT NULL,
@@ -527,13 +557,13 @@ CREATE TABLE pgcoord.edge_groups (
 )
 WITH (fillfactor='70');
 
-COMMENT ON TABLE pgcoord.edge_groups IS 'What an execution waits for: the policy over all edges into it, and how they stand.';
+COMMENT ON TABLE pgcoord.edge_groups IS 'The edges into one execution: their join policy and the counts of their outcomes.';
 
-COMMENT ON COLUMN pgcoord.edge_groups.required IS 'How many upstreams have to succeed: all for all_of, one for any_of, k for quorum.';
+COMMENT ON COLUMN pgcoord.edge_groups.required IS 'How many upstream executions have to succeed: all for all_of, one for any_of, k for quorum.';
 
-COMMENT ON COLUMN pgcoord.edge_groups.fail_count IS 'Upstreams that failed or were cancelled.';
+COMMENT ON COLUMN pgcoord.edge_groups.fail_count IS 'Upstream executions that failed or were cancelled.';
 
-COMMENT ON COLUMN pgcoord.edge_groups.running_count IS 'Upstreams that have not been counted.';
+COMMENT ON COLUMN pgcoord.edge_groups.running_count IS 'Upstream executions whose outcome has not been counted yet.';
 
 CREATE TABLE pgcoord.edges (
     edge_id uuid DEFAULT gen_random_uuid() NOT NULL,
@@ -546,7 +576,7 @@ WITH (fillfactor='70');
 
 COMMENT ON TABLE pgcoord.edges IS 'The downstream execution waits for the upstream one.';
 
-COMMENT ON COLUMN pgcoord.edges.outcome IS 'What the upstream came to, once that has been counted in the group: exactly once.';
+COMMENT ON COLUMN pgcoord.edges.outcome IS 'The outcome of the upstream execution, set when it is counted in the group, once; null: not counted yet.';
 
 CREATE TABLE pgcoord.execution_leases (
     execution_id uuid NOT NULL,
@@ -556,7 +586,7 @@ CREATE TABLE pgcoord.execution_leases (
     expires_at timestamp with time zone NOT NULL
 );
 
-COMMENT ON TABLE pgcoord.execution_leases IS 'Who runs which execution, and until when unless the lease is renewed.';
+COMMENT ON TABLE pgcoord.execution_leases IS 'The lease of each running execution: its owner, and when it expires unless it is renewed.';
 
 CREATE TABLE pgcoord.executions (
     execution_id uuid DEFAULT gen_random_uuid() NOT NULL,
@@ -583,17 +613,17 @@ CREATE TABLE pgcoord.executions (
 )
 WITH (fillfactor='70');
 
-COMMENT ON TABLE pgcoord.executions IS 'Units of work. blocked waits for others; eligible waits for a worker; the last four are final.';
+COMMENT ON TABLE pgcoord.executions IS 'Units of work. blocked: waits for other executions; eligible: waits for a worker; running: leased; the other four states are final.';
 
-COMMENT ON COLUMN pgcoord.executions.failures IS 'How many attempts failed; at max_attempts the execution has failed.';
+COMMENT ON COLUMN pgcoord.executions.failures IS 'How many attempts failed; at max_attempts the execution ends as failed.';
 
-COMMENT ON COLUMN pgcoord.executions.lost_leases IS 'How many attempts ended because the worker vanished.';
+COMMENT ON COLUMN pgcoord.executions.lost_leases IS 'How many attempts ended because their lease expired.';
 
-COMMENT ON COLUMN pgcoord.executions.lease_epoch IS 'Grows with every claim; a worker that names an older one is fenced.';
+COMMENT ON COLUMN pgcoord.executions.lease_epoch IS 'Grows with every claim; a renewal or completion under an older epoch is refused.';
 
-COMMENT ON COLUMN pgcoord.executions.is_reclaimed IS 'Whether the next claim takes over from a worker that vanished.';
+COMMENT ON COLUMN pgcoord.executions.is_reclaimed IS 'Whether the last lease expired, so that the next claim is a reclaim.';
 
-COMMENT ON COLUMN pgcoord.executions.eligible_from IS 'Before this time nobody claims it: the back-off between two attempts.';
+COMMENT ON COLUMN pgcoord.executions.eligible_from IS 'No claim before this time: the backoff between two attempts.';
 
 ALTER TABLE pgcoord.executions ALTER COLUMN queue_position ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME pgcoord.executions_queue_position_seq
@@ -635,9 +665,13 @@ CREATE TABLE pgcoord.leader_history (
     last_version bigint
 );
 
-COMMENT ON TABLE pgcoord.leader_history IS 'Every leadership: who, when, how it ended, which versions it committed.';
+COMMENT ON TABLE pgcoord.leader_history IS 'Every term: its leader, when and why it ended, and the versions that it committed.';
 
-COMMENT ON COLUMN pgcoord.leader_history.first_version IS 'The version that its first commit got, or would have got.';
+COMMENT ON COLUMN pgcoord.leader_history.end_reason IS 'expired, lost, or what the leader stated when it released the lease; null: not ended.';
+
+COMMENT ON COLUMN pgcoord.leader_history.first_version IS 'The version of the first commit of the term, or that it would have had.';
+
+COMMENT ON COLUMN pgcoord.leader_history.last_version IS 'The durable version at the end of the term; null: not ended. A request that read a later version under this term is too_old.';
 
 CREATE TABLE pgcoord.leader_lease (
     id integer DEFAULT 1 NOT NULL,
@@ -659,23 +693,25 @@ CREATE TABLE pgcoord.leader_lease (
 )
 WITH (fillfactor='10', autovacuum_vacuum_threshold='200', autovacuum_vacuum_scale_factor='0');
 
-COMMENT ON TABLE pgcoord.leader_lease IS 'Who leads, until when, and how far the committed data has got. Always one row.';
+COMMENT ON TABLE pgcoord.leader_lease IS 'The lease: leader, epoch, term, expiry, and the durable version. Always one row.';
 
-COMMENT ON COLUMN pgcoord.leader_lease.term_id IS 'Random name of this leadership; null when the lease was released.';
+COMMENT ON COLUMN pgcoord.leader_lease.epoch IS 'Number of the term that began last; each takeover adds one.';
 
-COMMENT ON COLUMN pgcoord.leader_lease.last_term_id IS 'The term that began last, kept when the lease is released: what is read is read under it.';
+COMMENT ON COLUMN pgcoord.leader_lease.term_id IS 'Random id of the present term; null when the lease was released.';
 
-COMMENT ON COLUMN pgcoord.leader_lease.server_started_at IS 'Start of the postmaster on which the term began: on a promoted standby or a restored copy, the lease is void.';
+COMMENT ON COLUMN pgcoord.leader_lease.last_term_id IS 'Id of the term that began last, kept when the lease is released: clients read under it.';
+
+COMMENT ON COLUMN pgcoord.leader_lease.server_started_at IS 'Start time of the postmaster on which the term began; on a promoted standby or a restored copy it differs, and the lease is void.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.durable_version IS 'Version of the last committed transaction; 0 on a new database.';
 
-COMMENT ON COLUMN pgcoord.leader_lease.conflict_floor IS 'A request that read below this version is too_old, for ever.';
+COMMENT ON COLUMN pgcoord.leader_lease.conflict_floor IS 'A request whose read version is below this is always too_old.';
 
-COMMENT ON COLUMN pgcoord.leader_lease.window_start_id IS 'Every commit above conflict_floor has a request id above this.';
+COMMENT ON COLUMN pgcoord.leader_lease.window_start_id IS 'Every commit with a version above conflict_floor has a request id above this.';
 
-COMMENT ON COLUMN pgcoord.leader_lease.queue_floor_id IS 'No request at or below this id is pending, now or later.';
+COMMENT ON COLUMN pgcoord.leader_lease.queue_floor_id IS 'No request with an id up to this is pending, or can become so.';
 
-COMMENT ON COLUMN pgcoord.leader_lease.step_down_epoch IS 'The epoch whose leader has been asked to step down.';
+COMMENT ON COLUMN pgcoord.leader_lease.step_down_epoch IS 'The epoch whose leader has been asked to step down; null: none has.';
 
 CREATE TABLE pgcoord.lease_events (
     event_id bigint NOT NULL,
@@ -689,9 +725,9 @@ CREATE TABLE pgcoord.lease_events (
     committed_at_ms bigint DEFAULT ((EXTRACT(epoch FROM clock_timestamp()) * (1000)::numeric))::bigint NOT NULL
 );
 
-COMMENT ON TABLE pgcoord.lease_events IS 'Outbox: what happened to the leases of executions. Insert without event_id.';
+COMMENT ON TABLE pgcoord.lease_events IS 'Outbox: changes of the leases of executions. Insert without event_id.';
 
-COMMENT ON COLUMN pgcoord.lease_events.event_type IS 'acquired, renewed, expired, reclaimed or revoked; a tail passes on any other.';
+COMMENT ON COLUMN pgcoord.lease_events.event_type IS 'acquired, renewed, expired, reclaimed or revoked; a tail delivers any other too, with a warning.';
 
 COMMENT ON COLUMN pgcoord.lease_events.committed_at_ms IS 'The server''s clock at the insert, shortly before the commit.';
 
@@ -716,14 +752,14 @@ CREATE TABLE pgcoord.lock_names (
     lock_name text NOT NULL
 );
 
-COMMENT ON TABLE pgcoord.lock_names IS 'Which name each advisory lock key stands for: so that two names with one key are found out.';
+COMMENT ON TABLE pgcoord.lock_names IS 'The name that each advisory lock key belongs to: for lists, and to refuse a second name with the same key.';
 
 CREATE TABLE pgcoord.outbox_floors (
     outbox text NOT NULL,
     collected_through bigint DEFAULT 0 NOT NULL
 );
 
-COMMENT ON TABLE pgcoord.outbox_floors IS 'Up to which event garbage collection has deleted from each outbox.';
+COMMENT ON TABLE pgcoord.outbox_floors IS 'The highest event id that garbage collection has deleted from each outbox.';
 
 CREATE TABLE pgcoord.schema_migrations (
     version integer NOT NULL,
@@ -743,13 +779,13 @@ CREATE TABLE pgcoord.subscriptions (
     updated_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
 
-COMMENT ON TABLE pgcoord.subscriptions IS 'The checkpoint of each subscription; whoever holds its lock moves it forward.';
+COMMENT ON TABLE pgcoord.subscriptions IS 'The checkpoint of each subscription; only the owner of its lock moves it, and a save moves it forward only.';
 
-COMMENT ON COLUMN pgcoord.subscriptions.outbox IS 'The table whose event ids the position counts; null: positions of another kind.';
+COMMENT ON COLUMN pgcoord.subscriptions.outbox IS 'The table whose event ids the position refers to; null: positions of the application''s own.';
 
-COMMENT ON COLUMN pgcoord.subscriptions.last_position IS 'The last event that was dealt with; null: it has not been said where to begin.';
+COMMENT ON COLUMN pgcoord.subscriptions.last_position IS 'The id of the last event that was processed; null: no position has been saved.';
 
-COMMENT ON COLUMN pgcoord.subscriptions.fence IS 'Grows with every acquisition of the lock; an older owner''s saves are refused.';
+COMMENT ON COLUMN pgcoord.subscriptions.fence IS 'Grows with every acquisition of the lock; a save under an older fence is refused.';
 
 ALTER TABLE ONLY pgcoord.commit_requests
     ADD CONSTRAINT commit_requests_pkey PRIMARY KEY (id);

@@ -1,5 +1,6 @@
 -- breaking: no
--- Two outboxes, and what keeps their tails from missing an event. The protocol: docs/architecture.md#outboxes.
+-- The two outboxes, and the locks and sequences that keep their tails from missing an event.
+-- The protocol: docs/architecture.md#outboxes; for those who write events: docs/tails.md#writing-events.
 
 CREATE TABLE lease_events (
     event_id        bigint  GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -13,9 +14,9 @@ CREATE TABLE lease_events (
     committed_at_ms bigint  NOT NULL DEFAULT (extract(epoch FROM clock_timestamp()) * 1000)::bigint
 );
 
-COMMENT ON TABLE lease_events IS 'Outbox: what happened to the leases of executions. Insert without event_id.';
+COMMENT ON TABLE lease_events IS 'Outbox: changes of the leases of executions. Insert without event_id.';
 COMMENT ON COLUMN lease_events.committed_at_ms IS 'The server''s clock at the insert, shortly before the commit.';
-COMMENT ON COLUMN lease_events.event_type IS 'acquired, renewed, expired, reclaimed or revoked; a tail passes on any other.';
+COMMENT ON COLUMN lease_events.event_type IS 'acquired, renewed, expired, reclaimed or revoked; a tail delivers any other too, with a warning.';
 
 CREATE TABLE completion_events (
     event_id         bigint   GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -34,32 +35,38 @@ CREATE INDEX completion_events_undispatched ON completion_events (event_id) WHER
 
 COMMENT ON TABLE completion_events IS 'Outbox: executions that ended. Insert without event_id.';
 COMMENT ON COLUMN completion_events.committed_at_ms IS 'The server''s clock at the insert, shortly before the commit.';
-COMMENT ON COLUMN completion_events.dispatched_at_ms IS 'When the event was carried into the graph; null: not yet.';
+COMMENT ON COLUMN completion_events.dispatched_at_ms IS 'When the event was dispatched: counted at the edges below its execution; null: not yet.';
 
 CREATE TABLE outbox_floors (
     outbox            text   PRIMARY KEY,
     collected_through bigint NOT NULL DEFAULT 0
 );
 
-COMMENT ON TABLE outbox_floors IS 'Up to which event garbage collection has deleted from each outbox.';
+COMMENT ON TABLE outbox_floors IS 'The highest event id that garbage collection has deleted from each outbox.';
 
 INSERT INTO outbox_floors (outbox) VALUES ('lease_events'), ('completion_events');
 
--- Until when writers wake the tails of an outbox, in microseconds since 1970. A sequence lies outside of all
--- transactions; a tail that is going to wait sets it a few seconds ahead, so that one that was killed costs no more.
+-- Until when writers notify the tails of an outbox, in microseconds since 1970 (server clock). A sequence, because
+-- its value changes outside of transactions, without row locks. A tail that is about to wait sets it a few seconds
+-- ahead and renews it, so that after a tail was killed writers notify in vain for a few seconds only.
 CREATE UNLOGGED SEQUENCE lease_events_wake_until;
 CREATE UNLOGGED SEQUENCE completion_events_wake_until;
 
+-- The trigger reads them with the rights of the role that inserts.
 GRANT SELECT ON SEQUENCE lease_events_wake_until, completion_events_wake_until TO PUBLIC;
 
--- Before a statement draws its first id: announces the writer by a shared lock that ends with its transaction, and
--- wakes the tails at the commit if any waits. In this order: the lock, the look whether one waits, the id.
+-- Runs before a statement draws its first event id: takes the writer's lock of the outbox, shared, until the
+-- transaction ends, and notifies the tails at the commit if one is waiting. The order is binding: a lock that was
+-- taken after the id would leave a gap without a holder, which a tail would step over.
 CREATE FUNCTION announce_events() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    -- It never is null, but PERFORM would be a query, which costs several times what an expression does.
+    -- The function returns void, never null: it is called in an expression, since PERFORM would run a query, which
+    -- costs several times as much.
     IF pg_catalog.pg_advisory_xact_lock_shared(TG_RELID::integer, 0) IS NULL THEN
         RETURN NULL;
     END IF;
+    -- pgcoord.notify = off is for transactions that will be prepared: PostgreSQL does not prepare one that has
+    -- notified.
     IF pg_catalog.current_setting('pgcoord.notify', true) IS DISTINCT FROM 'off'
        AND pg_catalog.to_timestamp(
                pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_wake_until')::regclass)
@@ -74,7 +81,7 @@ $$;
 CREATE TRIGGER announce BEFORE INSERT ON lease_events FOR EACH STATEMENT EXECUTE FUNCTION announce_events();
 CREATE TRIGGER announce BEFORE INSERT ON completion_events FOR EACH STATEMENT EXECUTE FUNCTION announce_events();
 
--- Where session_replication_role is replica as well: without the lock, a tail would step over those events. (The
--- workers of logical replication fire no triggers of this kind: an outbox cannot be what they write to.)
+-- ALWAYS: they fire under session_replication_role = replica as well, where a tail would otherwise step over the
+-- events. Apply workers of logical replication fire no statement triggers, so they must not write to an outbox.
 ALTER TABLE lease_events ENABLE ALWAYS TRIGGER announce;
 ALTER TABLE completion_events ENABLE ALWAYS TRIGGER announce;

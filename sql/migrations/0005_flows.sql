@@ -1,6 +1,6 @@
 -- breaking: no
--- Flows: executions, what each waits for, and the one function that carries completions a hop further.
--- The protocol: docs/architecture.md#dispatch.
+-- Flows: executions, the edges between them, and the functions that dispatch completions.
+-- The protocol: docs/architecture.md#dispatch; flow files, workers, reconcilers: docs/flows.md.
 
 CREATE TABLE flows (
     flow_id      uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -38,14 +38,15 @@ CREATE TABLE executions (
 ) WITH (fillfactor = 70);
 
 CREATE UNIQUE INDEX executions_name_in_flow ON executions (flow_id, name);
+-- Partial: a claim reads what is eligible, however many executions are stored.
 CREATE INDEX executions_eligible ON executions (queue_position) WHERE state = 'eligible';
 
-COMMENT ON TABLE executions IS 'Units of work. blocked waits for others; eligible waits for a worker; the last four are final.';
-COMMENT ON COLUMN executions.failures IS 'How many attempts failed; at max_attempts the execution has failed.';
-COMMENT ON COLUMN executions.lost_leases IS 'How many attempts ended because the worker vanished.';
-COMMENT ON COLUMN executions.lease_epoch IS 'Grows with every claim; a worker that names an older one is fenced.';
-COMMENT ON COLUMN executions.is_reclaimed IS 'Whether the next claim takes over from a worker that vanished.';
-COMMENT ON COLUMN executions.eligible_from IS 'Before this time nobody claims it: the back-off between two attempts.';
+COMMENT ON TABLE executions IS 'Units of work. blocked: waits for other executions; eligible: waits for a worker; running: leased; the other four states are final.';
+COMMENT ON COLUMN executions.failures IS 'How many attempts failed; at max_attempts the execution ends as failed.';
+COMMENT ON COLUMN executions.lost_leases IS 'How many attempts ended because their lease expired.';
+COMMENT ON COLUMN executions.lease_epoch IS 'Grows with every claim; a renewal or completion under an older epoch is refused.';
+COMMENT ON COLUMN executions.is_reclaimed IS 'Whether the last lease expired, so that the next claim is a reclaim.';
+COMMENT ON COLUMN executions.eligible_from IS 'No claim before this time: the backoff between two attempts.';
 
 CREATE TABLE execution_leases (
     execution_id uuid        PRIMARY KEY REFERENCES executions,
@@ -57,7 +58,7 @@ CREATE TABLE execution_leases (
 
 CREATE INDEX execution_leases_expires_at ON execution_leases (expires_at);
 
-COMMENT ON TABLE execution_leases IS 'Who runs which execution, and until when unless the lease is renewed.';
+COMMENT ON TABLE execution_leases IS 'The lease of each running execution: its owner, and when it expires unless it is renewed.';
 
 CREATE TABLE edge_groups (
     downstream_id   uuid    PRIMARY KEY REFERENCES executions,
@@ -73,10 +74,10 @@ CREATE TABLE edge_groups (
     CHECK (running_count >= 0)
 ) WITH (fillfactor = 70);
 
-COMMENT ON TABLE edge_groups IS 'What an execution waits for: the policy over all edges into it, and how they stand.';
-COMMENT ON COLUMN edge_groups.required IS 'How many upstreams have to succeed: all for all_of, one for any_of, k for quorum.';
-COMMENT ON COLUMN edge_groups.fail_count IS 'Upstreams that failed or were cancelled.';
-COMMENT ON COLUMN edge_groups.running_count IS 'Upstreams that have not been counted.';
+COMMENT ON TABLE edge_groups IS 'The edges into one execution: their join policy and the counts of their outcomes.';
+COMMENT ON COLUMN edge_groups.required IS 'How many upstream executions have to succeed: all for all_of, one for any_of, k for quorum.';
+COMMENT ON COLUMN edge_groups.fail_count IS 'Upstream executions that failed or were cancelled.';
+COMMENT ON COLUMN edge_groups.running_count IS 'Upstream executions whose outcome has not been counted yet.';
 
 CREATE TABLE edges (
     edge_id       uuid PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -90,7 +91,7 @@ CREATE TABLE edges (
 CREATE INDEX edges_downstream ON edges (downstream_id);
 
 COMMENT ON TABLE edges IS 'The downstream execution waits for the upstream one.';
-COMMENT ON COLUMN edges.outcome IS 'What the upstream came to, once that has been counted in the group: exactly once.';
+COMMENT ON COLUMN edges.outcome IS 'The outcome of the upstream execution, set when it is counted in the group, once; null: not counted yet.';
 
 CREATE TABLE dispatch_failures (
     event_id       bigint      PRIMARY KEY REFERENCES completion_events ON DELETE CASCADE,
@@ -100,19 +101,27 @@ CREATE TABLE dispatch_failures (
     quarantined_at timestamptz
 );
 
-COMMENT ON TABLE dispatch_failures IS 'Completion events that could not be carried on: when they are tried again, or that they are not.';
+COMMENT ON TABLE dispatch_failures IS 'Completion events whose dispatch failed: the last error, when it is retried, and since when it is quarantined.';
 
--- Rows are locked FOR NO KEY UPDATE: a row that is changed twice in a transaction has its foreign keys looked at again,
--- and that must not wait for, or be waited for by, somebody who changes no key.
+-- Common to the functions below:
 --
--- The functions below look rows up by index, whatever the statistics say of tables that were empty a moment ago.
+-- Search path: each pins that of the migration, so that a caller's search_path cannot substitute other tables.
+--
+-- Row locks are FOR NO KEY UPDATE. A row that is updated twice in a transaction has its foreign keys checked again,
+-- with FOR KEY SHARE on the row that they refer to: that must not conflict with a session that changes no key.
+--
+-- Lock order: completion events by event_id, then edge groups by downstream_id, then executions by execution_id. Two
+-- sessions that move parts of the same graph therefore wait for each other at most, and never deadlock.
+--
+-- Plans: `SET enable_…` makes them look rows up by index, whatever the statistics of recently filled tables suggest.
 
--- Ends executions: state, lease, completion event, in the caller's transaction. `ending` is one of the final states.
--- What has ended already is left alone; returns the ids of those that this call ended.
+-- Ends executions, in the caller's transaction: state, lease, completion event. `ending` is one of the final states.
+-- Executions that have ended already are not changed. Returns the ids of those that this call ended.
 CREATE FUNCTION end_executions(ids uuid[], ending text, why text) RETURNS SETOF uuid
 LANGUAGE plpgsql SET search_path FROM CURRENT
 SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 BEGIN
+    -- The completion event is part of the same statement: an execution cannot end without one (rule I9).
     RETURN QUERY
     WITH ended AS (
         UPDATE executions
@@ -126,7 +135,7 @@ BEGIN
         INSERT INTO lease_events (execution_id, lease_id, event_type, partition_key, namespace, instance_tag)
         SELECT ended.execution_id, released.lease_id, 'revoked', ended.partition_key, ended.namespace, ended.instance_tag
           FROM released JOIN ended USING (execution_id)
-         WHERE ending IN ('cancelled', 'skipped')
+         WHERE ending IN ('cancelled', 'skipped') -- otherwise its owner reported the end
     )
     INSERT INTO completion_events (execution_id, flow_id, outcome, partition_key, namespace, instance_tag)
     SELECT execution_id, flow_id, ending, partition_key, namespace, instance_tag
@@ -136,9 +145,11 @@ BEGIN
 END
 $$;
 
--- Judges groups after their counts have changed: satisfied at `required` successes, impossible when the rest cannot
--- reach that. Makes the executions below eligible, or ends them as skipped, and cancels what need not run any more.
--- The caller holds the locks of the groups. Returns how many executions moved.
+-- Applies the join policies of edge groups whose counts have changed: a group is satisfied at `required` successes,
+-- and impossible when the upstream executions that are left cannot reach that number. Makes the downstream execution
+-- of a satisfied group eligible, ends that of an impossible one as skipped, and, where the policy says so, cancels
+-- the siblings that are not needed any more. The caller holds the locks of the groups. Returns how many groups were
+-- decided.
 CREATE FUNCTION judge_groups(ids uuid[]) RETURNS integer LANGUAGE plpgsql SET search_path FROM CURRENT
 SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 DECLARE
@@ -162,13 +173,13 @@ BEGIN
            (SELECT array_agg(upstream_id) FROM needless)
       INTO satisfied, impossible, siblings;
 
-    -- Everything that is about to change is locked in one order, whoever else does the same.
+    -- Locks every execution that is about to change in key order, before the first update: see the lock order above.
     PERFORM FROM executions
       WHERE execution_id = ANY (satisfied || impossible || siblings) ORDER BY execution_id FOR NO KEY UPDATE;
     UPDATE executions SET state = 'eligible' WHERE execution_id = ANY (satisfied) AND state = 'blocked';
     PERFORM end_executions(
         array(SELECT execution_id FROM executions WHERE execution_id = ANY (impossible) AND state = 'blocked'),
-        'skipped', 'what it waits for can no longer succeed');
+        'skipped', 'its join policy can no longer be satisfied');
     PERFORM end_executions(siblings, 'cancelled', 'enough of its siblings succeeded');
     IF satisfied IS NOT NULL THEN
         PERFORM pg_notify(current_schema() || '.executions', '');
@@ -177,9 +188,10 @@ BEGIN
 END
 $$;
 
--- Carries completion events one hop further, in the caller's transaction: claims them, counts each edge below them
--- once, judges the groups. Events that somebody else is at, or was, are left out of the answer: one row for each
--- event that this call claimed, with the number of edges that were counted for it.
+-- Dispatches completion events, in the caller's transaction: claims them, counts each edge below their executions once,
+-- and applies the join policies. Returns a row for each event that this call claimed, with the number of edges that it
+-- counted. Events that another session has claimed, or is claiming, are left out. Claim and counts commit together: a
+-- crash rolls back both, and the event is still undispatched (rule I9).
 CREATE FUNCTION dispatch_completions(ids bigint[]) RETURNS TABLE (claimed_id bigint, counted integer)
 LANGUAGE plpgsql SET search_path FROM CURRENT
 SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
@@ -188,6 +200,7 @@ DECLARE
     upstreams uuid[];
     touched uuid[];
 BEGIN
+    -- SKIP LOCKED: another dispatcher has the event in hand; waiting for it would only show that it is done.
     WITH mine AS (
         SELECT event_id FROM completion_events
          WHERE event_id = ANY (ids) AND dispatched_at_ms IS NULL
@@ -204,11 +217,14 @@ BEGIN
     END IF;
     DELETE FROM dispatch_failures WHERE event_id = ANY (claimed);
 
+    -- Locks the groups in key order before any edge is counted: concurrent completions of the same group wait here.
     SELECT array_agg(downstream_id) INTO touched
       FROM (SELECT downstream_id FROM edge_groups
              WHERE downstream_id IN (SELECT downstream_id FROM edges WHERE upstream_id = ANY (upstreams))
              ORDER BY downstream_id FOR NO KEY UPDATE) AS locked;
 
+    -- Only edges without an outcome are updated, so that a second event of the same execution counts nothing. Of
+    -- several events of one execution in this call, the first one counts.
     RETURN QUERY
     WITH first_event AS (
         SELECT DISTINCT ON (execution_id) execution_id, event_id, outcome
@@ -237,13 +253,14 @@ BEGIN
 END
 $$;
 
--- Has an attempt fail: the execution becomes eligible again after a back-off, or ends as failed when that was the last
--- one. Null when the lease of that epoch is over.
+-- Ends an attempt as failed. Returns the new state: eligible, with a backoff of 1 s that doubles up to 10 min, or
+-- failed after the last attempt. Returns null, and changes nothing, unless the lease of `epoch` still holds.
 CREATE FUNCTION fail_execution(id uuid, epoch bigint, why text) RETURNS text
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 DECLARE
     is_last boolean;
 BEGIN
+    -- The fence: an execution that was claimed again has a higher lease epoch.
     UPDATE executions
        SET failures = failures + 1, is_reclaimed = false
      WHERE execution_id = id AND lease_epoch = epoch AND state = 'running'
@@ -264,9 +281,10 @@ BEGIN
 END
 $$;
 
--- Takes leases away: because they have run out (expired), or because somebody says so (revoked). The executions become
--- eligible again, or end as failed when that has happened too often. The caller holds the locks of the executions.
-CREATE FUNCTION end_leases(ids uuid[], event text, most_losses integer) RETURNS integer
+-- Ends leases: `event` is expired or revoked. The executions become eligible again, or end as failed after more than
+-- `max_lost_leases` expired leases. The caller has checked that the leases may be ended, and holds the locks of the
+-- executions. Returns how many leases ended.
+CREATE FUNCTION end_leases(ids uuid[], event text, max_lost_leases integer) RETURNS integer
 LANGUAGE plpgsql SET search_path FROM CURRENT
 SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 DECLARE
@@ -281,14 +299,14 @@ BEGIN
           FROM freed
          WHERE executions.execution_id = freed.execution_id AND state = 'running'
         RETURNING executions.execution_id, freed.lease_id, partition_key, namespace, instance_tag
-    ), told AS (
+    ), announced AS (
         INSERT INTO lease_events (execution_id, lease_id, event_type, partition_key, namespace, instance_tag)
         SELECT execution_id, lease_id, event, partition_key, namespace, instance_tag FROM again ORDER BY execution_id
     )
     SELECT count(*) INTO lost FROM again;
     PERFORM end_executions(
-        array(SELECT execution_id FROM executions WHERE execution_id = ANY (ids) AND lost_leases > most_losses),
-        'failed', 'its workers vanished too often');
+        array(SELECT execution_id FROM executions WHERE execution_id = ANY (ids) AND lost_leases > max_lost_leases),
+        'failed', 'its lease expired too often');
     IF lost > 0 THEN
         PERFORM pg_notify(current_schema() || '.executions', '');
     END IF;

@@ -1,9 +1,9 @@
 -- breaking: no
--- The names behind the keys of advisory locks.
+-- The names behind the 64-bit keys of advisory locks: docs/architecture.md#locks.
 
 CREATE TABLE lock_names (
     lock_key  bigint PRIMARY KEY,
     lock_name text   NOT NULL
 );
 
-COMMENT ON TABLE lock_names IS 'Which name each advisory lock key stands for: so that two names with one key are found out.';
+COMMENT ON TABLE lock_names IS 'The name that each advisory lock key belongs to: for lists, and to refuse a second name with the same key.';

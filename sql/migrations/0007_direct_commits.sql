@@ -1,8 +1,10 @@
 -- breaking: no
--- Commits that need no leader, because nobody else is committing. The protocol: docs/architecture.md#direct-commits.
+-- Direct commits: commits without the leader, when no other commit is in progress.
+-- The protocol: docs/architecture.md#direct-commits.
 
--- MessagePack, as docs/wire-format.md describes a request: binary or nil, the head of an array, and the whole. Literals
--- are of the kind that no setting of the session that calls gives another meaning.
+-- MessagePack encoding of a request, as docs/wire-format.md describes it: a binary or nil, the header of an array,
+-- and the whole request. Literals are written E'…', whose meaning does not depend on standard_conforming_strings of
+-- the caller's session.
 CREATE FUNCTION packed_binary(item bytea) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT CASE WHEN item IS NULL THEN E'\\xc0'::bytea
                 WHEN octet_length(item) < 256 THEN E'\\xc4'::bytea || substring(int4send(octet_length(item)) FROM 4) || item
@@ -45,14 +47,19 @@ BEGIN
 END
 $$;
 
--- Whether an array is what Python calls a list: subscripts and unnest agree about it.
+-- Whether an array has one dimension and starts at subscript 1: only then do subscripts and unnest visit the same
+-- items.
 CREATE FUNCTION is_list(items bytea[]) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT cardinality(items) = 0 OR (array_ndims(items) = 1 AND array_lower(items, 1) = 1)
 $$;
 
--- Commits a request in its own transaction if nobody works at commits and nobody has committed since it read; its
--- version then. Otherwise puts it into the queue like any other; null. It runs with the rights of the schema's owner,
--- so it makes what it stores from what it writes, and takes nobody's word for it.
+-- Commits a request in the caller's transaction if no other commit is in progress and none has happened since it read;
+-- returns its version then. Otherwise inserts the request into the queue, and returns a null version. `answered_at` is
+-- the server's clock at that decision. SQLSTATE PC001: the term ended meanwhile; the transaction is rolled back.
+--
+-- SECURITY DEFINER: a client may not write the data itself. The search path is pinned for that reason, the arguments
+-- are checked, and the stored payload is encoded from the very keys and values that are written, never taken from the
+-- caller.
 CREATE FUNCTION commit_directly(
     request_id uuid, seen_epoch bigint, seen_term uuid, seen_version bigint,
     read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[],
@@ -68,17 +75,20 @@ BEGIN
         AND cardinality(read_begins) = cardinality(read_ends)
         AND cardinality(cleared_begins) = cardinality(cleared_ends)
         AND cardinality(written_keys) = cardinality(written_values)) IS NOT TRUE THEN
-        RAISE EXCEPTION 'keys, begins with their ends, and keys with their values have to be lists'
+        RAISE EXCEPTION 'arguments must be one-dimensional, from 1, with as many ends as begins and values as keys'
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
     request := packed_request(read_keys, read_begins, read_ends, cleared_begins, cleared_ends,
                               cleared_keys, written_keys, written_values);
-    -- A nil is no key, which is for the leader to say, and what is large would keep it waiting.
+    -- A null key is left to the leader, which rejects it with a reason. A large request goes through the queue,
+    -- because the leader waits while a direct commit runs. The lock excludes the leader at work (which holds it
+    -- shared) and other direct commits; it saves work, and correctness does not depend on it.
     IF array_position(read_keys || read_begins || cleared_begins || cleared_keys || written_keys, NULL) IS NULL
        AND octet_length(request) <= 16000
        AND pg_try_advisory_xact_lock('commit_requests'::regclass::oid::integer, 0) THEN
-        -- A lease that began under another postmaster is a copy of the one that clients have seen: on a standby that was
-        -- promoted, or a restored backup, which may lack commits that they have read.
+        -- No read is checked: the epoch, the term and the durable version are still those of the client's snapshot, so
+        -- no commit has written anything since. A lease that began under another postmaster is a copy, on a promoted
+        -- standby or a restored backup, which may lack commits that clients have read.
         SELECT lease.term_id INTO term
           FROM leader_lease AS lease
          WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
@@ -94,22 +104,27 @@ BEGIN
     END IF;
 
     version := seen_version + 1;
-    -- Whatever the session says of lesser commits, one that is acknowledged survives a crash.
+    -- A client's session commits asynchronously; this commit is acknowledged, and must survive a crash (rule I3).
+    -- pgcoord.durable holds the level that the session had before.
     PERFORM set_config('synchronous_commit', coalesce(nullif(current_setting('pgcoord.durable', true), ''), 'on'), true),
-            -- and who calls this by hand within a transaction, and lets it lie, does not hold up everybody else.
+            -- Ends a session that leaves this transaction idle for 1 s, so that it cannot block other commits: from the
+            -- update below until it ends, the transaction holds the lock on the lease row.
             set_config('idle_in_transaction_session_timeout', '1s', true);
     INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, status, commit_version, resolved_at)
     VALUES ($1, seen_epoch, seen_term, seen_version, request, 'committed', version, answered_at);
     PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values);
+    -- The fence: of two transactions that follow the same durable version, only one finds it here. Last, so that the
+    -- lease row is locked for the commit only.
     UPDATE leader_lease AS lease
        SET durable_version = version
      WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = term
        AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'the leadership of epoch % is over', seen_epoch USING ERRCODE = 'PC001';
+        RAISE EXCEPTION 'the term of epoch % has ended', seen_epoch USING ERRCODE = 'PC001';
     END IF;
     PERFORM pg_notify(current_schema() || '.data', '');
 END
 $$;
 
+-- `migrate grant --client` grants it; see docs/architecture.md#direct-commits.
 REVOKE ALL ON FUNCTION commit_directly FROM PUBLIC;

@@ -19,7 +19,7 @@ WITH chosen AS (
     SELECT execution_id, lease_epoch, $1::text, clock_timestamp() + make_interval(secs => $2::double precision)
       FROM started
     RETURNING execution_id, lease_id, expires_at
-), told AS (
+), announced AS (
     INSERT INTO lease_events (execution_id, lease_id, event_type, partition_key, namespace, instance_tag)
     SELECT execution_id, lease_id, CASE WHEN is_reclaimed THEN 'reclaimed' ELSE 'acquired' END, partition_key,
            namespace, instance_tag
@@ -37,7 +37,7 @@ WITH renewed AS (
        SET expires_at = clock_timestamp() + make_interval(secs => $3::double precision)
      WHERE execution_id = $1::uuid AND lease_epoch = $2::bigint
     RETURNING execution_id, lease_id, expires_at
-), told AS (
+), announced AS (
     INSERT INTO lease_events (execution_id, lease_id, event_type, partition_key, namespace, instance_tag)
     SELECT execution_id, lease_id, 'renewed', partition_key, namespace, instance_tag
       FROM renewed JOIN executions USING (execution_id)

@@ -392,7 +392,7 @@ def test_what_loses_its_worker_too_often_has_failed_and_says_so(make: Make, conn
         run_out(sql)
         assert expire(conn) == Tick(scanned=1, reconciled=1)
         assert flow.state("a") == ("failed" if loss > MAX_LOST_LEASES else "eligible")
-    assert value(sql, "SELECT reason FROM executions WHERE name = 'a'") == "its workers vanished too often"
+    assert value(sql, "SELECT reason FROM executions WHERE name = 'a'") == "its lease expired too often"
     assert column(sql, "SELECT event_type FROM lease_events ORDER BY event_id") == [
         "acquired", *["expired", "reclaimed"] * MAX_LOST_LEASES, "expired",
     ]  # fmt: skip
