@@ -66,10 +66,10 @@ def run(
     if seconds < SHORTEST_LEASE:
         raise UsageError(f"--lease: {lease!r} is too short; the least is {SHORTEST_LEASE:g}s")
     stdout = STDERR if out.is_json else None  # there, stdout is for the events alone
-    order = WorkerOptions(
+    options = WorkerOptions(
         owner or default_node_id(), words or (), concurrency, seconds, namespace, instance_tag, once, stdout
     )
-    worker = Worker(settings, order, lambda event: _report(out, event))
+    worker = Worker(settings, options, lambda event: _report(out, event))
     received = stop_on_signals(worker.stop, times=2)
     code = worker.run()
     raise typer.Exit(128 + received[0] if received else code)

@@ -195,7 +195,8 @@ class _Reader:
             raise self._error(node, "kind quorum needs `k`, the number of upstreams that must succeed")
         k = self._number(fields["k"], "`k`")
         if k > size:
-            raise self._error(fields["k"], f"`k` is {k}, but {name!r} has {size} upstreams: it could never run")
+            upstreams = "1 upstream" if size == 1 else f"{size} upstreams"
+            raise self._error(fields["k"], f"`k` is {k}, but {name!r} has {upstreams}: it could never run")
         return JoinPolicy(kind, k, then)
 
     # -- kinds of nodes; `what` names the node in messages

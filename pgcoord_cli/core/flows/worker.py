@@ -1,20 +1,21 @@
-"""Workers: claim an execution, run a command for it, keep the lease while it runs, and end it by its exit status.
+"""Workers: claim an execution, run a command for it, renew its lease meanwhile, and end it by the exit status.
 
-**Slots.** A worker runs as many commands at once as it has slots; each slot is a thread with a connection of its own.
-A slot without work waits for the notification that something became eligible, for the next back-off to end, or for
-the poll interval.
+**Slots.** A worker runs as many commands at once as it has slots. Each slot is a thread with its own connection. A slot
+that finds no eligible execution waits for a notification, for the end of the next back-off, or for the poll interval.
 
-**The lease** is prolonged at a third of its time. Its end is reckoned from before the last renewal was sent. When it
-is lost, or four fifths of it have gone by without a renewal, the command's whole process group is ended within the
-last fifth, since another worker may then start the same; the execution is no longer this worker's business.
+**The lease** is renewed after RENEW_AFTER of its duration. The worker counts it from the answer to the claim, then from
+*before* the last successful renewal was sent. If the lease has been ended, or END_AFTER of it have passed
+without a renewal, the worker terminates the command's process group within the rest of the lease, because another
+worker may then run the same execution.
 
-**Connections.** A slot whose connection breaks opens another and goes on; a command that has ended meanwhile is
-reported as soon as there is one, and the fence says whether that still counts.
+**Connections.** A slot whose connection breaks opens another and continues. The result of a command that ended
+meanwhile is reported over the new connection; the fence decides whether it still counts.
 
-**Dispatch.** One more thread follows the completion events and carries each on (`core.flows.dispatcher`).
+**Dispatch.** One more thread dispatches completion events (`core.flows.dispatcher`). A worker that runs `once` does not
+have it: its slots dispatch before each claim.
 
-**Stopping.** The first request ends the claiming, and the worker ends when the commands in hand have. The second one
-ends those commands, and their executions are given back for others to run.
+**Stopping.** After the first request the worker claims nothing more, and ends when the running commands have ended. The
+second request terminates the commands; their executions become eligible again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from signal import strsignal
 from threading import Lock, Thread
 from typing import Any, NamedTuple
 
@@ -47,16 +49,27 @@ from pgcoord_cli.errors import FINAL, ConditionFalse, ConnectionFailed, Fenced, 
 from pgcoord_cli.settings import Settings
 
 RENEW_AFTER = 1 / 3
+"""The part of a lease after which it is renewed."""
+
 ANSWER_WITHIN = 1 / 8
+"""The part of a lease for which a renewal may go unanswered before its connection counts as lost."""
+
 END_AFTER = 4 / 5
-"""Parts of a lease: until it is renewed, for a renewal to be answered, until the command is ended without one."""
+"""The part of a lease without a renewal after which the command is terminated; it has the rest to end."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
 """Seconds between attempts to connect."""
 
+COULD_NOT_START = 1
+"""The exit code of an execution whose command could not be started."""
+
 
 class WorkEvent(NamedTuple):
-    """Something that happened to a claim: started, succeeded, failed, retried, lost, given_back; or `trouble`."""
+    """What happened: started, succeeded, failed, retried, lost or given_back; `trouble` is an error of the worker.
+
+    `name`, `execution_id` and `attempt` are those of the execution; `name` is `dispatch` for the dispatcher's errors,
+    and empty for a slot's own.
+    """
 
     event: str
     name: str
@@ -66,7 +79,11 @@ class WorkEvent(NamedTuple):
 
 
 class WorkerOptions(NamedTuple):
-    """What a worker does. `command` is for executions that have none of their own; `stdout` is where commands write."""
+    """What a worker claims and runs.
+
+    `command` is for executions without their own; `stdout` is the file descriptor that commands write to, None for the
+    worker's own.
+    """
 
     owner: str
     command: Sequence[str] = ()
@@ -78,82 +95,83 @@ class WorkerOptions(NamedTuple):
     stdout: int | None = None
 
 
-Report = Callable[[WorkEvent], None]
+ReportWork = Callable[[WorkEvent], None]
 
 
 class ExitResult(NamedTuple):
-    """How a command ended: as a shell would say it, and in words."""
+    """How a command ended: its exit code as a shell counts it, and the reason if it failed."""
 
     exit_code: int
-    trouble: str
+    reason: str
 
 
-COULD_NOT_START = 1
-
-
-def ending(status: int) -> ExitResult:
-    """From the exit status, or from the signal as a negative number. Pure."""
-    return ExitResult(128 - status, f"signal {-status}") if status < 0 else ExitResult(status, f"exit status {status}")
+def exit_result(status: int) -> ExitResult:
+    """Converts an exit status, or the negative number of a signal, as subprocess returns it."""
+    if status >= 0:
+        return ExitResult(status, f"exit status {status}")
+    return ExitResult(128 - status, f"signal {-status} ({strsignal(-status)})")
 
 
 class Worker:
     """Runs commands for executions. `run` blocks; `stop` may be called from a signal handler or another thread."""
 
-    def __init__(self, settings: Settings, order: WorkerOptions, report: Report) -> None:
-        self._company = SlotGroup()
-        self._slots = [Slot(settings, order, report, self._company) for _ in range(order.concurrency)]
-        self._follower = (
+    def __init__(self, settings: Settings, options: WorkerOptions, report: ReportWork) -> None:
+        self._group = SlotGroup()
+        self._slots = [Slot(settings, options, report, self._group) for _ in range(options.concurrency)]
+        self._dispatcher = (
             None
-            if order.once
+            if options.once
             else CompletionDispatcher(
-                settings, lambda trouble: report(WorkEvent("trouble", "dispatch", None, None, trouble))
+                settings, lambda message: report(WorkEvent("trouble", "dispatch", None, None, message))
             )
         )
         self._settings = settings
         self._stop_requests = 0
 
     def stop(self) -> None:
-        """First: claims nothing more. Again: ends the commands in hand too."""
+        """Stops claiming. The second call also terminates the running commands."""
         self._stop_requests += 1
         for slot in self._slots:
-            slot.stop(at_once=self._stop_requests > 1)
+            slot.stop(terminate=self._stop_requests > 1)
 
     def run(self) -> int:
-        """Works until stopped; with `once`, until nothing is eligible. Raises what is wrong with the server.
+        """Runs until stopped, or with `once` until no execution is eligible or in back-off.
 
-        Returns the exit code of the command that failed an execution for good, the last one if several did; else 0.
+        Returns the exit code of the command whose execution failed last, or 0. Raises the error of the first
+        connection, and any error that persists after a reconnect.
         """
+        # Before any thread starts: a server that refuses the session is an error of the call, not of a slot.
         open_session(self._settings, "worker", writes=True).close()
         threads = [Thread(target=slot.run, name=f"slot {number}") for number, slot in enumerate(self._slots, start=1)]
-        with self._follower.running() if self._follower else nullcontext():
+        with self._dispatcher.running() if self._dispatcher else nullcontext():
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-        if self._company.failure:
-            raise self._company.failure
-        return self._company.exit_code
+        if self._group.failure:
+            raise self._group.failure
+        return self._group.exit_code
 
 
 class SlotGroup:
-    """The slots of one worker. With `once`, what one of them ends may be what another waits for."""
+    """What the slots of one worker share. With `once`, an idle slot waits for what another's command makes eligible."""
 
     def __init__(self) -> None:
         self.failure: PgcoordError | None = None
-        """What ends the whole worker."""
+        """The error that ends the worker."""
         self.exit_code = 0
-        """Of the last command that failed an execution for good."""
+        """Of the command whose execution failed last."""
         self._wakeups: list[Wakeup] = []
         self._mutex = Lock()
         self._busy = 0
 
     def join(self, wakeup: Wakeup) -> None:
-        """One more slot, and how to wake it."""
+        """Adds a slot, which `wakeup` wakes."""
         self._wakeups.append(wakeup)
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Within the block, a slot looks for work, or has some."""
+    def busy(self) -> Iterator[None]:
+        """Counts the calling slot as busy within the block."""
         self._count(1)
         try:
             yield
@@ -164,16 +182,16 @@ class SlotGroup:
         with self._mutex:
             self._busy += change
 
-    def is_done(self) -> bool:
-        """To be asked by a slot that found nothing: whether nobody else has any work either. The others hear of it."""
+    def is_idle(self) -> bool:
+        """Returns whether no slot is busy; if so, wakes all slots, so that each finds that out and ends."""
         with self._mutex:
-            is_done = self._busy == 0
-        if is_done:
+            is_idle = self._busy == 0
+        if is_idle:
             self._wake_all()
-        return is_done
+        return is_idle
 
     def fail(self, failure: PgcoordError) -> None:
-        """Ends all slots, each after the command in hand."""
+        """Ends all slots, each after its running command."""
         self.failure = failure
         self._wake_all()
 
@@ -183,26 +201,26 @@ class SlotGroup:
 
 
 class Slot:
-    """One command at a time."""
+    """Runs one command at a time."""
 
-    def __init__(self, settings: Settings, order: WorkerOptions, report: Report, company: SlotGroup) -> None:
+    def __init__(self, settings: Settings, options: WorkerOptions, report: ReportWork, group: SlotGroup) -> None:
         self._settings = settings
-        self._order = order
+        self._options = options
         self._report = report
-        self._company = company
+        self._group = group
         self._wakeup = Wakeup()
-        company.join(self._wakeup)
+        group.join(self._wakeup)
         self._stopping = False
-        self._stopping_at_once = False
+        self._terminating = False
 
-    def stop(self, *, at_once: bool) -> None:
-        """Asks `run` to return after the command in hand, or to end that too."""
+    def stop(self, *, terminate: bool) -> None:
+        """Makes `run` return after the running command, which is terminated if `terminate`."""
         self._stopping = True
-        self._stopping_at_once = at_once
+        self._terminating = terminate
         self._wakeup.set()
 
     def run(self) -> None:
-        """Claims and runs until stopped, over one connection after the other."""
+        """Claims and runs executions until stopped, and reconnects after each loss of the connection."""
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while not self._is_over():
             try:
@@ -211,111 +229,127 @@ class Slot:
                     self._work(conn)
                     return
             except FINAL as error:
-                self._company.fail(error)
+                self._group.fail(error)
             except PgcoordError as error:
                 self._report(WorkEvent("trouble", "", None, None, error.message))
                 self._wakeup.wait(backoff.next_pause())
 
     def _is_over(self) -> bool:
-        return self._stopping or self._company.failure is not None
+        return self._stopping or self._group.failure is not None
 
     def _work(self, conn: Connection[Any]) -> None:
         conn.execute(sql("session", "plan_once"))
+        # LISTEN before the first claim: what becomes eligible after it is notified, what was before is claimed.
         notifications = listen(conn, [channels.executions(self._settings.schema)], self._wakeup)
-        order = self._order
+        options = self._options
         while not self._is_over():
-            with self._company.at_work():
-                is_something_done = self._work_once(conn)
-            if is_something_done:
+            # Busy while it claims, too: a slot that has claimed but not yet started must keep the others waiting.
+            with self._group.busy():
+                has_run = self._work_once(conn)
+            if has_run:
                 continue
-            next_in = executions.seconds_to_next(conn, order.namespace, order.instance_tag)
-            if order.once and next_in is None and self._company.is_done():
+            next_in = executions.seconds_to_next(conn, options.namespace, options.instance_tag)
+            if options.once and next_in is None and self._group.is_idle():
                 return
+            # At most the poll interval: NOTIFY only wakes (rule I7).
             notifications.wait(min(channels.POLL_SECONDS, next_in or channels.POLL_SECONDS))
 
     def _work_once(self, conn: Connection[Any]) -> bool:
-        """Claims one execution and carries it out; False when there is none."""
-        order = self._order
-        if order.once:
-            dispatch_everything(conn)
+        """Claims one execution and runs its command; returns False if none is eligible."""
+        options = self._options
+        if options.once:
+            # No dispatcher runs beside, and what the last command made eligible shall be claimed now.
+            dispatch_backlog(conn)
         claims = executions.claim(
-            conn, order.owner, order.lease_seconds, namespace=order.namespace, instance_tag=order.instance_tag
+            conn, options.owner, options.lease_seconds, namespace=options.namespace, instance_tag=options.instance_tag
         )
         if claims:
-            self._carry_out(claims[0], time.monotonic(), conn)
+            self._execute(claims[0], time.monotonic(), conn)
         return bool(claims)
 
-    def _carry_out(self, claim: Claim, claimed_at: float, conn: Connection[Any]) -> None:
-        command = claim.command or self._order.command
-        try:
-            if not command:
-                raise FileNotFoundError("there is no command: neither in the flow file nor in the call")
-            group = ProcessGroup(command, os.environ | environment(claim), self._order.stdout)
-        except OSError as error:
-            self._end(claim, ExitResult(COULD_NOT_START, f"cannot start: {error}"), conn)
+    def _execute(self, claim: Claim, claimed_at: float, conn: Connection[Any]) -> None:
+        command = claim.command or self._options.command
+        if not command:
+            reason = "no command: the flow file has none for this execution, and the worker was started without -- CMD"
+            self._report_result(claim, ExitResult(COULD_NOT_START, reason), conn)
             return
-        self._say("started", claim, command[0])
+        try:
+            group = ProcessGroup(command, os.environ | execution_environment(claim), self._options.stdout)
+        except OSError as error:
+            reason = f"cannot run {command[0]!r}: {error.strerror or error}"
+            self._report_result(claim, ExitResult(COULD_NOT_START, reason), conn)
+            return
+        self._report_claim("started", claim, command[0])
         with closing(group):
-            is_mine = self._keep_lease(claim, claimed_at, group)
-        if is_mine:
-            self._end(claim, ending(group.exit_code or 0), conn)
+            is_leased = self._keep_lease(claim, claimed_at, group)
+        # Without the lease the result is not this worker's to report; the fence would refuse it.
+        if is_leased:
+            self._report_result(claim, exit_result(group.exit_code or 0), conn)
 
     def _keep_lease(self, claim: Claim, trusted_from: float, group: ProcessGroup) -> bool:
-        """Renews the lease until the command has ended; False when the lease is over, and the command with it."""
-        seconds = self._order.lease_seconds
+        """Renews the lease until the command has ended; returns False if the lease or the worker ended first.
+
+        The command has been terminated then. `trusted_from` is the monotonic time from which the lease counts.
+        """
+        seconds = self._options.lease_seconds
         with closing(ExecutionLeaseKeeper(self._settings, claim, seconds)) as keeper:
             while group.exit_code is None:
                 group.wait(self._wakeup, seconds * RENEW_AFTER)
-                if self._stopping_at_once:
+                if self._terminating:
+                    # First the command, then the lease: another worker may claim as soon as it is revoked.
                     group.end()
                     keeper.give_back()
-                    self._say("given_back", claim, "stopped")
+                    self._report_claim("given_back", claim, "the worker was stopped; the command was terminated")
                     return False
+                # Before it is sent: the server counts the new expiry from when it receives it, which is later.
                 sent_at = time.monotonic()
                 if keeper.renew():
                     trusted_from = sent_at
                 elif keeper.is_over or time.monotonic() - trusted_from > seconds * END_AFTER:
+                    # Within the rest of the lease, before another worker can claim the execution.
                     group.end(seconds * (1 - END_AFTER))
-                    self._say("lost", claim, "the lease is over; the command was ended")
+                    self._report_claim("lost", claim, f"{keeper.error}; the command was terminated")
                     return False
         return True
 
-    def _end(self, claim: Claim, ending: ExitResult, conn: Connection[Any]) -> None:
-        """Reports how the command ended, over a new connection if need be, until it is known to have arrived."""
+    def _report_result(self, claim: Claim, result: ExitResult, conn: Connection[Any]) -> None:
+        """Ends the execution by the result; reconnects and repeats until the server has confirmed it."""
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         with ExitStack() as opened:
             while True:
                 try:
                     with mapped_errors():
-                        self._report_end(claim, ending, conn)
+                        self._end_execution(claim, result, conn)
                     return
                 except (Fenced, ConditionFalse) as error:
-                    self._say("lost", claim, error.message)
+                    # Also if an earlier attempt succeeded and only its answer was lost: the execution has ended then.
+                    self._report_claim("lost", claim, error.message)
                     return
                 except ConnectionFailed as error:
-                    self._report(
-                        WorkEvent("trouble", claim.name, str(claim.execution_id), claim.attempt, error.message)
-                    )
+                    self._report_claim("trouble", claim, error.message)
                     self._wakeup.wait(backoff.next_pause())
                     with suppress(PgcoordError):
                         conn = opened.enter_context(closing(open_session(self._settings, "worker", writes=True)))
 
-    def _report_end(self, claim: Claim, ending: ExitResult, conn: Connection[Any]) -> None:
-        if not ending.exit_code:
+    def _end_execution(self, claim: Claim, result: ExitResult, conn: Connection[Any]) -> None:
+        if not result.exit_code:
             executions.complete(conn, claim.execution_id, claim.lease_epoch)
-            self._say("succeeded", claim, "")
-        elif executions.fail(conn, claim.execution_id, claim.lease_epoch, ending.trouble) == "eligible":
-            self._say("retried", claim, ending.trouble)
+            self._report_claim("succeeded", claim, "")
+        elif executions.fail(conn, claim.execution_id, claim.lease_epoch, result.reason) == "eligible":
+            self._report_claim("retried", claim, result.reason)
         else:
-            self._company.exit_code = ending.exit_code
-            self._say("failed", claim, ending.trouble)
+            self._group.exit_code = result.exit_code
+            self._report_claim("failed", claim, result.reason)
 
-    def _say(self, event: str, claim: Claim, detail: str) -> None:
+    def _report_claim(self, event: str, claim: Claim, detail: str) -> None:
         self._report(WorkEvent(event, claim.name, str(claim.execution_id), claim.attempt, detail))
 
 
 class ExecutionLeaseKeeper:
-    """Renews one lease over a connection of its own, which it opens when it first needs it and after each loss."""
+    """Renews one lease over its own connection, which it opens for the first renewal and after each loss.
+
+    The slot's connection is not used: a renewal that is not answered must not delay the report of the result.
+    """
 
     def __init__(self, settings: Settings, claim: Claim, seconds: float) -> None:
         self._settings = settings
@@ -324,17 +358,22 @@ class ExecutionLeaseKeeper:
         self._conn: Connection[Any] | None = None
         self._pipeline: Pipeline | None = None
         self.is_over = False
-        """Whether the lease has been taken away."""
+        """Whether the server has answered that the lease of this epoch has ended."""
+        self.error = ""
+        """Why the last renewal failed."""
 
     def renew(self) -> bool:
-        """Prolongs the lease; False when that did not work this time, or, when it `is_over`, never will."""
+        """Renews the lease; returns False if that failed. Later calls may succeed unless the lease `is_over`."""
         values = [self._claim.execution_id.bytes, int8(self._claim.lease_epoch), float8(self._seconds)]
         try:
             with mapped_errors():
                 self.is_over = not self._open().fetch(sql("executions", "renew"), values)
-        except PgcoordError:
+        except PgcoordError as error:
+            self.error = f"the lease could not be renewed: {error.message}"
             self.close()
             return False
+        if self.is_over:
+            self.error = "the lease has ended: it expired, was revoked, or the execution was cancelled"
         return not self.is_over
 
     def _open(self) -> Pipeline:
@@ -344,21 +383,21 @@ class ExecutionLeaseKeeper:
         return self._pipeline
 
     def give_back(self) -> None:
-        """Has another worker run the execution; where that fails, the lease runs out by itself."""
+        """Revokes the lease, so that the execution becomes eligible again; if that fails, the lease expires."""
         with suppress(PgcoordError, psycopg.Error):
             self._open()
             if self._conn:
                 executions.revoke(self._conn, self._claim.execution_id, self._claim.lease_epoch)
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         if self._conn:
             self._conn.close()
             self._conn = self._pipeline = None
 
 
-def environment(claim: Claim) -> dict[str, str]:
-    """What a command is told about its execution."""
+def execution_environment(claim: Claim) -> dict[str, str]:
+    """Returns the environment variables that tell a command about its execution."""
     return {
         "PGCOORD_EXECUTION_ID": str(claim.execution_id),
         "PGCOORD_LEASE_ID": str(claim.lease_id),
@@ -369,7 +408,7 @@ def environment(claim: Claim) -> dict[str, str]:
     }
 
 
-def dispatch_everything(conn: Connection[Any]) -> None:
-    """Carries on whatever nobody has, at once, until nothing is left."""
+def dispatch_backlog(conn: Connection[Any]) -> None:
+    """Dispatches undispatched events until a tick dispatches none; failures are left to the reconciler."""
     while dependency(conn, Scope(stale_threshold_ms=0), lambda _event, _why: None).reconciled:
         pass
