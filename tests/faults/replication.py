@@ -85,13 +85,16 @@ class Pair:
         self.primary.stop("immediate")
         for pid in self._stopped:  # what lies unread in its socket is lost with the primary
             os.kill(pid, signal.SIGKILL)
-        if self._stopped:
-            self.standby.stop("immediate")
-            self.standby.start()
         self._stopped.clear()
-        with self.on(self.standby) as conn:
-            conn.execute("SELECT pg_promote()")
-            until(lambda: conn.execute("SELECT NOT pg_is_in_recovery()").fetchone() == (True,))
+        until(self._is_promoted)
+
+    def _is_promoted(self) -> bool:
+        # The standby may be starting anew after the end of its receiver.
+        with suppress(psycopg.OperationalError), self.on(self.standby) as conn:
+            if conn.execute("SELECT pg_is_in_recovery()").fetchone() == (False,):
+                return True
+            conn.execute("SELECT pg_promote(wait => false)")
+        return False
 
 
 @contextmanager
