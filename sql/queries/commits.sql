@@ -1,5 +1,5 @@
 -- name: enqueue
--- Puts new commit requests into the queue and wakes the leader.
+-- Inserts new commit requests into the queue and notifies the leader.
 WITH enqueued AS (
     INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, reply_channel)
     SELECT request.request_id, request.epoch, request.term_id, request.read_version, request.payload, $6::text
@@ -9,18 +9,18 @@ WITH enqueued AS (
 SELECT pg_notify($7::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
 
 -- name: enqueue_again
--- Puts commit requests into the queue unless they are there already, and wakes the leader.
+-- Inserts commit requests into the queue unless their ids are stored already, and notifies the leader.
 WITH enqueued AS (
     INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, reply_channel)
     SELECT request.request_id, request.epoch, request.term_id, request.read_version, request.payload, $6::text
       FROM unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::bigint[], $5::bytea[])
            AS request (request_id, epoch, term_id, read_version, payload)
-    ON CONFLICT (request_id) DO NOTHING
+    ON CONFLICT (request_id) DO NOTHING -- a request applies at most once (rule I3)
 )
 SELECT pg_notify($7::text, '') IS NOT NULL AS announced, clock_timestamp() AS enqueued_at;
 
 -- name: commit_directly
--- Commits a request by itself, if nobody else is committing, and gives its version; otherwise puts it into the queue.
+-- Commits a request directly if no other commit is in progress, and returns its version; otherwise inserts it into the queue and returns null.
 SELECT version, answered_at
   FROM commit_directly($1::uuid, $2::bigint, $3::uuid, $4::bigint, $5::bytea[], $6::bytea[], $7::bytea[], $8::bytea[],
                     $9::bytea[], $10::bytea[], $11::bytea[], $12::bytea[], $13::text);
@@ -36,11 +36,11 @@ SELECT pg_advisory_lock_shared('commit_requests'::regclass::oid::integer, 0) IS 
 SELECT pg_advisory_unlock_shared('commit_requests'::regclass::oid::integer, 0) AS is_unlocked;
 
 -- name: claim
--- The pending requests above the queue floor, oldest first, with the server's clock, up to the payload that reaches $3 bytes; of each payload $4 bytes. read_limit is the last version that could be read under the request's term; null: it is the present term, $5.
+-- The pending requests above the queue floor $1, oldest first, until their payloads reach $3 bytes, each cut to $4 bytes. read_limit: the highest version that can have been read under the request's term; null: its term is the present one, $5.
 SELECT id, CASE WHEN term_id = $5::uuid THEN NULL
-                WHEN term_id IS NULL THEN 0 -- read before the first election, when there was nothing but version 0
-                -- A term that this database does not know, or whose later versions it does not have, was led on another
-                -- copy of it: a primary that failed before a standby had everything, or the original of a backup.
+                WHEN term_id IS NULL THEN 0 -- read before the first election, when only version 0 existed
+                -- A term that this history lacks (-1), or of which it lacks later versions, was led on another copy of the
+                -- database: a primary that failed before its standby had received all, or the original of a backup.
                 ELSE coalesce((SELECT history.last_version FROM leader_history AS history
                                 WHERE history.term_id = oldest.term_id), -1)
             END AS read_limit,
@@ -55,7 +55,7 @@ SELECT id, CASE WHEN term_id = $5::uuid THEN NULL
  ORDER BY id;
 
 -- name: queue_writers
--- The last request id that was drawn, and the transactions that may still bring an earlier one to light.
+-- The last request id that was drawn, and the open transactions that may still commit a request with a lower id.
 SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('commit_requests', 'id')::regclass), 0) AS last_id,
        (SELECT coalesce(array_agg(DISTINCT virtualtransaction), '{}')
           FROM pg_locks
@@ -64,27 +64,27 @@ SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('commit_requests',
            AND mode = 'RowExclusiveLock' AND pid IS DISTINCT FROM pg_backend_pid()) AS writers;
 
 -- name: stored_values
--- What is stored under keys whose new value depends on it.
+-- The stored values of keys; for mutations whose result depends on them.
 SELECT key, value FROM kv WHERE key = ANY ($1::bytea[]);
 
 -- name: write_data
--- Removes half-open ranges (an end of null means to the last key), removes keys, and then writes keys.
+-- Deletes half-open ranges (an end of null means past the last key), deletes keys, then inserts or updates keys.
 SELECT write_data($1::bytea[], $2::bytea[], $3::bytea[], $4::bytea[], $5::bytea[]);
 
 -- name: settle
--- Settles a batch under the fence: statuses, durable version, floors, wake-ups.
+-- Settles a batch under the fence: statuses, durable version, floors, notifications; SQLSTATE PC001 to PC003 when it must not.
 SELECT settle_commits($1::bigint, $2::uuid, $3::bigint, $4::bigint, $5::bigint, $6::bigint, $7::bigint,
                       $8::bigint[], $9::text[], $10::bigint[], $11::text[]);
 
 -- name: window_commits
--- The committed requests above an id and a version, in version order: what a conflict window is made of.
+-- The committed requests above an id and a version, in version order, for the conflict window.
 SELECT id, commit_version, payload, resolved_at
   FROM commit_requests
  WHERE id > $1::bigint AND commit_version > $2::bigint AND status = 'committed'
  ORDER BY commit_version;
 
 -- name: ask
--- Of these requests, those that are settled and, if asked for ($2), those that are pending, with the epoch of the same snapshot; and whether commits are to be confirmed by standbys.
+-- The settled ones of these requests, and with $2 the pending ones, beside the epoch of the same snapshot (rule I3); and whether a commit has to be confirmed by standbys.
 SELECT lease.epoch, request.request_id, request.status, request.commit_version, request.reason,
        current_setting('synchronous_standby_names') <> '' AS needs_barrier
   FROM leader_lease AS lease
@@ -93,21 +93,23 @@ SELECT lease.epoch, request.request_id, request.status, request.commit_version, 
  WHERE lease.id = 1;
 
 -- name: barrier
--- Commits a message in the log at the level that acknowledged commits have: once it returns, all that was visible before is as safe as it is.
+-- Writes a message to the WAL and commits it as durably as an acknowledged commit: when it returns, every commit that was visible before is as durable (rule I16).
 SELECT set_config('synchronous_commit',
                   CASE current_setting('pgcoord.durable', true) WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
                   true) AS level,
        pg_logical_emit_message(true, 'pgcoord', '')::text AS message;
 
 -- name: queue_state
--- How many requests wait, and for how many seconds the oldest has.
+-- The number of pending requests, and the age of the oldest in seconds.
 SELECT count(*) AS pending,
        extract(epoch FROM clock_timestamp() - min(created_at))::double precision AS oldest_pending_seconds
   FROM commit_requests
- WHERE status = 'pending' AND id > (SELECT queue_floor_id FROM leader_lease WHERE id = 1);
+ WHERE status = 'pending'
+   -- Above the floor: the count does not read the settled history.
+   AND id > (SELECT queue_floor_id FROM leader_lease WHERE id = 1);
 
 -- name: list
--- Requests, newest first, without their payloads.
+-- Requests of one status or of all, newest first, without their payloads.
 SELECT id, request_id, status, commit_version, read_version, epoch, reason, created_at, resolved_at
   FROM commit_requests
  WHERE ($1::text IS NULL OR status = $1::text)
@@ -115,24 +117,24 @@ SELECT id, request_id, status, commit_version, read_version, epoch, reason, crea
  LIMIT $2::integer;
 
 -- name: show
--- One request by the id that its client made.
+-- One request by its request id, without its payload.
 SELECT id, request_id, status, commit_version, read_version, epoch, reason, created_at, resolved_at
   FROM commit_requests
  WHERE request_id = $1::uuid;
 
 -- name: payload
--- What one request read and asked to have written.
+-- The payload of one request: its reads and mutations.
 SELECT payload FROM commit_requests WHERE request_id = $1::uuid;
 
 -- name: commits_between
--- The commits that are still stored with versions above the first and up to the second, in version order.
+-- The stored commits with versions above $1 and up to $2, in version order.
 SELECT request_id, commit_version, payload
   FROM commit_requests
  WHERE status = 'committed' AND commit_version > $1::bigint AND commit_version <= $2::bigint
  ORDER BY commit_version;
 
 -- name: version_before
--- The last version that was committed before a request of the same leader's batches was settled.
+-- The highest version that was committed when a request was settled; 0: none.
 SELECT coalesce(max(earlier.commit_version), 0) AS version
   FROM commit_requests AS earlier, commit_requests AS request
  WHERE request.request_id = $1::uuid AND earlier.status = 'committed'

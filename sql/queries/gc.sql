@@ -1,10 +1,12 @@
 -- name: orphan_requests
--- Marks one batch of pending requests of superseded epochs, older than a number of seconds, as orphaned, since nobody will resolve them; says how many and the last id.
+-- Marks one batch of pending requests of superseded epochs, older than a number of seconds, as orphaned while no leader holds the lease; returns how many and the last id.
 WITH abandoned AS (
     SELECT request.id
       FROM commit_requests AS request
       JOIN leader_lease AS lease ON request.id > lease.queue_floor_id AND request.epoch < lease.epoch
-     WHERE lease.id = 1 AND NOT (lease.term_id IS NOT NULL AND lease.expires_at > clock_timestamp())
+     WHERE lease.id = 1
+       -- A leader settles pending requests itself, those of earlier epochs included.
+       AND NOT (lease.term_id IS NOT NULL AND lease.expires_at > clock_timestamp())
        AND request.status = 'pending' AND request.id > $1::bigint
        AND request.created_at < clock_timestamp() - make_interval(secs => $2::double precision)
      ORDER BY request.id
@@ -20,7 +22,7 @@ WITH abandoned AS (
 SELECT count(*) AS orphaned, coalesce(max(id), $1::bigint) AS last_id FROM orphaned;
 
 -- name: delete_requests
--- Deletes one batch of settled requests older than a number of seconds, oldest first; says how many and the last id.
+-- Deletes one batch of settled requests older than a number of seconds, oldest first; returns how many and the last id.
 WITH doomed AS (
     SELECT id
       FROM commit_requests
@@ -28,29 +30,29 @@ WITH doomed AS (
        AND resolved_at < clock_timestamp() - make_interval(secs => $2::double precision)
      ORDER BY id
      LIMIT $3::integer
-       FOR UPDATE SKIP LOCKED
+       FOR UPDATE SKIP LOCKED -- rows that another session has locked are left to a later run
 ), deleted AS (
     DELETE FROM commit_requests USING doomed WHERE commit_requests.id = doomed.id RETURNING commit_requests.id
 )
 SELECT count(*) AS deleted, coalesce(max(id), $1::bigint) AS last_id FROM deleted;
 
 -- name: count_requests
--- How many settled requests are older than a number of seconds.
+-- The number of settled requests older than a number of seconds.
 SELECT count(*) AS deletable
   FROM commit_requests
  WHERE status <> 'pending'
    AND resolved_at < clock_timestamp() - make_interval(secs => $1::double precision);
 
 -- name: oldest_request
--- When the oldest request that is still stored was made.
+-- The creation time of the oldest stored request.
 SELECT created_at FROM commit_requests ORDER BY id LIMIT 1;
 
 -- name: event_bound
--- How far events of an outbox may be collected: those that came before a time and up to a position. To be asked before the deletion begins, so that whoever is not in the way by then has committed what the deletion sees.
+-- How far events of an outbox may be collected: those before a time and up to a position. Must run before the deletion takes its snapshot: every transaction that this finds closed has then committed what the deletion sees.
 SELECT committed_before_ms, passed_by_all FROM collection_bound($1::text, $2::double precision);
 
 -- name: delete_lease_events
--- Deletes one batch of lease events after a position, up to the first that has to stay; says how many, where the batch ended and whether it is the last.
+-- Deletes one batch of lease events after a position, up to the first that must stay; returns how many, the last id of the batch, and whether it is the last batch.
 WITH oldest AS MATERIALIZED (
     SELECT event_id, committed_at_ms < $2::bigint AND event_id <= coalesce($4::bigint, event_id) AS is_over
       FROM lease_events
@@ -64,6 +66,7 @@ WITH oldest AS MATERIALIZED (
        AND event_id < coalesce((SELECT min(event_id) FROM oldest WHERE NOT is_over), 9223372036854775807)
        FOR UPDATE SKIP LOCKED
 ), raised AS (
+    -- In the same transaction: a cursor below the floor is refused as expired, so no event may go before the floor rises.
     UPDATE outbox_floors
        SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM doomed))
      WHERE outbox = 'lease_events' AND EXISTS (SELECT FROM doomed)
@@ -75,9 +78,10 @@ SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bi
   FROM oldest;
 
 -- name: delete_completion_events
--- The same of completion events, of which those have to stay that were not dispatched.
+-- Deletes one batch of completion events likewise; an undispatched event must stay.
 WITH oldest AS MATERIALIZED (
-    SELECT event_id, committed_at_ms < $2::bigint AND event_id <= coalesce($4::bigint, event_id) AND dispatched_at_ms IS NOT NULL AS is_over
+    SELECT event_id,
+           committed_at_ms < $2::bigint AND event_id <= coalesce($4::bigint, event_id) AND dispatched_at_ms IS NOT NULL AS is_over
       FROM completion_events
      WHERE event_id > $1::bigint
      ORDER BY event_id
@@ -89,6 +93,7 @@ WITH oldest AS MATERIALIZED (
        AND event_id < coalesce((SELECT min(event_id) FROM oldest WHERE NOT is_over), 9223372036854775807)
        FOR UPDATE SKIP LOCKED
 ), raised AS (
+    -- In the same transaction: a cursor below the floor is refused as expired, so no event may go before the floor rises.
     UPDATE outbox_floors
        SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM doomed))
      WHERE outbox = 'completion_events' AND EXISTS (SELECT FROM doomed)
@@ -100,21 +105,21 @@ SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bi
   FROM oldest;
 
 -- name: oldest_lease_event
--- When the oldest lease event that is still stored came, and the subscription that is furthest behind.
+-- The insertion time of the oldest stored lease event, and the subscription with the lowest position.
 SELECT (SELECT to_timestamp(committed_at_ms / 1000.0) FROM lease_events ORDER BY event_id LIMIT 1) AS oldest_kept,
        (SELECT subscription_name FROM subscriptions
          WHERE outbox = 'lease_events' AND last_position < (SELECT max(event_id) FROM lease_events)
          ORDER BY last_position LIMIT 1) AS furthest_behind;
 
 -- name: oldest_completion_event
--- When the oldest completion event that is still stored came, and the subscription that is furthest behind.
+-- The insertion time of the oldest stored completion event, and the subscription with the lowest position.
 SELECT (SELECT to_timestamp(committed_at_ms / 1000.0) FROM completion_events ORDER BY event_id LIMIT 1) AS oldest_kept,
        (SELECT subscription_name FROM subscriptions
          WHERE outbox = 'completion_events' AND last_position < (SELECT max(event_id) FROM completion_events)
          ORDER BY last_position LIMIT 1) AS furthest_behind;
 
 -- name: count_lease_events
--- How many lease events come before the first that has to stay.
+-- The number of lease events before the first that must stay.
 SELECT count(*) AS deletable
   FROM lease_events
  WHERE event_id < coalesce((SELECT min(event_id)
@@ -123,7 +128,7 @@ SELECT count(*) AS deletable
                            9223372036854775807);
 
 -- name: count_completion_events
--- How many completion events come before the first that has to stay.
+-- The number of completion events before the first that must stay.
 SELECT count(*) AS deletable
   FROM completion_events
  WHERE event_id < coalesce((SELECT min(event_id)

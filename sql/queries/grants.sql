@@ -1,9 +1,9 @@
 -- name: role_exists
--- Whether there is such a role.
+-- Whether a role exists.
 SELECT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = $1::text) AS found;
 
 -- name: reader_grants
--- The statements that let a role look at everything but the data, events included.
+-- The GRANT statements of a reader: everything but the data and the payloads, events included.
 SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
     (1, 'GRANT USAGE ON SCHEMA %1$I TO %2$I'),
@@ -18,7 +18,7 @@ SELECT format(template, current_schema(), $1::text) AS statement
  ORDER BY position;
 
 -- name: client_grants
--- The statements that, beside a reader's, let a role read the data, submit commit requests, write events and keep subscriptions.
+-- The GRANT statements of a client, beyond a reader's: read the data, submit commit requests, insert events, own subscriptions.
 SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
     (1, 'GRANT SELECT ON %1$I.kv, %1$I.commit_requests TO %2$I'),
@@ -35,7 +35,7 @@ SELECT format(template, current_schema(), $1::text) AS statement
  ORDER BY position;
 
 -- name: operator_grants
--- The statements that, beside a client's, let a role lead, repair and collect garbage; the schema's shape stays the owner's.
+-- The GRANT statements of an operator, beyond a client's: lead, reconcile, collect garbage; not to change the schema.
 SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
     (1, 'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA %1$I TO %2$I'),

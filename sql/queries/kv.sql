@@ -1,16 +1,16 @@
 -- name: read_keys
--- Single keys, with the epoch and the durable version of the very snapshot they are read in.
+-- Single keys, with the epoch, the term and the durable version of the same snapshot (rule I4).
 SELECT lease.epoch, lease.last_term_id, lease.durable_version, kv.key, kv.value
   FROM leader_lease AS lease
   LEFT JOIN kv ON kv.key = ANY ($1::bytea[])
  WHERE lease.id = 1;
 
 -- name: read_version
--- The epoch and the durable version of this snapshot.
+-- The epoch and the durable version of one snapshot.
 SELECT epoch, durable_version FROM leader_lease WHERE id = 1;
 
 -- name: read_snapshot
--- Single keys ($1) and half-open ranges, each at most so many keys from its beginning or its end, of one snapshot; part 0 is the keys, part n the n-th range.
+-- Single keys ($1) and half-open ranges, each with at most row_limit keys from its begin or, backwards, from its end, of one snapshot; part 0 holds the single keys, part n the n-th range.
 SELECT lease.epoch, lease.last_term_id, lease.durable_version, found.part, found.key, found.value
   FROM leader_lease AS lease
   LEFT JOIN LATERAL (
@@ -41,7 +41,7 @@ SELECT lease.epoch, lease.last_term_id, lease.durable_version, found.part, found
  WHERE lease.id = 1;
 
 -- name: read_range
--- The first keys of a half-open range, in key order.
+-- The first $3 keys of a half-open range, in key order.
 SELECT key, value
   FROM kv
  WHERE key >= $1::bytea AND key < $2::bytea
@@ -49,9 +49,14 @@ SELECT key, value
  LIMIT $3::bigint;
 
 -- name: read_range_reverse
--- The last keys of a half-open range, in reverse key order.
+-- The last $3 keys of a half-open range, in reverse key order.
 SELECT key, value
   FROM kv
  WHERE key >= $1::bytea AND key < $2::bytea
  ORDER BY key DESC
  LIMIT $3::bigint;
+
+-- name: commit_asynchronously
+-- Makes the commits of this session return before the WAL flush: a lost pending request was never acknowledged. pgcoord.durable keeps the level for those that must be durable.
+SELECT set_config('pgcoord.durable', coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), false) AS durable,
+       set_config('synchronous_commit', 'off', false) AS synchronous_commit;

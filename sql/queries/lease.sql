@@ -1,5 +1,5 @@
 -- name: read_lease
--- Who leads, until when by the server's clock, and how far the committed data has got.
+-- The lease: its holder, expiry by the server's clock, durable version and floors.
 SELECT epoch, term_id, leader_addr, durable_version, conflict_floor, window_start_id, queue_floor_id,
        acquired_at, renewed_at, expires_at,
        term_id IS NOT NULL AND expires_at > clock_timestamp() AS held,
@@ -8,15 +8,15 @@ SELECT epoch, term_id, leader_addr, durable_version, conflict_floor, window_star
  WHERE id = 1;
 
 -- name: wait_for_leader_lock
--- Waits, up to the session's lock_timeout, for the lock that a living leader holds.
+-- Takes the leader lock, waiting for at most the session's lock_timeout; PostgreSQL releases it when the leader's session ends.
 SELECT pg_advisory_lock($1::bigint);
 
 -- name: try_leader_lock
--- Takes the same lock if it is free.
+-- Takes the leader lock if it is free; never waits.
 SELECT pg_try_advisory_lock($1::bigint) AS locked;
 
 -- name: terminate_idle_leader_sessions
--- Ends sessions of a leader whose lease has run out, if they wait for their client: one that is frozen or cut off may hold locks for ever. Never a session that may be committing.
+-- Terminates the sessions of a leader whose lease has expired, if they are idle: those of a frozen or unreachable process could hold their locks without limit. Never a session that may be committing (rule I16).
 SELECT locks.pid, pg_terminate_backend(locks.pid) AS terminated
   FROM pg_locks AS locks
   JOIN pg_stat_activity AS activity USING (pid)
@@ -24,21 +24,21 @@ SELECT locks.pid, pg_terminate_backend(locks.pid) AS terminated
    AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
    AND locks.classid::bigint = ($1::bigint >> 32) & 4294967295
    AND locks.objid::bigint = $1::bigint & 4294967295
-   -- A commit that waits for a synchronous standby would become visible, and be acknowledged, without its copy.
+   -- Terminating a commit that waits for a synchronous standby would make it visible although no standby has it.
    AND activity.wait_event = 'ClientRead'
    AND EXISTS (SELECT FROM leader_lease WHERE id = 1 AND expires_at <= clock_timestamp());
 
 -- name: share_session_lock
--- Marks this session as one of the leader's, so that a successor can end it. False: another session keeps the lock to itself; the leader does without.
+-- Marks this session as the leader's by a shared lock, so that a successor can terminate it; false if another session holds the lock exclusively.
 SELECT pg_try_advisory_lock_shared($1::bigint) AS is_marked;
 
 -- name: is_elected_here
--- Whether this server is the one on which a term was elected, and not a copy of it.
+-- Whether a term was elected on this server, and not on another copy of the database.
 SELECT EXISTS (SELECT FROM leader_lease
                 WHERE id = 1 AND term_id = $1::uuid AND server_started_at = pg_postmaster_start_time()) AS is_here;
 
 -- name: terminate_idle_direct_commits
--- Ends sessions that hold up the lease with a direct commit in a transaction of their own, if they wait for their client or sleep. Never a session that may be committing.
+-- Terminates sessions that block the lease row by a direct commit in an open transaction, if they are idle or sleep. Never a session that may be committing (rule I16).
 SELECT locks.pid, pg_terminate_backend(locks.pid) AS terminated
   FROM pg_locks AS locks
   JOIN pg_stat_activity AS activity USING (pid)
@@ -49,7 +49,7 @@ SELECT locks.pid, pg_terminate_backend(locks.pid) AS terminated
    AND activity.wait_event IN ('ClientRead', 'PgSleep');
 
 -- name: lease_holders
--- The sessions that have the lease row locked or are changing it, longest first, and whether each waits for a synchronous standby; null: this role may not see that.
+-- The sessions that lock or update the lease row, oldest transaction first, and whether each waits for a synchronous standby; null if this role may not see that.
 SELECT activity.pid, activity.application_name AS application, activity.usename::text AS role,
        activity.wait_event = 'SyncRep' AS waits_for_standby,
        extract(epoch FROM clock_timestamp() - activity.xact_start)::double precision AS seconds
@@ -62,18 +62,18 @@ SELECT activity.pid, activity.application_name AS application, activity.usename:
  ORDER BY activity.xact_start NULLS LAST, activity.pid;
 
 -- name: waits_for_standby
--- For how many seconds the longest commit of ours has been waiting for a synchronous standby, as far as this role may see, and for which standbys.
+-- For how many seconds the longest waiting commit of pgcoord has waited for a synchronous standby, among the sessions that this role may see; and the standbys' setting.
 SELECT max(extract(epoch FROM clock_timestamp() - state_change))::double precision AS seconds,
        current_setting('synchronous_standby_names') AS standbys
   FROM pg_stat_activity
  WHERE datname = current_database() AND application_name LIKE 'pgcoord/%' AND wait_event = 'SyncRep';
 
 -- name: make_commits_durable
--- Has this session's commits wait for the disk where its default would not; any stronger default stays.
+-- Makes the commits of this session wait for the WAL flush if its default does not; a stronger default stays.
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
 
 -- name: lock_lease
--- Waits until nobody else is changing the lease, so that the next statement of the transaction sees what they left; the transaction will be durable, and confirmed by synchronous standbys.
+-- Locks the lease row, so that the next statement of the transaction sees its last state; makes the transaction durable and confirmed by synchronous standbys.
 SELECT CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')
             THEN set_config('synchronous_commit', 'on', true) END AS synchronous_commit
   FROM leader_lease
@@ -81,7 +81,7 @@ SELECT CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remo
    FOR UPDATE;
 
 -- name: take_over
--- Begins a new leadership: next epoch, new term, closing the one before. No row: the lease is held and unexpired, and the lock is not ours.
+-- Begins a new term with the next epoch and closes the one before. No row: the lease has not expired, and the caller does not hold the leader lock ($3).
 WITH previous AS (
     SELECT *, clock_timestamp() AS moment, gen_random_uuid() AS new_term_id FROM leader_lease WHERE id = 1 FOR UPDATE
 ), closed AS (
@@ -110,31 +110,31 @@ SELECT epoch, term_id, durable_version, conflict_floor, window_start_id, queue_f
   FROM taken;
 
 -- name: renew
--- Extends the lease by its time to live, if it is still this leadership's and has not run out.
+-- Extends the lease by its time to live ($3, seconds). No row: the lease has expired or another term has begun.
 UPDATE leader_lease
    SET renewed_at = clock_timestamp(),
        expires_at = clock_timestamp() + make_interval(secs => $3::double precision)
  WHERE id = 1 AND epoch = $1::bigint AND term_id = $2::uuid AND expires_at > clock_timestamp()
 RETURNING step_down_epoch IS NOT DISTINCT FROM epoch AS asked_to_step_down,
-          -- A renewal that a crash loses does no harm, and one must not wait for a standby with the row locked.
+          -- A renewal that a crash loses does no harm, but one that waited for a standby would keep the row locked.
           set_config('synchronous_commit', 'off', true) AS synchronous_commit;
 
 -- name: ask_to_step_down
--- Asks the leader of the present epoch to finish its batch, release the lease and stand behind the others.
+-- Asks the leader of the present epoch to finish its batch and release the lease. No row: there is no leader.
 UPDATE leader_lease
    SET step_down_epoch = epoch
  WHERE id = 1 AND term_id IS NOT NULL AND expires_at > clock_timestamp()
 RETURNING epoch, leader_addr, pg_notify($1::text, '') IS NOT NULL AS announced;
 
 -- name: raise_floors
--- Notes floors that have risen without a batch. No row: this leadership is over.
+-- Stores floors that have risen without a batch. No row: the lease has expired or another term has begun.
 UPDATE leader_lease
    SET conflict_floor = $3::bigint, window_start_id = $4::bigint, queue_floor_id = $5::bigint
  WHERE id = 1 AND epoch = $1::bigint AND term_id = $2::uuid AND expires_at > clock_timestamp()
 RETURNING durable_version;
 
 -- name: history
--- Leaderships that were not over before so many seconds ago (null: all), newest first.
+-- The terms that have not ended, or ended at most $1 seconds ago (null: all), newest first.
 SELECT epoch, leader_addr, acquired_at, ended_at, end_reason, first_version,
        coalesce(history.last_version, CASE WHEN lease.term_id = history.term_id THEN lease.durable_version END)
            AS last_version
@@ -146,7 +146,7 @@ SELECT epoch, leader_addr, acquired_at, ended_at, end_reason, first_version,
  LIMIT $2::integer;
 
 -- name: release
--- Ends this leadership cleanly, so that nobody has to wait for it to run out.
+-- Ends a term and releases its lease, so that candidates need not wait for the expiry. No row: another term has begun.
 WITH released AS (
     UPDATE leader_lease
        SET term_id = NULL, leader_addr = NULL, expires_at = clock_timestamp()
@@ -159,9 +159,9 @@ WITH released AS (
      WHERE history.term_id = $2::uuid AND history.ended_at IS NULL
 )
 SELECT durable_version, pg_notify($4::text, '') IS NOT NULL AS announced,
-       set_config('synchronous_commit', 'off', true) AS synchronous_commit -- lost in a crash, the lease just runs out
+       set_config('synchronous_commit', 'off', true) AS synchronous_commit -- if a crash loses it, the lease expires
   FROM released;
 
 -- name: successor
--- Who holds the lease now: for a fenced leader to say who fenced it.
+-- The present epoch and leader, for the message of a leader that was fenced.
 SELECT epoch, leader_addr FROM leader_lease WHERE id = 1;

@@ -1,4 +1,4 @@
-"""The leader's lean way to send several statements as one unit."""
+"""`db.pipeline`: several statements sent as one unit, which takes effect as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_unit_takes_effect_as_a_whole_or_not_at_all(pipeline: Pipeline, conn: 
     assert numbers(conn) == [1, 2]
 
 
-def test_a_refused_unit_does_not_spoil_the_next(pipeline: Pipeline, conn: Conn) -> None:
+def test_a_failed_unit_leaves_the_pipeline_usable(pipeline: Pipeline, conn: Conn) -> None:
     for _ in range(2):
         with pytest.raises(psycopg.errors.UndefinedTable):
             pipeline.run([(INSERT, [int8(1)]), ("SELECT * FROM nowhere", [])])
@@ -70,8 +70,8 @@ def test_several_pipelines_may_follow_each_other_on_one_connection(conn: Conn) -
     assert numbers(conn) == [0, 1, 2]
 
 
-def test_what_does_not_fit_into_the_sockets_passes_both_ways(pipeline: Pipeline) -> None:
-    """Sender and server would wait for each other for ever if either direction were left alone."""
+def test_a_unit_larger_than_the_socket_buffers_passes_both_ways(pipeline: Pipeline) -> None:
+    """Client and server would block each other without limit if the client did not read while it writes."""
     echo = "SELECT n FROM unnest($1::bigint[]) AS n"
     many = list(range(200_000))
     found = pipeline.run([(echo, [int8_array(many)])] * 4)
@@ -86,7 +86,7 @@ def test_a_lost_connection_is_an_operational_error(pipeline: Pipeline, conn: Con
         pipeline.run([("SELECT 1", []), ("SELECT 1", [])])
 
 
-def test_i7_a_notification_that_arrives_meanwhile_waits_for_whoever_asks(pipeline: Pipeline, conn: Conn) -> None:
+def test_i7_a_notification_that_arrives_during_a_unit_is_kept_for_the_caller(pipeline: Pipeline, conn: Conn) -> None:
     conn.execute("LISTEN news")
     pipeline.run([("SELECT pg_notify('news', '')", []), ("SELECT 1", [])])
     notification = conn.pgconn.notifies()

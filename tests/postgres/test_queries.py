@@ -1,7 +1,7 @@
-"""The SQL files: every statement is understood by the server, has the types that Python relies on, and is used.
+"""The SQL files: the server accepts every statement, with the types that Python relies on, and every one is used.
 
-`EXPECTED` says of every statement which parameters it takes and which columns it returns. A new statement has to be
-added there; one whose types change by accident shows as a difference.
+`EXPECTED` holds the parameter types and the columns of every statement. A new statement has to be added there; an
+accidental change of types shows as a difference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGE = Path(pgcoord_cli.__file__).parent
 FILES = sorted((sql_root() / "queries").iterdir())
 
 UTILITY = {"migrations.create_schema", "migrations.choose_schema", "migrations.create_ledger"}
-"""Statements that PREPARE does not take, as it takes none of DDL."""
+"""Statements that PREPARE does not accept, since they are DDL."""
 
 
 class Shape(NamedTuple):
@@ -262,7 +262,7 @@ EXPECTED = {
         "backend_pid integer, is_prepared boolean, version_number integer, in_recovery boolean, has_ledger boolean",
     ),
     "session.backend": Shape("", "backend_pid integer"),
-    "session.commit_lazily": Shape("", "durable text, synchronous_commit text"),
+    "kv.commit_asynchronously": Shape("", "durable text, synchronous_commit text"),
     "session.plan_once": Shape(
         "",
         "plan_cache_mode text, jit text, enable_seqscan text, enable_hashjoin text, enable_mergejoin text",
@@ -300,12 +300,12 @@ def test_every_statement_has_the_expected_types(sql: psycopg.Connection[Any]) ->
 
 
 def in_schema(text: str) -> str:
-    """The statement in the schema of the tests, if it names one by a placeholder."""
+    """The statement with the schema of the tests in its placeholder, if it has one."""
     return SQL(text).format(schema=Identifier("pgcoord")).as_string(None) if SCHEMA_PLACEHOLDER in text else text
 
 
 def shape(conn: psycopg.Connection[Any], name: str, text: str) -> Shape:
-    """What the server makes of a statement: prepared in SQL where that can be, otherwise in the protocol."""
+    """The shape that the server derives: prepared by PREPARE where possible, otherwise through the protocol."""
     if name in UTILITY:
         assert conn.pgconn.prepare(name.encode(), text.encode()).status == ExecStatus.COMMAND_OK
     else:
@@ -363,12 +363,12 @@ def test_every_purpose_is_a_sentence() -> None:
     assert [name for name, statement in every_statement() if not sentence.fullmatch(statement.purpose)] == []
 
 
-def test_every_statement_is_used_and_there() -> None:
+def test_every_statement_is_used_and_exists() -> None:
     assert used_names() == {name for name, _ in every_statement()}
 
 
 def used_names() -> set[str]:
-    """`noun.name` of every call `sql("noun", "name")`; of f-strings, whatever they can stand for."""
+    """`noun.name` of every call `sql("noun", "name")`; for an f-string, every statement that it can name."""
     used: set[str] = set()
     for _, tree in trees():
         for node in ast.walk(tree):
@@ -389,7 +389,7 @@ def possible_names(noun: str, name: ast.expr) -> set[str]:
                 re.escape(str(part.value)) if isinstance(part, ast.Constant) else r"\w+" for part in parts
             )
             return {each for each in statements(noun) if re.fullmatch(pattern, each)}
-    raise AssertionError(f"line {name.lineno}: which statement of {noun}.sql this names cannot be told")
+    raise AssertionError(f"line {name.lineno}: cannot tell which statement of {noun}.sql this names")
 
 
 def test_no_sql_lives_in_python() -> None:

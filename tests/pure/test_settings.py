@@ -1,4 +1,4 @@
-"""What a person may write for a duration or a schema, and where a setting comes from."""
+"""How durations and schema names are parsed, and which source of a setting takes precedence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pgcoord_cli.settings import (
 )
 
 LONGEST_NAME_IN_POSTGRESQL = 63
-"""Bytes; longer channel names are refused."""
+"""Bytes; PostgreSQL refuses longer channel names."""
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_duration_is_a_number_and_a_unit(text: str, seconds: float) -> None:
 @pytest.mark.parametrize(
     "text", ["", "s", "-1s", "+1s", "1 s", "1w", "1S", "1e3", ".5s", "1.", "1,5s", "ten", "1s2", "1m30s", "nan", "inf"]
 )
-def test_anything_else_is_a_usage_error_that_names_the_option(text: str) -> None:
+def test_any_other_duration_is_a_usage_error_that_names_the_option(text: str) -> None:
     with pytest.raises(UsageError, match="--ttl") as refused:
         parse_duration(text, "--ttl")
     assert refused.value.exit_code == 2
@@ -103,17 +103,17 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
 
 
 @pytest.mark.parametrize(("variable", "value"), [("PGCOORD_SCHEMA", "Bad"), ("PGCOORD_CONNECT_TIMEOUT", "soon")])
-def test_a_wrong_value_is_blamed_on_the_variable_it_came_from(variable: str, value: str) -> None:
+def test_an_invalid_value_names_the_variable_it_came_from(variable: str, value: str) -> None:
     with pytest.raises(UsageError, match=variable):
         resolve_settings({}, {variable: value})
 
 
-def test_a_wrong_presentation_is_blamed_on_the_variable_it_came_from() -> None:
+def test_an_invalid_presentation_names_the_variable_it_came_from() -> None:
     with pytest.raises(UsageError, match=r"PGCOORD_OUTPUT.*'yaml'"):
         resolve_presentation({}, {"PGCOORD_OUTPUT": "yaml"})
 
 
-def test_what_the_terminal_is_asked_for_is_not_among_the_settings_of_the_library() -> None:
+def test_options_of_the_terminal_are_not_among_the_settings_of_the_library() -> None:
     database, terminal = ({field.name for field in fields(kind)} for kind in (Settings, Presentation))
     assert terminal >= {"output", "quiet", "verbose", "color", "log_format"}
     assert not database & terminal
@@ -140,7 +140,7 @@ def test_an_argument_wins_over_the_environment_and_what_is_left_out_comes_from_t
     assert (resolve_schema("given"), resolve_schema(None)) == ("given", "from_env")
 
 
-def test_a_program_that_says_nothing_gets_what_libpq_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_without_arguments_gets_what_libpq_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PGCOORD_DSN", "PGCOORD_SCHEMA"):
         monkeypatch.delenv(name, raising=False)
     assert resolve_arguments(None, None) == Settings()
@@ -160,13 +160,13 @@ def test_a_schema_that_a_program_gives_is_checked_as_on_the_command_line(
         resolve_schema(None)
 
 
-def test_only_a_schema_that_an_operator_chose_may_be_a_typing_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_schema_from_the_environment_may_be_a_typing_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGCOORD_SCHEMA", "typed")
     assert resolve_arguments(None, None).schema_given
     assert not resolve_arguments(None, "written").schema_given
 
 
-def test_the_log_format_is_text_unless_a_flag_or_a_variable_says_json() -> None:
+def test_the_log_format_is_text_unless_a_flag_or_a_variable_sets_json() -> None:
     assert resolve_presentation({}, {}).log_format is LogFormat.TEXT
     environ = {"PGCOORD_LOG_FORMAT": "json"}
     assert resolve_presentation({}, environ).log_format is LogFormat.JSON

@@ -1,4 +1,4 @@
-"""Nothing in the package waits by sleeping (rule I7); only core/concurrency/backoff.py sleeps, between attempts."""
+"""No module waits by sleeping (rule I7), except core/concurrency/backoff.py, which sleeps between attempts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = Path(pgcoord_cli.__file__).parent
 
 
 def sleeps(source: str) -> list[int]:
-    """The lines on which something named sleep is used or imported, under whatever name."""
+    """The lines that use or import a name that contains `sleep`."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names = {
@@ -31,11 +31,11 @@ def sleeps(source: str) -> list[int]:
     "source",
     ["time.sleep(1)", "await asyncio.sleep(0)", "from time import sleep as pause", "sleep(1)", "loop.usleep(3)"],
 )
-def test_the_search_finds_every_way_to_sleep(source: str) -> None:
+def test_the_search_finds_every_kind_of_sleep(source: str) -> None:
     assert sleeps(source)
 
 
-def test_i7_nothing_sleeps_but_the_back_off() -> None:
+def test_i7_only_the_backoff_sleeps() -> None:
     found = {
         str(file.relative_to(PACKAGE)): lines for file in PACKAGE.rglob("*.py") if (lines := sleeps(file.read_text()))
     }

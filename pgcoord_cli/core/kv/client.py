@@ -126,7 +126,7 @@ class Database:
         try:
             with mapped_errors():
                 async with answer_timeout():
-                    await conn.execute(sql("session", "commit_lazily"))
+                    await conn.execute(sql("kv", "commit_asynchronously"))
                     await conn.execute(sql("session", "plan_once"))
         except BaseException:  # cancellation of the waiting task included
             await conn.close()
