@@ -3,7 +3,7 @@
     python .ci/dump_schema.py            write
     python .ci/dump_schema.py --check    exit 1 with a unified diff where the file differs
 
-A throw-away PostgreSQL 18 is migrated and its schema dumped by the pg_dump of the same version. What a dump says of
+A temporary PostgreSQL 18 is migrated and its schema dumped by the pg_dump of the same version. What a dump says of
 the program and server that made it is left out, so that servers of all supported versions give the same text.
 """
 
@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from pgcoord_cli.core.database.upgrade import upgrade
-from pgcoord_cli.core.embedded.installation import find_programs
-from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.embedded.installation import find_installation
+from pgcoord_cli.core.embedded.server import temporary_server
 from pgcoord_cli.settings import Settings
 
 VERSION = 18
@@ -40,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write sql/schema.sql from the migrations, or check it.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 with a diff where it differs")
     check = parser.parse_args().check
-    with throw_away_server(find_programs(VERSION)) as server:
+    with temporary_server(find_installation(VERSION)) as server:
         upgrade(Settings(dsn=server.dsn))
         fresh = dump(server.dsn)
     return compare(fresh) if check else write(fresh)
@@ -64,7 +64,7 @@ def compare(fresh: str) -> int:
 
 def dump(dsn: str, schema: str = "pgcoord") -> str:
     """The normalised dump of one schema, under the header that says where it comes from."""
-    pg_dump = find_programs(VERSION).bin_dir / "pg_dump"
+    pg_dump = find_installation(VERSION).bin_dir / "pg_dump"
     words = ["--schema-only", "--no-owner", "--no-privileges", f"--schema={schema}", f"--dbname={dsn}"]
     done = subprocess.run([pg_dump, *words], stdout=subprocess.PIPE, text=True, check=True)
     return f"{HEADER}\n{normalised(done.stdout)}"

@@ -25,8 +25,8 @@ from psycopg import IsolationLevel
 from benchmarks.measuring import Record, call_parser, run_parts
 from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.database.upgrade import upgrade
-from pgcoord_cli.core.embedded.installation import find_programs
-from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.embedded.installation import find_installation
+from pgcoord_cli.core.embedded.server import temporary_server
 from pgcoord_cli.core.flows import executions, flows, reconcile
 from pgcoord_cli.core.flows.dispatch import dispatch_all
 from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=10.0)
     options = parser.parse_args()
-    with throw_away_server(find_programs(options.server_version)) as server:
+    with temporary_server(find_installation(options.server_version)) as server:
         settings = Settings(dsn=server.dsn)
         upgrade(settings)
         parts: dict[str, Callable[[], list[Record]]] = {

@@ -34,8 +34,8 @@ from benchmarks.baselines import KEYS, SCAN, key_of
 from benchmarks.measuring import Result, Stopwatch, resident_bytes
 from pgcoord_cli.core.database import session
 from pgcoord_cli.core.database.upgrade import upgrade
-from pgcoord_cli.core.embedded.installation import find_programs
-from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.embedded.installation import find_installation
+from pgcoord_cli.core.embedded.server import temporary_server
 from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.core.kv.direct_commit import DirectCommitBackoff
 from pgcoord_cli.core.leader import status as leader_status
@@ -197,9 +197,9 @@ def main() -> None:
     parser.add_argument("--old-snapshot", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    programs = find_programs(options.server_version)
-    with throw_away_server(programs) as server:
-        rows = _run(Settings(dsn=server.dsn), programs.bin_dir, options)
+    installation = find_installation(options.server_version)
+    with temporary_server(installation) as server:
+        rows = _run(Settings(dsn=server.dsn), installation.bin_dir, options)
     print(tabulate(rows, headers="keys"))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))

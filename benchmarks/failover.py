@@ -22,8 +22,8 @@ from tabulate import tabulate
 
 from pgcoord_cli.core.database import session
 from pgcoord_cli.core.database.upgrade import upgrade
-from pgcoord_cli.core.embedded.installation import find_programs
-from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.embedded.installation import find_installation
+from pgcoord_cli.core.embedded.server import temporary_server
 from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.core.leader import status as leader_status
 from pgcoord_cli.settings import Settings
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--server-version", type=int, default=18)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
-    with throw_away_server(find_programs(options.server_version)) as server:
+    with temporary_server(find_installation(options.server_version)) as server:
         settings = Settings(dsn=server.dsn)
         upgrade(settings)
         candidates = Candidates(settings)

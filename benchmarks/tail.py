@@ -30,8 +30,8 @@ import psycopg
 
 from benchmarks.measuring import Record, call_parser, run_parts
 from pgcoord_cli.core.database.upgrade import upgrade
-from pgcoord_cli.core.embedded.installation import find_programs
-from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.embedded.installation import find_installation
+from pgcoord_cli.core.embedded.server import temporary_server
 from pgcoord_cli.settings import Settings
 
 COLUMNS = "execution_id, lease_id, event_type, occurred_at_ms, partition_key, namespace, instance_tag"
@@ -250,8 +250,8 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    programs = find_programs(options.server_version)
-    with throw_away_server(programs) as server:
+    installation = find_installation(options.server_version)
+    with temporary_server(installation) as server:
         upgrade(Settings(dsn=server.dsn))
         with psycopg.connect(server.dsn, autocommit=True) as conn:
             conn.execute(BASELINE_TABLES)
@@ -260,7 +260,7 @@ def main() -> None:
             "catch-up": lambda: [
                 *measure_catch_up(server.dsn, 10_000), *measure_catch_up(server.dsn, options.events),
             ],
-            "inserts": lambda: measure_inserts(programs.bin_dir, server.dsn, 3, options.rounds),
+            "inserts": lambda: measure_inserts(installation.bin_dir, server.dsn, 3, options.rounds),
         }  # fmt: skip
         run_parts(parts, options)
 

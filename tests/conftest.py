@@ -31,7 +31,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 from pgcoord_cli import cli as program
 from pgcoord_cli.core.database import migrations
 from pgcoord_cli.core.database.session import migration_session
-from pgcoord_cli.core.embedded.installation import Installation, find_programs
+from pgcoord_cli.core.embedded.installation import Installation, find_installation
 from pgcoord_cli.core.embedded.server import EmbeddedServer
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT
@@ -53,15 +53,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def programs(pytestconfig: pytest.Config) -> Installation:
+def installation(pytestconfig: pytest.Config) -> Installation:
     """The PostgreSQL installation of the chosen version."""
-    return find_programs(pytestconfig.getoption("--server-version"))
+    return find_installation(pytestconfig.getoption("--server-version"))
 
 
 @pytest.fixture(scope="session")
-def server(programs: Installation, pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
+def server(installation: Installation, pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
     """The server that the tests of the session share; no test may stop it."""
-    with new_server(pytestconfig, programs) as running:
+    with new_server(pytestconfig, installation) as running:
         yield running
 
 
@@ -142,9 +142,9 @@ def sql(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
 
 
 @pytest.fixture
-def own_server(programs: Installation, pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
+def own_server(installation: Installation, pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
     """Starts a server for the test, which may stop, kill and start it again."""
-    with new_server(pytestconfig, programs) as running:
+    with new_server(pytestconfig, installation) as running:
         yield running
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pgcoord_cli.core.embedded.installation import Installation
-from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.embedded.server import EmbeddedServer, temporary_server
 
 PLUGIN = "kept-servers"
 
@@ -38,11 +38,11 @@ class KeptServers:
         """A description of each server, which is text because workers send it to another process."""
 
     @contextmanager
-    def running(self, programs: Installation) -> Iterator[EmbeddedServer]:
+    def running(self, installation: Installation) -> Iterator[EmbeddedServer]:
         """A new server that is left as the block leaves it."""
         root = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
         root.chmod(0o711)  # the server's account has to pass through
-        server = EmbeddedServer(root, programs, LOGGING)
+        server = EmbeddedServer(root, installation, LOGGING)
         server.start()
         try:
             yield server
@@ -70,10 +70,10 @@ def describe(server: EmbeddedServer) -> str:
 
 
 @contextmanager
-def new_server(config: pytest.Config, programs: Installation) -> Iterator[EmbeddedServer]:
+def new_server(config: pytest.Config, installation: Installation) -> Iterator[EmbeddedServer]:
     """A server that is removed after the block, unless the run keeps its servers."""
     kept: KeptServers | None = config.pluginmanager.get_plugin(PLUGIN)
-    with kept.running(programs) if kept else throw_away_server(programs) as running:
+    with kept.running(installation) if kept else temporary_server(installation) as running:
         yield running
 
 

@@ -62,10 +62,10 @@ def _as_exit(number: int, _frame: Any) -> None:
 @contextmanager
 def _server(*, keep: bool) -> Iterator[EmbeddedServer]:
     """A throw-away server; with `keep`, a new one in the place where `pgcoord dev --name demo` finds it."""
-    from pgcoord_cli.core.embedded.server import EmbeddedServer, dev_root, throw_away_server
+    from pgcoord_cli.core.embedded.server import EmbeddedServer, dev_root, temporary_server
 
     if not keep:
-        with throw_away_server() as server:
+        with temporary_server() as server:
             yield server
         return
     server = EmbeddedServer(dev_root("demo"))

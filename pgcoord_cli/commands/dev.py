@@ -130,7 +130,7 @@ def bring_up_to_date(settings: Settings, out: Output) -> int:
 
 def _server(name: str, version: int | None = None) -> EmbeddedServer:
     """The development server, on PostgreSQL of that version; UsageError if its data is of another."""
-    from pgcoord_cli.core.embedded.installation import find_programs
+    from pgcoord_cli.core.embedded.installation import find_installation
     from pgcoord_cli.core.embedded.server import EmbeddedServer, dev_root
 
     if not name.replace("-", "").replace("_", "").isalnum():
@@ -144,7 +144,7 @@ def _server(name: str, version: int | None = None) -> EmbeddedServer:
             f"--server-version: the data in {server.data} is of PostgreSQL {made_by}",
             hint="remove it with: pgcoord dev down --destroy; or set PGCOORD_DEV_DIR to another directory",
         )
-    return EmbeddedServer(server.root, find_programs(version))
+    return EmbeddedServer(server.root, find_installation(version))
 
 
 def _confirm(server: EmbeddedServer) -> None:

@@ -17,7 +17,7 @@ from psycopg.conninfo import make_conninfo
 from pgcoord_cli.core.database.advisory_keys import lock_key
 from pgcoord_cli.core.database.migrations import migration_files
 from pgcoord_cli.core.database.upgrade import upgrade
-from pgcoord_cli.core.embedded.installation import find_programs
+from pgcoord_cli.core.embedded.installation import find_installation
 from pgcoord_cli.settings import Settings
 from tests.cli.command_tree import NAMES
 from tests.conftest import Answer
@@ -359,7 +359,7 @@ def test_an_edited_migration_is_found_by_its_checksum(call: Call, settings: Sett
 
 
 def psql(settings: Settings, script: str) -> subprocess.CompletedProcess[str]:
-    program = find_programs(18).bin_dir / "psql"
+    program = find_installation(18).bin_dir / "psql"
     return subprocess.run(
         [program, "--no-psqlrc", "--quiet", "--dbname", settings.dsn],
         input=script, capture_output=True, text=True, check=False,

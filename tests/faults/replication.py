@@ -15,7 +15,7 @@ from urllib.parse import quote
 import psycopg
 
 from pgcoord_cli.core.embedded.installation import Installation, server_account
-from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.embedded.server import EmbeddedServer, temporary_server
 from tests.asking import until
 
 Sql = psycopg.Connection[Any]
@@ -100,7 +100,7 @@ class Pair:
 @contextmanager
 def a_pair(programs: Installation) -> Iterator[Pair]:
     """A primary and a standby that follows it."""
-    with throw_away_server(programs) as primary, standby_of(primary, programs) as standby:
+    with temporary_server(programs) as primary, standby_of(primary, programs) as standby:
         pair = Pair(primary, standby)
         try:
             yield pair

@@ -23,7 +23,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import Installation
-from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.embedded.server import EmbeddedServer, temporary_server
 from pgcoord_cli.settings import Settings
 from tests.asking import until
 from tests.faults.program_process import environment
@@ -120,10 +120,10 @@ def test_i10_a_tail_outlives_a_crash_of_the_server(
 
 
 def test_i10_a_tail_from_now_is_not_ahead_of_ids_that_a_crash_gives_out_again(
-    programs: Installation, start: StartTail
+    installation: Installation, start: StartTail
 ) -> None:
     """That ids were drawn is on disk only with the next commit, or when the WAL writer comes by: here, not for long."""
-    with throw_away_server(programs, {"wal_writer_delay": "10s"}) as server:
+    with temporary_server(installation, {"wal_writer_delay": "10s"}) as server:
         settings = Settings(dsn=server.dsn)
         upgrade(settings)
         with connected(settings) as sql:

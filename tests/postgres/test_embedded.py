@@ -1,4 +1,4 @@
-"""The embedded server: where its programs come from, and that it neither loses data nor leaves anything behind."""
+"""The embedded server: finding an installation, keeping the data, and leaving no process or file behind."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgcoord_cli.core.embedded import installation as finding
+from pgcoord_cli.core.embedded import installation as installation_module
 from pgcoord_cli.core.embedded import postmaster
 from pgcoord_cli.core.embedded import server as embedded_server
-from pgcoord_cli.core.embedded.installation import find_programs, server_account
-from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.embedded.installation import find_installation, server_account
+from pgcoord_cli.core.embedded.server import EmbeddedServer, temporary_server
 from pgcoord_cli.errors import PgcoordError, ServerUnavailable
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root needs an account for the server")
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @pytest.fixture
 def cluster(place: Path) -> Iterator[EmbeddedServer]:
-    """One that does not exist yet; destroyed in the end."""
+    """A cluster that does not exist yet; destroyed at the end."""
     cluster = EmbeddedServer(place / "cluster")
     yield cluster
     cluster.destroy()
@@ -51,10 +51,10 @@ def temporary(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without PostgreSQL."""
-    monkeypatch.setattr(finding, "PACKAGE", "no_such_package_of_postgresql")
-    monkeypatch.setattr(finding, "LOCAL_DIRECTORIES", ())
+    monkeypatch.setattr(installation_module, "PACKAGE", "no_such_package_of_postgresql")
+    monkeypatch.setattr(installation_module, "LOCAL_DIRECTORIES", ())
     monkeypatch.setenv("PATH", "/nonexistent")
 
 
@@ -76,13 +76,13 @@ def pid_of(server: EmbeddedServer) -> int:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs; one that only waits to be reaped does not."""
+    """Whether the process runs; a zombie does not."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
     return bool(state.strip()) and not state.startswith("Z")
 
 
 def kill(server: EmbeddedServer) -> None:
-    """kill -9 of the postmaster; returns once it is dead."""
+    """Sends SIGKILL to the postmaster and waits for its end."""
     descriptor = os.pidfd_open(pid := pid_of(server))
     os.kill(pid, signal.SIGKILL)
     select.select([descriptor], [], [])
@@ -90,7 +90,7 @@ def kill(server: EmbeddedServer) -> None:
 
 
 def servers_below(directory: Path) -> list[str]:
-    """Processes that have the directory in their command line."""
+    """Returns the command lines of processes that contain the directory."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -103,14 +103,14 @@ def servers_below(directory: Path) -> list[str]:
 
 
 @contextmanager
-def bystander() -> Iterator[int]:
-    """The number of a living process of the server's account that is no server."""
+def another_process() -> Iterator[int]:
+    """Runs a process of the server's account that is no server; yields its id."""
     account = server_account()
     identity: dict[str, Any] = {"user": account.uid, "group": account.gid, "extra_groups": []} if account else {}
     process = subprocess.Popen(["sleep", "600"], cwd="/", **identity)
     try:
         yield process.pid
-        assert process.poll() is None, "somebody stopped a process that is not the server"
+        assert process.poll() is None, "a process that is not the server was stopped"
     finally:
         process.kill()
         process.wait()
@@ -123,8 +123,8 @@ def rewrite_pid_file(server: EmbeddedServer, line: int, text: str) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
-def installation(directory: Path, banner: str) -> Path:
-    """A bin directory whose programs do nothing but print `banner`."""
+def fake_installation(directory: Path, banner: str) -> Path:
+    """Creates a bin directory whose programs only print `banner`."""
     bin_dir = directory / "bin"
     bin_dir.mkdir(parents=True)
     for program in ("initdb", "pg_ctl", "postgres"):
@@ -136,36 +136,39 @@ def installation(directory: Path, banner: str) -> Path:
 
 
 def slowed(directory: Path) -> Path:
-    """A bin directory whose programs take a moment to begin."""
-    bin_dir = installation(directory / "slow", "")
+    """Creates a bin directory whose programs begin after 0.3 s."""
+    bin_dir = fake_installation(directory / "slow", "")
     for program in ("initdb", "pg_ctl"):
-        (bin_dir / program).write_text(f'#!/bin/sh\nsleep 0.3\nexec {find_programs().bin_dir / program} "$@"\n')
+        (bin_dir / program).write_text(f'#!/bin/sh\nsleep 0.3\nexec {find_installation().bin_dir / program} "$@"\n')
     return bin_dir
 
 
-class TestPrograms:
-    def test_the_package_comes_first_newest_first(self) -> None:
-        assert find_programs().version == 18
-        assert finding.PACKAGE in find_programs().source
+class TestInstallation:
+    def test_the_newest_version_of_the_package_is_preferred(self) -> None:
+        assert find_installation().version == 18
+        assert installation_module.PACKAGE in find_installation().source
 
     @pytest.mark.parametrize("version", [16, 18])
-    def test_a_version_may_be_chosen(self, version: int) -> None:
-        programs = find_programs(version)
-        banner = subprocess.check_output([programs.bin_dir / "postgres", "--version"], text=True)
-        assert programs.version == version
+    def test_a_version_can_be_chosen(self, version: int) -> None:
+        installation = find_installation(version)
+        banner = subprocess.check_output([installation.bin_dir / "postgres", "--version"], text=True)
+        assert installation.version == version
         assert f"(PostgreSQL) {version}" in banner
 
     def test_the_package_is_not_imported(self) -> None:
-        probe = "import sys; from pgcoord_cli.core import programs; programs.find_programs(); print(*sys.modules)"
+        probe = (
+            "import sys; from pgcoord_cli.core.embedded.installation import find_installation;"
+            " find_installation(); print(*sys.modules)"
+        )
         loaded = subprocess.check_output([sys.executable, "-c", probe], text=True).split()
-        assert finding.PACKAGE not in loaded
+        assert installation_module.PACKAGE not in loaded
         assert "psycopg" not in loaded
 
-    @pytest.mark.usefixtures("no_programs")
+    @pytest.mark.usefixtures("no_installation")
     @pytest.mark.parametrize("version", [None, 18])
-    def test_without_any_the_error_says_what_to_install(self, place: Path, version: int | None) -> None:
+    def test_without_an_installation_the_error_says_what_to_install(self, place: Path, version: int | None) -> None:
         with pytest.raises(ServerUnavailable) as caught:
-            find_programs(version)
+            find_installation(version)
         assert "there are no" in caught.value.message
         assert str(version or 15) in caught.value.message
         assert "pip install 'pgcoord[embedded]'" in (caught.value.hint or "")
@@ -174,65 +177,67 @@ class TestPrograms:
             EmbeddedServer(place / "cluster").start()
         assert list(place.iterdir()) == []
 
-    @pytest.mark.usefixtures("no_programs")
-    def test_local_ones_path_first_then_newest(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.usefixtures("no_installation")
+    def test_of_local_installations_the_one_on_the_path_and_then_the_newest_is_preferred(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         for version in (9, 16, 17):
-            installation(place / str(version), f"postgres (PostgreSQL) {version}.2 (Debian)")
-        on_path = installation(place / "path", "postgres (PostgreSQL) 15.13")
-        monkeypatch.setattr(finding, "LOCAL_DIRECTORIES", (f"{place}/[0-9]*/bin",))
-        assert find_programs().version == 17
-        assert find_programs(16).bin_dir == place / "16" / "bin"
+            fake_installation(place / str(version), f"postgres (PostgreSQL) {version}.2 (Debian)")
+        on_path = fake_installation(place / "path", "postgres (PostgreSQL) 15.13")
+        monkeypatch.setattr(installation_module, "LOCAL_DIRECTORIES", (f"{place}/[0-9]*/bin",))
+        assert find_installation().version == 17
+        assert find_installation(16).bin_dir == place / "16" / "bin"
         (place / "linked").mkdir()
         (place / "linked" / "pg_ctl").symlink_to(on_path / "pg_ctl")
         monkeypatch.setenv("PATH", str(place / "linked"))
-        assert (find_programs().version, find_programs().bin_dir) == (15, on_path)
+        assert (find_installation().version, find_installation().bin_dir) == (15, on_path)
 
-    @pytest.mark.usefixtures("no_programs")
-    def test_too_old_or_broken_ones_are_passed_over_and_named(
+    @pytest.mark.usefixtures("no_installation")
+    def test_too_old_or_broken_installations_are_skipped_and_named(
         self, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        old = installation(place / "14", "postgres (PostgreSQL) 14.9")
-        broken = installation(place / "17", "Segmentation fault")
-        monkeypatch.setattr(finding, "LOCAL_DIRECTORIES", (f"{place}/*/bin",))
+        old = fake_installation(place / "14", "postgres (PostgreSQL) 14.9")
+        broken = fake_installation(place / "17", "Segmentation fault")
+        monkeypatch.setattr(installation_module, "LOCAL_DIRECTORIES", (f"{place}/*/bin",))
         with pytest.raises(ServerUnavailable) as caught:
-            find_programs()
+            find_installation()
         assert f"{old} (version 14)" in caught.value.message
         assert f"{broken} (" in caught.value.message
 
     @as_root
-    def test_out_of_reach_they_are_copied_once(
+    def test_an_unreadable_package_is_copied_once(
         self, place: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        cache = self.hide_the_package(place, monkeypatch)
-        half = cache / "postgresql-18-0.0.half-left-by-a-crash"
-        half.mkdir(parents=True)
-        programs = find_programs()
-        version = importlib.metadata.version(finding.PACKAGE)
-        assert programs.bin_dir.is_relative_to(cache / f"postgresql-18-{version}")
-        assert not half.exists()
-        with throw_away_server(programs) as server:
+        cache = self.make_package_private(place, monkeypatch)
+        partial = cache / "postgresql-18-0.0.partial-left-by-a-crash"
+        partial.mkdir(parents=True)
+        installation = find_installation()
+        version = importlib.metadata.version(installation_module.PACKAGE)
+        assert installation.bin_dir.is_relative_to(cache / f"postgresql-18-{version}")
+        assert not partial.exists()
+        with temporary_server(installation) as server:
             assert query(server, "SELECT current_setting('server_version_num')::int / 10000") == 18
-        made = programs.bin_dir.stat().st_ino
-        assert find_programs().bin_dir.stat().st_ino == made
+        made = installation.bin_dir.stat().st_ino
+        assert find_installation().bin_dir.stat().st_ino == made
 
     @as_root
-    def test_a_crash_while_copying_leaves_no_half_copy(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        cache = self.hide_the_package(place, monkeypatch)
+    def test_a_crash_while_copying_leaves_no_partial_copy(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cache = self.make_package_private(place, monkeypatch)
 
         def crash(tree: Path) -> None:
             assert any(tree.rglob("initdb"))
             raise KeyboardInterrupt
 
         with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-            broken.setattr(finding, "_make_readable", crash)
-            find_programs()
+            broken.setattr(installation_module, "_make_readable", crash)
+            find_installation()
         assert [path.name for path in cache.iterdir()] == ["lock"]
-        assert find_programs().bin_dir.is_dir()
+        assert find_installation().bin_dir.is_dir()
 
     @staticmethod
-    def hide_the_package(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """Lets the package be found in a directory that only root can enter; returns the cache for the copies."""
-        spec = importlib.util.find_spec(finding.PACKAGE)
+    def make_package_private(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Puts the package into a directory that only root can enter; returns the cache for the copies."""
+        spec = importlib.util.find_spec(installation_module.PACKAGE)
         assert spec is not None and spec.origin is not None
         package = Path(spec.origin).parent
         closed = place / "closed"
@@ -240,12 +245,12 @@ class TestPrograms:
         for name in (package.name, f"{package.name}.libs"):
             (closed / name).symlink_to(package.parent / name)
         monkeypatch.syspath_prepend(closed)
-        monkeypatch.setattr(finding, "CACHE", place / "cache")
+        monkeypatch.setattr(installation_module, "CACHE", place / "cache")
         return place / "cache"
 
 
 class TestCluster:
-    def test_is_private_durable_and_on_a_socket_only(self, cluster: EmbeddedServer) -> None:
+    def test_a_cluster_is_private_durable_and_on_a_socket_only(self, cluster: EmbeddedServer) -> None:
         assert cluster.start() is True
         assert cluster.start() is False
         settings = ("fsync", "full_page_writes", "synchronous_commit", "listen_addresses", "max_connections")
@@ -262,14 +267,16 @@ class TestCluster:
         assert cluster.log.stat().st_mode & 0o777 == 0o600
 
     @as_root
-    def test_the_data_is_the_accounts_the_rest_is_ours(self, cluster: EmbeddedServer, place: Path) -> None:
+    def test_the_data_belongs_to_the_account_and_all_else_to_the_caller(
+        self, cluster: EmbeddedServer, place: Path
+    ) -> None:
         account = server_account()
         assert account is not None
         cluster.start()
         assert Path(f"/proc/{pid_of(cluster)}").stat().st_uid == account.uid
         assert cluster.data.stat().st_uid == account.uid
         assert {cluster.root.stat().st_uid, cluster.log.stat().st_uid} == {0}
-        assert place.stat().st_mode & 0o777 == 0o711, "what was there before keeps its mode"
+        assert place.stat().st_mode & 0o777 == 0o711, "existing directories keep their modes"
 
     def test_after_an_immediate_stop_the_data_is_recovered(self, cluster: EmbeddedServer) -> None:
         cluster.start()
@@ -283,21 +290,21 @@ class TestCluster:
         assert cluster.stop() is False
 
     @on_linux
-    def test_a_killed_postmaster_whose_sessions_live_on(self, cluster: EmbeddedServer) -> None:
+    def test_a_server_starts_after_a_kill_once_the_old_sessions_have_ended(self, cluster: EmbeddedServer) -> None:
         cluster.start()
         with closing(psycopg.connect(cluster.dsn)) as conn:
             session = conn.info.backend_pid
             os.kill(session, signal.SIGSTOP)
             kill(cluster)
-            # It holds the shared memory of the killed server, and PostgreSQL will not start beside it.
+            # The session holds the shared memory of the killed server, beside which PostgreSQL does not start.
             wake = Timer(0.5, os.kill, (session, signal.SIGCONT))
             wake.start()
             assert cluster.start() is True
             wake.join()
         assert query(cluster, "SELECT 1") == 1
 
-    def test_a_socket_where_nobody_answers(self, cluster: EmbeddedServer) -> None:
-        """The moment after a kill: a child that is still starting holds the listening socket."""
+    def test_a_server_that_listens_but_does_not_answer_is_not_running(self, cluster: EmbeddedServer) -> None:
+        """Just after a kill, a child process that is still starting holds the listening socket."""
         cluster.data.mkdir(parents=True)
         (cluster.data / "postmaster.pid").write_text("1\n" + "\n" * 6 + "ready\n")
         with socket.socket(socket.AF_UNIX) as listener:
@@ -316,10 +323,10 @@ class TestCluster:
         shutil.rmtree(cluster.data)
 
     @on_linux
-    def test_a_process_number_that_is_somebody_elses_by_now(self, cluster: EmbeddedServer) -> None:
+    def test_a_stale_process_id_that_another_process_has_is_ignored(self, cluster: EmbeddedServer) -> None:
         cluster.start()
         kill(cluster)
-        with bystander() as pid:
+        with another_process() as pid:
             rewrite_pid_file(cluster, 0, str(pid))
             assert cluster.is_running() is False
             assert cluster.stop() is False
@@ -330,7 +337,7 @@ class TestCluster:
     def test_stop_never_signals_another_process(self, cluster: EmbeddedServer) -> None:
         cluster.start()
         ours = pid_of(cluster)
-        with bystander() as pid:
+        with another_process() as pid:
             rewrite_pid_file(cluster, 0, str(pid))
             with pytest.raises(PgcoordError, match=f"is process {ours}, but postmaster.pid says {pid}"):
                 cluster.stop()
@@ -339,7 +346,7 @@ class TestCluster:
         assert cluster.stop() is True
         assert not is_alive(ours)
 
-    def test_a_start_that_was_cut_short_is_begun_again(self, cluster: EmbeddedServer) -> None:
+    def test_an_interrupted_start_is_repeated(self, cluster: EmbeddedServer) -> None:
         cluster.start()
         before = pid_of(cluster)
         rewrite_pid_file(cluster, 7, "starting")
@@ -348,7 +355,7 @@ class TestCluster:
         assert pid_of(cluster) != before
         assert not is_alive(before)
 
-    def test_a_crash_in_initdb_leaves_no_half_cluster(
+    def test_a_crash_in_initdb_leaves_no_partial_cluster(
         self, cluster: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def crash(_server: EmbeddedServer, _initdb: Path, directory: Path) -> None:
@@ -359,13 +366,13 @@ class TestCluster:
             broken.setattr(EmbeddedServer, "_initdb", crash)
             cluster.start()
         assert cluster.version() is None
-        left = cluster.root / "data.half-of-a-killed-process"
+        left = cluster.root / "data.partial-of-a-killed-process"
         left.mkdir()
         (left / "PG_VERSION").write_text("18\n")
         assert cluster.start() is True
         assert sorted(path.name for path in cluster.root.iterdir()) == ["data", "lock", "server.log"]
 
-    def test_a_start_that_fails_shows_the_end_of_the_log(self, place: Path) -> None:
+    def test_a_failed_start_shows_the_end_of_the_log(self, place: Path) -> None:
         cluster = EmbeddedServer(place / "cluster", settings={"max_connections": "lots"})
         with pytest.raises(PgcoordError, match='invalid value for parameter "max_connections": "lots"') as caught:
             cluster.start()
@@ -374,22 +381,22 @@ class TestCluster:
         cluster.destroy()
         assert list(place.iterdir()) == []
 
-    def test_data_that_is_no_cluster_is_left_alone(self, place: Path) -> None:
+    def test_a_data_directory_that_is_no_cluster_is_not_changed(self, place: Path) -> None:
         cluster = EmbeddedServer(place / "cluster")
         cluster.data.mkdir(parents=True)
         (cluster.data / "precious").touch()
-        with pytest.raises(PgcoordError, match="is in the way"):
+        with pytest.raises(PgcoordError, match="is not the data directory"):
             cluster.start()
         assert (cluster.data / "precious").exists()
 
-    def test_a_caller_without_programs_can_stop_it(
+    def test_a_caller_without_an_installation_can_stop_a_server(
         self, cluster: EmbeddedServer, request: pytest.FixtureRequest
     ) -> None:
         cluster.start()
-        request.getfixturevalue("no_programs")
+        request.getfixturevalue("no_installation")
         assert cluster.stop() is True
 
-    def test_destroy_keeps_what_is_not_ours(self, cluster: EmbeddedServer) -> None:
+    def test_destroy_keeps_other_files(self, cluster: EmbeddedServer) -> None:
         cluster.start()
         (cluster.root / "notes").touch()
         assert cluster.destroy() is True
@@ -408,7 +415,9 @@ class TestCluster:
         assert shared_memory not in Path("/proc/sysvipc/shm").read_text().split()
 
     @on_linux
-    def test_settings_and_environment_of_the_caller(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_settings_are_applied_and_the_callers_environment_is_not(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         for name, value in {"PGPORT": "1", "PGDATA": "/nonexistent", "PGPASSWORD": "secret"}.items():
             monkeypatch.setenv(name, value)
         cluster = EmbeddedServer(place / "cluster", settings={"work_mem": "7MB", "cluster_name": 'it\'s "two" $words'})
@@ -429,7 +438,7 @@ class TestSocket:
         yield server
         server.destroy()
 
-    def test_a_path_that_just_fits_is_used(self, place: Path) -> None:
+    def test_the_longest_path_that_fits_is_used(self, place: Path) -> None:
         most = postmaster.MAX_SOCKET_PATH - len(os.fsencode(place / "" / "data" / ".s.PGSQL.5432")) - 1
         longest, longer = EmbeddedServer(place / ("x" * most)), EmbeddedServer(place / ("x" * (most + 1)))
         assert longest.socket_directory == longest.data
@@ -441,7 +450,7 @@ class TestSocket:
             longest.destroy()
 
     @pytest.mark.parametrize("name", ['it\'s a $HOME, "50%20"', 'it\'s $HOME; "50%20" ünï'])
-    def test_odd_paths(self, place: Path, name: str) -> None:
+    def test_paths_with_special_characters(self, place: Path, name: str) -> None:
         server = EmbeddedServer(place / name)
         server.start()
         try:
@@ -450,7 +459,7 @@ class TestSocket:
             server.destroy()
         assert list(place.iterdir()) == []
 
-    def test_a_long_path_gets_a_private_directory_that_goes_again(self, distant: EmbeddedServer) -> None:
+    def test_a_long_path_gets_a_private_directory_that_is_removed_again(self, distant: EmbeddedServer) -> None:
         distant.start()
         directory = distant.socket_directory
         assert directory.parent == Path("/tmp")
@@ -466,14 +475,14 @@ class TestSocket:
         distant.destroy()
         assert not directory.exists()
 
-    def test_destroy_removes_it_even_where_programs_are_missing(
+    def test_destroy_removes_the_private_directory_even_without_an_installation(
         self, distant: EmbeddedServer, request: pytest.FixtureRequest
     ) -> None:
         distant.start()
         distant.stop()
         (distant.data / "postmaster.pid").write_text("999999999\n")  # as after a kill
         distant.postmaster.make_socket_directory(server_account())
-        request.getfixturevalue("no_programs")
+        request.getfixturevalue("no_installation")
         assert distant.destroy() is True
         assert not distant.socket_directory.exists()
         assert not distant.root.exists()
@@ -482,7 +491,7 @@ class TestSocket:
         ("mode", "of_the_account"),
         [pytest.param(0o755, True, id="open to all"), pytest.param(0o700, False, id="of root", marks=as_root)],
     )
-    def test_a_directory_that_is_not_the_accounts_alone_is_not_used(
+    def test_a_socket_directory_that_is_not_private_to_the_account_is_not_used(
         self, distant: EmbeddedServer, mode: int, of_the_account: bool
     ) -> None:
         directory, account = distant.socket_directory, server_account()
@@ -490,19 +499,19 @@ class TestSocket:
         try:
             if account and of_the_account:
                 os.chown(directory, account.uid, account.gid)
-            with pytest.raises(PgcoordError, match="is in the way"):
+            with pytest.raises(PgcoordError, match="is not a private directory"):
                 distant.start()
         finally:
             directory.rmdir()
 
 
-class TestThrowAway:
+class TestTemporaryServer:
     @pytest.mark.parametrize("raised", [None, RuntimeError, KeyboardInterrupt])
     def test_leaves_nothing_behind(self, temporary: Path, raised: type[BaseException] | None) -> None:
         seen: list[int] = []
 
         def use() -> None:
-            with throw_away_server() as server:
+            with temporary_server() as server:
                 seen.append(pid_of(server))
                 execute(server, "CREATE TABLE t AS SELECT generate_series(1, 10)")
                 if raised:
@@ -516,28 +525,28 @@ class TestThrowAway:
         assert not is_alive(seen[0])
         assert list(temporary.iterdir()) == []
 
-    def test_leaves_nothing_behind_when_it_was_killed(self, temporary: Path) -> None:
-        with throw_away_server() as server:
+    def test_leaves_nothing_behind_after_a_kill(self, temporary: Path) -> None:
+        with temporary_server() as server:
             kill(server)
         assert list(temporary.iterdir()) == []
 
-    def test_takes_programs_and_settings(self, temporary: Path) -> None:
-        with throw_away_server(find_programs(16), {"work_mem": "7MB"}) as server:
+    def test_takes_an_installation_and_settings(self, temporary: Path) -> None:
+        with temporary_server(find_installation(16), {"work_mem": "7MB"}) as server:
             assert query(server, "SELECT current_setting('server_version_num')::int / 10000") == 16
             assert query(server, "SHOW work_mem") == "7MB"
             assert query(server, "SHOW fsync") == "on"
         assert list(temporary.iterdir()) == []
 
     @on_linux
-    @pytest.mark.parametrize("moment", ["*/data.half-*", "*/data/postmaster.pid", "ready"])
+    @pytest.mark.parametrize("moment", ["*/data.partial-*", "*/data/postmaster.pid", "ready"])
     def test_ctrl_c_leaves_nothing_behind(self, temporary: Path, moment: str) -> None:
-        """A Ctrl-C in initdb, in the start and in the block; then more of them, from somebody impatient."""
+        """A Ctrl-C during initdb, the start or the block, and then several more."""
         slow = slowed(temporary)
         program = (
             "import pathlib, signal\n"
-            "from pgcoord_cli.core.embedded.server import throw_away_server\n"
-            "from pgcoord_cli.core.embedded.installation import Programs\n"
-            f"with throw_away_server(Programs(pathlib.Path({str(slow)!r}), 18, 'slow')) as server:\n"
+            "from pgcoord_cli.core.embedded.server import temporary_server\n"
+            "from pgcoord_cli.core.embedded.installation import Installation\n"
+            f"with temporary_server(Installation(pathlib.Path({str(slow)!r}), 18, 'slow')) as server:\n"
             f"    pathlib.Path({str(temporary)!r}, 'ready').touch()\n"
             "    signal.pause()\n"
         )
@@ -553,23 +562,23 @@ class TestThrowAway:
                     process.wait(0.06)
                     break
                 os.killpg(process.pid, signal.SIGINT)
-            _, said = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=60)
         finally:
             process.kill()
             process.communicate()
-        assert "KeyboardInterrupt" in said
+        assert "KeyboardInterrupt" in err
         assert servers_below(temporary) == []
         assert list(temporary.glob("pgcoord-*")) == []
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_signals_wait_until_cleaning_up_is_done(self, number: signal.Signals) -> None:
+    def test_signals_are_deferred_until_the_clean_up_is_done(self, number: signal.Signals) -> None:
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
         before, reached = signal.signal(number, interrupt), False
-        other = Thread(target=Event().wait, args=(0.2,))  # the system may hand the signal to it
+        other = Thread(target=Event().wait, args=(0.2,))  # the system may deliver the signal to it
         try:
-            with pytest.raises(KeyboardInterrupt), embedded_server._undisturbed():
+            with pytest.raises(KeyboardInterrupt), embedded_server._deferred_signals():
                 other.start()
                 os.kill(os.getpid(), number)
                 other.join()
@@ -580,18 +589,18 @@ class TestThrowAway:
         assert reached
 
     @as_root
-    def test_a_directory_out_of_reach_is_named(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_inaccessible_directory_is_named(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         closed = place / "closed"
         closed.mkdir(mode=0o700)
         monkeypatch.setattr(tempfile, "tempdir", str(closed))
-        with pytest.raises(PgcoordError, match=f"cannot enter {closed}") as caught, throw_away_server():
+        with pytest.raises(PgcoordError, match=f"cannot enter {closed}") as caught, temporary_server():
             pass
         assert "TMPDIR" in (caught.value.hint or "")
         assert list(closed.iterdir()) == []
 
 
 class TestDevRoot:
-    def test_where_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_default_directories(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("PGCOORD_DEV_DIR", raising=False)
         monkeypatch.setenv("XDG_DATA_HOME", "/home/ada/data")
         monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -600,13 +609,13 @@ class TestDevRoot:
         assert embedded_server.dev_root().parts[-3:] == ("pgcoord", "dev", "default")
         assert "/var/lib" not in str(embedded_server.dev_root())
 
-    def test_the_environment_moves_it(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_the_environment_overrides_the_directory(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("PGCOORD_DEV_DIR", "here")
         assert embedded_server.dev_root("two") == tmp_path / "here" / "two"
 
 
-def test_nothing_sleeps() -> None:
-    """Waiting is for events (rule I7)."""
+def test_i7_nothing_sleeps() -> None:
+    """Waits are for events, not for time (rule I7)."""
     assert "sleep(" not in Path(embedded_server.__file__).read_text() + Path(postmaster.__file__).read_text()
-    assert shutil.which("sleep"), "the bystander of these tests needs it"
+    assert shutil.which("sleep"), "the other process of these tests is a sleep"

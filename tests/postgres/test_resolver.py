@@ -24,7 +24,7 @@ from pgcoord_cli.core.commits.recent_commits import RecentCommits
 from pgcoord_cli.core.database.migrations import apply, migration_lock
 from pgcoord_cli.core.database.session import migration_session, open_session
 from pgcoord_cli.core.embedded.installation import Installation
-from pgcoord_cli.core.embedded.server import throw_away_server
+from pgcoord_cli.core.embedded.server import temporary_server
 from pgcoord_cli.core.leader import lease, resolver
 from pgcoord_cli.core.leader.lease import Term
 from pgcoord_cli.core.leader.resolver import Resolver
@@ -675,9 +675,9 @@ def test_a_writer_in_another_database_does_not_hold_the_queue_floor_back(
 
 
 @pytest.mark.usefixtures("always_observing")
-def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(programs: Installation) -> None:
+def test_i3_a_request_of_a_prepared_transaction_is_not_passed_over(installation: Installation) -> None:
     """PREPARE TRANSACTION changes the virtual transaction id that pg_locks shows."""
-    with throw_away_server(programs, {"max_prepared_transactions": "2"}) as server:
+    with temporary_server(installation, {"max_prepared_transactions": "2"}) as server:
         settings = Settings(dsn=server.dsn)
         with (
             migration_session(settings, read_only=False) as (conn, _),

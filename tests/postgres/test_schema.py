@@ -12,8 +12,8 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from pgcoord_cli.core.database.upgrade import upgrade
-from pgcoord_cli.core.embedded.installation import find_programs
-from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.embedded.installation import find_installation
+from pgcoord_cli.core.embedded.server import EmbeddedServer, temporary_server
 from pgcoord_cli.errors import ServerUnavailable
 from pgcoord_cli.settings import Settings
 
@@ -26,10 +26,10 @@ dump_schema = SimpleNamespace(**runpy.run_path(str(REPOSITORY / ".ci" / "dump_sc
 def any_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedServer]:
     """A server of each supported version, independent of `--server-version`."""
     try:
-        programs = find_programs(request.param)
+        installation = find_installation(request.param)
     except ServerUnavailable as error:
         pytest.skip(str(error))
-    with throw_away_server(programs) as running:
+    with temporary_server(installation) as running:
         yield running
 
 

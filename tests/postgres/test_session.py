@@ -23,7 +23,7 @@ from pgcoord_cli.core.database import session
 from pgcoord_cli.core.database.advisory_keys import lock_key
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import Installation, server_account
-from pgcoord_cli.core.embedded.server import EmbeddedServer, throw_away_server
+from pgcoord_cli.core.embedded.server import EmbeddedServer, temporary_server
 from pgcoord_cli.db import connection
 from pgcoord_cli.errors import Busy, ConnectionFailed, PgcoordError, TimedOut, UnsuitableServer, UsageError
 from pgcoord_cli.settings import Settings
@@ -46,9 +46,9 @@ def call(offline: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
 
 
 @pytest.fixture
-def primary(programs: Installation) -> Iterator[EmbeddedServer]:
+def primary(installation: Installation) -> Iterator[EmbeddedServer]:
     """A migrated server for one test, with one key."""
-    with throw_away_server(programs) as running:
+    with temporary_server(installation) as running:
         upgrade(Settings(dsn=running.dsn))
         with psycopg.connect(running.dsn, autocommit=True) as conn:
             conn.execute("INSERT INTO pgcoord.kv VALUES ('key', 'value')")
@@ -56,19 +56,19 @@ def primary(programs: Installation) -> Iterator[EmbeddedServer]:
 
 
 @contextmanager
-def standby_of(primary: EmbeddedServer, programs: Installation) -> Iterator[EmbeddedServer]:
+def standby_of(primary: EmbeddedServer, installation: Installation) -> Iterator[EmbeddedServer]:
     """A streaming standby of the server."""
     with tempfile.TemporaryDirectory(prefix="pgcoord-standby-", dir="/tmp") as name:
         root = Path(name)
         root.chmod(0o711)
-        standby = EmbeddedServer(root, programs)
+        standby = EmbeddedServer(root, installation)
         standby.data.mkdir(mode=0o700)
         identity: dict[str, Any] = {}
         if account := server_account():
             os.chown(standby.data, account.uid, account.gid)
             identity = {"user": account.uid, "group": account.gid, "extra_groups": []}
         subprocess.run(
-            [programs.bin_dir / "pg_basebackup", "--pgdata", standby.data, "--dbname", primary.dsn,
+            [installation.bin_dir / "pg_basebackup", "--pgdata", standby.data, "--dbname", primary.dsn,
              "--write-recovery-conf", "--checkpoint=fast", "--no-sync"],
             cwd="/", check=True, **identity,
         )  # fmt: skip
@@ -90,7 +90,7 @@ def everything(dsn: str) -> list[Any]:
 
 
 def test_i14_on_a_standby_commands_read_and_change_nothing(
-    call: Call, primary: EmbeddedServer, programs: Installation
+    call: Call, primary: EmbeddedServer, installation: Installation
 ) -> None:
     reading = {
         "leader status": 3, "leader history": 0, "leader assert --epoch 1": 6,
@@ -105,7 +105,7 @@ def test_i14_on_a_standby_commands_read_and_change_nothing(
         "kv load /dev/null", "migrate up", "migrate grant --reader postgres", "gc commit-requests", "bench",
     )  # fmt: skip
     before = everything(primary.dsn)
-    with standby_of(primary, programs) as standby:
+    with standby_of(primary, installation) as standby:
         codes = {words: call(*words.split(), "--dsn", standby.dsn).code for words in [*reading, *writing]}
         assert codes == reading | dict.fromkeys(writing, 9)
         answer = call("kv", "set", "key", "other", "-o", "json", "--dsn", standby.dsn)

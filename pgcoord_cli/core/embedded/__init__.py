@@ -1,1 +1,1 @@
-"""A PostgreSQL that comes with pgcoord, for tests, the demo and development."""
+"""A PostgreSQL server for tests, the demo and development, from a package or an installation of the machine."""

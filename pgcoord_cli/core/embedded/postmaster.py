@@ -1,23 +1,23 @@
-"""The server process of a data directory: where it listens, whether it lives, and what a killed one left behind.
+"""The postmaster, the server process of a data directory: its address, whether it runs, and files of a killed one.
 
-**The address** is a Unix socket in the data directory, or in a private directory below /tmp where that path would be
-longer than a socket address can be. It follows from the path of the data directory alone, so that every call finds the
-same one and nothing has to be written down. /tmp is open to all: a directory there that is not private and the server
-account's own is neither used nor removed.
+**The address** is a Unix socket in the data directory or, if that path is longer than a socket address can be, in a
+private directory below /tmp. It follows from the path of the data directory only, so that every call finds the same one
+and nothing has to be stored. All accounts can write to /tmp: a directory there that is not private, or does not belong
+to the server's account, is neither used nor removed.
 
-**Alive or not** is asked at the socket: only a living server of this cluster answers there, and the system says which
-process it is. A `postmaster.pid` proves nothing, as it outlives a killed server and its process number may be somebody
-else's by now. What it does say of a server that answers is whether that takes connections yet.
+**Whether it runs** is tested at the socket: only a running server of this cluster answers there, and the operating
+system gives its process id. A `postmaster.pid` proves nothing, because it outlives a killed server, and its process id
+may belong to another process by then. For a server that answers, it shows whether connections are accepted yet.
 
-**No other process is ever stopped.** It is `pg_ctl` that sends the signals, and it believes postmaster.pid. So a server
-is told to stop only if the process named there is the one that listens; otherwise (it may run in another container,
-where numbers mean something else) nothing is stopped, and the error names both. Nothing in this file sends a signal.
+**No other process is ever stopped.** `pg_ctl` sends the signals, to the process id in postmaster.pid. So a server is
+stopped only if that is the process that listens. Otherwise (it may run in another container, where process ids mean
+something else) nothing is stopped, and the error names both. This file sends no signal.
 
-**What a kill leaves** are the server's children, which go on for a moment and hold its shared memory, and its files.
-A process is one of them if it is named `postgres` and works in this very data directory, which /proc is asked for and
-which is compared by device and inode. They are waited for, not killed: they end by themselves once their postmaster is
-gone. Only when none is left are postmaster.pid and the socket's lock file removed. Where it cannot be told (not on
-Linux, or when the caller may not look) the files stay, and PostgreSQL decides.
+**After a kill** the server's child processes go on for a moment and hold its shared memory, and its files remain. A
+process is one of them if it is named `postgres` and its working directory, by device and inode in /proc, is this data
+directory. They are waited for, not killed: they end by themselves once their postmaster is gone. Only when none is left
+are postmaster.pid and the socket's lock file removed. Where the processes cannot be listed (not on Linux, or without
+the right to) the files stay, and PostgreSQL decides.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from pgcoord_cli.core.embedded.installation import Account, plain_os_errors
+from pgcoord_cli.core.embedded.installation import Account, mapped_os_errors
 from pgcoord_cli.errors import PgcoordError
 
 PORT = 5432
-"""Names the socket file; nothing listens on a network."""
+"""Part of the name of the socket file. The server listens on no network."""
 
 SOCKET_BASE = Path("/tmp")
-"""Not TMPDIR: it has to be short, and the same at the next call."""
+"""Not TMPDIR, because the path has to be short and the same at the next call."""
 
 MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
-"""Bytes in the address of a Unix socket, the final zero not counted."""
+"""Length of the longest address of a Unix socket, in bytes without the final zero."""
 
 _SOCKET = f".s.PGSQL.{PORT}"
 _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
-"""The shortest message that PostgreSQL answers, with one byte, and says nothing about in its log."""
+"""The shortest message that PostgreSQL answers, with one byte, without an entry in its log."""
 
 _PID_LINE, _STATUS_LINE = 0, 7  # of postmaster.pid; the status is starting, ready or stopping
 
 
 @dataclass(frozen=True)
 class Postmaster:
-    """The server process of the data directory `data`, whether there is one or not."""
+    """The server process of the data directory `data`, which need not be running."""
 
     data: Path
 
     @property
     def socket_directory(self) -> Path:
-        """Where the socket is: the data directory, or a short path below /tmp that only depends on it."""
+        """The directory of the socket: the data directory, or a short path below /tmp that only depends on it."""
         path = os.fsencode(self.data / _SOCKET)
         if len(path) <= MAX_SOCKET_PATH and b"," not in path:  # libpq would take a comma for a list of hosts
             return self.data
         return SOCKET_BASE / f"pgcoord-{blake2b(path, digest_size=6).hexdigest()}"
 
     def make_socket_directory(self, account: Account | None) -> None:
-        """Makes the private directory, if one is needed, for the account that the server runs under."""
+        """Creates the account's private directory, if one is needed. Raises PgcoordError if it is not private."""
         directory = self.socket_directory
         if directory == self.data:
             return
@@ -79,60 +79,63 @@ class Postmaster:
             if account:
                 os.chown(directory, account.uid, account.gid)
         if not _is_private(directory, account):
-            raise PgcoordError(f"{directory} is in the way: it is not a private directory of the server's account")
+            raise PgcoordError(
+                f"cannot use {directory} for the socket: it is not a private directory of the server's account",
+                hint="remove it, or use a shorter path for the server's directory",
+            )
 
     def remove_socket_directory(self, account: Account | None) -> None:
-        """Removes the private directory, if there is one and it is the account's."""
+        """Removes the private directory, if there is one and it belongs to the account."""
         if self.socket_directory != self.data and _is_private(self.socket_directory, account):
             shutil.rmtree(self.socket_directory, ignore_errors=True)
 
     def is_ready(self) -> bool:
-        """Whether it lives and takes connections."""
-        return self.listener() is not None and self._file_says(_STATUS_LINE) == "ready"
+        """Returns whether the server runs and accepts connections."""
+        return self.listener() is not None and self._pid_file_line(_STATUS_LINE) == "ready"
 
     def pid(self) -> int | None:
-        """Its process number if it is ready, or None."""
-        return int(self._file_says(_PID_LINE) or 0) or None if self.is_ready() else None
+        """Returns the process id if the server runs and accepts connections, or None."""
+        return int(self._pid_file_line(_PID_LINE) or 0) or None if self.is_ready() else None
 
     def listener(self) -> int | None:
-        """Process that answers at the cluster's socket, 0 where the system does not say which; None if nobody does."""
-        with plain_os_errors(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        """Returns the id of the process that answers at the socket, 0 if unknown, or None without an answer."""
+        with mapped_os_errors(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(5)
             try:
                 probe.connect(str(self.socket_directory / _SOCKET))
                 probe.sendall(_SSL_REQUEST)
-                # A server killed a moment ago may still seem to listen: until its last child has closed the socket.
+                # After a kill, connecting succeeds until the last child process has closed the socket.
                 answered = probe.recv(1)
             except (FileNotFoundError, NotADirectoryError, ConnectionError):
                 return None
-            except BlockingIOError:  # the queue is full
+            except BlockingIOError:  # the server's queue of connections is full
                 return 0
-            except TimeoutError:  # stopped or overloaded, but there
+            except TimeoutError:  # the server is frozen or overloaded, but running
                 return _peer_pid(probe)
             return _peer_pid(probe) if answered else None
 
     def check_pid_file(self, listener: int) -> None:
-        """PgcoordError unless postmaster.pid, which pg_ctl goes by, names the process that listens."""
-        named = self._file_says(_PID_LINE)
+        """Raises PgcoordError unless postmaster.pid, which pg_ctl uses, has the process id of the listener."""
+        named = self._pid_file_line(_PID_LINE)
         if sys.platform == "linux" and str(listener) != named:
             raise PgcoordError(
                 f"the server of {self.data} is process {listener or 'unknown'}, but postmaster.pid says {named}",
-                hint="stop it where it was started, perhaps in another container; here nothing has been stopped",
+                hint="nothing has been stopped; stop the server where it was started, perhaps in another container",
             )
 
     def started_from(self) -> Path:
-        """The directory of the programs that started it last."""
+        """Returns the directory of the programs that the server was started from last."""
         return Path(text_of(self.data / "postmaster.opts").split(' "')[0]).parent
 
     def was_killed(self) -> bool:
-        """Whether one ended without removing its postmaster.pid."""
+        """Returns whether the last server ended without removing its postmaster.pid."""
         return self._file.exists() and self.listener() is None
 
-    def bury(self) -> None:
-        """Waits for the processes that a killed server left, then removes the files with its process number.
+    def remove_stale_files(self) -> None:
+        """Waits for the child processes of a killed server, then removes the files with its process id.
 
-        PostgreSQL does so itself, unless that number is still taken: by another process, or by the dead one in a
-        container where nobody reaps. Then it refuses to start.
+        PostgreSQL does so itself, but refuses to start if the process id is in use: by another process, or by the dead
+        one in a container that reaps no processes.
         """
         processes = _processes_in(self.data)
         if processes is not None and _wait_for_end(processes):
@@ -143,14 +146,15 @@ class Postmaster:
     def _file(self) -> Path:
         return self.data / "postmaster.pid"
 
-    def _file_says(self, line: int) -> str | None:
-        """One line of postmaster.pid, or None."""
+    def _pid_file_line(self, line: int) -> str | None:
+        """Returns one line of postmaster.pid, counted from 0, or None."""
         lines = text_of(self._file).splitlines()
         return lines[line].strip() if len(lines) > line else None
 
 
 def _is_private(directory: Path, account: Account | None) -> bool:
-    """Whether it is there, private and the account's. /tmp is open to all: anybody could have made it."""
+    """Returns whether the directory exists, is private and belongs to the account."""
+    # Not followed if it is a link: any account can create one in /tmp.
     try:
         found = directory.lstat()
     except FileNotFoundError:
@@ -160,7 +164,7 @@ def _is_private(directory: Path, account: Account | None) -> bool:
 
 
 def _peer_pid(connection: socket.socket) -> int:
-    """The process that called listen() on the other side; 0 if it is in another container."""
+    """Returns the id of the process that called listen() on the other side; 0 if it is in another container."""
     if sys.platform != "linux":
         return 0
     pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
@@ -168,7 +172,7 @@ def _peer_pid(connection: socket.socket) -> int:
 
 
 def _processes_in(data: Path) -> list[int] | None:
-    """PostgreSQL processes at work in the data directory; None where that cannot be told (it can on Linux)."""
+    """Returns the PostgreSQL processes whose working directory is `data`, or None if they cannot be listed."""
     if not Path("/proc/self/cwd").exists() or not data.is_dir():
         return None
     here, found = data.stat(), []
@@ -180,15 +184,15 @@ def _processes_in(data: Path) -> list[int] | None:
                 found.append(int(process.name))
         except PermissionError:
             if process.stat().st_uid == here.st_uid:
-                return None  # it may be one of them: root in a container need not be allowed to look
+                return None  # it may be one of them; in a container even root may lack the right to read this
         except (FileNotFoundError, ProcessLookupError):
-            continue  # ended meanwhile
+            continue  # the process has ended meanwhile
     return found
 
 
-def _wait_for_end(processes: Sequence[int], patience: float = 10.0) -> bool:
-    """Whether all the processes ended within `patience` seconds. Returns the moment the last one is gone."""
-    deadline = time.monotonic() + patience
+def _wait_for_end(processes: Sequence[int], timeout: float = 10.0) -> bool:
+    """Waits until all the processes have ended. Returns False after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
     for pid in processes:
         if not hasattr(os, "pidfd_open"):
             return False
@@ -203,8 +207,8 @@ def _wait_for_end(processes: Sequence[int], patience: float = 10.0) -> bool:
 
 
 def text_of(path: Path) -> str:
-    """What the file holds, nothing if it is not there; PgcoordError if it may not be read."""
-    with plain_os_errors():
+    """Returns the text of a file, empty if it does not exist. Raises PgcoordError if it cannot be read."""
+    with mapped_os_errors():
         try:
             return path.read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):

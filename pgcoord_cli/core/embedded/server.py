@@ -1,21 +1,21 @@
-"""A PostgreSQL server of one's own, for trying things on: found, created, started, stopped, removed.
+"""Embedded servers: PostgreSQL servers for development, tests and the demo, created, started, stopped and removed.
 
-**Programs and account** are the matter of `core.embedded.installation`: as root, the server runs as an unprivileged account, and the
-data belongs to that account.
+**Installation and account** are found by `core.embedded.installation`. If root calls, the server runs as an
+unprivileged account, and the data belongs to that account.
 
 **A cluster** is one directory:
 
-    <root>/             entered by its owner alone; as root, the account may pass through it
-    ├── lock            held with flock by whoever starts, stops or removes
-    ├── server.log      what initdb, pg_ctl and the server said
-    ├── data/           the data directory, 0700, of the account
-    └── data.half-*     not yet a data directory, or no longer one: what a crash left; the next start removes it
+    <root>/             only its owner can read it; if root calls, the account can pass through it
+    ├── lock            held with flock during a start, a stop and a removal
+    ├── server.log      the output of initdb, pg_ctl and the server
+    ├── data/           the data directory, mode 0700, owned by the account
+    └── data.partial-*  incomplete data directories that a crash left; the next start removes them
 
-`data` is made under another name and renamed once initdb is through, so that it is either whole or not there.
-Durability is on: what is promised to survive a crash does so here too.
+`data` is created under another name and renamed once initdb has succeeded, so that it is complete or does not exist.
+Durability is on: what survives a crash elsewhere does so here too.
 
-**The process**, its socket and what is left of a killed one are the matter of `core.embedded.postmaster`: a cluster asks there
-whether its server lives before anything is done, and has the dead one's files cleared away before it starts the next.
+**The process**, its socket and the files of a killed one are the task of `core.embedded.postmaster`. A cluster checks
+there whether its server runs before it does anything, and removes a killed server's files before it starts the next.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from pgcoord_cli.core.embedded.installation import (
     Account,
     Installation,
     account_name,
-    check_reach,
+    check_access,
     environment,
-    find_programs,
+    find_installation,
     has_programs,
     identity,
     locked,
     make_directories,
+    mapped_os_errors,
     open_private,
-    plain_os_errors,
     server_account,
 )
 from pgcoord_cli.core.embedded.postmaster import PORT, Postmaster, text_of
@@ -55,16 +55,16 @@ from pgcoord_cli.errors import PgcoordError
 ROOT_BASE = Path("/var/lib/pgcoord")
 
 SETTINGS = {"fsync": "on", "max_connections": "200", "max_prepared_transactions": "20"}
-PATIENCE = 60
-"""Seconds that pg_ctl waits for a start (crash recovery included) or a stop."""
+TIMEOUT_SECONDS = 60
+"""How long pg_ctl waits for a start, including crash recovery, or a stop."""
 
-_HALF = "data.half-"
+_PARTIAL = "data.partial-"
 
 StopMode = Literal["fast", "immediate"]
 
 
 class Description(NamedTuple):
-    """What there is to say of a server. `dsn`, `pid` and `source`, the directory of its programs, if it runs."""
+    """The state of a server. While it is down, `dsn`, `pid` and `source`, the directory of its programs, are None."""
 
     running: bool
     version: int | None
@@ -77,11 +77,11 @@ class Description(NamedTuple):
 
 @dataclass(frozen=True)
 class EmbeddedServer:
-    """The cluster in `root`, an absolute path that need not exist yet.
+    """The server of the cluster in `root`, an absolute path that need not exist yet.
 
-    `given` are the programs to use; else those that fit the data, and for new data the best there are. `settings`
-    come on top of SETTINGS at every start. Methods raise ServerUnavailable without programs, and otherwise
-    PgcoordError with the last lines of the log.
+    `given` is the installation to use; by default one of the data's version, and for new data the preferred one.
+    `settings` override SETTINGS at every start. Methods raise ServerUnavailable if there is no installation, and
+    otherwise PgcoordError with the last lines of the log.
     """
 
     root: Path
@@ -89,9 +89,9 @@ class EmbeddedServer:
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def programs(self) -> Installation:
-        """The installation of PostgreSQL that runs this cluster."""
-        return self.given or find_programs(self.version())
+    def installation(self) -> Installation:
+        """The installation of PostgreSQL for this cluster."""
+        return self.given or find_installation(self.version())
 
     @property
     def data(self) -> Path:
@@ -100,38 +100,39 @@ class EmbeddedServer:
 
     @property
     def log(self) -> Path:
-        """Everything that initdb, pg_ctl and the server say, of all starts."""
+        """The output of initdb, pg_ctl and the server, of all starts."""
         return self.root / "server.log"
 
     @property
     def postmaster(self) -> Postmaster:
-        """The server's process, whether there is one or not."""
+        """The server's process, which need not be running."""
         return Postmaster(self.data)
 
     @property
     def socket_directory(self) -> Path:
-        """Where the server listens, on a Unix socket only."""
+        """The directory of the Unix socket on which the server listens."""
         return self.postmaster.socket_directory
 
     @property
     def dsn(self) -> str:
-        """The connection string, whether the server runs or not: a URI, because a URI has no spaces to quote."""
+        """The connection string, also while the server is down."""
+        # A URI, because it has no spaces that a shell command would have to quote.
         return f"postgresql://postgres@/postgres?host={quote(os.fsencode(self.socket_directory))}&port={PORT}"
 
     def version(self) -> int | None:
-        """Major version that the data belongs to, or None if there is no data yet."""
+        """Returns the major version of the data, or None if there is no data."""
         return int(text_of(self.data / "PG_VERSION") or 0) or None
 
     def is_running(self) -> bool:
-        """Whether the server lives and takes connections."""
+        """Returns whether the server runs and accepts connections."""
         return self.postmaster.is_ready()
 
     def postmaster_pid(self) -> int | None:
-        """Process number of the running server, or None."""
+        """Returns the process id of the running server, or None."""
         return self.postmaster.pid()
 
     def describe(self) -> Description:
-        """What there is to say about the server. Starts and changes nothing."""
+        """Returns the state of the server. Starts and changes nothing."""
         running = self.is_running()
         return Description(
             running=running,
@@ -144,44 +145,47 @@ class EmbeddedServer:
         )
 
     def start(self) -> bool:
-        """Makes the server run and take connections, on a new cluster if there is none; False if it did already."""
+        """Starts the server, on a new cluster if there is none; returns False if it runs already.
+
+        On return the server accepts connections.
+        """
         if self.is_running():
             return False
-        programs = self.programs  # found before anything is made
-        with plain_os_errors(), self._exclusive():
-            if self.is_running():  # another start was faster
+        installation = self.installation  # before anything is created, because it may raise
+        with mapped_os_errors(), self._exclusive():
+            if self.is_running():  # another process has started it meanwhile
                 return False
-            self._stop("fast")  # one whose start or stop was cut short
+            self._stop("fast")  # a server whose start or stop was interrupted runs, but accepts no connections
             if self.version() is None:
-                self._create(programs)
-            self._launch(programs)
+                self._create(installation)
+            self._launch(installation)
             return True
 
     def stop(self, mode: StopMode = "fast") -> bool:
-        """Stops the server; False if it did not run. After `immediate` the next start does crash recovery."""
-        with plain_os_errors():
+        """Stops the server; returns False if it is not running. `immediate` is like a crash of the server."""
+        with mapped_os_errors():
             if not self.root.is_dir():
                 return False
             with self._exclusive():
                 return self._stop(mode)
 
     def destroy(self) -> bool:
-        """Stops the server and removes its data, log and directory; False if there was no data."""
-        with plain_os_errors():
+        """Stops the server and removes its data, log and directory. Returns False if there was no data."""
+        with mapped_os_errors():
             if not self.root.is_dir():
                 return False
             with self._exclusive():
                 if self.postmaster.was_killed():
-                    self.postmaster.bury()
-                    # Only PostgreSQL itself can free what a killed server left in the system's shared memory.
+                    self.postmaster.remove_stale_files()
+                    # Only PostgreSQL itself can free the system's shared memory of a killed server, at its next start.
                     with suppress(PgcoordError):
-                        self._launch(self.programs)
+                        self._launch(self.installation)
                 self._stop("immediate")
                 self.postmaster.remove_socket_directory(self._account())
                 existed = self._remove_data()
                 self.log.unlink(missing_ok=True)
                 self._lock.unlink()
-            with suppress(OSError):  # the user keeps something else in it
+            with suppress(OSError):  # the directory has other files
                 self.root.rmdir()
             return existed
 
@@ -191,7 +195,8 @@ class EmbeddedServer:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Within the block nobody else starts, stops or removes this cluster; waits for its turn."""
+        """Excludes other starts, stops and removals of this cluster within the block, waiting for them."""
+        # Repeated, because a removal that held the lock has removed the locked file.
         while True:
             self._make_root()
             with locked(self._lock) as held:
@@ -200,38 +205,42 @@ class EmbeddedServer:
                     return
 
     def _make_root(self) -> None:
+        """Creates the cluster's directory. Raises PgcoordError if it belongs to another account or is inaccessible."""
         account = self._account()
-        check_reach(self.root, account)
+        check_access(self.root, account)
         make_directories(self.root, 0o711 if account else 0o700)
         owner = self.root.stat().st_uid
         if owner != os.geteuid():
             raise PgcoordError(
                 f"{self.root} belongs to another account: {account_name(owner)}",
-                hint="call pgcoord as that account, or let PGCOORD_DEV_DIR name a directory of your own",
+                hint="run pgcoord as that account, or set PGCOORD_DEV_DIR to a directory of your own",
             )
 
     def _account(self) -> Account | None:
-        """Whom the data belongs to, or will."""
+        """Returns the account that owns the data, or will own it; None if this process runs the server directly."""
         account = server_account()
         if account is None or not self.data.is_dir():
             return account
         owner = self.data.stat()
         return Account(account_name(owner.st_uid), owner.st_uid, owner.st_gid) if owner.st_uid else account
 
-    def _launch(self, programs: Installation) -> None:
-        self.postmaster.bury()
+    def _launch(self, installation: Installation) -> None:
+        self.postmaster.remove_stale_files()
         self.postmaster.make_socket_directory(self._account())
-        self._pg_ctl(programs.bin_dir, "start", "-o", shlex.join(self._server_options()))
+        self._pg_ctl(installation.bin_dir, "start", "-o", shlex.join(self._server_options()))
 
-    def _create(self, programs: Installation) -> None:
-        self._remove_halves()
+    def _create(self, installation: Installation) -> None:
+        self._remove_partial()
         if self.data.exists():
-            raise PgcoordError(f"{self.data} is in the way: it is not the data of a PostgreSQL server")
-        fresh = Path(tempfile.mkdtemp(prefix=_HALF, dir=self.root))
+            raise PgcoordError(
+                f"cannot create {self.data}: it exists and is not the data directory of a PostgreSQL server",
+                hint="remove or rename it, or use another name or directory",
+            )
+        fresh = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.root))
         try:
             if account := self._account():
                 os.chown(fresh, account.uid, account.gid)
-            self._initdb(programs.bin_dir / "initdb", fresh)
+            self._initdb(installation.bin_dir / "initdb", fresh)
             fresh.rename(self.data)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -241,13 +250,14 @@ class EmbeddedServer:
         try:
             self._run(initdb, [*words, "--locale=C.UTF-8"], directory)
         except PgcoordError as error:
+            # Not every system has C.UTF-8.
             if "invalid locale" not in error.message:
                 raise
             self._run(initdb, [*words, "--locale=C"], directory)
 
     def _server_options(self) -> Iterator[str]:
         directory = str(self.socket_directory).replace('"', '""')
-        # Quoted, because the setting is a list, which a comma in the path would split.
+        # Quoted, because the setting is a list that a comma in the path would split.
         address = {"listen_addresses": "", "unix_socket_directories": f'"{directory}"', "port": str(PORT)}
         for name, value in (SETTINGS | dict(self.settings) | address).items():
             yield from ("-c", f"{name}={value}")
@@ -262,15 +272,13 @@ class EmbeddedServer:
         return True
 
     def _pg_ctl(self, bin_dir: Path, action: str, *words: str) -> None:
-        self._run(bin_dir / "pg_ctl", [action, "--wait", f"--timeout={PATIENCE}", *words], self.data)
+        self._run(bin_dir / "pg_ctl", [action, "--wait", f"--timeout={TIMEOUT_SECONDS}", *words], self.data)
 
     def _run(self, program: Path, words: Sequence[str], data: Path) -> None:
-        """Runs a program to its end as the account; PgcoordError with what it wrote to the log if it fails.
-
-        A Ctrl-C comes through when it has ended: whoever cleans up then finds the server up or down, not on its way.
-        The data directory goes by PGDATA: pg_ctl hands its option to a shell, which would read a `$` in the path.
-        """
-        with open_private(self.log) as log, _undisturbed():
+        """Runs a program to its end as the account. Raises PgcoordError with what it wrote to the log if it fails."""
+        # Signals are deferred until it has ended, so that clean-up finds the server either up or down. The data
+        # directory is passed in PGDATA: pg_ctl passes its option to a shell, which would expand a `$` in the path.
+        with open_private(self.log) as log, _deferred_signals():
             before = log.seek(0, os.SEEK_END)
             done = subprocess.run(
                 [program, *words], cwd="/", env=environment() | {"PGDATA": str(data)}, check=False,
@@ -281,84 +289,83 @@ class EmbeddedServer:
             raise PgcoordError(f"{program.name} failed; {self.log} ends with:\n{_tail(self.log, before)}")
 
     def _stopping_programs(self) -> Path:
-        """Those that it was started from, because the caller's own may be of another version."""
+        """Returns the directory of the programs that the server was started from."""
+        # The caller's own installation may be of another version.
         started_from = self.postmaster.started_from()
-        return started_from if has_programs(started_from) else self.programs.bin_dir
+        return started_from if has_programs(started_from) else self.installation.bin_dir
 
     def _remove_data(self) -> bool:
         existed = self.data.exists()
         if existed:
-            # Renamed first: a crash half-way must not leave half a cluster under the name of a whole one.
-            self.data.rename(self.root / f"{_HALF}{os.getpid()}")
-        self._remove_halves()
+            # Renamed first, so that a crash during the removal leaves no partial cluster under the final name.
+            self.data.rename(self.root / f"{_PARTIAL}{os.getpid()}")
+        self._remove_partial()
         return existed
 
-    def _remove_halves(self) -> None:
-        for half in self.root.glob(f"{_HALF}*"):
-            shutil.rmtree(half, ignore_errors=True)
+    def _remove_partial(self) -> None:
+        for partial in self.root.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
-def throw_away_server(
-    programs: Installation | None = None, settings: Mapping[str, str] | None = None
+def temporary_server(
+    installation: Installation | None = None, settings: Mapping[str, str] | None = None
 ) -> Iterator[EmbeddedServer]:
-    """A server on a new cluster in a temporary directory; stopped and removed, also when the block raises.
+    """Starts a server on a new cluster in a temporary directory; removes both at the end, also if the block raises.
 
-    A process that is to end well on SIGTERM has to turn it into an exception.
+    A process that may get SIGTERM has to turn it into an exception, or the server stays.
     """
     root = Path(tempfile.mkdtemp(prefix="pgcoord-"))
     try:
         if server_account():
             root.chmod(0o711)  # the account has to pass through
-        server = EmbeddedServer(root, programs, settings or {})
+        server = EmbeddedServer(root, installation, settings or {})
         try:
             server.start()
             yield server
         finally:
-            with _undisturbed():
+            with _deferred_signals():
                 server.destroy()
     finally:
-        with _undisturbed():
+        with _deferred_signals():
             shutil.rmtree(root, ignore_errors=True)
 
 
 def dev_root(name: str = "default") -> Path:
-    """Where `pgcoord dev` keeps the cluster of that name; PGCOORD_DEV_DIR moves all of them."""
+    """Returns the directory of the `pgcoord dev` cluster of that name. PGCOORD_DEV_DIR is the parent of all of them."""
     if chosen := os.environ.get("PGCOORD_DEV_DIR"):
         return Path(chosen).expanduser().absolute() / name
     if os.geteuid() == 0:
-        return ROOT_BASE / "dev" / name  # not below /root, where the server's account cannot go
+        return ROOT_BASE / "dev" / name  # not below /root, which the server's account cannot enter
     from platformdirs import user_data_path
 
     return user_data_path("pgcoord") / "dev" / name
 
 
 def _tail(log: Path, offset: int, lines: int = 10) -> str:
-    """The last lines of what was written to the log after `offset` bytes."""
+    """Returns the last lines that were written to the log after `offset` bytes."""
     with log.open("rb") as file:
         file.seek(offset)
         text = file.read().decode(errors="replace")
-    return "\n".join(f"  {line}" for line in text.splitlines()[-lines:] if line.strip()) or "  (it said nothing)"
+    return "\n".join(f"  {line}" for line in text.splitlines()[-lines:] if line.strip()) or "  (no output)"
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keeps Ctrl-C and SIGTERM waiting until the block is through.
-
-    By handlers and not by a mask: with other threads about, a mask of this one only moves the signal to them, and
-    Python then interrupts the main thread all the same. Other threads are never interrupted.
-    """
+def _deferred_signals() -> Iterator[None]:
+    """Defers SIGINT and SIGTERM until the end of the block. Outside the main thread, which gets them, does nothing."""
+    # By handlers and not by a mask: a mask of this thread only makes the system deliver the signal to another thread,
+    # and Python then interrupts the main thread all the same.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard: list[int] = []
+    received: list[int] = []
     try:
         with ExitStack() as restored:
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    handler = signal.signal(number, lambda number, _: heard.append(number))
+                    handler = signal.signal(number, lambda number, _: received.append(number))
                     restored.callback(signal.signal, number, handler)
             yield
     finally:
-        if heard:
-            signal.raise_signal(heard[0])
+        if received:
+            signal.raise_signal(received[0])
