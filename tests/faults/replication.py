@@ -22,19 +22,19 @@ Sql = psycopg.Connection[Any]
 
 
 @contextmanager
-def standby_of(primary: EmbeddedServer, programs: Installation) -> Iterator[EmbeddedServer]:
+def standby_of(primary: EmbeddedServer, installation: Installation) -> Iterator[EmbeddedServer]:
     """A streaming standby of a server."""
     with tempfile.TemporaryDirectory(prefix="pgcoord-standby-", dir="/tmp") as name:
         root = Path(name)
         root.chmod(0o711)
-        standby = EmbeddedServer(root, programs)
+        standby = EmbeddedServer(root, installation)
         standby.data.mkdir(mode=0o700)
         identity: dict[str, Any] = {}
         if account := server_account():
             os.chown(standby.data, account.uid, account.gid)
             identity = {"user": account.uid, "group": account.gid, "extra_groups": []}
         subprocess.run(
-            [programs.bin_dir / "pg_basebackup", "--pgdata", standby.data, "--dbname", primary.dsn,
+            [installation.bin_dir / "pg_basebackup", "--pgdata", standby.data, "--dbname", primary.dsn,
              "--write-recovery-conf", "--checkpoint=fast", "--no-sync"],
             cwd="/", check=True, **identity,
         )  # fmt: skip
@@ -98,9 +98,9 @@ class Pair:
 
 
 @contextmanager
-def a_pair(programs: Installation) -> Iterator[Pair]:
+def a_pair(installation: Installation) -> Iterator[Pair]:
     """A primary and a standby that follows it."""
-    with temporary_server(programs) as primary, standby_of(primary, programs) as standby:
+    with temporary_server(installation) as primary, standby_of(primary, installation) as standby:
         pair = Pair(primary, standby)
         try:
             yield pair

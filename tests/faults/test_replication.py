@@ -31,8 +31,8 @@ WAITING = """
 
 
 @pytest.fixture
-def pair(programs: Installation) -> Iterator[Pair]:
-    with a_pair(programs) as pair:
+def pair(installation: Installation) -> Iterator[Pair]:
+    with a_pair(installation) as pair:
         upgrade(Settings(dsn=pair.primary.dsn))
         yield pair
 
