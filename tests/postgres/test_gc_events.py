@@ -18,8 +18,9 @@ from psycopg.sql import SQL, Identifier
 
 from pgcoord_cli.core.database import grants
 from pgcoord_cli.core.database.session import command_session
+from pgcoord_cli.core.events.event_iterator import tail
 from pgcoord_cli.core.events.outbox import COMPLETION, LEASE, OUTBOXES, Outbox
-from pgcoord_cli.core.events.tail import StartPosition, tail
+from pgcoord_cli.core.events.tail import StartPosition
 from pgcoord_cli.core.gc import CollectedEvents, collect_events, count_events
 from pgcoord_cli.errors import CursorExpired
 from pgcoord_cli.settings import Settings
@@ -209,7 +210,7 @@ def test_a_subscription_of_another_outbox_or_without_a_position_keeps_nothing(
 
 def tailed(settings: Settings, outbox: Outbox, position: int) -> list[int]:
     start = StartPosition.position(position)
-    return [event.event_id for event in tail(settings, outbox.noun, start=start, follow=False)]
+    return [event.event_id for event in tail(outbox.noun, settings.dsn, start=start, follow=False)]
 
 
 @both

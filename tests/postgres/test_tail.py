@@ -26,6 +26,7 @@ from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.embedded.server import EmbeddedServer, StopMode
 from pgcoord_cli.core.events import tail as tail_module
 from pgcoord_cli.core.events.cursor import from_cursor, to_cursor
+from pgcoord_cli.core.events.event_iterator import tail
 from pgcoord_cli.core.events.outbox import (
     COMPLETION,
     LEASE,
@@ -36,7 +37,7 @@ from pgcoord_cli.core.events.outbox import (
     append_completion_event,
     append_lease_event,
 )
-from pgcoord_cli.core.events.tail import BATCH_LIMIT, GAP_LIMIT, Batch, Filters, Notice, StartPosition, Tail, tail
+from pgcoord_cli.core.events.tail import BATCH_LIMIT, GAP_LIMIT, Batch, Filters, Notice, StartPosition, Tail
 from pgcoord_cli.core.events.tail_connection import WAKEUP_REQUEST_SECONDS, TailConnection
 from pgcoord_cli.core.gc import collect_events
 from pgcoord_cli.errors import ConnectionFailed, CursorExpired, PgcoordError, SchemaMissing, UsageError
@@ -719,7 +720,7 @@ def test_i10_from_a_time_delivers_events_of_open_transactions_below_the_first_vi
 def test_a_cursor_ahead_of_the_head_is_a_usage_error(sql: Conn, settings: Settings) -> None:
     write(sql, 3)
     with pytest.raises(UsageError, match=f"{to_cursor(4)} is ahead of the outbox, which ends at {to_cursor(3)}"):
-        list(tail(settings, "lease", start=StartPosition.position(4), follow=False))
+        list(tail("lease", settings.dsn, start=StartPosition.position(4), follow=False))
 
 
 # -- where it ends
@@ -819,7 +820,7 @@ def test_outcomes_of_completion_events_are_filtered_too(sql: Conn, settings: Set
     for outcome in ("success", "failed", "success"):
         append_completion_event(sql, uuid4(), outcome)
     wanted = Filters(kinds=frozenset({"success"}))
-    events = list(tail(settings, "completion", start=StartPosition.beginning(), follow=False, filters=wanted))
+    events = list(tail("completion", settings.dsn, start=StartPosition.beginning(), follow=False, filters=wanted))
     assert [(event.event_id, event.kind) for event in events] == [(1, "success"), (3, "success")]
 
 
@@ -846,7 +847,7 @@ def test_i10_an_expired_cursor_is_refused_with_the_cursor_to_resume_from(setting
         assert (caught.value.exit_code, to_cursor(position) in caught.value.message) == (8, True)
     assert caught.value.hint
     resume = StartPosition.position(from_cursor(caught.value.hint.split()[-1], "hint"))
-    assert [event.event_id for event in tail(settings, "lease", start=resume, follow=False)] == kept
+    assert [event.event_id for event in tail("lease", settings.dsn, start=resume, follow=False)] == kept
 
 
 def test_i10_a_tail_at_a_gap_whose_events_are_deleted_raises_cursor_expired(
@@ -1137,9 +1138,9 @@ def test_a_statement_that_is_cancelled_is_tried_again(sql: Conn, start_reader: S
 
 def test_an_error_of_the_first_connection_is_raised(settings: Settings, empty_settings: Settings) -> None:
     with pytest.raises(SchemaMissing):
-        next(tail(empty_settings, "lease"))
+        next(tail("lease", empty_settings.dsn))
     with pytest.raises(ConnectionFailed):
-        next(tail(Settings(dsn="host=/nowhere"), "lease"))
+        next(tail("lease", "host=/nowhere"))
 
 
 # -- what is delivered
@@ -1147,7 +1148,7 @@ def test_an_error_of_the_first_connection_is_raised(settings: Settings, empty_se
 
 def test_unknown_types_and_ids_that_are_not_uuids_are_delivered_unchanged(sql: Conn, settings: Settings) -> None:
     write(sql, execution_id="job 7 \u00e4\n", event_type="teleported", lease_id="", namespace="", partition_key=-1)
-    (event,) = tail(settings, "lease", start=StartPosition.beginning(), follow=False)
+    (event,) = tail("lease", settings.dsn, start=StartPosition.beginning(), follow=False)
     assert isinstance(event, LeaseEvent)
     assert event[:4] == (1, "job 7 \u00e4\n", "", "teleported")
     assert (event.kind, event.partition_key, event.namespace, event.instance_tag) == ("teleported", -1, "", None)
@@ -1159,7 +1160,7 @@ def test_the_values_of_a_completion_event_are_those_that_were_written(sql: Conn,
     append_completion_event(
         sql, execution, "odd", flow_id=flow, partition_key=3, namespace="n", instance_tag="t", occurred_at=then
     )
-    (event,) = tail(settings, "completion", start=StartPosition.beginning(), follow=False)
+    (event,) = tail("completion", settings.dsn, start=StartPosition.beginning(), follow=False)
     assert isinstance(event, CompletionEvent)
     written = (1, str(execution), str(flow), "odd", round(then.timestamp() * 1000), 3, "n", "t")
     assert event[:-1] == written
@@ -1170,7 +1171,7 @@ def test_the_two_outboxes_are_separate(sql: Conn, settings: Settings) -> None:
     append_lease_event(sql, "job", "acquired")
     append_completion_event(sql, uuid4(), "success")
     append_completion_event(sql, uuid4(), "failed")
-    counts = {noun: len(list(tail(settings, noun, start=StartPosition.beginning(), follow=False)))
+    counts = {noun: len(list(tail(noun, settings.dsn, start=StartPosition.beginning(), follow=False)))
               for noun in ("lease", "completion")}  # fmt: skip
     assert counts == {"lease": 1, "completion": 2}
 
@@ -1178,15 +1179,15 @@ def test_the_two_outboxes_are_separate(sql: Conn, settings: Settings) -> None:
 def test_i10_the_cursor_of_any_event_resumes_after_it(sql: Conn, settings: Settings) -> None:
     write(sql, 3)
     gap_and_event(sql)
-    events = list(tail(settings, "lease", start=StartPosition.beginning(), follow=False))
+    events = list(tail("lease", settings.dsn, start=StartPosition.beginning(), follow=False))
     for place, event in enumerate(events, start=1):
         start = StartPosition.position(from_cursor(event.cursor, "--from"))
-        assert list(tail(settings, "lease", start=start, follow=False)) == events[place:]
+        assert list(tail("lease", settings.dsn, start=start, follow=False)) == events[place:]
 
 
 def test_a_closed_tail_closes_its_connection(sql: Conn, settings: Settings) -> None:
     write(sql)
-    with closing(tail(settings, "lease", start=StartPosition.beginning())) as events:  # type: ignore[type-var]
+    with tail("lease", settings.dsn, start=StartPosition.beginning()) as events:
         assert next(events).event_id == 1
         pid = tail_pid(sql)
     until(lambda: not sql.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone())

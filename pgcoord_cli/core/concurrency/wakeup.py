@@ -42,6 +42,10 @@ class Wakeup:
             while os.read(self._reader, 4096):
                 pass
 
+    def __del__(self) -> None:
+        # For an iterator that its caller drops, as a loop over it does at `break`.
+        self.close()
+
     def close(self) -> None:
         """Closes the pipe; repeated calls do nothing."""
         descriptors, self._reader, self._writer = (self._reader, self._writer), -1, -1

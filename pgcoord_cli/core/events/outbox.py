@@ -37,6 +37,7 @@ from psycopg.rows import tuple_row
 
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.db.sqlfiles import sql
+from pgcoord_cli.errors import UsageError
 
 LEASE_EVENT_TYPES = frozenset({"acquired", "renewed", "expired", "reclaimed", "revoked"})
 OUTCOMES = frozenset({"success", "failed", "cancelled", "skipped"})
@@ -109,6 +110,13 @@ class Outbox(NamedTuple):
 LEASE = Outbox("lease", "lease_events", LeaseEvent, LEASE_EVENT_TYPES)
 COMPLETION = Outbox("completion", "completion_events", CompletionEvent, OUTCOMES)
 OUTBOXES = {outbox.noun: outbox for outbox in (LEASE, COMPLETION)}
+
+
+def outbox_named(noun: str) -> Outbox:
+    """Returns the outbox of this name, `lease` or `completion`. Raises UsageError for any other."""
+    if noun not in OUTBOXES:
+        raise UsageError(f"outbox: {noun!r} is not one of {', '.join(OUTBOXES)}")
+    return OUTBOXES[noun]
 
 
 def append_lease_event(

@@ -1,8 +1,12 @@
 """Tails: read an outbox from a cursor on, for as long as the caller wants, and miss no event (rule I10).
 
-    for event in tail(settings, "completion", start=StartPosition.position(stored)):
-        handle(event)
-        stored = event.event_id
+    with closing(Tail(settings, COMPLETION, start=StartPosition.position(stored))) as tail:
+        for batch in tail.batches():
+            handle(batch.events)
+            stored = batch.position
+
+Programs use `tail` (`core.events.event_iterator`) or `tail_async` (`core.events.async_tail`), which iterate over single
+events.
 
 **One round** reads the events after the position. While a read returns a full batch, the next one follows at once, at
 the pace of the caller; at most one batch is in memory. When a read returns the last visible event, the tail requests
@@ -44,8 +48,9 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import Any, NamedTuple
@@ -55,8 +60,8 @@ from psycopg import Connection
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.channels import POLL_SECONDS
-from pgcoord_cli.core.events.cursor import to_cursor
-from pgcoord_cli.core.events.outbox import OUTBOXES, Event, Outbox
+from pgcoord_cli.core.events.cursor import from_cursor, to_cursor
+from pgcoord_cli.core.events.outbox import Event, Outbox
 from pgcoord_cli.core.events.tail_connection import (
     BlockingTransaction,
     Bounds,
@@ -120,6 +125,11 @@ class StartPosition(NamedTuple):
         return cls("position", event_id)
 
     @classmethod
+    def cursor(cls, cursor: str) -> StartPosition:
+        """The first event after a cursor, as events carry it and `pgcoord tail` prints it. Raises UsageError."""
+        return cls("position", from_cursor(cursor, "cursor"))
+
+    @classmethod
     def time(cls, when: datetime | timedelta) -> StartPosition:
         """The first event inserted at or after a time; a timedelta counts back from the server's clock."""
         if isinstance(when, timedelta):
@@ -128,13 +138,25 @@ class StartPosition(NamedTuple):
         return cls("time", max(0, round(when.timestamp() * 1000)))
 
 
-class Filters(NamedTuple):
-    """Which events a tail delivers. An empty set passes every event; any other passes events whose value is in it."""
+@dataclass(frozen=True)
+class Filters:
+    """Which events a tail delivers. An empty set passes every event; any other passes events whose value is in it.
 
-    partitions: frozenset[int] = frozenset()
-    namespaces: frozenset[str] = frozenset()
-    instance_tags: frozenset[str] = frozenset()
-    kinds: frozenset[str] = frozenset()
+    `kinds` are event types or outcomes. Any collection is taken, and kept as a frozenset. Raises UsageError for text
+    in place of a collection of texts.
+    """
+
+    partitions: Collection[int] = frozenset()
+    namespaces: Collection[str] = frozenset()
+    instance_tags: Collection[str] = frozenset()
+    kinds: Collection[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            values = getattr(self, each.name)
+            if isinstance(values, str):
+                raise UsageError(f"filters: {each.name}={values!r} is not a set", hint=f"write {{{values!r}}}")
+            object.__setattr__(self, each.name, frozenset(values))
 
     def passes(self, event: Event) -> bool:
         """Returns whether the event passes every filter."""
@@ -187,27 +209,6 @@ def ignore_notice(_notice: Notice) -> None:
     """Default `report`: ignores notices."""
 
 
-def tail(
-    settings: Settings,
-    outbox: str,
-    *,
-    start: StartPosition = NOW,
-    filters: Filters = EVERYTHING,
-    follow: bool = True,
-    report: ReportNotice = ignore_notice,
-) -> Iterator[Event]:
-    """Yields the events of an outbox, `lease` or `completion`, in ascending order; without end if `follow`.
-
-    Raises ConnectionFailed, SchemaMissing and UnsuitableServer before the first event, UsageError if `start` lies
-    beyond the last event, and CursorExpired if garbage collection has deleted events after the position. A connection
-    that is lost later is reported to `report` and reopened.
-    """
-    one = Tail(settings, OUTBOXES[outbox], start=start, filters=filters, follow=follow, report=report)
-    with closing(one) as reader:
-        for batch in reader.batches():
-            yield from batch.events
-
-
 class Tail:
     """One reader of an outbox. `batches` blocks; `stop` may be called from a signal handler or another thread."""
 
@@ -253,7 +254,10 @@ class Tail:
     def batches(self) -> Iterator[Batch]:
         """Yields batches until `stop`, the end, or, without `follow`, until the tail has caught up.
 
-        The first batch is empty and holds the position at which the tail starts. Raises what `tail` raises.
+        The first batch is empty and holds the position at which the tail starts. Raises ConnectionFailed, SchemaMissing
+        and UnsuitableServer before that, UsageError if the start lies beyond the last event, and CursorExpired if
+        garbage collection has deleted events after the position. A connection that is lost later is reported and
+        reopened.
         """
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while not self._stopping:
