@@ -130,4 +130,4 @@ def count_events(conn: Connection[Any], outbox: Outbox, older_than: float) -> Co
 
 
 def _oldest_event(conn: Connection[Any], outbox: Outbox) -> tuple[datetime | None, str | None]:
-    return conn.execute(sql("gc", f"oldest_{outbox.noun}_event")).fetchone() or (None, None)
+    return conn.execute(sql("gc", "oldest_event", outbox=outbox.table)).fetchone() or (None, None)

@@ -13,6 +13,8 @@ Object names are unqualified: the session's `search_path` names the schema (`ses
 statement that also runs on a connection of the caller, whose `search_path` pgcoord must not change, writes its tables
 as `{schema}.table`; `sql` fills the placeholder with the quoted name of the schema. It names functions, operators and
 types of PostgreSQL in full, since the caller's `search_path` may hold others of the same names.
+
+A statement that serves both outboxes writes the table as `{outbox}` and its name, as a text, as `{outbox_name}`.
 """
 
 from __future__ import annotations
@@ -22,9 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from psycopg.sql import SQL, Identifier
-
-SCHEMA_PLACEHOLDER = "{schema}"
+from psycopg.sql import SQL, Composable, Identifier, Literal
 
 _HEADER = re.compile(r"^-- name: (\w+)\n-- (.+)\n", re.MULTILINE)
 
@@ -53,12 +53,23 @@ def statements(noun: str) -> dict[str, NamedStatement]:
 
 
 @cache
-def sql(noun: str, name: str, *, schema: str | None = None) -> str:
+def sql(noun: str, name: str, *, schema: str | None = None, outbox: str | None = None) -> str:
     """Returns the text of one statement, ready for a raw cursor.
 
-    `schema` fills the statement's placeholder `{schema}`; it must be given exactly if the statement has one.
+    `schema` and `outbox`, a table's name, fill the placeholders; each must be given exactly if the statement has it.
     """
     text = statements(noun)[name].text
-    if (schema is not None) != (SCHEMA_PLACEHOLDER in text):
-        raise ValueError(f"{noun}.{name}: `schema` is for statements with {SCHEMA_PLACEHOLDER}, and needed there")
-    return text if schema is None else SQL(text).format(schema=Identifier(schema)).as_string(None)
+    for given, placeholder in ((schema, "{schema}"), (outbox, "{outbox}")):
+        if (given is not None) != (placeholder in text):
+            raise ValueError(f"{noun}.{name}: {placeholder} must be given exactly where the statement has it")
+    return fill(text, schema, outbox) if schema or outbox else text
+
+
+def fill(text: str, schema: str | None, outbox: str | None) -> str:
+    """Fills the placeholders of a statement with quoted names."""
+    names: dict[str, Composable] = {}
+    if schema:
+        names |= {"schema": Identifier(schema)}
+    if outbox:
+        names |= {"outbox": Identifier(outbox), "outbox_name": Literal(outbox)}
+    return SQL(text).format(**names).as_string(None)

@@ -104,18 +104,11 @@ SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bi
        count(*) < $3::integer OR NOT bool_and(is_over) AS is_last
   FROM oldest;
 
--- name: oldest_lease_event
--- The insertion time of the oldest stored lease event, and the subscription with the lowest position.
-SELECT (SELECT to_timestamp(committed_at_ms / 1000.0) FROM lease_events ORDER BY event_id LIMIT 1) AS oldest_kept,
+-- name: oldest_event
+-- The insertion time of the oldest stored event, and the subscription with the lowest position.
+SELECT (SELECT to_timestamp(committed_at_ms / 1000.0) FROM {outbox} ORDER BY event_id LIMIT 1) AS oldest_kept,
        (SELECT subscription_name FROM subscriptions
-         WHERE outbox = 'lease_events' AND last_position < (SELECT max(event_id) FROM lease_events)
-         ORDER BY last_position LIMIT 1) AS furthest_behind;
-
--- name: oldest_completion_event
--- The insertion time of the oldest stored completion event, and the subscription with the lowest position.
-SELECT (SELECT to_timestamp(committed_at_ms / 1000.0) FROM completion_events ORDER BY event_id LIMIT 1) AS oldest_kept,
-       (SELECT subscription_name FROM subscriptions
-         WHERE outbox = 'completion_events' AND last_position < (SELECT max(event_id) FROM completion_events)
+         WHERE outbox = {outbox_name} AND last_position < (SELECT max(event_id) FROM {outbox})
          ORDER BY last_position LIMIT 1) AS furthest_behind;
 
 -- name: count_lease_events

@@ -33,17 +33,11 @@ SELECT setval(($1::text || '_wake_until')::regclass,
 SELECT setval(($1::text || '_wake_until')::regclass, 1) AS wake_until
  WHERE pg_sequence_last_value(($1::text || '_wake_until')::regclass) = $2::bigint;
 
--- name: lease_bounds
--- The highest visible id of a lease event, and the id up to which garbage collection has deleted.
-SELECT greatest((SELECT max(event_id) FROM lease_events), collected_through) AS head, collected_through
+-- name: bounds
+-- The highest visible id of an event, and the id up to which garbage collection has deleted.
+SELECT greatest((SELECT max(event_id) FROM {outbox}), collected_through) AS head, collected_through
   FROM outbox_floors
- WHERE outbox = 'lease_events';
-
--- name: completion_bounds
--- The highest visible id of a completion event, and the id up to which garbage collection has deleted.
-SELECT greatest((SELECT max(event_id) FROM completion_events), collected_through) AS head, collected_through
-  FROM outbox_floors
- WHERE outbox = 'completion_events';
+ WHERE outbox = {outbox_name};
 
 -- name: blocking_transactions
 -- The open transactions that may still commit events of an outbox: session or prepared transaction, and since when.
@@ -60,46 +54,24 @@ SELECT held.pid, coalesce(activity.application_name, prepared.gid) AS applicatio
    AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
  ORDER BY since NULLS LAST;
 
--- name: lease_gaps
--- The ranges of ids between two positions that no visible lease event has.
+-- name: gaps
+-- The ranges of ids between two positions that no visible event has.
 SELECT previous + 1 AS first_id, event_id - 1 AS last_id
   FROM (SELECT event_id, lag(event_id, 1, $1::bigint) OVER (ORDER BY event_id) AS previous
-          FROM (SELECT event_id FROM lease_events WHERE event_id > $1::bigint AND event_id <= $2::bigint
+          FROM (SELECT event_id FROM {outbox} WHERE event_id > $1::bigint AND event_id <= $2::bigint
                  UNION ALL SELECT $2::bigint + 1) AS seen) AS pairs
  WHERE event_id > previous + 1
  ORDER BY first_id;
 
--- name: completion_gaps
--- The ranges of ids between two positions that no visible completion event has.
-SELECT previous + 1 AS first_id, event_id - 1 AS last_id
-  FROM (SELECT event_id, lag(event_id, 1, $1::bigint) OVER (ORDER BY event_id) AS previous
-          FROM (SELECT event_id FROM completion_events WHERE event_id > $1::bigint AND event_id <= $2::bigint
-                 UNION ALL SELECT $2::bigint + 1) AS seen) AS pairs
- WHERE event_id > previous + 1
- ORDER BY first_id;
-
--- name: lease_first_at
--- The first lease event inserted at or after a time in milliseconds since 1970; a negative number counts back from now.
+-- name: first_at
+-- The first event inserted at or after a time in milliseconds since 1970; a negative number counts back from now.
 SELECT event_id
-  FROM lease_events
+  FROM {outbox}
  WHERE committed_at_ms >= $1::bigint
        + CASE WHEN $1::bigint < 0 THEN (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE 0 END
  ORDER BY event_id
  LIMIT 1;
 
--- name: completion_first_at
--- The first completion event inserted at or after a time in milliseconds since 1970; a negative number counts back from now.
-SELECT event_id
-  FROM completion_events
- WHERE committed_at_ms >= $1::bigint
-       + CASE WHEN $1::bigint < 0 THEN (extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE 0 END
- ORDER BY event_id
- LIMIT 1;
-
--- name: lease_count
--- The number of lease events after a position.
-SELECT count(*) AS events FROM lease_events WHERE event_id > $1::bigint;
-
--- name: completion_count
--- The number of completion events after a position.
-SELECT count(*) AS events FROM completion_events WHERE event_id > $1::bigint;
+-- name: count
+-- The number of events after a position.
+SELECT count(*) AS events FROM {outbox} WHERE event_id > $1::bigint;

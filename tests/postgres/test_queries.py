@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 from psycopg.pq import ExecStatus
-from psycopg.sql import SQL, Identifier
 
 import pgcoord_cli
-from pgcoord_cli.db.sqlfiles import SCHEMA_PLACEHOLDER, NamedStatement, sql_root, statements
+from pgcoord_cli.db.sqlfiles import NamedStatement, fill, sql_root, statements
 from pgcoord_cli.db.sqlfiles import sql as statement_text
 
 PACKAGE = Path(pgcoord_cli.__file__).parent
@@ -130,15 +129,11 @@ EXPECTED = {
     "tail.open_transactions": Shape("text", "open_transactions text[]"),
     "tail.request_wakeups": Shape("text, integer", "wake_until bigint"),
     "tail.cancel_wakeups": Shape("text, bigint", "wake_until bigint"),
-    "tail.lease_bounds": Shape("", "head bigint, collected_through bigint"),
-    "tail.completion_bounds": Shape("", "head bigint, collected_through bigint"),
+    "tail.bounds": Shape("", "head bigint, collected_through bigint"),
     "tail.blocking_transactions": Shape("text", "pid integer, application text, since timestamptz"),
-    "tail.lease_gaps": Shape("bigint, bigint", "first_id bigint, last_id bigint"),
-    "tail.completion_gaps": Shape("bigint, bigint", "first_id bigint, last_id bigint"),
-    "tail.lease_first_at": Shape("bigint", "event_id bigint"),
-    "tail.completion_first_at": Shape("bigint", "event_id bigint"),
-    "tail.lease_count": Shape("bigint", "events bigint"),
-    "tail.completion_count": Shape("bigint", "events bigint"),
+    "tail.gaps": Shape("bigint, bigint", "first_id bigint, last_id bigint"),
+    "tail.first_at": Shape("bigint", "event_id bigint"),
+    "tail.count": Shape("bigint", "events bigint"),
     "subscriptions.acquire": Shape("text, text", "fence bigint, last_position bigint, outbox text"),
     "subscriptions.save": Shape("text, bigint, bigint", "is_saved boolean"),
     "subscriptions.checkpoint": Shape("text", "outbox text, last_position bigint"),
@@ -149,8 +144,7 @@ EXPECTED = {
     "gc.delete_completion_events": Shape(
         "bigint, bigint, integer, bigint", "deleted bigint, last_id bigint, is_last boolean"
     ),
-    "gc.oldest_lease_event": Shape("", "oldest_kept timestamptz, furthest_behind text"),
-    "gc.oldest_completion_event": Shape("", "oldest_kept timestamptz, furthest_behind text"),
+    "gc.oldest_event": Shape("", "oldest_kept timestamptz, furthest_behind text"),
     "gc.count_lease_events": Shape("double precision", "deletable bigint"),
     "gc.count_completion_events": Shape("double precision", "deletable bigint"),
     "commits.enqueue": Shape(
@@ -295,13 +289,15 @@ def every_statement() -> Iterator[tuple[str, NamedStatement]]:
 
 
 def test_every_statement_has_the_expected_types(sql: psycopg.Connection[Any]) -> None:
-    found = {name: shape(sql, name, in_schema(statement.text)) for name, statement in every_statement()}
+    found = {name: shape(sql, name, filled(statement.text)) for name, statement in every_statement()}
     assert found == EXPECTED
 
 
-def in_schema(text: str) -> str:
-    """The statement with the schema of the tests in its placeholder, if it has one."""
-    return SQL(text).format(schema=Identifier("pgcoord")).as_string(None) if SCHEMA_PLACEHOLDER in text else text
+def filled(text: str) -> str:
+    """The statement with the placeholders that it has: the schema of the tests, and one of the outboxes."""
+    schema = "pgcoord" if "{schema}" in text else None
+    outbox = "completion_events" if "{outbox}" in text else None
+    return fill(text, schema, outbox) if schema or outbox else text
 
 
 def shape(conn: psycopg.Connection[Any], name: str, text: str) -> Shape:
@@ -338,8 +334,10 @@ def test_a_schema_enters_a_statement_as_a_quoted_name() -> None:
 def test_a_statement_that_names_its_schema_is_never_used_without_one() -> None:
     with pytest.raises(ValueError, match=r"outbox\.append_lease_event"):
         statement_text("outbox", "append_lease_event")
-    with pytest.raises(ValueError, match=r"tail\.lease_bounds"):
-        statement_text("tail", "lease_bounds", schema="pgcoord")
+    with pytest.raises(ValueError, match=r"tail\.open_transactions"):
+        statement_text("tail", "open_transactions", schema="pgcoord")
+    with pytest.raises(ValueError, match=r"tail\.bounds"):
+        statement_text("tail", "bounds")
 
 
 def test_i12_no_statement_takes_a_time_from_a_client() -> None:

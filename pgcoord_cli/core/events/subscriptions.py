@@ -178,7 +178,7 @@ def set_position(conn: Connection[Any], schema: str, name: str, position: int, *
 def _check_end(conn: Connection[Any], table: str | None, position: int) -> None:
     for outbox in OUTBOXES.values():
         if outbox.table == table:
-            head, _ = conn.execute(sql("tail", f"{outbox.noun}_bounds")).fetchone() or (0, 0)
+            head, _ = conn.execute(sql("tail", "bounds", outbox=outbox.table)).fetchone() or (0, 0)
             if position > head:
                 raise UsageError(f"{to_cursor(position)} lies beyond the end of {table}, which is {to_cursor(head)}")
 

@@ -518,9 +518,9 @@ def lag_document(conn: Connection[Any], outbox: Outbox, position: int) -> dict[s
     Raises what `check_position` raises.
     """
     with mapped_errors():
-        bounds = Bounds(*(conn.execute(sql("tail", f"{outbox.noun}_bounds")).fetchone() or (0, 0)))
+        bounds = Bounds(*(conn.execute(sql("tail", "bounds", outbox=outbox.table)).fetchone() or (0, 0)))
         check_position(position, bounds)
-        (waiting,) = conn.execute(sql("tail", f"{outbox.noun}_count"), [position]).fetchone() or (0,)
+        (waiting,) = conn.execute(sql("tail", "count", outbox=outbox.table), [position]).fetchone() or (0,)
     holders = [holder._asdict() for holder in list_blocking_transactions(conn, outbox)]
     return {
         "outbox": outbox.table,

@@ -167,7 +167,7 @@ class TailConnection:
         return sql("tail", f"{self._outbox.noun}_events"), [int8(position), int4(limit)]
 
     def _bounds(self) -> BoundStatement:
-        return sql("tail", f"{self._outbox.noun}_bounds"), []
+        return sql("tail", "bounds", outbox=self._outbox.table), []
 
     def _events(self, rows: list[tuple[Any, ...]]) -> list[Event]:
         # NamedTuple._make would also check the length of each row, which doubles the time; the SQL fixes it.
@@ -193,7 +193,7 @@ class TailConnection:
             [
                 # Before the gaps: a transaction that ends in between has made its events visible to the second.
                 (sql("tail", "open_transactions"), [self._table]),
-                (sql("tail", f"{self._outbox.noun}_gaps"), [int8(after), int8(position)]),
+                (sql("tail", "gaps", outbox=self._outbox.table), [int8(after), int8(position)]),
             ]
         )
         return [(first, last) for first, last in gaps] if open_transactions[0][0] else []
@@ -203,7 +203,7 @@ class TailConnection:
 
         `milliseconds` counts from 1970-01-01 UTC; a negative number counts back from the server's clock.
         """
-        row = self._fetchone(sql("tail", f"{self._outbox.noun}_first_at"), [milliseconds])
+        row = self._fetchone(sql("tail", "first_at", outbox=self._outbox.table), [milliseconds])
         return row[0] if row else None
 
     def _fetchone(self, statement: str, values: Sequence[Any]) -> tuple[Any, ...] | None:
