@@ -39,6 +39,7 @@ from pgcoord_cli.core.events.outbox import (
     append_lease_event,
 )
 from pgcoord_cli.db.sqlfiles import sql as statement
+from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, value
 
@@ -531,8 +532,30 @@ def test_an_append_that_postgresql_refuses_says_so(service: Conn, sql: Conn) -> 
     with pytest.raises(InvalidTextRepresentation):
         append_completion_event(service, "not a uuid", "success")
     with pytest.raises(NotNullViolation):
-        append_lease_event(service, "job", None)  # type: ignore[arg-type]
+        append_lease_event(service, "job", "acquired", partition_key=None)  # type: ignore[arg-type]
     assert stored(sql, LEASE) == stored(sql, COMPLETION) == []
+
+
+@pytest.mark.parametrize("columns", [{"kind": "success"}, {"schema": "a.b"}, {"schema": 'x"; DROP TABLE kv; --'}])
+def test_an_append_that_makes_no_sense_is_refused_before_the_transaction_fails(
+    service: Conn, sql: Conn, columns: dict[str, Any]
+) -> None:
+    with service.transaction():
+        with pytest.raises(UsageError):
+            append_lease_event(service, "job", columns.pop("kind", "acquired"), **columns)
+        assert append(service, LEASE) == 1
+    assert stored(sql, LEASE) == [1]
+
+
+@both
+def test_an_append_goes_to_the_schema_of_the_environment_where_none_is_given(
+    sql: Conn, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch, outbox: Outbox
+) -> None:
+    monkeypatch.setenv("PGCOORD_SCHEMA", elsewhere.schema)
+    assert append(sql, outbox, schema="pgcoord") == 1
+    append(sql, outbox)
+    assert append(sql, outbox) == 2, "the second one of the schema elsewhere"
+    assert stored(sql, outbox) == [1]
 
 
 # -- two schemas

@@ -266,6 +266,36 @@ def test_a_schema_that_was_not_migrated_is_told(settings: Settings) -> None:
         acquire_leadership(settings.dsn, "mailer", schema="elsewhere")
 
 
+def test_what_is_left_out_comes_from_the_environment(
+    settings: Settings, sql: Conn, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
+    monkeypatch.setenv("PGCOORD_SCHEMA", ELSEWHERE)
+    with acquire_leadership(None, "mailer") as owner, acquire_leadership(None, "mailer", schema="pgcoord"):
+        owner.checkpoint.save(4)
+    with acquire_leadership(psycopg.connect(settings.dsn), "another"):
+        pass
+    assert value(sql, f"SELECT array_agg(subscription_name ORDER BY subscription_name) FROM {ELSEWHERE}.subscriptions") == [
+        "another",
+        "mailer",
+    ]
+    assert value(sql, f"SELECT last_position FROM {ELSEWHERE}.subscriptions WHERE subscription_name = 'mailer'") == 4
+
+
+@pytest.mark.parametrize("schema", ["", "Upper", "a.b", 'x"; DROP TABLE kv; --', "pg_catalog"])
+def test_a_schema_that_cannot_be_one_is_a_usage_error(settings: Settings, schema: str) -> None:
+    with psycopg.connect(settings.dsn) as conn:
+        for target in (settings.dsn, conn):
+            with pytest.raises(UsageError, match="schema: "):
+                acquire_leadership(target, "mailer", schema=schema)
+        assert not conn.closed, "nothing was done with it"
+
+
+def test_a_target_that_is_no_connection_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="target: dict"):
+        acquire_leadership({"host": "localhost"}, "mailer")  # type: ignore[arg-type]
+
+
 def test_a_server_that_went_down_is_trouble_for_all_that_an_owner_does(
     own_server: EmbeddedServer, own_settings: Settings
 ) -> None:

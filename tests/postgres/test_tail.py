@@ -1158,11 +1158,11 @@ def test_the_values_of_a_completion_event_are_those_that_were_written(sql: Conn,
     execution, flow = uuid4(), uuid4()
     then = datetime(2026, 1, 31, 12, tzinfo=UTC)
     append_completion_event(
-        sql, execution, "odd", flow_id=flow, partition_key=3, namespace="n", instance_tag="t", occurred_at=then
+        sql, execution, "skipped", flow_id=flow, partition_key=3, namespace="n", instance_tag="t", occurred_at=then
     )
     (event,) = tail("completion", settings.dsn, start=StartPosition.beginning(), follow=False)
     assert isinstance(event, CompletionEvent)
-    written = (1, str(execution), str(flow), "odd", round(then.timestamp() * 1000), 3, "n", "t")
+    written = (1, str(execution), str(flow), "skipped", round(then.timestamp() * 1000), 3, "n", "t")
     assert event[:-1] == written
     assert event.committed_at_ms > event.occurred_at_ms
 

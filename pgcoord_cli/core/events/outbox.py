@@ -38,6 +38,7 @@ from psycopg.rows import tuple_row
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import UsageError
+from pgcoord_cli.settings import resolve_schema
 
 LEASE_EVENT_TYPES = frozenset({"acquired", "renewed", "expired", "reclaimed", "revoked"})
 OUTCOMES = frozenset({"success", "failed", "cancelled", "skipped"})
@@ -129,11 +130,16 @@ def append_lease_event(
     namespace: str | None = None,
     instance_tag: str | None = None,
     occurred_at: datetime | None = None,
-    schema: str = "pgcoord",
+    schema: str | None = None,
 ) -> int:
-    """Inserts a lease event in the current transaction of `conn` and returns its event id.
+    """Inserts a lease event in the transaction that `conn` is in, and returns its event id.
 
-    `event_type` is one of LEASE_EVENT_TYPES. `occurred_at` defaults to the server's clock. Raises psycopg's errors.
+    `conn` is a connection of the caller, in any state that takes an INSERT. Nothing about it is changed: neither its
+    factories, nor its settings, nor its transaction. `event_type` is one of LEASE_EVENT_TYPES. `occurred_at` is the
+    server's clock by default; `schema` is PGCOORD_SCHEMA or `pgcoord` by default.
+
+    Raises UsageError for a schema that cannot be one and an unknown event type, before anything is sent, and psycopg's
+    own errors, so that a caller's handling of serialisation failures works here too.
     """
     labels = partition_key, namespace, instance_tag
     return _append(conn, schema, LEASE, execution_id, lease_id, event_type, labels, occurred_at)
@@ -149,24 +155,27 @@ def append_completion_event(
     namespace: str | None = None,
     instance_tag: str | None = None,
     occurred_at: datetime | None = None,
-    schema: str = "pgcoord",
+    schema: str | None = None,
 ) -> int:
-    """Inserts a completion event in the current transaction of `conn` and returns its event id.
+    """Inserts a completion event in the transaction that `conn` is in, and returns its event id.
 
-    `outcome` is one of OUTCOMES. `occurred_at` defaults to the server's clock. Raises psycopg's errors.
+    `execution_id` and `flow_id` are UUIDs, `outcome` is one of OUTCOMES. Everything else is as for
+    `append_lease_event`.
     """
     labels = partition_key, namespace, instance_tag
     return _append(conn, schema, COMPLETION, execution_id, flow_id, outcome, labels, occurred_at)
 
 
 def _append(
-    conn: Connection[Any], schema: str, outbox: Outbox, execution_id: UUID | str, link: UUID | str | None, kind: str,
+    conn: Connection[Any], schema: str | None, outbox: Outbox, execution_id: UUID | str, link: UUID | str | None, kind: str,
     labels: tuple[int, str | None, str | None], occurred_at: datetime | None,
 ) -> int:  # fmt: skip
     # None lets the statement read the server's clock: no decision about time depends on this machine's (rule I12).
+    if kind not in outbox.kinds:
+        raise UsageError(f"{kind!r} is not one of {', '.join(sorted(outbox.kinds))}")
     milliseconds = None if occurred_at is None else round(occurred_at.timestamp() * 1000)
     values = [str(execution_id), None if link is None else str(link), kind, *labels, milliseconds]
-    statement = sql("outbox", f"append_{outbox.noun}_event", schema=schema)
+    statement = sql("outbox", f"append_{outbox.noun}_event", schema=resolve_schema(schema))
     # The caller's connection keeps its cursor and row factories: both are chosen for this one cursor.
     row = RawCursor(conn, row_factory=tuple_row).execute(statement, values).fetchone()
     assert row is not None

@@ -1,10 +1,10 @@
 """Owning a name: at most one owner at a time, by an advisory lock and nothing else.
 
-    with acquire_leadership(dsn, "billing") as leadership:
-        for event in source(leadership.checkpoint.load()):
+    with acquire_leadership(None, "billing") as owner:
+        for event in source(owner.checkpoint.load()):
             with service.transaction():
                 project(service, event)
-                leadership.checkpoint.save(event.position, service)
+                owner.checkpoint.save(event.position, service)
 
 **The lock** is taken at once or not at all (LockNotAcquired), over a connection of its own that is not a pool's, and is
 held as long as that connection lives: through a crash, a `kill -9` or an ended session it is free again at once.
@@ -24,11 +24,13 @@ that share one are found out (KeyCollision) rather than kept from each other for
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import psycopg
 from psycopg import Connection, RawCursor
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row, tuple_row
 
 from pgcoord_cli.core.database.advisory_keys import LockHolder, lock_holder, lock_key
@@ -44,7 +46,7 @@ from pgcoord_cli.errors import (
     LockNotAcquired,
     UsageError,
 )
-from pgcoord_cli.settings import Settings
+from pgcoord_cli.settings import Settings, resolve_arguments
 
 MAX_NAME = 200
 """Characters."""
@@ -57,17 +59,25 @@ def check_name(name: str, option: str) -> str:
     return name
 
 
-def acquire_leadership(target: str | Connection[Any], subscription_name: str, *, schema: str = "pgcoord") -> Ownership:
-    """Owns the name from now on, over a new connection to the DSN or over a connection that is handed over for this.
+def acquire_leadership(
+    target: str | Connection[Any] | None, subscription_name: str, *, schema: str | None = None
+) -> Ownership:
+    """Acquires the ownership of a name, at once or not at all.
 
-    Raises LockNotAcquired at once when somebody else owns it, CoordinationError when the database is in trouble, and
-    UnsuitableServer, SchemaMissing, KeyCollision.
+    `target` is a connection string of libpq; None for that of PGCOORD_DSN or libpq's environment; or a psycopg
+    connection that serves nothing else from now on: it is put into autocommit, keeps the lock, and is closed by
+    `release`, and if this function raises. `schema` is that of the cluster, PGCOORD_SCHEMA or `pgcoord` by default.
+
+    Raises LockNotAcquired if the name has another owner; CoordinationError if the database cannot be reached or fails,
+    which says nothing about owners; UsageError for a malformed argument, UnsuitableServer (a standby, a transaction
+    pooler), SchemaMissing, SchemaUnknown, PermissionDenied, KeyCollision.
     """
     check_name(subscription_name, "subscription_name")
+    settings = resolve_arguments(target if isinstance(target, str) else None, schema)
     try:
-        conn = _session(target, schema)
+        conn = _session(target, settings)
         try:
-            take_lock(conn, schema, subscription_name)
+            take_lock(conn, settings.schema, subscription_name)
             fence = draw_fence(conn, subscription_name, None)[0]
         except BaseException:
             conn.close()
@@ -76,13 +86,18 @@ def acquire_leadership(target: str | Connection[Any], subscription_name: str, *,
         raise CoordinationError(translate(error).message) from error
     except ConnectionFailed as error:
         raise CoordinationError(error.message, hint=error.hint) from error
-    return Ownership(conn, subscription_name, fence, schema)
+    return Ownership(conn, subscription_name, fence, settings.schema)
 
 
-def _session(target: str | Connection[Any], schema: str) -> Connection[Any]:
-    if isinstance(target, str):
-        return open_session(Settings(dsn=target, dsn_source="dsn", schema=schema), "leadership", writes=True)
-    return adopt_session(target, Settings(schema=schema), writes=True)
+def _session(target: str | Connection[Any] | None, settings: Settings) -> Connection[Any]:
+    if target is None or isinstance(target, str):
+        return open_session(settings, "leadership", writes=True)
+    if not isinstance(target, Connection):
+        raise UsageError(f"target: {type(target).__name__} is not a connection string or a psycopg.Connection")
+    # The check for a pooler opens connections of its own: to the server of the target, not that of the environment.
+    password = {"password": target.info.password} if target.info.password else {}
+    address = make_conninfo(target.info.dsn, **password)
+    return adopt_session(target, replace(settings, dsn=address, dsn_source="the connection"), writes=True)
 
 
 def subscription_lock(schema: str, name: str) -> int:
