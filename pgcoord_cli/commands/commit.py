@@ -64,8 +64,9 @@ def show(
     wanted = _request_id(request_id)
     with session.command_session(settings, "commit show", writes=False) as conn:
         request = requests.find_request(conn, wanted)
-    if request is None:
-        raise _absent(wanted)
+        if request is None:
+            raise _absent(wanted)
+        requests.confirm(conn, request)
     out.document(request._asdict())
 
 

@@ -92,6 +92,10 @@ SELECT lease.epoch, request.request_id, request.status, request.commit_version, 
     ON request.request_id = ANY ($1::uuid[]) AND (request.status <> 'pending' OR $2::boolean)
  WHERE lease.id = 1;
 
+-- name: needs_barrier
+-- Whether commits on this server are to be confirmed by standbys; on a standby, what is visible has been confirmed by it.
+SELECT current_setting('synchronous_standby_names') <> '' AND NOT pg_is_in_recovery() AS needs_barrier;
+
 -- name: barrier
 -- Writes a message to the WAL and commits it as durably as an acknowledged commit: when it returns, every commit that was visible before is as durable (rule I16).
 SELECT set_config('synchronous_commit',

@@ -191,6 +191,31 @@ def test_i16_a_leader_that_waits_for_a_standby_can_be_stopped(
     play(settings, scenario)
 
 
+@pytest.mark.slow
+def test_i16_commit_show_waits_for_the_standby_and_then_says_that_the_outcome_is_unknown(
+    pair: Pair, settings: Settings, start_leader: StartLeader, cli: Any
+) -> None:
+    start_leader("first", "--ttl", "60s", settings=settings).wait_for("elected epoch 1")
+    pair.confirm_commits()
+
+    async def scenario(db: Database) -> None:
+        pair.stall()
+        with pair.on(pair.primary) as sql:
+            commit = asyncio.create_task(db.write(lambda tr: write_directly(tr, b"k"), commit_seconds=TIMEOUT))
+            await until_async(lambda: value(sql, WAITING, "client"))
+            end_what_waits(sql, "pg_cancel_backend")
+            await until_async(lambda: value(sql, "SELECT count(*) FROM commit_requests WHERE status = 'committed'"))
+            request_id = str(value(sql, "SELECT request_id FROM commit_requests"))
+            shown = await asyncio.to_thread(cli, "commit", "show", request_id, "-o", "json", settings=settings)
+            assert (shown.returncode, "standby" in shown.stdout) == (10, True)
+            pair.resume()
+            shown = await asyncio.to_thread(cli, "commit", "show", request_id, "-o", "json", settings=settings)
+            assert (shown.returncode, '"committed"' in shown.stdout) == (0, True)
+            await commit
+
+    play(settings, scenario)
+
+
 # -- a failover that loses commits
 
 

@@ -180,6 +180,7 @@ EXPECTED = {
         "uuid[], boolean",
         "epoch bigint, request_id uuid, status text, commit_version bigint, reason text, needs_barrier boolean",
     ),
+    "commits.needs_barrier": Shape("", "needs_barrier boolean"),
     "commits.barrier": Shape("", "level text, message text"),
     "commits.queue_state": Shape("", "pending bigint, oldest_pending_seconds double precision"),
     "commits.list": Shape("text, integer", REQUEST),
