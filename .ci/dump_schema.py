@@ -1,10 +1,10 @@
-"""Write sql/schema.sql, the golden dump, from the sum of the migrations; or check that it still equals it.
+"""Writes sql/schema.sql, the golden dump, from the sum of the migrations, or checks that they are equal.
 
     python .ci/dump_schema.py            write
-    python .ci/dump_schema.py --check    exit 1 with a unified diff where the file differs
+    python .ci/dump_schema.py --check    exit 1 with a unified diff if the file differs
 
-A temporary PostgreSQL 18 is migrated and its schema dumped by the pg_dump of the same version. What a dump says of
-the program and server that made it is left out, so that servers of all supported versions give the same text.
+A temporary PostgreSQL 18 is migrated, and its schema is dumped by the pg_dump of the same version. The parts of a dump
+that depend on the program and the server are removed, so that all supported versions give the same text.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pgcoord_cli.core.embedded.server import temporary_server
 from pgcoord_cli.settings import Settings
 
 VERSION = 18
-"""Major version of the pg_dump that makes every dump, whatever server it is made of."""
+"""Major version of the pg_dump that makes every dump, of a server of any version."""
 
 GOLDEN = Path(__file__).resolve().parent.parent / "sql" / "schema.sql"
 
 HEADER = """\
--- The sum of sql/migrations/, for people to read and for tests to compare; `pgcoord migrate up` does not use it.
+-- The sum of sql/migrations/, for readers and tests; `pgcoord migrate up` does not use it.
 -- Generated: change the schema with a migration, then run: python .ci/dump_schema.py
 """
 
@@ -36,9 +36,9 @@ _NOISE = re.compile(r"(?:--|SET |SELECT pg_catalog\.set_config\(|\\(?:un)?restri
 
 
 def main() -> int:
-    """Writes or checks; returns the exit code."""
+    """Writes or checks the golden dump; returns the exit code."""
     parser = argparse.ArgumentParser(description="Write sql/schema.sql from the migrations, or check it.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 with a diff where it differs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 with a diff if it differs")
     check = parser.parse_args().check
     with temporary_server(find_installation(VERSION)) as server:
         upgrade(Settings(dsn=server.dsn))
@@ -53,7 +53,7 @@ def write(fresh: str) -> int:
 
 
 def compare(fresh: str) -> int:
-    """1 with a diff on stdout where the golden dump is not the fresh one, else 0."""
+    """Compares a fresh dump with the golden one. Returns 0, or 1 after printing a diff."""
     stored = GOLDEN.read_text(encoding="utf-8") if GOLDEN.exists() else ""
     diff = difflib.unified_diff(
         stored.splitlines(True), fresh.splitlines(True), "sql/schema.sql", "the sum of sql/migrations/"
@@ -63,7 +63,7 @@ def compare(fresh: str) -> int:
 
 
 def dump(dsn: str, schema: str = "pgcoord") -> str:
-    """The normalised dump of one schema, under the header that says where it comes from."""
+    """Returns the normalised dump of one schema, below HEADER."""
     pg_dump = find_installation(VERSION).bin_dir / "pg_dump"
     words = ["--schema-only", "--no-owner", "--no-privileges", f"--schema={schema}", f"--dbname={dsn}"]
     done = subprocess.run([pg_dump, *words], stdout=subprocess.PIPE, text=True, check=True)
@@ -71,7 +71,7 @@ def dump(dsn: str, schema: str = "pgcoord") -> str:
 
 
 def normalised(text: str) -> str:
-    """A dump without comments, session settings and psql commands; function bodies stay as they are."""
+    """Returns a dump without comments, session settings and psql commands, with unchanged function bodies."""
     parts, end = [], 0
     for body in _BODY.finditer(text):
         parts += [_without_noise(text[end : body.start()]), body[0]]

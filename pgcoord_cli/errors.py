@@ -1,38 +1,38 @@
-"""Everything that can go wrong, and the exit code it ends the process with.
+"""The errors of pgcoord, with the exit codes that they end a process with.
 
     PgcoordError                1   failed
-    ├── CommitRefused           1   the resolver said no; nothing was written
+    ├── CommitRefused           1   the transaction was refused; nothing was written
     │   ├── Conflict                a key that was read has been written since
     │   ├── TooOld                  the read version is below the leader's conflict floor
     │   │   └── TimeLimit           the transaction is older than five seconds
-    │   └── Rejected                the request itself is wrong; the reason says how
-    │       ├── KeyTooLarge         longer than an index entry of PostgreSQL takes
+    │   └── Rejected                the request is invalid; the reason says why
+    │       ├── KeyTooLarge         longer than an index entry of PostgreSQL can be
     │       ├── ValueTooLarge       longer than 100,000 bytes
     │       └── TransactionTooLarge more than 10,000,000 bytes in all
     ├── MigrationEdited         1   an applied migration differs from its file
-    ├── PermissionDenied        1   the role may not; `migrate grant` gives it the right
-    ├── ServerUnavailable       1   no PostgreSQL programs to start an embedded server with
-    ├── UsageError              2   the words of the call are off; names the option
-    ├── ConditionFalse          3   what was asked is not so
-    │   └── NoLeader                nobody holds an unexpired lease
-    ├── ConnectionFailed        4   PostgreSQL cannot be reached, or went away
-    │   └── CoordinationError       while taking or holding a lock
-    │       └── LockLost            the connection that held it is gone
-    ├── Busy                    5   a lock is held by someone else
-    │   └── LockNotAcquired         of a subscription name
-    ├── KeyCollision            1   two names share one lock key
-    ├── Fenced                  6   another leadership has superseded this one
+    ├── PermissionDenied        1   the role lacks a right; `migrate grant` grants it
+    ├── ServerUnavailable       1   no PostgreSQL installation for an embedded server
+    ├── UsageError              2   an invalid option, argument or setting, which the message names
+    ├── ConditionFalse          3   the condition that was asked for is false
+    │   └── NoLeader                no candidate holds an unexpired lease
+    ├── ConnectionFailed        4   PostgreSQL cannot be reached, or the connection was lost
+    │   └── CoordinationError       while a lock was taken or held
+    │       └── LockLost            the connection that held the lock was lost
+    ├── Busy                    5   another session holds a lock
+    │   └── LockNotAcquired         that of a subscription name
+    ├── KeyCollision            1   two names have the same lock key
+    ├── Fenced                  6   another leader has superseded this one
     ├── SchemaMissing           7   not migrated, or not migrated far enough
-    ├── SchemaUnknown           7   migrated by a newer pgcoord in a way this one cannot serve
-    ├── CursorExpired           8   older than what garbage collection kept
+    ├── SchemaUnknown           7   has a breaking migration of a newer pgcoord
+    ├── CursorExpired           8   older than the events that garbage collection kept
     ├── UnsuitableServer        9   a standby, a transaction pooler, an unsupported version
     ├── OutcomeUnknown         10   the commit may or may not have happened; ask again
     ├── TimedOut              124   a deadline passed
-    ├── Interrupted           130   Ctrl-C, or a question left unanswered
+    ├── Interrupted           130   Ctrl-C, or an unanswered question
     └── Terminated            143   SIGTERM
 
-`code` is the stable word for scripts (`-o json` prints it); `hint` is the next thing to try.
-Codes and exit codes are a contract: new ones may come, old ones keep their meaning.
+`code` is a stable word for scripts, which `-o json` prints; `hint` is what to do. Codes and exit codes are a contract:
+new ones may be added, the meanings of old ones never change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from typing import ClassVar
 
 
 class PgcoordError(Exception):
-    """Base of all: one line of message, an optional hint, a code and an exit code."""
+    """The base class: a message of one line, an optional hint, a code and an exit code."""
 
     code: ClassVar[str] = "failed"
     exit_code: ClassVar[int] = 1
@@ -51,41 +51,41 @@ class PgcoordError(Exception):
         self.message = message
         self.hint = hint
         self.answered = answered
-        """The command's whole answer is on stdout already, and says the same."""
+        """Whether stdout already has the command's complete output, from which the error is evident."""
 
 
 class CommitRefused(PgcoordError):
-    """The resolver decided against the transaction. Nothing of it was written, nor will be."""
+    """The transaction was refused. Nothing of it has been or will be written."""
 
     code = "refused"
 
 
 class Conflict(CommitRefused):
-    """A key that the transaction read was written after its read version; run it again."""
+    """A key that the transaction read was written after its read version. Run it again."""
 
     code = "conflict"
 
 
 class TooOld(CommitRefused):
-    """The transaction read so long ago that nobody can tell whether it conflicts; run it again."""
+    """The transaction read so long ago that conflicts can no longer be checked. Run it again."""
 
     code = "too_old"
 
 
 class Rejected(CommitRefused):
-    """The request itself cannot be applied, now or later; the message says why."""
+    """The request is invalid and can never be applied; the message says why."""
 
     code = "rejected"
 
 
 class TimeLimit(TooOld):
-    """The transaction has been open for longer than five seconds; run it again."""
+    """The transaction has been open for longer than five seconds. Run it again."""
 
     code = "time_limit"
 
 
 class KeyTooLarge(Rejected):
-    """A key, or the bound of a range, is longer than an index entry of PostgreSQL takes."""
+    """A key, or the bound of a range, is longer than an index entry of PostgreSQL can be."""
 
     code = "key_too_large"
 
@@ -97,75 +97,75 @@ class ValueTooLarge(Rejected):
 
 
 class TransactionTooLarge(Rejected):
-    """Everything that the transaction read and wrote is more than 10,000,000 bytes."""
+    """The reads and writes of the transaction have more than 10,000,000 bytes in all."""
 
     code = "transaction_too_large"
 
 
 class MigrationEdited(PgcoordError):
-    """A migration that this database has applied differs from the file that the program carries."""
+    """A migration that was applied to this database differs from the file in this program."""
 
     code = "migration_edited"
 
 
 class PermissionDenied(PgcoordError):
-    """The role lacks a privilege."""
+    """The role lacks a right that the statement needs."""
 
     code = "permission_denied"
 
 
 class ServerUnavailable(PgcoordError):
-    """There are no PostgreSQL programs on this machine to start an embedded server with."""
+    """This machine has no PostgreSQL installation to start an embedded server with."""
 
     code = "server_unavailable"
 
 
 class UsageError(PgcoordError):
-    """A word of the call is wrong; the message names the option or argument."""
+    """An option, argument or setting is invalid; the message names it."""
 
     code = "usage"
     exit_code = 2
 
 
 class ConditionFalse(PgcoordError):
-    """The condition that was asked for does not hold."""
+    """The condition that was asked for is false."""
 
     code = "condition_false"
     exit_code = 3
 
 
 class NoLeader(ConditionFalse):
-    """Nobody holds an unexpired lease, so nobody would resolve a commit."""
+    """No candidate holds an unexpired lease, so that commits are not resolved."""
 
     code = "no_leader"
 
 
 class ConnectionFailed(PgcoordError):
-    """PostgreSQL could not be reached, refused the session, or ended it."""
+    """PostgreSQL could not be reached, refused the session, or the connection was lost."""
 
     code = "cannot_connect"
     exit_code = 4
 
 
 class CoordinationError(ConnectionFailed):
-    """Trouble with the database while a lock was taken: says nothing about who holds it."""
+    """The connection failed while a lock was taken or held. Whether another session holds it is unknown."""
 
 
 class LockLost(CoordinationError):
-    """The connection that held the lock is gone, and the lock with it."""
+    """The connection that held the lock was lost, and the lock was released with it."""
 
     code = "lock_lost"
 
 
 class Busy(PgcoordError):
-    """Somebody else holds the lock; the message names them."""
+    """Another session holds the lock; the message describes it."""
 
     code = "busy"
     exit_code = 5
 
 
 class LockNotAcquired(Busy):
-    """Somebody else owns the subscription name at this moment."""
+    """Another session owns the subscription name at this moment."""
 
     def __init__(self, subscription_name: str, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -173,13 +173,13 @@ class LockNotAcquired(Busy):
 
 
 class KeyCollision(PgcoordError):
-    """Another name has the same 64-bit lock key; one of the two has to be called otherwise."""
+    """Two names have the same 64-bit lock key; one of them has to be changed."""
 
     code = "key_collision"
 
 
 class Fenced(PgcoordError):
-    """This leadership has been superseded; nothing is written under it any more."""
+    """Another leader has superseded this one, which can write nothing any more."""
 
     code = "fenced"
     exit_code = 6
@@ -193,7 +193,7 @@ class SchemaMissing(PgcoordError):
 
 
 class SchemaUnknown(PgcoordError):
-    """A newer pgcoord has changed the schema in a way that this one must not touch."""
+    """The schema has a breaking migration of a newer pgcoord, which this one cannot work on."""
 
     code = "schema_unknown"
     exit_code = 7
@@ -208,28 +208,28 @@ class CursorExpired(PgcoordError):
 
 
 class UnsuitableServer(PgcoordError):
-    """The server cannot carry this work: a standby, a transaction pooler, an unsupported version."""
+    """The server cannot be used for this: a standby, a transaction pooler, an unsupported version."""
 
     code = "unsuitable_server"
     exit_code = 9
 
 
 class OutcomeUnknown(PgcoordError):
-    """The commit may or may not have happened. `request_id` is what to ask with."""
+    """The commit may or may not have happened; ask for its outcome again by the id of the request."""
 
     code = "outcome_unknown"
     exit_code = 10
 
 
 class TimedOut(PgcoordError):
-    """A deadline passed before what was waited for came."""
+    """A deadline passed before the awaited event."""
 
     code = "timed_out"
     exit_code = 124
 
 
 class Interrupted(PgcoordError):
-    """Ctrl-C, or a question left unanswered."""
+    """Ctrl-C, or an unanswered question."""
 
     code = "interrupted"
     exit_code = 130
@@ -243,13 +243,13 @@ class Terminated(PgcoordError):
 
 
 class Termination(KeyboardInterrupt):
-    """SIGTERM on its way out, through every clean-up that Ctrl-C goes through."""
+    """SIGTERM as an exception, which passes through the same clean-up as Ctrl-C."""
 
 
 def interruption(stop: BaseException) -> PgcoordError:
-    """What to say of the signal that ended the command."""
+    """Returns the error for the signal that ended the command."""
     return Terminated("terminated") if isinstance(stop, Termination) else Interrupted("interrupted")
 
 
-FINAL = (PermissionDenied, SchemaMissing, SchemaUnknown, UsageError)
-"""What does not get better by connecting again."""
+PERMANENT_ERRORS = (PermissionDenied, SchemaMissing, SchemaUnknown, UsageError)
+"""Errors that connecting again does not mend."""

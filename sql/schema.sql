@@ -1,4 +1,4 @@
--- The sum of sql/migrations/, for people to read and for tests to compare; `pgcoord migrate up` does not use it.
+-- The sum of sql/migrations/, for readers and tests; `pgcoord migrate up` does not use it.
 -- Generated: change the schema with a migration, then run: python .ci/dump_schema.py
 
 CREATE SCHEMA pgcoord;

@@ -40,16 +40,16 @@ def demo(
       pgcoord demo --keep
       pgcoord demo -q -o json
     """
-    from pgcoord_cli.core.demo import transfers as story
+    from pgcoord_cli.core.demo import transfers
 
     settings, out = output_of(ctx)
-    narrator = TerminalNarrator(out)
+    reporter = TerminalReporter(out)
     signal.signal(signal.SIGTERM, _as_exit)
-    narrator.step("Start a PostgreSQL of its own")
+    reporter.step("Start a PostgreSQL of its own")
     with _server(keep=keep) as server:
-        narrator.say(f"PostgreSQL {server.version()}, on a Unix socket, durability on")
-        result = story.run(replace(settings, dsn=server.dsn, dsn_source="pgcoord demo"), narrator)
-        narrator.end()
+        reporter.detail(f"PostgreSQL {server.version()}, on a Unix socket, durability on")
+        result = transfers.run(replace(settings, dsn=server.dsn, dsn_source="pgcoord demo"), reporter)
+        reporter.end()
         _show(out, result)
         if keep:
             _say_what_to_try(out, server)
@@ -102,8 +102,8 @@ def _say_what_to_try(out: Output, server: EmbeddedServer) -> None:
     )
 
 
-class TerminalNarrator:
-    """Tells the story on stderr: numbered steps, details below them, a progress line that stays in its place."""
+class TerminalReporter:
+    """Writes the steps to stderr: numbered headings, indented details, and a progress bar on a terminal."""
 
     REDRAW_SECONDS = 0.1
 
@@ -120,7 +120,7 @@ class TerminalNarrator:
         self._steps += 1
         self._out.note(f"{self._steps}. {title}")
 
-    def say(self, text: str) -> None:
+    def detail(self, text: str) -> None:
         """An indented line."""
         self.end()
         self._out.note(f"   {text}")

@@ -1,15 +1,16 @@
-"""Garbage collection: deleting what nobody can ask for any more.
+"""Garbage collection: deleting requests and events that can no longer be asked for.
 
-**Commit requests.** A settled request is kept for a retention that is never shorter than what clients, new leaders
-and resubmissions reach back (`core.commits.requests`). Older ones are deleted in small batches, oldest first, each batch a
-transaction of its own that skips rows somebody else has locked, so that commits go on beside it and any number
-of collectors can run. Pending requests are never deleted (rule I11). Those that outlived the retention without any
-leader to settle them are first marked `orphaned`; from then on they are settled, and are kept for a retention more.
+**Commit requests.** A settled request is kept for a retention that is never shorter than the time for which clients,
+new leaders and resubmissions need it (`core.commits.requests`). Older ones are deleted in small batches, oldest first.
+Each batch is a transaction of its own that skips rows which other transactions have locked, so that commits go on
+beside it and any number of collectors can run. Pending requests are never deleted (rule I11). Those of earlier epochs
+that have outlived the retention, while there is no leader to settle them, are first marked `orphaned`; then they count
+as settled and are kept for one retention more.
 
-**Events** are deleted from the oldest on, by the server's clock, up to the first that has to stay: one that is younger
-than the retention, that a subscription has not passed, that (being a completion) was not dispatched, or before which
-a transaction that is still open may write. Each batch raises the outbox's floor in the
-transaction that deletes, so that no tail takes collected events for some that never came.
+**Events** are deleted from the oldest on, by the server's clock, up to the first one that must stay: one that is
+younger than the retention, or that a subscription has not passed, or a completion event that was not dispatched, or one
+above an id that a still open transaction may yet write. Each batch raises the outbox's floor in the transaction that
+deletes, so that a tail never takes collected events for ids that were never committed.
 """
 
 from __future__ import annotations
@@ -27,11 +28,17 @@ from pgcoord_cli.errors import UsageError
 
 DEFAULT_RETENTION = 600.0
 DEFAULT_EVENT_RETENTION = 86_400.0
+"""Seconds for which settled requests, and events, are kept."""
+
 DEFAULT_BATCH_SIZE = 1_000
 
 
 class Collected(NamedTuple):
-    """What a run did to one table; under `dry_run`, `deleted` is what it would delete, `orphaned` is not counted."""
+    """The result of a run on commit requests.
+
+    With `dry_run`, `deleted` is the number that would be deleted and `orphaned` is None. `oldest_kept` is the creation
+    time of the oldest request that is left.
+    """
 
     table: str
     deleted: int
@@ -42,7 +49,11 @@ class Collected(NamedTuple):
 
 
 class CollectedEvents(NamedTuple):
-    """What a run did to an outbox; `furthest_behind` is the subscription that keeps it from doing more, if any does."""
+    """The result of a run on an outbox.
+
+    `furthest_behind` is the subscription with the lowest position, if that is below the last event. `oldest_kept` is
+    the insertion time of the oldest event that is left.
+    """
 
     table: str
     deleted: int
@@ -53,21 +64,21 @@ class CollectedEvents(NamedTuple):
 
 
 Progress = Callable[[int], bool]
-"""Hears how many rows have been deleted, and says whether to go on."""
+"""Called between batches with the number of deleted rows; returns whether to go on."""
 
 
 def check_retention(seconds: float) -> float:
-    """`seconds`, or UsageError when that is shorter than what others rely on."""
+    """Returns a retention in seconds. Raises UsageError if clients and new leaders need requests for longer."""
     if seconds < SHORTEST_RETENTION:
         raise UsageError(
             f"--older-than: {seconds:g}s is shorter than {SHORTEST_RETENTION:g}s",
-            hint="clients may still ask for outcomes that young, and a new leader needs them",
+            hint="until then clients may ask for outcomes, and a new leader needs the commits",
         )
     return seconds
 
 
 def collect_commit_requests(conn: Connection[Any], older_than: float, batch_size: int, progress: Progress) -> Collected:
-    """Deletes settled requests older than `older_than` seconds; `progress(deleted)` says whether to go on."""
+    """Orphans and then deletes requests older than `older_than` seconds, in batches, until `progress` returns False."""
     orphaned = _orphan_all(conn, older_than, batch_size, progress)
     deleted = batches = last_id = 0
     while progress(deleted):
@@ -92,12 +103,12 @@ def _orphan_all(conn: Connection[Any], older_than: float, batch_size: int, progr
 
 
 def orphan_batch(conn: Connection[Any], older_than: float, batch_size: int, after_id: int = 0) -> tuple[int, int]:
-    """Marks one batch of what outlived every leader: how many, and the last id."""
+    """Marks one batch of abandoned pending requests as orphaned. Returns their number and the last id."""
     return conn.execute(sql("gc", "orphan_requests"), [after_id, older_than, batch_size]).fetchone() or (0, 0)
 
 
 def count_commit_requests(conn: Connection[Any], older_than: float) -> Collected:
-    """What `collect_commit_requests` would delete at this moment."""
+    """Counts what `collect_commit_requests` would delete at this moment."""
     row = conn.execute(sql("gc", "count_requests"), [older_than]).fetchone() or (0,)
     return Collected("commit_requests", row[0], 0, None, _oldest_request(conn), True)
 
@@ -110,10 +121,12 @@ def _oldest_request(conn: Connection[Any]) -> datetime | None:
 def collect_events(
     conn: Connection[Any], outbox: Outbox, older_than: float, batch_size: int, progress: Progress
 ) -> CollectedEvents:
-    """Deletes events older than `older_than` seconds, from the oldest on."""
+    """Deletes events older than `older_than` seconds from the oldest on, in batches, until `progress` returns False."""
     deleted = batches = last_id = 0
     is_last = False
     while not is_last and progress(deleted):
+        # A statement of its own before each deletion: every transaction that it finds closed has committed what the
+        # snapshot of the deletion sees.
         before_ms, passed = conn.execute(sql("gc", "event_bound"), [outbox.table, older_than]).fetchone() or (0, 0)
         statement = sql("gc", f"delete_{outbox.table}")
         found = conn.execute(statement, [last_id, before_ms, batch_size, passed]).fetchone()
@@ -124,7 +137,7 @@ def collect_events(
 
 
 def count_events(conn: Connection[Any], outbox: Outbox, older_than: float) -> CollectedEvents:
-    """What `collect_events` would delete at this moment."""
+    """Counts what `collect_events` would delete at this moment."""
     row = conn.execute(sql("gc", f"count_{outbox.table}"), [older_than]).fetchone() or (0,)
     return CollectedEvents(outbox.table, row[0], 0, *_oldest_event(conn, outbox), True)
 

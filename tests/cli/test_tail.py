@@ -782,7 +782,7 @@ def writer(settings: Settings) -> Iterator[Sql]:
 def test_i10_who_holds_a_tail_up_is_named_on_stderr(start: StartTail, sql: Sql, writer: Sql) -> None:
     add(sql)
     tail = start("lease", "--from-start", "-o", "plain")
-    said = tail.said("held up")
+    said = tail.message("held up")
     assert (
         f"held up at {cursor(0)}: event 1 may still be committed by pid {writer.info.backend_pid} (slow service)"
         in said

@@ -1,4 +1,4 @@
-"""`pgcoord lock run` in processes of their own, around commands that tell who they are; and looking at locks."""
+"""`pgcoord lock run` in separate processes, with commands that print their process ids, and queries of locks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ FAMILY = ("sh", "-c", "sleep 600 & echo $$ $!; wait")
 """A command with a child of its own: it prints the process ids of both."""
 
 STUBBORN = ("sh", "-c", "trap '' TERM; sleep 600 & echo $$ $!; while :; do wait; done")
-"""The same, but both of them stay when they are asked to end."""
+"""The same, but both processes ignore SIGTERM."""
 
 HERE = "database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND locktype = 'advisory'"
 
 
 class LockProcess(ProgramProcess):
-    """A running `pgcoord lock run …`; what its command prints comes out of its stdout.
+    """A running `pgcoord lock run …`, whose stdout is also that of its command.
 
-    Its stdout ends when nobody has it open any more: neither the command nor anything that the command started.
+    Its stdout ends when no process has it open any more: neither the command nor one that the command started.
     """
 
     def __init__(self, words: Sequence[str], environment: dict[str, str]) -> None:
@@ -33,12 +33,12 @@ class LockProcess(ProgramProcess):
         self.family: tuple[int, ...] = ()
 
     def has_family(self) -> tuple[int, ...]:
-        """The process ids of FAMILY, once it runs."""
+        """Waits until FAMILY runs, and returns its process ids."""
         self.family = tuple(map(int, self.line().split()))
         return self.family
 
     def remove(self) -> None:
-        """Ends the process and whatever it left behind."""
+        """Kills the process and the processes of its command."""
         for pid in self.family[:1]:
             with suppress(ProcessLookupError):
                 killpg(pid, SIGKILL)
@@ -54,7 +54,7 @@ def lock_starter(settings: Callable[[], Settings]) -> AbstractContextManager[Sta
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process is there, and not only what is kept of it until somebody asks for its exit code."""
+    """Returns whether the process exists and is no zombie."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -63,16 +63,16 @@ def is_running(pid: int) -> bool:
 
 
 def until_waiting(sql: Sql, number: int = 1) -> None:
-    """Returns when that many sessions of this database wait for an advisory lock."""
+    """Waits until that many sessions of this database wait for an advisory lock."""
     until(lambda: value(sql, f"SELECT count(*) FROM pg_locks WHERE NOT granted AND {HERE}") == number)
 
 
 def until_free(sql: Sql) -> None:
-    """Returns when no session of this database has or wants an advisory lock."""
+    """Waits until no session of this database holds or waits for an advisory lock."""
     until(lambda: not value(sql, f"SELECT count(*) FROM pg_locks WHERE {HERE}"))
 
 
 def end_holder(sql: Sql) -> None:
-    """Ends the sessions of this database that hold an advisory lock; returns when they have ended."""
+    """Terminates the sessions of this database that hold an advisory lock, and waits for their end."""
     query = f"SELECT count(pg_terminate_backend(pid, {TIMEOUT * 1000:.0f})) FROM pg_locks WHERE granted AND {HERE}"
     assert value(sql, query)

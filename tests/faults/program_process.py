@@ -1,4 +1,4 @@
-"""`pgcoord …` in processes of their own, read line by line while they run."""
+"""`pgcoord …` in separate processes, whose output is read line by line while they run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.asking import TIMEOUT
 
 
 class Lines:
-    """What comes out of a pipe, line by line, from a thread that always reads."""
+    """The lines of a pipe, read by a thread."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -31,7 +31,7 @@ class Lines:
         self._queue.put(None)
 
     def next(self) -> str | None:
-        """The next line as it was written, None at the end."""
+        """Returns the next line as it was written, or None at the end. Fails after TIMEOUT."""
         try:
             line = self._queue.get(timeout=TIMEOUT)
         except Empty:
@@ -41,15 +41,15 @@ class Lines:
         return line
 
     def is_waiting(self) -> bool:
-        """Whether there is a line that nobody has taken yet, or the end."""
+        """Returns whether `next` would return at once."""
         return not self._queue.empty()
 
     def rest(self) -> list[str]:
-        """Every line up to the end."""
+        """Returns all lines up to the end."""
         return list(iter(self.next, None))
 
     def close(self) -> None:
-        """Once whoever writes has ended: the stream must not be closed under the thread that reads it."""
+        """Closes the stream once the thread has read it to its end, because the thread uses it until then."""
         self._thread.join(TIMEOUT)
         self._stream.close()
 
@@ -66,39 +66,39 @@ class ProgramProcess:
         self.stdout, self.stderr = Lines(self.process.stdout), Lines(self.process.stderr)
 
     def line(self) -> str:
-        """The next line on stdout."""
+        """Returns the next line of stdout."""
         line = self.stdout.next()
-        assert line is not None, f"it ended with {self.process.wait(TIMEOUT)}: {''.join(self.stderr.rest())}"
+        assert line is not None, f"the process ended with {self.process.wait(TIMEOUT)}: {''.join(self.stderr.rest())}"
         return line
 
-    def said(self, text: str) -> str:
-        """The next line on stderr that holds `text`."""
+    def message(self, text: str) -> str:
+        """Returns the next line of stderr that contains `text`."""
         for line in iter(self.stderr.next, None):
             if text in line:
                 return line
-        raise AssertionError(f"it ended without ever saying {text!r}")
+        raise AssertionError(f"the process ended without the message {text!r}")
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
     def freeze(self) -> None:
-        """Stops the process; returns when it stands still."""
+        """Sends SIGSTOP to the process and waits until it has stopped."""
         self.signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def ended(self) -> tuple[int, list[str], str]:
-        """Once it has ended by itself: its exit code, the lines on stdout that are left, and what is left of stderr."""
+        """Waits for the end. Returns the exit code, the unread lines of stdout and the unread text of stderr."""
         out, err = self.stdout.rest(), "".join(self.stderr.rest())
         assert "Traceback" not in err
         return self.process.wait(TIMEOUT), out, err
 
     def end(self, number: int) -> tuple[int, list[str], str]:
-        """The same, after a signal."""
+        """Sends a signal, and returns what `ended` returns."""
         self.signal(number)
         return self.ended()
 
     def remove(self) -> None:
-        """Ends the process, whatever state it is in."""
+        """Kills the process in any state."""
         self.process.kill()
         self.process.wait(TIMEOUT)
         self.stdout.close()
@@ -112,7 +112,7 @@ Process = TypeVar("Process", bound=ProgramProcess)
 def starter(
     kind: Callable[[Sequence[str], dict[str, str]], Process], command: Sequence[str], settings: Callable[[], Settings]
 ) -> Iterator[Callable[..., Process]]:
-    """Starts such processes, on the test's database unless the call names another; ends those that are left."""
+    """Starts processes of a kind, by default on the test's database; kills those that are left at the end."""
     started: list[Process] = []
 
     def start(*words: str, settings_: Settings | None = None) -> Process:
@@ -127,7 +127,7 @@ def starter(
 
 
 def environment(dsn: str) -> dict[str, str]:
-    """The environment of a user whose PGCOORD_DSN names the test's database."""
-    # Where Python is told not to buffer, a line that was not flushed would get through all the same.
+    """Returns this process's environment with PGCOORD_DSN and without other settings of PostgreSQL."""
+    # With PYTHONUNBUFFERED, a line that the program forgot to flush would arrive all the same.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "PYTHONUNBUFFERED"))}
     return clean | {"PGCOORD_DSN": dsn, "PYTHONUTF8": "1"}

@@ -1,4 +1,4 @@
-"""A TCP port in front of a server's Unix socket that can fall silent: nothing passes, and nothing is closed."""
+"""A TCP proxy for a server's Unix socket that can stall: it then passes nothing on and closes nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from threading import Event, Lock, Thread
 
 
 class StallingProxy:
-    """Passes connections to `127.0.0.1:port` on to a Unix socket until it is told to stall."""
+    """Passes connections to `127.0.0.1:port` on to a Unix socket until `stall` is called."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -23,14 +23,14 @@ class StallingProxy:
         Thread(target=self._accept, daemon=True).start()
 
     def stall(self) -> None:
-        """From now on nothing passes: open connections stay silent for ever, new ones get no answer for the time."""
+        """Stops passing data. Open connections stay silent for good, new ones until `let_through`."""
         with self._lock:
             self._passing.clear()
             self._silence.set()
             self._silence = Event()
 
     def let_through(self) -> None:
-        """New connections pass again; those that stalled stay silent."""
+        """Passes new connections on again; those that stalled stay silent."""
         self._passing.set()
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class StallingProxy:
 
 
 def _pump(source: socket.socket, sink: socket.socket, silence: Event) -> None:
-    """Until the source ends, which the sink is told of; in silence, what comes is swallowed and the end not told."""
+    """Copies data until the source is closed, then closes the sink; during a stall discards the data, and the close."""
     with suppress(OSError):
         while data := source.recv(65_536):
             if not silence.is_set():

@@ -1,4 +1,4 @@
-"""`pgcoord tail` in processes of their own; and what tests of tails ask the server."""
+"""`pgcoord tail` in separate processes, and queries for tests of tails."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class TailProcess(ProgramProcess):
     """A running `pgcoord tail …`."""
 
     def record(self, kind: str) -> Record:
-        """The next record of that type, whatever comes before it; made for `-o json`."""
+        """Returns the next record of that type, skipping others; for `-o json`."""
         while True:
             record = json.loads(self.line())
             if record["type"] == kind:
                 return dict(record)
 
     def ids(self, number: int) -> list[int]:
-        """The ids of the next events, whatever other records come between."""
+        """Returns the ids of the next events, skipping other records."""
         return [self.record("event")["event_id"] for _ in range(number)]
 
 
@@ -42,11 +42,11 @@ def tail_starter(settings: Callable[[], Settings]) -> AbstractContextManager[Sta
     return starter(TailProcess, ["tail"], settings)
 
 
-# -- the server's side
+# -- on the server
 
 
 def add(sql: Sql, number: int = 1, table: str = "lease_events", **values: Any) -> list[int]:
-    """Inserts events, as any service could; their ids."""
+    """Inserts events as a service does; returns their ids."""
     kind = "event_type" if table == "lease_events" else "outcome"
     defaults = {"execution_id": EXECUTION, kind: "acquired" if table == "lease_events" else "success"}
     row = defaults | values
@@ -59,24 +59,24 @@ def add(sql: Sql, number: int = 1, table: str = "lease_events", **values: Any) -
 
 
 def add_and_roll_back(sql: Sql, number: int = 1, table: str = "lease_events") -> list[int]:
-    """Draws ids that nobody will ever see."""
+    """Inserts events and rolls back; returns their ids, which stay unused."""
     with sql.transaction(force_rollback=True):
         return add(sql, number, table)
 
 
 def wake_until(sql: Sql) -> int | None:
-    """Until when the tails of the lease events have asked to be woken, in microseconds; None when none ever did."""
+    """Returns until when tails of the lease events have asked for notifications, in microseconds; None: never."""
     microseconds: int | None = value(sql, "SELECT pg_sequence_last_value('pgcoord.lease_events_wake_until')")
     return microseconds
 
 
 def until_asleep(sql: Sql) -> None:
-    """Returns when the first tail has shown everything and waits: where it starts has been settled by then."""
+    """Waits until the first tail has printed all events and waits for more, so that its start position is fixed."""
     until(lambda: wake_until(sql) is not None)
 
 
 def terminate(sql: Sql, application: str) -> int:
-    """Ends the sessions of that application in this database, from the server's side; how many there were."""
+    """Terminates the sessions of that application in this database; returns their number."""
     return sql.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE application_name = %s AND datname = current_database()",
@@ -85,7 +85,7 @@ def terminate(sql: Sql, application: str) -> int:
 
 
 def until_gone(sql: Sql, application: str) -> None:
-    """Returns when there is no session of that application in this database any more."""
+    """Waits until there is no session of that application in this database."""
     text = (
         "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = %s AND datname = current_database())"
     )

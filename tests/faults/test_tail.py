@@ -91,8 +91,8 @@ def test_without_json_a_lost_connection_is_a_line_on_stderr_and_stdout_has_event
         (first,) = add(sql)
         assert tail.line().startswith(f"{first},")
         assert terminate(sql, TAIL) == 1
-        assert f"02{first:016x}" in tail.said("disconnected")
-        tail.said("connected")
+        assert f"02{first:016x}" in tail.message("disconnected")
+        tail.message("connected")
         (second,) = add(sql)
         assert tail.line().startswith(f"{second},")
 

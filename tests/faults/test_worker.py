@@ -266,7 +266,7 @@ def test_a_revoked_lease_terminates_the_command_and_its_descendants(
     worker = start("--once", "--lease", "1s")
     assert len(watch.until_started()) == 2
     executions.revoke(conn, flow.ids["a"])
-    worker.said("a: lost")
+    worker.message("a: lost")
     watch.until_all_gone()
     # The same worker claims the revoked execution again.
     assert worker.ended()[0] == 0
@@ -278,7 +278,7 @@ def test_a_cancelled_flow_terminates_its_commands(start: StartWorker, make: Make
     worker = start("--once", "--lease", "1s")
     watch.until_started()
     flows.cancel(conn, flow.flow_id)
-    worker.said("a: lost")
+    worker.message("a: lost")
     watch.until_all_gone()
     assert worker.ended()[0] == 0
     assert flow.states() == {"a": "cancelled", "b": "cancelled"}
@@ -300,7 +300,7 @@ def test_i9_a_worker_frozen_past_its_lease_changes_nothing(
         open_gate(gate)
         watch.until_all_gone()
     worker.signal(signal.SIGCONT)
-    worker.said("a: lost")
+    worker.message("a: lost")
     watch.until_all_gone()
     assert worker.ended()[0] == 0
     assert everything(flow.sql) == before
@@ -313,10 +313,10 @@ def test_i9_a_worker_frozen_past_its_lease_changes_nothing(
 def lose_connection_during_a(start: StartWorker, flow: Flow, gate: Path) -> None:
     """Runs a worker whose connection is terminated while the command of `a` waits at the gate."""
     worker = start("--once")
-    worker.said("a: started")
+    worker.message("a: started")
     assert terminate(flow.sql, WORKER) == 1
     open_gate(gate)
-    worker.said("a: succeeded")
+    worker.message("a: succeeded")
     assert worker.ended()[0] == 0
 
 
@@ -355,7 +355,7 @@ def test_a_lease_is_renewed_after_its_connection_was_lost(
 def test_after_the_first_signal_the_running_command_ends_by_itself(start: StartWorker, make: Make, gate: Path) -> None:
     flow = make(a=wait_at(gate), b="true")
     worker = start("--lease", "60s")
-    worker.said("a: started")
+    worker.message("a: started")
     worker.signal(signal.SIGTERM)
     until(lambda: "renewed" in lease_events(flow, "a"))  # the signal wakes the slot, which renews early
     open_gate(gate)
@@ -372,7 +372,7 @@ def test_i19_the_second_signal_terminates_the_command_and_releases_its_execution
     worker.signal(signal.SIGTERM)
     until(lambda: "renewed" in lease_events(flow, "a"))
     worker.signal(signal.SIGTERM)
-    worker.said("a: given back")
+    worker.message("a: given back")
     watch.until_all_gone()
     assert worker.ended()[0] == 143
     assert flow.states() == {"a": "eligible", "b": "eligible"}
@@ -393,7 +393,7 @@ def test_a_worker_dispatches_completions(start: StartWorker, make: Make, sql: Co
     worker = start()
     until_dispatching(sql)
     flow = make("a>b b>c", a="true", b="true", c="true")
-    worker.said("c: succeeded")
+    worker.message("c: succeeded")
     until(lambda: not flow.undispatched())
     assert worker.end(signal.SIGTERM)[0] == 143
 

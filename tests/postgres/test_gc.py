@@ -1,4 +1,4 @@
-"""Garbage collection on a real database: what is deleted, what is kept, and what is left to somebody else."""
+"""Garbage collection of commit requests: which rows are deleted, kept, orphaned, or skipped because they are locked."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Session = psycopg.Connection[Any]
 
 @pytest.fixture
 def session(settings: Settings) -> Iterator[Session]:
-    """A session as the command has it, which waits for no lock."""
+    """A session like that of the command, but without a wait for locks."""
     with command_session(replace(settings, lock_timeout=0.001), "gc", writes=True) as conn:
         yield conn
 
 
 def store(sql: Session, status: str, age: float, *, number: int = 1, resolved: float | None = None) -> None:
-    """Puts requests of epoch 0 there, made `age` and settled `resolved` seconds ago; like `age` where not given."""
+    """Inserts requests of epoch 0, created `age` and settled `resolved` (by default `age`) seconds ago."""
     sql.execute(
         """
         INSERT INTO commit_requests
@@ -52,7 +52,7 @@ def kept(sql: Session) -> list[tuple[int, str]]:
 
 
 def lead(sql: Session, *, expires_in: float | None, epoch: int = 1) -> None:
-    """Makes it that epoch, under a lease that runs out in so many seconds; None: it was released."""
+    """Sets the epoch, and a lease that expires in so many seconds; None: a released one."""
     sql.execute(
         """
         UPDATE leader_lease
@@ -65,7 +65,7 @@ def lead(sql: Session, *, expires_in: float | None, epoch: int = 1) -> None:
 
 @contextmanager
 def locked(settings: Settings, where: str) -> Iterator[None]:
-    """Within the block another session holds the rows that `where` picks."""
+    """Locks the rows that `where` selects in another session within the block."""
     with psycopg.connect(settings.dsn, options="-c search_path=pgcoord") as other, other.transaction():
         other.execute(f"SELECT FROM commit_requests WHERE {where} FOR UPDATE")
         yield
@@ -75,10 +75,10 @@ def always(_deleted: int) -> bool:
     return True
 
 
-# What goes and what stays
+# What is deleted and what is kept
 
 
-def test_i11_settled_requests_go_when_they_are_older_than_the_retention(sql: Session, session: Session) -> None:
+def test_i11_settled_requests_older_than_the_retention_are_deleted(sql: Session, session: Session) -> None:
     for status in TERMINAL:
         store(sql, status, HOUR + 60)
         store(sql, status, HOUR - 60)
@@ -89,7 +89,7 @@ def test_i11_settled_requests_go_when_they_are_older_than_the_retention(sql: Ses
     assert (collected.oldest_kept,) == oldest
 
 
-def test_i11_pending_requests_are_never_deleted_however_old(sql: Session, session: Session) -> None:
+def test_i11_pending_requests_of_any_age_are_never_deleted(sql: Session, session: Session) -> None:
     store(sql, "pending", 50 * YEAR, number=3)
     store(sql, "committed", 50 * YEAR)
     for expires_in in (HOUR, -HOUR, None):
@@ -98,13 +98,13 @@ def test_i11_pending_requests_are_never_deleted_however_old(sql: Session, sessio
         assert kept(sql) == [(1, "pending"), (2, "pending"), (3, "pending")]
 
 
-def test_i11_the_retention_counts_from_when_a_request_was_settled(sql: Session, session: Session) -> None:
+def test_i11_the_retention_begins_when_a_request_is_settled(sql: Session, session: Session) -> None:
     store(sql, "committed", age=YEAR, resolved=HOUR - 60)
     assert collect_commit_requests(session, HOUR, 10, always).deleted == 0
     assert kept(sql) == [(1, "committed")]
 
 
-def test_i12_the_time_zone_of_a_session_changes_nothing(sql: Session, session: Session) -> None:
+def test_i12_the_time_zone_of_a_session_has_no_effect(sql: Session, session: Session) -> None:
     store(sql, "committed", HOUR + 60)
     store(sql, "committed", HOUR - 60)
     for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):
@@ -114,13 +114,13 @@ def test_i12_the_time_zone_of_a_session_changes_nothing(sql: Session, session: S
 
 
 @pytest.mark.parametrize("seconds", [0, 1, SHORTEST_RETENTION - 0.001])
-def test_i11_no_retention_is_shorter_than_what_others_rely_on(seconds: float) -> None:
+def test_i11_a_retention_shorter_than_clients_and_leaders_need_is_refused(seconds: float) -> None:
     assert check_retention(SHORTEST_RETENTION) == SHORTEST_RETENTION
     with pytest.raises(UsageError, match="--older-than"):
         check_retention(seconds)
 
 
-def test_an_empty_table_is_fine(session: Session) -> None:
+def test_a_run_on_an_empty_table_deletes_nothing(session: Session) -> None:
     collected = collect_commit_requests(session, HOUR, 10, always)
     assert (collected.deleted, collected.batches, collected.oldest_kept) == (0, 0, None)
 
@@ -144,7 +144,7 @@ def test_rows_are_deleted_in_batches_oldest_first(rows: int, batches: int, sql: 
     assert seen[:batches] == list(range(0, rows, 3))
 
 
-def test_a_run_that_is_told_to_stop_leaves_the_rest(sql: Session, session: Session) -> None:
+def test_a_stopped_run_keeps_the_rest(sql: Session, session: Session) -> None:
     store(sql, "committed", HOUR + 60, number=10)
     collected = collect_commit_requests(session, HOUR, 3, lambda deleted: deleted < 6)
     assert (collected.deleted, collected.batches) == (6, 2)
@@ -173,10 +173,10 @@ def test_a_dry_run_counts_what_a_run_then_deletes_and_changes_nothing(sql: Sessi
     assert counted.deleted == collect_commit_requests(session, HOUR, 2, always).deleted == 3 * len(TERMINAL)
 
 
-# Beside others
+# Concurrent transactions and runs
 
 
-def test_rows_that_somebody_has_locked_are_skipped(sql: Session, session: Session, settings: Settings) -> None:
+def test_locked_rows_are_skipped(sql: Session, session: Session, settings: Settings) -> None:
     store(sql, "committed", DAY, number=10)
     with locked(settings, "id IN (1, 5, 6)"):
         assert collect_commit_requests(session, HOUR, 2, always).deleted == 7
@@ -184,7 +184,7 @@ def test_rows_that_somebody_has_locked_are_skipped(sql: Session, session: Sessio
     assert collect_commit_requests(session, HOUR, 2, always).deleted == 3
 
 
-def test_runs_at_the_same_time_delete_each_row_once(sql: Session, settings: Settings) -> None:
+def test_concurrent_runs_delete_each_row_once(sql: Session, settings: Settings) -> None:
     store(sql, "committed", DAY, number=2_000)
     together = threading.Barrier(2)
 
@@ -197,14 +197,14 @@ def test_runs_at_the_same_time_delete_each_row_once(sql: Session, settings: Sett
         results = [pool.submit(collect) for _ in range(2)]
     left = len(kept(sql))
     assert sum(result.result() for result in results) == 2_000 - left
-    # Rows that the other run had in hand were skipped, and it deleted them: none is left.
+    # Each run skipped the rows that the other had locked, and the other deleted them.
     assert left == 0
 
 
-# Requests that nobody will settle
+# Abandoned requests
 
 
-def test_i11_abandoned_requests_become_orphaned_and_are_kept_a_retention_more(sql: Session, session: Session) -> None:
+def test_i11_abandoned_requests_become_orphaned_and_are_kept_one_retention_more(sql: Session, session: Session) -> None:
     lead(sql, expires_in=None)
     store(sql, "pending", DAY, number=3)
     store(sql, "pending", HOUR - 60)
@@ -218,17 +218,17 @@ def test_i11_abandoned_requests_become_orphaned_and_are_kept_a_retention_more(sq
     assert kept(sql) == [(4, "pending")]
 
 
-def test_abandoned_requests_are_marked_in_batches_while_there_is_time(sql: Session, session: Session) -> None:
+def test_abandoned_requests_are_marked_in_batches_until_the_run_is_stopped(sql: Session, session: Session) -> None:
     lead(sql, expires_in=None)
     store(sql, "pending", DAY, number=7)
-    chances = iter([True, False])
-    collected = collect_commit_requests(session, HOUR, 2, lambda _deleted: next(chances, False))
+    answers = iter([True, False])
+    collected = collect_commit_requests(session, HOUR, 2, lambda _deleted: next(answers, False))
     assert (collected.orphaned, collected.deleted) == (4, 0)
     assert [status for _, status in kept(sql)] == ["orphaned"] * 4 + ["pending"] * 3
     assert collect_commit_requests(session, HOUR, 2, always).orphaned == 3
 
 
-def test_i3_an_orphaned_request_has_no_version_and_says_why(sql: Session, session: Session) -> None:
+def test_i3_an_orphaned_request_has_no_version_but_a_reason(sql: Session, session: Session) -> None:
     lead(sql, expires_in=-1)
     store(sql, "pending", DAY)
     collect_commit_requests(session, HOUR, 2, always)
@@ -237,23 +237,21 @@ def test_i3_an_orphaned_request_has_no_version_and_says_why(sql: Session, sessio
 
 
 @pytest.mark.parametrize(
-    "spare",
+    "prepare",
     [
         pytest.param(lambda sql: lead(sql, expires_in=HOUR), id="while a leader holds the lease"),
         pytest.param(lambda sql: lead(sql, expires_in=None, epoch=0), id="of an epoch that is not superseded"),
-        pytest.param(lambda sql: lead(sql, expires_in=-HOUR, epoch=0), id="of a leader that may come back"),
+        pytest.param(lambda sql: lead(sql, expires_in=-HOUR, epoch=0), id="of a leader that may be elected again"),
     ],
 )
-def test_i11_nothing_is_orphaned(spare: Callable[[Session], None], sql: Session, session: Session) -> None:
-    spare(sql)
+def test_i11_nothing_is_orphaned(prepare: Callable[[Session], None], sql: Session, session: Session) -> None:
+    prepare(sql)
     store(sql, "pending", YEAR, number=2)
     assert collect_commit_requests(session, HOUR, 10, always).orphaned == 0
     assert kept(sql) == [(1, "pending"), (2, "pending")]
 
 
-def test_a_pending_row_that_somebody_has_locked_holds_nobody_up(
-    sql: Session, session: Session, settings: Settings
-) -> None:
+def test_a_locked_pending_row_blocks_no_other(sql: Session, session: Session, settings: Settings) -> None:
     lead(sql, expires_in=None)
     store(sql, "pending", DAY, number=2)
     store(sql, "committed", DAY)

@@ -1,4 +1,4 @@
-"""Collecting events: what goes, what stays, and that no tail takes what went for what never came."""
+"""Garbage collection of events: which are deleted, which are kept, and that tails notice what was deleted."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.asking import TIMEOUT
 
 HOUR, DAY = 3_600, 86_400
 
-IN_A_MOMENT = -60
-"""A retention after which an event is over as soon as it is committed."""
+NO_RETENTION = -60
+"""A retention that ends before an event is committed, so that every event is old enough."""
 
 Conn = psycopg.Connection[Any]
 Collect = Callable[..., CollectedEvents]
@@ -39,14 +39,14 @@ both = pytest.mark.parametrize("outbox", OUTBOXES.values(), ids=OUTBOXES)
 
 @pytest.fixture
 def session(settings: Settings) -> Iterator[Conn]:
-    """A session as the command has it."""
+    """A session like that of the command."""
     with command_session(settings, "gc", writes=True) as conn:
         yield conn
 
 
 @pytest.fixture
 def collect(session: Conn) -> Collect:
-    """Collects what is older than an hour, if nothing else is said."""
+    """Collects the events of an outbox, by default those older than an hour."""
 
     def run(outbox: Outbox, older_than: float = HOUR, batch_size: int = 1_000, **how: Any) -> CollectedEvents:
         return collect_events(session, outbox, older_than, batch_size, how.get("progress", always))
@@ -59,7 +59,7 @@ def always(_deleted: int) -> bool:
 
 
 def write(conn: Conn, outbox: Outbox, age: float = 0, *, count: int = 1, occurred: float = 0) -> None:
-    """Events that were inserted `age` seconds ago, and occurred so many; all but its last column is up to a service."""
+    """Inserts events that count as inserted `age` seconds ago, and whose service gives `occurred` seconds ago."""
     kind = "event_type" if outbox is LEASE else "outcome"
     insert = SQL(
         """
@@ -78,7 +78,7 @@ def write(conn: Conn, outbox: Outbox, age: float = 0, *, count: int = 1, occurre
 
 
 def set_age(conn: Conn, outbox: Outbox, age: float, first: int, last: int) -> None:
-    """Makes events older, and a completion event one that was dispatched."""
+    """Makes events older, and marks completion events as dispatched."""
     dispatched = ", dispatched_at_ms = committed_at_ms" if outbox is COMPLETION else ""
     update = f"UPDATE pgcoord.{outbox.table} SET committed_at_ms = committed_at_ms - %s * 1000{dispatched}"
     conn.execute(f"{update} WHERE event_id BETWEEN %s AND %s".encode(), [age, first, last])
@@ -114,16 +114,16 @@ def connected(settings: Settings, **options: Any) -> Iterator[Conn]:
 
 @pytest.fixture
 def writer(settings: Settings) -> Iterator[Conn]:
-    """Some service's session."""
+    """A session of a service that writes events."""
     with connected(settings) as conn:
         yield conn
 
 
-# -- how old
+# -- by age
 
 
 @both
-def test_events_go_when_they_are_older_than_the_retention(sql: Conn, collect: Collect, outbox: Outbox) -> None:
+def test_events_older_than_the_retention_are_deleted(sql: Conn, collect: Collect, outbox: Outbox) -> None:
     for age in (DAY, HOUR + 60, HOUR - 60):
         write(sql, outbox, age)
     collected = collect(outbox)
@@ -134,7 +134,7 @@ def test_events_go_when_they_are_older_than_the_retention(sql: Conn, collect: Co
 
 
 @both
-def test_i12_what_counts_is_when_an_event_was_inserted_not_what_a_service_says_of_it(
+def test_i12_the_age_of_an_event_counts_from_its_insertion_not_from_when_it_occurred(
     sql: Conn, collect: Collect, outbox: Outbox
 ) -> None:
     write(sql, outbox, DAY, occurred=-DAY)
@@ -145,7 +145,7 @@ def test_i12_what_counts_is_when_an_event_was_inserted_not_what_a_service_says_o
 
 
 @both
-def test_i12_the_time_zone_of_a_session_changes_nothing(
+def test_i12_the_time_zone_of_a_session_has_no_effect(
     sql: Conn, session: Conn, collect: Collect, outbox: Outbox
 ) -> None:
     write(sql, outbox, HOUR + 60)
@@ -157,7 +157,7 @@ def test_i12_the_time_zone_of_a_session_changes_nothing(
 
 
 @both
-def test_i10_nothing_goes_beyond_the_first_that_has_to_stay(sql: Conn, collect: Collect, outbox: Outbox) -> None:
+def test_i10_no_event_after_the_first_that_must_stay_is_deleted(sql: Conn, collect: Collect, outbox: Outbox) -> None:
     write(sql, outbox, DAY, count=2)
     write(sql, outbox, 60)
     write(sql, outbox, DAY, count=2)
@@ -167,7 +167,7 @@ def test_i10_nothing_goes_beyond_the_first_that_has_to_stay(sql: Conn, collect: 
 
 
 @both
-def test_an_outbox_without_events_is_fine(sql: Conn, collect: Collect, outbox: Outbox) -> None:
+def test_a_run_on_an_empty_outbox_deletes_nothing(sql: Conn, collect: Collect, outbox: Outbox) -> None:
     collected = collect(outbox)
     assert (collected.deleted, collected.batches, collected.oldest_kept, collected.furthest_behind) == (
         0,
@@ -178,11 +178,11 @@ def test_an_outbox_without_events_is_fine(sql: Conn, collect: Collect, outbox: O
     assert floor(sql, outbox) == 0
 
 
-# -- not past a subscription
+# -- up to the position of a subscription
 
 
 @both
-def test_i10_no_event_goes_that_a_subscription_has_not_passed(sql: Conn, collect: Collect, outbox: Outbox) -> None:
+def test_i10_an_event_that_a_subscription_has_not_passed_is_kept(sql: Conn, collect: Collect, outbox: Outbox) -> None:
     write(sql, outbox, DAY, count=5)
     subscribe(sql, "fast", outbox, 4)
     subscribe(sql, "slow", outbox, 2)
@@ -195,17 +195,17 @@ def test_i10_no_event_goes_that_a_subscription_has_not_passed(sql: Conn, collect
 
 
 @both
-def test_a_subscription_of_another_outbox_or_without_a_position_keeps_nothing(
+def test_a_subscription_of_another_outbox_or_without_a_position_has_no_effect(
     sql: Conn, collect: Collect, outbox: Outbox
 ) -> None:
     write(sql, outbox, DAY, count=3)
     subscribe(sql, "other", next(other for other in OUTBOXES.values() if other is not outbox), 0)
     subscribe(sql, "of another kind", None, 0)
-    subscribe(sql, "nowhere yet", outbox, None)
+    subscribe(sql, "without a position", outbox, None)
     assert collect(outbox).deleted == 3
 
 
-# -- not past a writer
+# -- up to open writers
 
 
 def tailed(settings: Settings, outbox: Outbox, position: int) -> list[int]:
@@ -214,7 +214,7 @@ def tailed(settings: Settings, outbox: Outbox, position: int) -> list[int]:
 
 
 @both
-def test_i10_nothing_goes_that_came_after_a_writer_began_whose_event_may_still_come(
+def test_i10_events_after_an_open_writer_began_are_kept(
     settings: Settings, sql: Conn, writer: Conn, collect: Collect, outbox: Outbox
 ) -> None:
     write(sql, outbox, DAY)
@@ -222,16 +222,16 @@ def test_i10_nothing_goes_that_came_after_a_writer_began_whose_event_may_still_c
         write(writer, outbox)
         write(sql, outbox, count=2)
         dispatch_all(sql)
-        assert collect(outbox, IN_A_MOMENT).deleted == 1
+        assert collect(outbox, NO_RETENTION).deleted == 1
         assert (kept(sql, outbox), floor(sql, outbox)) == ([1 + 2, 1 + 3], 1)
     assert tailed(settings, outbox, position=1) == [2, 3, 4]
     dispatch_all(sql)
-    assert collect(outbox, IN_A_MOMENT).deleted == 3
+    assert collect(outbox, NO_RETENTION).deleted == 3
     assert floor(sql, outbox) == 4
 
 
 @both
-def test_i10_the_writer_that_began_first_counts(
+def test_i10_of_several_open_writers_the_first_counts(
     settings: Settings, sql: Conn, writer: Conn, collect: Collect, outbox: Outbox
 ) -> None:
     with connected(settings) as later, writer.transaction():
@@ -240,12 +240,12 @@ def test_i10_the_writer_that_began_first_counts(
         with later.transaction():
             write(later, outbox)
             dispatch_all(sql)
-            assert collect(outbox, IN_A_MOMENT).deleted == 0
+            assert collect(outbox, NO_RETENTION).deleted == 0
     assert kept(sql, outbox) == [1, 2, 3]
 
 
 @both
-def test_i10_nothing_goes_while_a_prepared_transaction_may_write(
+def test_i10_nothing_is_deleted_while_a_prepared_transaction_may_write(
     settings: Settings, sql: Conn, writer: Conn, collect: Collect, outbox: Outbox
 ) -> None:
     gid = f"{sql.info.dbname} gc"
@@ -260,11 +260,11 @@ def test_i10_nothing_goes_while_a_prepared_transaction_may_write(
         sql.execute(SQL("COMMIT PREPARED {}").format(gid))
     assert tailed(settings, outbox, position=0) == [1, 2]
     dispatch_all(sql)
-    assert collect(outbox).deleted == 0, "the first one is young"
+    assert collect(outbox).deleted == 0, "the first event is too young"
 
 
 @both
-def test_a_transaction_that_has_not_written_yet_keeps_nothing_and_loses_nothing(
+def test_a_transaction_that_writes_later_has_no_effect_and_loses_no_event(
     settings: Settings, sql: Conn, writer: Conn, collect: Collect, outbox: Outbox
 ) -> None:
     write(sql, outbox, DAY)
@@ -272,13 +272,13 @@ def test_a_transaction_that_has_not_written_yet_keeps_nothing_and_loses_nothing(
         write(writer, next(other for other in OUTBOXES.values() if other is not outbox))
         write(sql, outbox)
         dispatch_all(sql)
-        assert collect(outbox, IN_A_MOMENT).deleted == 2
+        assert collect(outbox, NO_RETENTION).deleted == 2
         write(writer, outbox)
     assert tailed(settings, outbox, floor(sql, outbox)) == [3]
 
 
 @both
-def test_a_writer_that_has_ended_keeps_nothing(sql: Conn, writer: Conn, collect: Collect, outbox: Outbox) -> None:
+def test_a_writer_that_has_ended_has_no_effect(sql: Conn, writer: Conn, collect: Collect, outbox: Outbox) -> None:
     with writer.transaction(force_rollback=True):
         write(writer, outbox)
     write(sql, outbox, DAY)
@@ -286,7 +286,7 @@ def test_a_writer_that_has_ended_keeps_nothing(sql: Conn, writer: Conn, collect:
     assert floor(sql, outbox) == 2
 
 
-def test_i10_a_role_that_may_not_see_since_when_a_writer_is_open_deletes_nothing_meanwhile(
+def test_i10_a_role_that_may_not_see_when_a_writer_began_deletes_nothing_meanwhile(
     settings: Settings, sql: Conn, writer: Conn
 ) -> None:
     role = f"operator_{uuid4().hex[:8]}"
@@ -302,10 +302,10 @@ def test_i10_a_role_that_may_not_see_since_when_a_writer_is_open_deletes_nothing
         assert collect_events(conn, LEASE, HOUR, 10, always).deleted == 1
 
 
-# -- what was not dispatched
+# -- up to undispatched events
 
 
-def test_i9_nothing_goes_from_the_first_completion_event_on_that_was_not_dispatched(
+def test_i9_completion_events_are_kept_from_the_first_undispatched_one_on(
     settings: Settings, sql: Conn, collect: Collect
 ) -> None:
     write(sql, COMPLETION, DAY, count=6)
@@ -330,10 +330,12 @@ def test_a_lease_event_needs_no_dispatch(sql: Conn, collect: Collect) -> None:
 
 
 @both
-def test_i10_the_floor_is_raised_with_the_deletion_or_not_at_all(sql: Conn, collect: Collect, outbox: Outbox) -> None:
+def test_i10_a_deletion_and_the_floor_are_changed_in_one_transaction(
+    sql: Conn, collect: Collect, outbox: Outbox
+) -> None:
     write(sql, outbox, DAY, count=6)
     sql.execute("CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
-                " $$ BEGIN IF OLD.event_id = 4 THEN RAISE 'not this one'; END IF; RETURN OLD; END $$")  # fmt: skip
+                " $$ BEGIN IF OLD.event_id = 4 THEN RAISE 'refused'; END IF; RETURN OLD; END $$")  # fmt: skip
     trigger = f"CREATE TRIGGER refuse BEFORE DELETE ON {outbox.table} FOR EACH ROW EXECUTE FUNCTION refuse()"
     sql.execute(trigger.encode())
     with pytest.raises(RaiseException):
@@ -350,7 +352,7 @@ def test_the_floor_is_never_lowered(sql: Conn, collect: Collect, outbox: Outbox)
 
 
 @both
-def test_the_outboxes_are_collected_apart(sql: Conn, collect: Collect, outbox: Outbox) -> None:
+def test_each_outbox_is_collected_by_itself(sql: Conn, collect: Collect, outbox: Outbox) -> None:
     for each in OUTBOXES.values():
         write(sql, each, DAY)
     assert collect(outbox).deleted == 1
@@ -382,7 +384,7 @@ def test_events_are_deleted_in_batches_oldest_first(
 
 
 @both
-def test_a_run_that_is_told_to_stop_leaves_the_rest(sql: Conn, collect: Collect, outbox: Outbox) -> None:
+def test_a_stopped_run_keeps_the_rest(sql: Conn, collect: Collect, outbox: Outbox) -> None:
     write(sql, outbox, DAY, count=10)
     collected = collect(outbox, batch_size=3, progress=lambda deleted: deleted < 6)
     assert (collected.deleted, collected.batches) == (6, 2)
@@ -402,7 +404,7 @@ def test_a_dry_run_counts_what_a_run_then_deletes_and_changes_nothing(
     assert counted.deleted == collect(outbox, batch_size=2).deleted == 4
 
 
-def test_a_dry_run_ends_where_a_run_does(sql: Conn, session: Conn, collect: Collect) -> None:
+def test_a_dry_run_ends_at_the_same_event_as_a_run(sql: Conn, session: Conn, collect: Collect) -> None:
     write(sql, COMPLETION, DAY, count=5)
     sql.execute("UPDATE completion_events SET dispatched_at_ms = NULL WHERE event_id = 2")
     counted = count_events(session, COMPLETION, HOUR)
@@ -410,11 +412,11 @@ def test_a_dry_run_ends_where_a_run_does(sql: Conn, session: Conn, collect: Coll
     assert counted.deleted == 1
 
 
-# -- beside others
+# -- concurrent transactions and runs
 
 
 @both
-def test_events_that_somebody_has_locked_are_left_to_the_next_run(
+def test_locked_events_are_left_to_the_next_run(
     settings: Settings, sql: Conn, collect: Collect, outbox: Outbox
 ) -> None:
     write(sql, outbox, DAY, count=6)
@@ -426,7 +428,7 @@ def test_events_that_somebody_has_locked_are_left_to_the_next_run(
 
 
 @both
-def test_runs_at_the_same_time_delete_each_event_once(sql: Conn, settings: Settings, outbox: Outbox) -> None:
+def test_concurrent_runs_delete_each_event_once(sql: Conn, settings: Settings, outbox: Outbox) -> None:
     write(sql, outbox, DAY, count=1_000)
     together = Barrier(2)
 
@@ -442,7 +444,7 @@ def test_runs_at_the_same_time_delete_each_event_once(sql: Conn, settings: Setti
 
 
 @both
-def test_events_that_are_written_meanwhile_are_not_lost(
+def test_events_written_during_a_run_are_not_lost(
     settings: Settings, sql: Conn, writer: Conn, collect: Collect, outbox: Outbox
 ) -> None:
     write(sql, outbox, DAY, count=10)

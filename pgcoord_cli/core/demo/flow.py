@@ -1,9 +1,9 @@
-"""The second part of the demonstration: a flow whose worker is killed in the middle, and that is finished all the same.
+"""The second part of the demonstration: a flow that is finished although its worker is killed.
 
-Five executions: two copies that wait for a preparation, a check that needs one of them (a quorum), and a release. The
-command of one copy kills its own worker at the first attempt, as hard as a process can be killed. Nobody renews the
-lease then; when it has run out, a reconciler takes it back, and another worker runs the rest. The states at the end
-are what the policies say.
+The flow has five executions: two copies that depend on a preparation, a check that needs one of them (a quorum), and a
+release. At its first attempt, the command of one copy kills its own worker with SIGKILL. The lease is then no longer
+renewed; once it has expired, a reconciler takes the execution back, and another worker runs the rest. The final states
+follow from the policies.
 """
 
 from __future__ import annotations
@@ -44,38 +44,40 @@ EXPECTED = {
 }  # fmt: skip
 
 LEASE = "1s"
-PATIENCE_SECONDS = 30.0
+"""Duration of the worker's lease, after which the killed worker's execution can be taken back."""
+
+TIMEOUT_SECONDS = 30.0
 
 
-def run_flow(settings: Settings, narrator: Reporter) -> dict[str, str]:
-    """Plays it; returns the states of the executions at the end."""
-    narrator.step("Run a flow, and kill its worker in the middle")
+def run_flow(settings: Settings, reporter: Reporter) -> dict[str, str]:
+    """Runs the flow; returns the final states of the executions by name. Raises PgcoordError."""
+    reporter.step("Run a flow, and kill its worker in the middle")
     with session.command_session(settings, "demo", writes=True) as conn:
         created = flows.create(conn, PLAN)
         _work(settings, "worker-1")
-        narrator.say(f"worker-1 is gone: {_states(settings, created.flow_id)}")
+        reporter.detail(f"worker-1 was killed: {_states(settings, created.flow_id)}")
         expired = _take_back(settings)
-        narrator.say(f"reconcile lease-expiry: {expired} lease taken back")
+        reporter.detail(f"reconcile lease-expiry: {expired} lease taken back")
         _work(settings, "worker-2")
-    narrator.say(f"worker-2 has done the rest: {_states(settings, created.flow_id)}")
+    reporter.detail(f"worker-2 has run the rest: {_states(settings, created.flow_id)}")
     return _state_by_name(settings, created.flow_id)
 
 
 def _work(settings: Settings, owner: str) -> None:
-    """A worker process, until it ends, one way or another."""
+    """Runs a worker process until it ends or is killed."""
     environment = os.environ | {"PGCOORD_DSN": settings.dsn, "PGCOORD_SCHEMA": settings.schema}
     command = [sys.executable, "-m", "pgcoord_cli", "worker", "run", "--once", "-q", "--lease", LEASE, "--owner", owner]
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
 def _take_back(settings: Settings) -> int:
-    """Ticks until the lost lease has run out and was taken back."""
+    """Runs the reconciler until it has taken back the expired lease; returns how many. Raises PgcoordError."""
     with session.command_session(settings, "demo", writes=True) as conn, closing(Wakeup()) as wakeup:
-        for _ in range(round(PATIENCE_SECONDS / 0.1)):
+        for _ in range(round(TIMEOUT_SECONDS / 0.1)):
             if expired := reconcile.lease_expiry(conn, reconcile.Scope(), lambda _event, _why: None).reconciled:
                 return expired
             wakeup.wait(0.1)
-    raise PgcoordError("the lease of the killed worker was never taken back")
+    raise PgcoordError(f"the lease of the killed worker was not taken back within {TIMEOUT_SECONDS:g}s")
 
 
 def _state_by_name(settings: Settings, flow_id: UUID) -> dict[str, str]:

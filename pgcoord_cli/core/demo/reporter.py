@@ -1,4 +1,4 @@
-"""Who hears what happens in the demonstration; what it looks like is for whoever tells the story."""
+"""The interface through which the demonstration reports its steps; the caller decides how they are shown."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Protocol
 
 
 class Reporter(Protocol):
-    """Hears what happens."""
+    """Receives the steps of the demonstration, in order."""
 
     def step(self, title: str) -> None:
-        """A new part of the story begins."""
+        """Called at the beginning of a step."""
 
-    def say(self, text: str) -> None:
-        """A detail of the part."""
+    def detail(self, text: str) -> None:
+        """Called with a detail of the current step."""
 
     def progress(self, done: int, total: int) -> None:
-        """So many transfers of so many have been acknowledged."""
+        """Called when `done` of `total` transfers have been acknowledged."""

@@ -1,12 +1,10 @@
-"""The demonstration: money moves between accounts while the leader is killed.
+"""The first part of the demonstration: transfers between accounts while the leader is killed.
 
-**What it shows.** Two candidates run as processes of their own; one is elected. Concurrent clients move money, each
-transfer a read of two accounts and a write of both. Half way the leader's process is killed as hard as a process
-can be. The other candidate is elected because the server has noticed the end of the dead one's session; the clients
-notice only that some of their commits take longer. At the end no money has appeared or vanished, and every transfer
-that was acknowledged is there, exactly once: each adds one to a counter of its account's.
-
-The steps are told to a Narrator; what they look like is for whoever tells the story.
+**What it shows.** Two candidates run as processes of their own; one is elected. Concurrent clients transfer money, each
+transfer a read of two accounts and a write of both. Half way the leader's process is killed with SIGKILL. The other
+candidate is elected because the server has noticed the end of the leader's session; for the clients, some commits take
+longer. At the end no money has appeared or vanished, and every transfer that was acknowledged is stored exactly once:
+each adds one to a counter of its source account.
 """
 
 from __future__ import annotations
@@ -39,11 +37,11 @@ CLIENTS = 32
 TRANSFERS = 4_000
 TTL = "5s"
 ELECTION_SECONDS = 15.0
-"""How long the demo waits for a leader: the lease's time to live, and then some for a slow machine."""
+"""How long the demo waits for a leader: the lease's time to live, and a margin for a slow machine."""
 
 
 class DemoResult(NamedTuple):
-    """What came of it. Times are in seconds, measured by this process."""
+    """The result. Times are in seconds by the clock of this process."""
 
     transfers: int
     conflicts_retried: int
@@ -53,38 +51,38 @@ class DemoResult(NamedTuple):
     sum_after: int
     acknowledged: int
     counted: int
-    flow: dict[str, str] = {}  # noqa: RUF012 - replaced, never filled
+    flow: dict[str, str] = {}  # noqa: RUF012 - replaced, never changed
 
     @property
     def ok(self) -> bool:
-        """Whether all money and each acknowledged transfer is there, just once, and the flow ended as it should."""
-        is_money_there = self.sum_before == self.sum_after and self.acknowledged == self.counted
-        return is_money_there and self.flow == demo_flow.EXPECTED
+        """Whether the money is complete, each acknowledged transfer is stored once, and the flow ended as expected."""
+        is_complete = self.sum_before == self.sum_after and self.acknowledged == self.counted
+        return is_complete and self.flow == demo_flow.EXPECTED
 
 
-def run(settings: Settings, narrator: Reporter) -> DemoResult:
-    """Plays the whole demonstration on an empty database. Raises PgcoordError when something does not work."""
-    narrator.step("Put the schema into the database")
-    narrator.say(", ".join(f"{done.version:04}_{done.name}" for done in upgrade(settings)))
+def run(settings: Settings, reporter: Reporter) -> DemoResult:
+    """Runs the whole demonstration on an empty database. Raises PgcoordError if a step fails."""
+    reporter.step("Migrate the database")
+    reporter.detail(", ".join(f"{done.version:04}_{done.name}" for done in upgrade(settings)))
     with _candidates(settings) as candidates:
-        narrator.step("Start two candidates as processes of their own, and wait for one to be elected")
+        reporter.step("Start two candidates as processes and wait until one is elected")
         _await_leader(settings, after=None)
-        narrator.say(_who_leads(settings))
-        bank = Bank(settings, narrator, candidates)
-        narrator.step(f"Move money between {ACCOUNTS} accounts: {CLIENTS} clients, {TRANSFERS} transfers")
+        reporter.detail(_describe_leader(settings))
+        bank = Bank(settings, reporter, candidates)
+        reporter.step(f"Transfer money between {ACCOUNTS} accounts: {CLIENTS} clients, {TRANSFERS} transfers")
         result = asyncio.run(bank.run())
-        narrator.step("Look at it")
-        narrator.say(_who_leads(settings))
-        narrator.say(_collect(settings))
-    return result._replace(flow=demo_flow.run_flow(settings, narrator))
+        reporter.step("Check the leader and collect garbage")
+        reporter.detail(_describe_leader(settings))
+        reporter.detail(_collect(settings))
+    return result._replace(flow=demo_flow.run_flow(settings, reporter))
 
 
 @dataclass
 class Bank:
-    """The accounts, the clients that move money between them, and the counters that prove it."""
+    """The accounts, the clients that transfer money between them, and the counters of transfers."""
 
     settings: Settings
-    narrator: Reporter
+    reporter: Reporter
     candidates: dict[str, subprocess.Popen[bytes]]
     started: int = 0
     acknowledged: int = 0
@@ -95,7 +93,7 @@ class Bank:
     _first_failure: PgcoordError | None = None
 
     async def run(self) -> DemoResult:
-        """Opens the accounts, moves the money, kills the leader half way, and counts."""
+        """Opens the accounts, makes the transfers, kills the leader half way, and counts."""
         async with await open_database(self.settings, "demo") as database:
             await database.run(self._open_accounts)
             before, _ = await database.run(self._count)
@@ -122,10 +120,10 @@ class Bank:
 
     def _acknowledge(self) -> None:
         self.acknowledged += 1
-        self.narrator.progress(self.acknowledged, TRANSFERS)
+        self.reporter.progress(self.acknowledged, TRANSFERS)
 
     async def _transfer(self, transaction: Transaction) -> None:
-        """Moves up to a tenth of one account to another, and counts that at the first."""
+        """Moves up to a tenth of a random account's balance to another, and adds one to its counter."""
         self.tries += 1
         source, target = random.sample(range(ACCOUNTS), 2)
         balances = {name: int(await transaction.get(_account(name)) or 0) for name in (source, target)}
@@ -140,7 +138,7 @@ class Bank:
             transaction.set(_counter(number), b"0")
 
     async def _count(self, transaction: Transaction) -> tuple[int, int]:
-        """The money in all accounts and the transfers in all counters, of one snapshot."""
+        """Returns the sum of all accounts and that of all counters, read in one snapshot."""
         accounts = await transaction.get_range(b"account/", b"account0")
         counters = await transaction.get_range(b"counter/", b"counter0")
         return sum(int(value) for _, value in accounts), sum(int(value) for _, value in counters)
@@ -149,15 +147,15 @@ class Bank:
         return await asyncio.to_thread(lambda: int(_leader(self.settings)["epoch"]))
 
     async def _kill_leader(self) -> None:
-        """Kills the leader's process and measures how long it takes until somebody leads again."""
+        """Kills the leader's process and measures the time until the next election."""
         old = await asyncio.to_thread(_leader, self.settings)
         victim = self.candidates[old["leader_addr"]]
-        self.narrator.say(f"kill -9 {victim.pid}: that was {old['leader_addr']}, the leader of epoch {old['epoch']}")
+        self.reporter.detail(f"kill -9 {victim.pid}: {old['leader_addr']}, the leader of epoch {old['epoch']}")
         killed_at = time.monotonic()
         victim.send_signal(signal.SIGKILL)
         await asyncio.to_thread(_await_leader, self.settings, old["epoch"])
         self.failover_seconds = time.monotonic() - killed_at
-        self.narrator.say(f"{_who_leads(self.settings)}, {self.failover_seconds:.2f}s later")
+        self.reporter.detail(f"after {self.failover_seconds:.2f}s {_describe_leader(self.settings)}")
 
 
 def _account(number: int) -> bytes:
@@ -170,7 +168,7 @@ def _counter(number: int) -> bytes:
 
 @contextmanager
 def _candidates(settings: Settings) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Two `pgcoord leader run` processes by node id; both are gone when the block ends."""
+    """Runs two `pgcoord leader run` processes within the block; yields them by node id."""
     environment = os.environ | {"PGCOORD_DSN": settings.dsn, "PGCOORD_SCHEMA": settings.schema}
     command = [sys.executable, "-m", "pgcoord_cli", "leader", "run", "--ttl", TTL, "--quiet", "--node-id"]
     started: dict[str, subprocess.Popen[bytes]] = {}
@@ -178,7 +176,7 @@ def _candidates(settings: Settings) -> Iterator[dict[str, subprocess.Popen[bytes
         for name in ("candidate-1", "candidate-2"):
             started[name] = subprocess.Popen(
                 [*command, name], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the demo, which then ends them itself
+                start_new_session=True,  # so that Ctrl-C only reaches the demo, which then stops them
             )  # fmt: skip
         yield started
     finally:
@@ -193,13 +191,13 @@ def _leader(settings: Settings) -> dict[str, Any]:
         return leader_status.status_document(conn)["leader"]
 
 
-def _who_leads(settings: Settings) -> str:
+def _describe_leader(settings: Settings) -> str:
     now = _leader(settings)
-    return f"{now['leader_addr']} leads epoch {now['epoch']}; durable version {now['durable_version']}"
+    return f"{now['leader_addr']} is the leader of epoch {now['epoch']}; durable version {now['durable_version']}"
 
 
 def _await_leader(settings: Settings, after: int | None) -> None:
-    """Returns once somebody leads an epoch later than `after`; NoLeader when that takes too long."""
+    """Waits for a leader of an epoch later than `after`. Raises NoLeader after ELECTION_SECONDS."""
     with session.command_session(settings, "demo", writes=False) as conn:
         leader_status.wait_for_leader(conn, settings.schema, ELECTION_SECONDS, after_epoch=after or 0)
 
@@ -207,4 +205,6 @@ def _await_leader(settings: Settings, after: int | None) -> None:
 def _collect(settings: Settings) -> str:
     with session.command_session(settings, "demo", writes=True) as conn:
         collected = gc.collect_commit_requests(conn, gc.DEFAULT_RETENTION, gc.DEFAULT_BATCH_SIZE, lambda _: True)
-    return f"gc: {collected.deleted} requests deleted; all are younger than {gc.DEFAULT_RETENTION / 60:.0f} minutes"
+    return (
+        f"gc: {collected.deleted} requests deleted; those younger than {gc.DEFAULT_RETENTION / 60:.0f} minutes are kept"
+    )

@@ -4,8 +4,8 @@
 not installed, an installation of the machine is used. The package is located but never imported: importing it writes a
 lock file, and its own way of starting a server changes the modes of every parent directory up to `/`.
 
-**The account.** PostgreSQL refuses to run as root. If root calls, its programs run as the account `postgres`, or else
-`nobody`. If that account cannot read the package (a virtual environment below /root), the programs are copied, once, to
+**The account.** PostgreSQL refuses to run as root. If root calls, its programs run under the first of ACCOUNTS that
+exists. If that account cannot read the package (a virtual environment below /root), the programs are copied, once, to
 /var/cache/pgcoord. No account is created, and no mode of anything that existed before is changed; a directory that the
 account cannot enter is an error that names it.
 """
@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from pgcoord_cli.errors import PgcoordError, ServerUnavailable
+
+ACCOUNTS = ("postgres", "nobody")
+"""Unprivileged accounts under which PostgreSQL runs if root calls, the preferred one first."""
 
 OLDEST_VERSION = 15
 """The oldest supported major version; `core.database.session` has the same for servers that it connects to."""
@@ -88,18 +91,18 @@ def find_installation(version: int | None = None) -> Installation:
 
 
 def server_account() -> Account | None:
-    """Returns the account for PostgreSQL to run under, or None for a caller other than root, who runs it directly.
+    """Returns the account for PostgreSQL to run under, or None for a caller other than root, which runs it directly.
 
     Raises ServerUnavailable if there is no such account.
     """
     if os.geteuid() != 0:
         return None
-    for name in ("postgres", "nobody"):
+    for name in ACCOUNTS:
         with suppress(KeyError):
             entry = pwd.getpwnam(name)
             return Account(name, entry.pw_uid, entry.pw_gid)
     raise ServerUnavailable(
-        "PostgreSQL does not run as root, and there is no account postgres or nobody to run it under",
+        f"PostgreSQL does not run as root, and none of the accounts {', '.join(ACCOUNTS)} exists to run it under",
         hint="run pgcoord as another user than root",
     )
 

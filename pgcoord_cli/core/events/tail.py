@@ -72,7 +72,7 @@ from pgcoord_cli.core.events.tail_connection import (
 from pgcoord_cli.core.events.watermark import Watermark
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import FINAL, CursorExpired, PgcoordError, UsageError
+from pgcoord_cli.errors import PERMANENT_ERRORS, CursorExpired, PgcoordError, UsageError
 from pgcoord_cli.settings import Settings
 
 LOOK_BACK = 100_000
@@ -96,7 +96,7 @@ FIRST_RECHECK = 0.005
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between attempts to connect."""
 
-_FINAL = (CursorExpired, *FINAL)
+_PERMANENT_ERRORS = (CursorExpired, *PERMANENT_ERRORS)
 
 
 class StartPosition(NamedTuple):
@@ -272,8 +272,8 @@ class Tail:
                     yield from self._read_on(connection, self._watermark)
                     return
             except PgcoordError as error:
-                # Before the first position there is nothing to continue from; _FINAL errors persist after a reconnect.
-                if self._watermark is None or isinstance(error, _FINAL):
+                # Before the first position there is nothing to continue from; _PERMANENT_ERRORS errors persist after a reconnect.
+                if self._watermark is None or isinstance(error, _PERMANENT_ERRORS):
                     raise
                 self._notify("disconnected", error.message)
             self._wakeup.wait(backoff.next_pause())

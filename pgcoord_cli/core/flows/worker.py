@@ -45,7 +45,7 @@ from pgcoord_cli.db.binary import float8, int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import FINAL, ConditionFalse, ConnectionFailed, Fenced, PgcoordError
+from pgcoord_cli.errors import PERMANENT_ERRORS, ConditionFalse, ConnectionFailed, Fenced, PgcoordError
 from pgcoord_cli.settings import Settings
 
 RENEW_AFTER = 1 / 3
@@ -228,7 +228,7 @@ class Slot:
                     backoff.reset()
                     self._work(conn)
                     return
-            except FINAL as error:
+            except PERMANENT_ERRORS as error:
                 self._group.fail(error)
             except PgcoordError as error:
                 self._report(WorkEvent("trouble", "", None, None, error.message))
