@@ -384,7 +384,7 @@ print(database.transaction().get(b"a"))
 def test_after_a_fork_the_child_is_refused_and_the_parent_goes_on(settings: Settings) -> None:
     text = """
 import os, sys, warnings
-from pgcoord_cli.errors import UsageError
+from pgcoord_cli import UsageError
 from pgcoord_cli.sync import connect
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads

@@ -275,7 +275,9 @@ def test_what_is_left_out_comes_from_the_environment(
         owner.checkpoint.save(4)
     with acquire_leadership(psycopg.connect(settings.dsn), "another"):
         pass
-    assert value(sql, f"SELECT array_agg(subscription_name ORDER BY subscription_name) FROM {ELSEWHERE}.subscriptions") == [
+    assert value(
+        sql, f"SELECT array_agg(subscription_name ORDER BY subscription_name) FROM {ELSEWHERE}.subscriptions"
+    ) == [
         "another",
         "mailer",
     ]
