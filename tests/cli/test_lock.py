@@ -246,7 +246,7 @@ def test_who_holds_a_lock(call: Call, holder_pid: int) -> None:
 @pytest.mark.parametrize("words", [("who",), ("break", "--yes"), ("break",)], ids=" ".join)
 def test_a_lock_that_nobody_holds_is_exit_code_3(words: tuple[str, ...], call: Call) -> None:
     answer = call("lock", *words, "nightly", "-o", "json")
-    assert (answer.code, answer.error["message"]) == (3, "nobody holds 'nightly'")
+    assert (answer.code, answer.error["message"]) == (3, "lock 'nightly' is free")
 
 
 # -- breaking
@@ -270,7 +270,7 @@ def test_breaking_a_lock_ends_the_command_that_runs_under_it(call: Call, start: 
     assert call("lock", "break", "nightly", "--yes").code == 0
     code, _, err = lock.ended()
     assert code == 4
-    assert "the connection that held 'nightly' is gone" in err
+    assert "lock 'nightly' is lost: " in err
 
 
 def test_without_a_terminal_a_lock_is_not_broken_unasked(cli: Cli, sql: Sql, holder_pid: int) -> None:

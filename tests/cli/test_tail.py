@@ -593,7 +593,7 @@ def test_a_number_that_is_none_is_named(words: tuple[str, ...], refused: Callabl
 
 @pytest.mark.parametrize("words", [("--subscription", ""), ("--subscription", "x" * 201)])
 def test_a_subscription_has_a_name(words: tuple[str, ...], refused: Callable[..., str]) -> None:
-    assert refused(*words) == "--subscription: a name has 1 to 200 characters"
+    assert refused(*words) == "--subscription: a name must have 1 to 200 characters, none of them a null byte"
 
 
 def test_what_is_no_utf_8_is_refused(refused: Callable[..., str]) -> None:

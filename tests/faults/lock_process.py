@@ -14,7 +14,7 @@ from tests.faults.program_process import ProgramProcess, starter
 from tests.faults.tail_process import Sql
 
 FAMILY = ("sh", "-c", "sleep 600 & echo $$ $!; wait")
-"""A command with a child of its own: it prints the process ids of both."""
+"""A command that starts a child and prints the process ids of both."""
 
 STUBBORN = ("sh", "-c", "trap '' TERM; sleep 600 & echo $$ $!; while :; do wait; done")
 """The same, but both processes ignore SIGTERM."""

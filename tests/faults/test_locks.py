@@ -1,9 +1,10 @@
-"""Locks whose holder is cut off, frozen or killed: the command ends with the lock, and a former owner saves nothing."""
+"""Locks whose holder loses its connection, freezes or is killed: the command ends, and a former owner cannot save."""
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -39,14 +40,14 @@ from tests.faults.tail_process import Sql, terminate
 
 @pytest.fixture
 def start(settings: Settings) -> Iterator[StartLock]:
-    """Starts `pgcoord lock run`; ends those that are left when the test is over."""
+    """Starts `pgcoord lock run` on the test's database, and removes what is left after the test."""
     with lock_starter(lambda: settings) as starter:
         yield starter
 
 
 @pytest.fixture
 def through_proxy(settings: Settings) -> Iterator[tuple[StallingProxy, Settings]]:
-    """A TCP port in front of the test's server, and the test's database by way of it."""
+    """A proxy in front of the test's server, and settings that connect through it."""
     address = conninfo_to_dict(settings.dsn)
     proxy = StallingProxy(f"{address['host']}/.s.PGSQL.{address.get('port', 5432)}")
     yield proxy, replace(settings, dsn=make_conninfo(settings.dsn, host="127.0.0.1", port=proxy.port))
@@ -56,18 +57,18 @@ def through_proxy(settings: Settings) -> Iterator[tuple[StallingProxy, Settings]
 # -- the command ends with the lock
 
 
-def test_i19_a_command_ends_with_all_it_started_when_its_session_is_ended(start: StartLock, sql: Sql) -> None:
+def test_i19_a_command_and_its_descendants_end_when_the_session_is_terminated(start: StartLock, sql: Sql) -> None:
     lock = start("nightly", "--", *FAMILY)
     family = lock.has_family()
-    assert {os.getpgid(pid) for pid in family} == {family[0]}, "in a group of its own"
+    assert {os.getpgid(pid) for pid in family} == {family[0]}, "in their own process group"
     end_holder(sql)
     code, left, err = lock.ended()
     assert (code, left) == (4, [])
-    assert "the connection that held 'nightly' is gone; the command was ended" in err
+    assert re.search("lock 'nightly' is lost: connection lost: .+; the command was terminated", err)
     until(lambda: not any(map(is_running, family)))
 
 
-def test_the_end_of_the_session_is_seen_without_a_heartbeat(
+def test_a_terminated_session_is_detected_without_a_heartbeat(
     settings: Settings, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_run, "HEARTBEAT_SECONDS", 86_400)
@@ -84,7 +85,7 @@ def test_the_end_of_the_session_is_seen_without_a_heartbeat(
             run.signal(signal.SIGKILL)
 
 
-def test_a_command_that_will_not_end_is_killed_after_the_grace_with_all_it_started(start: StartLock, sql: Sql) -> None:
+def test_a_command_that_ignores_term_is_killed_after_the_grace_with_its_descendants(start: StartLock, sql: Sql) -> None:
     lock = start("nightly", "--kill-grace", "100ms", "--", *STUBBORN)
     family = lock.has_family()
     end_holder(sql)
@@ -92,25 +93,25 @@ def test_a_command_that_will_not_end_is_killed_after_the_grace_with_all_it_start
     until(lambda: not any(map(is_running, family)))
 
 
-def test_a_command_may_use_its_grace_to_end_in_order(start: StartLock, sql: Sql) -> None:
-    text = "trap 'echo ended in order; kill $!; exit' TERM; sleep 600 & echo $$ $!; wait"
+def test_a_command_may_use_the_grace_to_clean_up(start: StartLock, sql: Sql) -> None:
+    text = "trap 'echo cleaned up; kill $!; exit' TERM; sleep 600 & echo $$ $!; wait"
     lock = start("nightly", "--kill-grace", "24h", "--", "sh", "-c", text)
     lock.has_family()
     end_holder(sql)
-    assert lock.ended()[:2] == (4, ["ended in order\n"])
+    assert lock.ended()[:2] == (4, ["cleaned up\n"])
 
 
-def test_a_signal_is_passed_on_while_the_command_is_being_ended(start: StartLock, sql: Sql) -> None:
-    text = "trap 'echo asked' TERM; trap 'echo hurried; exit 5' INT; echo $$; while :; do sleep 600 & wait; done"
+def test_a_signal_is_passed_on_during_the_grace(start: StartLock, sql: Sql) -> None:
+    text = "trap 'echo got TERM' TERM; trap 'echo got INT; exit 5' INT; echo $$; while :; do sleep 600 & wait; done"
     lock = start("nightly", "--kill-grace", "24h", "--", "sh", "-c", text)
     lock.has_family()
     end_holder(sql)
-    assert lock.line() == "asked\n"
-    assert lock.end(signal.SIGINT)[:2] == (4, ["hurried\n"])
+    assert lock.line() == "got TERM\n"
+    assert lock.end(signal.SIGINT)[:2] == (4, ["got INT\n"])
 
 
-def test_the_lock_is_free_while_the_command_is_being_ended_and_the_next_may_run(start: StartLock, sql: Sql) -> None:
-    """That is what the fence is for: the numbers tell which of the two is the later."""
+def test_the_lock_is_free_during_the_grace_and_another_command_may_run(start: StartLock, sql: Sql) -> None:
+    """The fence tells the two apart: the later command has the larger number."""
     text = "trap '' TERM; echo $$ $PGCOORD_FENCE; while :; do sleep 600; done"
     first = start("nightly", "--fence", "--kill-grace", "24h", "--", "sh", "-c", text)
     pid, first_fence = first.has_family()
@@ -121,10 +122,10 @@ def test_the_lock_is_free_while_the_command_is_being_ended_and_the_next_may_run(
     assert is_running(pid)
 
 
-def test_a_command_ends_when_its_connection_falls_silent(
+def test_a_command_ends_when_the_connection_no_longer_answers(
     start: StartLock, through_proxy: tuple[StallingProxy, Settings]
 ) -> None:
-    """Nothing is closed, so that only a heartbeat that is not answered can tell."""
+    """No socket is closed, so only an unanswered heartbeat detects it."""
     proxy, settings = through_proxy
     lock = start("nightly", "--", *FAMILY, settings_=settings)
     family = lock.has_family()
@@ -133,7 +134,7 @@ def test_a_command_ends_when_its_connection_falls_silent(
     until(lambda: not any(map(is_running, family)))
 
 
-def test_a_command_ends_when_the_server_goes_down(
+def test_a_command_ends_when_the_server_stops(
     start: StartLock, own_server: EmbeddedServer, own_settings: Settings
 ) -> None:
     lock = start("nightly", "--", *FAMILY, settings_=own_settings)
@@ -143,7 +144,7 @@ def test_a_command_ends_when_the_server_goes_down(
     until(lambda: not any(map(is_running, family)))
 
 
-def test_a_command_is_not_run_when_the_connection_is_lost_while_it_waits_for_the_lock(
+def test_a_command_is_not_run_if_the_connection_is_lost_during_the_wait_for_the_lock(
     start: StartLock, settings: Settings, sql: Sql
 ) -> None:
     with acquire_leadership(settings.dsn, "nightly"):
@@ -154,16 +155,16 @@ def test_a_command_is_not_run_when_the_connection_is_lost_while_it_waits_for_the
 
 
 @pytest.mark.slow
-def test_a_command_runs_on_over_many_heartbeats(start: StartLock) -> None:
+def test_a_command_outlasts_several_heartbeats(start: StartLock) -> None:
     assert start("nightly", "--", "sleep", "15").ended()[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=str)
-def test_a_signal_is_passed_on_to_all_that_the_command_started(
+def test_a_signal_is_passed_on_to_the_command_and_its_descendants(
     number: signal.Signals, start: StartLock, sql: Sql
 ) -> None:
     name = number.name.removeprefix("SIG")
-    # Shells let what they start in the background ignore SIGINT; Python starts it as it is.
+    # A shell makes its background commands ignore SIGINT; Python leaves the disposition as it is.
     child = f"import signal, sys; signal.signal(signal.SIG{name}, lambda *_: sys.exit('child')); print(flush=True);"
     text = (
         f"import os, signal, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', '''{child}"
@@ -178,13 +179,13 @@ def test_a_signal_is_passed_on_to_all_that_the_command_started(
     until_free(sql)
 
 
-def test_a_command_that_a_signal_ended_tells_which(start: StartLock) -> None:
+def test_a_command_killed_by_a_signal_exits_with_128_plus_its_number(start: StartLock) -> None:
     lock = start("nightly", "--", *FAMILY)
     lock.has_family()
     assert lock.end(signal.SIGTERM)[0] == 128 + signal.SIGTERM
 
 
-def test_a_lock_run_that_is_killed_frees_the_lock(start: StartLock, sql: Sql) -> None:
+def test_a_killed_lock_run_releases_the_lock(start: StartLock, sql: Sql) -> None:
     lock = start("nightly", "--", *FAMILY)
     lock.has_family()
     lock.process.kill()
@@ -192,7 +193,7 @@ def test_a_lock_run_that_is_killed_frees_the_lock(start: StartLock, sql: Sql) ->
     assert start("nightly", "--", "true").ended()[0] == 0
 
 
-# -- a former owner saves nothing
+# -- a former owner cannot save
 
 OWNER = """
 import json, sys
@@ -216,29 +217,27 @@ with psycopg.connect(dsn) as service:
 """
 
 
-def test_i13_an_owner_that_was_frozen_while_another_took_over_saves_nothing_when_it_goes_on(
-    settings: Settings, sql: Sql
-) -> None:
+def test_i13_an_owner_frozen_during_a_takeover_cannot_save_when_it_resumes(settings: Settings, sql: Sql) -> None:
     sql.execute("CREATE TABLE public.invoices (number integer)")
     with subprocess.Popen(
         [sys.executable, "-c", OWNER, settings.dsn], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as first:
         assert first.stdin and first.stdout
 
-        def order(position: int) -> None:
+        def request_save(position: int) -> None:
             assert first.stdin
             first.stdin.write(f"{position}\n")
             first.stdin.flush()
 
         assert first.stdout.readline() == "owned\n"
-        order(1)
+        request_save(1)
         assert first.stdout.readline() == "saved\n"
         first.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WNOWAIT)
         end_holder(sql)
         with acquire_leadership(settings.dsn, "mailer") as second:
             assert second.checkpoint.load() == 1
-            order(5)
+            request_save(5)
             first.send_signal(signal.SIGCONT)
             assert first.stdout.readline() == "fenced\n"
             second.checkpoint.save(2)
@@ -246,7 +245,7 @@ def test_i13_an_owner_that_was_frozen_while_another_took_over_saves_nothing_when
         assert sql.execute("SELECT number FROM public.invoices").fetchall() == [(1,)]
 
 
-# -- anything at any time
+# -- random faults
 
 CONTENDERS = 8
 ROUNDS = 40
@@ -266,13 +265,13 @@ def connect():
 def note(service, *values):
     service.execute("INSERT INTO history (kind, fence, position) VALUES (%s, %s, %s)", values)
 
-def lives(conn):
+def is_alive(conn):
     try:
         return bool(conn.execute("SELECT 1"))
     except psycopg.Error:
         return False
 
-def connect_in_turn():
+def connect_and_wait():
     lock = connect()
     lock.execute("SELECT pg_advisory_lock(%s)", [subscription_lock("pgcoord", "mailer")])
     return lock
@@ -287,18 +286,18 @@ def own_and_save(lock):
                     owner.checkpoint.save(position, service)
                     note(service, "write", owner.fence, position)
             except Fenced:
-                note(service, "two owners" if lives(lock) else "refusal", owner.fence, position)
+                note(service, "two owners" if is_alive(lock) else "refusal", owner.fence, position)
                 raise
 
-come = connect
+next_connection = connect
 while True:
     try:
-        own_and_save(come())
-        come = connect
+        own_and_save(next_connection())
+        next_connection = connect
     except LockNotAcquired:
-        come = connect_in_turn  # PostgreSQL hands the lock on; who has it already acquires the name at once
+        next_connection = connect_and_wait  # this session then holds the lock already, and acquires the name at once
     except (PgcoordError, psycopg.Error):
-        come = connect
+        next_connection = connect
 """
 
 HISTORY = """
@@ -312,12 +311,12 @@ END $$;
 
 CREATE TRIGGER note AFTER INSERT OR UPDATE ON pgcoord.subscriptions FOR EACH ROW EXECUTE FUNCTION public.note();
 """
-"""What became of the checkpoint and of the writes that belong to it. All are numbered under the lock of the
-subscription's row, which is kept until the transaction ends: so the numbers tell the order of the commits."""
+"""Records every change of the checkpoint and every write that belongs to one. All are numbered under the lock of the
+subscription's row, which is held until the transaction ends, so the numbers are in commit order."""
 
 
 class Contenders:
-    """Processes that all want the same name, and what happens to them."""
+    """Processes that compete for one name, and the faults to inject into them."""
 
     def __init__(self, dsn: str, sql: Sql, chance: random.Random) -> None:
         self._dsn = dsn
@@ -330,23 +329,23 @@ class Contenders:
         return subprocess.Popen([sys.executable, "-c", CONTENDER, self._dsn, str(self._chance.random())])
 
     def crash(self) -> None:
-        """One is killed, and another comes in its stead."""
+        """Kills a process and starts another."""
         victim = self._running.pop(self._chance.randrange(len(self._running)))
         victim.kill()
         victim.wait()
         self._running.append(self._new())
 
     def terminate(self) -> None:
-        """The session that holds the lock ends without its owner's knowing, whose other one goes on."""
+        """Terminates the session that holds the lock; the owner's other session continues."""
         self._end_sessions("pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted)")
 
     def freeze(self) -> None:
-        """One stands still, wherever it is: also in the middle of a transaction. Some always run on."""
+        """Stops a process at any point, also within a transaction. At least two always run on."""
         if len(self._running) > 2:
             self._freeze(self._chance.randrange(len(self._running)))
 
     def freeze_the_owner(self) -> None:
-        """The one that seems to own the name; it may have given it back before it stands still."""
+        """Stops the process that holds the lock; it may have released it before it is stopped."""
         query = """
             SELECT application_name FROM pg_stat_activity JOIN pg_locks USING (pid)
              WHERE locktype = 'advisory' AND granted AND datname = current_database()
@@ -364,19 +363,17 @@ class Contenders:
         self._frozen.append(one)
 
     def thaw(self) -> None:
-        """One that stood still goes on, and finds out what it missed."""
+        """Continues a stopped process."""
         if self._frozen:
             one = self._frozen.pop(self._chance.randrange(len(self._frozen)))
             one.send_signal(signal.SIGCONT)
             self._running.append(one)
 
     def end_a_frozen_owner(self) -> None:
-        """As an operator would, who sees that nothing goes on. It will not know when it goes on itself."""
+        """Terminates the sessions of stopped processes that block others, as an operator would."""
         names = ", ".join(f"'contender {one.pid}'" for one in self._frozen) or "NULL"
-        holds_others_up = (
-            "state = 'idle in transaction' OR pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory')"
-        )
-        self._end_sessions(f"application_name IN ({names}) AND ({holds_others_up})")
+        blocks_others = "state = 'idle in transaction' OR pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory')"
+        self._end_sessions(f"application_name IN ({names}) AND ({blocks_others})")
 
     def _end_sessions(self, which: str) -> None:
         self._sql.execute(
@@ -391,14 +388,14 @@ class Contenders:
 
 
 def history(sql: Sql) -> list[tuple[Any, ...]]:
-    """Everything that was committed, in its order."""
+    """Returns everything that was committed, in commit order."""
     return sql.execute("SELECT kind, fence, position FROM public.history ORDER BY number").fetchall()
 
 
 def check(events: list[tuple[Any, ...]]) -> None:
-    """Every write happened under the fence that was the last one then, and every position was written once.
+    """Checks that every write was made under the latest fence of its time, and every position written once.
 
-    Nor was anybody refused who had the lock still.
+    Also that no owner was refused whose session still held the lock.
     """
     written = last_fence = last_position = 0
     for kind, fence, position in events:
@@ -408,24 +405,24 @@ def check(events: list[tuple[Any, ...]]) -> None:
             assert (position or 0) >= last_position
             last_fence, last_position = fence, position or 0
         elif kind == "write":
-            assert fence == last_fence, "somebody wrote under an older fence"
+            assert fence == last_fence, "a write under an older fence"
             assert position == last_position == written + 1
             written += 1
 
 
 @pytest.mark.parametrize("rounds", [ROUNDS, pytest.param(1_000, marks=pytest.mark.slow)])
-def test_i13_no_two_owners_both_save_whatever_happens_to_them(rounds: int, settings: Settings, sql: Sql) -> None:
+def test_i13_two_owners_never_both_save_under_random_faults(rounds: int, settings: Settings, sql: Sql) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
     sql.execute(HISTORY)
     contenders = Contenders(settings.dsn, sql, chance)
-    happenings: list[Callable[[], None]] = [
+    faults: list[Callable[[], None]] = [
         contenders.crash, contenders.terminate, contenders.freeze, contenders.freeze_the_owner, contenders.thaw,
     ]  # fmt: skip
 
-    def goes_on(before: int) -> bool:
-        """Whether something was saved since."""
+    def has_saved_since(before: int) -> bool:
+        """Returns whether a write was committed after that number."""
         contenders.end_a_frozen_owner()
         return bool(value(sql, "SELECT count(*) FROM public.history WHERE kind = 'write' AND number > %s", before))
 
@@ -433,11 +430,11 @@ def test_i13_no_two_owners_both_save_whatever_happens_to_them(rounds: int, setti
         return int(value(sql, "SELECT coalesce(max(number), 0) FROM public.history"))
 
     try:
-        until(lambda: goes_on(0))
+        until(lambda: has_saved_since(0))
         for _ in range(rounds):
-            chance.choice(happenings)()
+            chance.choice(faults)()
             before = last_number()
-            until(lambda before=before: goes_on(before))  # type: ignore[misc]
+            until(lambda before=before: has_saved_since(before))  # type: ignore[misc]
     finally:
         contenders.end()
     events = history(sql)

@@ -1,13 +1,13 @@
-"""What "one owner a name" means, whatever keeps it: a class of tests to inherit from.
+"""The contract of ownership: a class of tests that each implementation inherits.
 
-A subclass says how names are owned, by a fixture `implementation`, and pytest collects it under a name of its own:
+A subclass provides the fixture `implementation`, and pytest collects it under its own name:
 
     class TestByDsn(OwnershipContract):
         @pytest.fixture
         def implementation(self, settings: Settings) -> Implementation: ...
 
-**At once.** The server frees a name when it sees the owner's connection end, which is moments after the owner has gone.
-So a test that is about a name that has become free again asks until it gets it, and fails when it never does.
+**Release.** The server releases a name when it detects the end of the owner's connection, shortly after the owner has
+closed it. A test that acquires a released name therefore retries until it succeeds, and fails after TIMEOUT.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ HERE, ELSEWHERE = "pgcoord", "elsewhere"
 
 
 class Owner(Protocol):
-    """Whoever owns a name."""
+    """The owner of a name."""
 
     def release(self) -> None:
-        """Gives it back."""
+        """Releases the name."""
 
 
 class Implementation(Protocol):
-    """A way to own names."""
+    """One way to own names."""
 
     def acquire(self, name: str, schema: str) -> Owner:
-        """Owns the name; LockNotAcquired when somebody else does."""
+        """Acquires the name. Raises LockNotAcquired if it has another owner."""
 
     def acquire_without_a_server(self, name: str) -> Owner:
-        """The same where the database cannot be reached."""
+        """The same with a server that cannot be reached."""
 
     def holder(self, name: str) -> Sequence[str]:
-        """A command that owns the name, prints a line, and stays until it is killed."""
+        """Returns a command that acquires the name, prints a line and runs until it is killed."""
 
     def end_session(self, name: str) -> None:
-        """Ends the owner's session in schema `pgcoord` by pg_terminate_backend; returns when it has ended."""
+        """Terminates the owner's session in schema `pgcoord` with pg_terminate_backend, and waits for its end."""
 
 
 Acquire = Callable[..., Owner]
 
 
 class OwnershipContract:
-    """One owner a name, at every moment.
+    """At most one owner of a name at any time.
 
-    There is no `implementation` here, so that pytest names what a subclass lacks; abstract ones it would pass over.
+    The class defines no fixture `implementation`, so that pytest reports a subclass without one as an error.
     """
 
     @pytest.fixture
     def acquire(self, implementation: Implementation) -> Iterator[Acquire]:
-        """Owns a name; gives back those that are left when the test is over."""
+        """Acquires names, and releases them after the test."""
         owners: list[Owner] = []
 
         def own(name: str = "mailer", schema: str = HERE) -> Owner:
@@ -75,7 +75,7 @@ class OwnershipContract:
 
     @pytest.fixture
     def acquire_again(self, acquire: Acquire) -> Acquire:
-        """Owns a name that has just become free, and that nobody else wants."""
+        """Acquires a name that has just been released, for which no other owner competes."""
 
         def own(name: str = "mailer") -> Owner:
             deadline = time.monotonic() + TIMEOUT
@@ -83,7 +83,7 @@ class OwnershipContract:
                 try:
                     return acquire(name)
                 except LockNotAcquired:
-                    assert time.monotonic() < deadline, f"{name} never became free"
+                    assert time.monotonic() < deadline, f"{name} was not released"
 
         return own
 
@@ -94,7 +94,7 @@ class OwnershipContract:
         assert refused.value.subscription_name == "mailer"
         assert refused.value.exit_code == 5
 
-    def test_a_refusal_leaves_the_first_in_its_place(self, acquire: Acquire) -> None:
+    def test_a_refusal_leaves_the_first_owner_in_place(self, acquire: Acquire) -> None:
         acquire()
         for _ in range(3):
             with pytest.raises(LockNotAcquired):
@@ -105,7 +105,7 @@ class OwnershipContract:
         for _ in range(3):
             acquire_again().release()
 
-    def test_releasing_twice_is_no_harm_to_the_next(self, acquire: Acquire, acquire_again: Acquire) -> None:
+    def test_releasing_twice_does_not_release_the_next_owner(self, acquire: Acquire, acquire_again: Acquire) -> None:
         first = acquire()
         first.release()
         first.release()
@@ -114,17 +114,17 @@ class OwnershipContract:
         with pytest.raises(LockNotAcquired):
             acquire()
 
-    def test_a_crash_frees_the_name(self, implementation: Implementation, acquire_again: Acquire) -> None:
+    def test_a_crash_releases_the_name(self, implementation: Implementation, acquire_again: Acquire) -> None:
         with subprocess.Popen(implementation.holder("mailer"), stdout=subprocess.PIPE, stdin=subprocess.PIPE) as holder:
             assert holder.stdout
-            assert holder.stdout.readline(), "it never owned the name"
+            assert holder.stdout.readline(), "it did not acquire the name"
             with pytest.raises(LockNotAcquired):
                 implementation.acquire("mailer", HERE)
             holder.kill()
         acquire_again()
 
-    def test_an_ended_session_frees_the_name(self, implementation: Implementation, acquire: Acquire) -> None:
-        """No asking until it is free here: where the session has ended, so has the ownership."""
+    def test_a_terminated_session_releases_the_name(self, implementation: Implementation, acquire: Acquire) -> None:
+        """No retry here: a session that has ended has released its locks."""
         acquire()
         implementation.end_session("mailer")
         acquire()
@@ -139,17 +139,17 @@ class OwnershipContract:
                 acquire(name)
             assert refused.value.subscription_name == name
 
-    def test_the_same_name_in_two_schemas_is_two(self, acquire: Acquire) -> None:
+    def test_the_same_name_in_two_schemas_is_two_names(self, acquire: Acquire) -> None:
         for schema in (HERE, ELSEWHERE):
             acquire(schema=schema)
         for schema in (HERE, ELSEWHERE):
             with pytest.raises(LockNotAcquired):
                 acquire(schema=schema)
 
-    def test_of_fifty_who_come_at_once_one_wins(self, acquire: Acquire) -> None:
+    def test_of_fifty_concurrent_acquisitions_one_succeeds(self, acquire: Acquire) -> None:
         together = Barrier(CONTENDERS)
 
-        def come() -> str | None:
+        def compete() -> str | None:
             together.wait(TIMEOUT)
             try:
                 acquire()
@@ -158,10 +158,10 @@ class OwnershipContract:
             return None
 
         with ThreadPoolExecutor(CONTENDERS) as pool:
-            came = [future.result() for future in [pool.submit(come) for _ in range(CONTENDERS)]]
-        assert sorted(came, key=str) == [None, *["mailer"] * (CONTENDERS - 1)]
+            refusals = [future.result() for future in [pool.submit(compete) for _ in range(CONTENDERS)]]
+        assert sorted(refusals, key=str) == [None, *["mailer"] * (CONTENDERS - 1)]
 
-    def test_trouble_with_the_database_is_no_refusal(self, implementation: Implementation) -> None:
-        with pytest.raises(CoordinationError) as trouble:
+    def test_a_server_that_cannot_be_reached_is_not_a_refusal(self, implementation: Implementation) -> None:
+        with pytest.raises(CoordinationError) as failed:
             implementation.acquire_without_a_server("mailer")
-        assert not isinstance(trouble.value, LockNotAcquired)
+        assert not isinstance(failed.value, LockNotAcquired)

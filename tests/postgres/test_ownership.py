@@ -1,4 +1,4 @@
-"""Owning a name over an advisory lock (core.leadership): the contract, and what is particular to it (rule I13)."""
+"""Ownership of a name by an advisory lock (core.locks.ownership): contract, lock and checkpoint (rule I13)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from pgcoord_cli.core.locks.ownership import acquire_leadership
 
 with acquire_leadership(*sys.argv[1:]) as owner:
     if (child := os.fork()) == 0:
-        # Everything that a child may do with what it inherits, up to an end like any other's.
+        # Everything that a child may do with the inherited owner, including a normal exit.
         owner.release()
         with owner:
             pass
@@ -63,27 +63,27 @@ with acquire_leadership(*sys.argv[1:]) as owner:
 
 
 def python(text: str, *words: str) -> Sequence[str]:
-    """The command that runs this text."""
+    """Returns a command that runs this Python text."""
     return [sys.executable, "-c", text, *words]
 
 
 def holder_pid(sql: Conn, name: str = "mailer") -> int | None:
-    """The session that owns the name."""
-    # The queries of the program number their parameters, as this connection's would not.
+    """Returns the backend pid of the session that owns the name, or None."""
+    # The named statements have $1 parameters, which need a raw cursor.
     with psycopg.connect(sql.info.dsn, cursor_factory=psycopg.RawCursor) as conn:
         holder = lock_holder(conn, subscription_lock("pgcoord", name))
     return holder and holder.pid
 
 
 def end_session(sql: Conn, name: str = "mailer") -> None:
-    """Ends the owner's session without its knowing; returns when the server has ended it."""
+    """Terminates the owner's session, and waits for its end."""
     pid = holder_pid(sql, name)
     assert pid
     assert value(sql, "SELECT pg_terminate_backend(%s, 30000)", pid)
 
 
 def no_advisory_locks(sql: Conn) -> bool:
-    """Whether nothing is stranded in this database; sessions that were closed need a moment to end."""
+    """Returns whether no session of this database holds an advisory lock; a closed session may take a moment to end."""
     return not value(
         sql,
         "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
@@ -102,7 +102,7 @@ def elsewhere(settings: Settings) -> None:
 
 
 class ByDsn:
-    """Over a connection that acquire_leadership makes."""
+    """Over a connection that acquire_leadership opens."""
 
     def __init__(self, dsn: str, sql: Conn) -> None:
         self._dsn = dsn
@@ -122,7 +122,7 @@ class ByDsn:
 
 
 class ByConnection(ByDsn):
-    """Over a connection that is handed over: autocommit or not, as its maker left it."""
+    """Over a connection of the caller, which need not be in autocommit mode."""
 
     def acquire(self, name: str, schema: str) -> Owner:
         return acquire_leadership(psycopg.connect(self._dsn), name, schema=schema)
@@ -153,7 +153,7 @@ Acquire = Callable[..., Ownership]
 
 @pytest.fixture
 def acquire(settings: Settings) -> Iterator[Acquire]:
-    """Owns a name; gives back those that are left when the test is over."""
+    """Acquires names, and releases them after the test."""
     owners: list[Ownership] = []
 
     def own(name: str = "mailer", target: str | Conn = settings.dsn) -> Ownership:
@@ -165,7 +165,7 @@ def acquire(settings: Settings) -> Iterator[Acquire]:
         owner.release()
 
 
-def test_the_block_of_an_owner_gives_the_name_back_whatever_happens_in_it(settings: Settings, sql: Conn) -> None:
+def test_the_block_of_an_owner_releases_the_name_after_an_error_too(settings: Settings, sql: Conn) -> None:
     with pytest.raises(ZeroDivisionError), acquire_leadership(settings.dsn, "mailer"):
         assert holder_pid(sql)
         raise ZeroDivisionError
@@ -179,9 +179,7 @@ def test_a_refusal_names_the_holder_and_draws_no_fence(sql: Conn, acquire: Acqui
     assert value(sql, "SELECT fence FROM subscriptions") == 1
 
 
-def test_a_handed_over_connection_is_the_one_that_holds_the_lock(
-    settings: Settings, sql: Conn, acquire: Acquire
-) -> None:
+def test_a_connection_of_the_caller_holds_the_lock(settings: Settings, sql: Conn, acquire: Acquire) -> None:
     conn = psycopg.connect(settings.dsn, application_name="mine")
     owner = acquire(target=conn)
     assert holder_pid(sql) == conn.info.backend_pid
@@ -191,7 +189,7 @@ def test_a_handed_over_connection_is_the_one_that_holds_the_lock(
     assert conn.closed
 
 
-def test_a_handed_over_connection_that_is_refused_is_closed(settings: Settings, sql: Conn, acquire: Acquire) -> None:
+def test_a_connection_of_the_caller_is_closed_after_a_refusal(settings: Settings, sql: Conn, acquire: Acquire) -> None:
     acquire()
     conn = psycopg.connect(settings.dsn)
     with pytest.raises(LockNotAcquired):
@@ -199,7 +197,7 @@ def test_a_handed_over_connection_that_is_refused_is_closed(settings: Settings, 
     assert conn.closed
 
 
-def test_a_handed_over_connection_that_is_closed_or_in_a_transaction_is_trouble(settings: Settings, sql: Conn) -> None:
+def test_a_connection_that_is_closed_or_in_a_transaction_is_a_coordination_error(settings: Settings, sql: Conn) -> None:
     closed, busy = psycopg.connect(settings.dsn), psycopg.connect(settings.dsn)
     closed.close()
     busy.execute("SELECT 1")
@@ -210,19 +208,19 @@ def test_a_handed_over_connection_that_is_closed_or_in_a_transaction_is_trouble(
     assert value(sql, "SELECT count(*) FROM subscriptions") == 0
 
 
-def test_a_checkpoint_that_the_caller_may_not_move_says_so(settings: Settings, sql: Conn) -> None:
+def test_a_save_without_the_privilege_raises_permission_denied(settings: Settings, sql: Conn) -> None:
     with (
-        acquire_leadership(settings.dsn, "billing") as leadership,
+        acquire_leadership(settings.dsn, "billing") as owner,
         sql.transaction(force_rollback=True),
         pytest.raises(PermissionDenied, match="subscriptions"),
     ):
-        sql.execute("CREATE ROLE stranger_to_checkpoints")
-        sql.execute("GRANT USAGE ON SCHEMA pgcoord TO stranger_to_checkpoints")
-        sql.execute("SET LOCAL ROLE stranger_to_checkpoints")
-        leadership.checkpoint.save(7, sql)
+        sql.execute("CREATE ROLE role_without_checkpoints")
+        sql.execute("GRANT USAGE ON SCHEMA pgcoord TO role_without_checkpoints")
+        sql.execute("SET LOCAL ROLE role_without_checkpoints")
+        owner.checkpoint.save(7, sql)
 
 
-def test_the_child_of_a_fork_does_not_release_what_its_parent_owns(
+def test_a_forked_child_does_not_release_the_name_of_its_parent(
     settings: Settings, sql: Conn, acquire: Acquire
 ) -> None:
     command = python(FORKING, settings.dsn, "mailer")
@@ -240,33 +238,33 @@ def test_the_child_of_a_fork_does_not_release_what_its_parent_owns(
 
 
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\0b"])
-def test_a_name_that_cannot_be_one_is_refused_before_anything_is_done(name: str) -> None:
-    with pytest.raises(UsageError, match="subscription_name: a name has 1 to 200 characters"):
+def test_an_invalid_name_is_refused_before_a_connection_is_opened(name: str) -> None:
+    with pytest.raises(UsageError, match="subscription_name: a name must have 1 to 200 characters"):
         acquire_leadership("host=/nowhere", name)
 
 
-# -- trouble is no refusal
+# -- a failure is not a refusal
 
 
-@pytest.mark.parametrize("change", [{"host": "/nowhere"}, {"dbname": "nobodys"}, {"user": "nobody"}], ids=str)
-def test_an_address_that_is_wrong_is_trouble(settings: Settings, change: dict[str, str]) -> None:
-    with pytest.raises(CoordinationError) as trouble:
+@pytest.mark.parametrize("change", [{"host": "/nowhere"}, {"dbname": "missing"}, {"user": "missing"}], ids=str)
+def test_a_wrong_address_is_a_coordination_error(settings: Settings, change: dict[str, str]) -> None:
+    with pytest.raises(CoordinationError) as failed:
         acquire_leadership(make_conninfo(settings.dsn, **change), "mailer")
-    assert trouble.value.exit_code == 4
-    assert not isinstance(trouble.value, LockNotAcquired)
+    assert failed.value.exit_code == 4
+    assert not isinstance(failed.value, LockNotAcquired)
 
 
-def test_a_connection_string_that_is_none_is_a_usage_error() -> None:
+def test_an_invalid_connection_string_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         acquire_leadership("host", "mailer")
 
 
-def test_a_schema_that_was_not_migrated_is_told(settings: Settings) -> None:
+def test_a_schema_that_was_not_migrated_raises_schema_missing(settings: Settings) -> None:
     with pytest.raises(SchemaMissing):
         acquire_leadership(settings.dsn, "mailer", schema="elsewhere")
 
 
-def test_what_is_left_out_comes_from_the_environment(
+def test_omitted_arguments_come_from_the_environment(
     settings: Settings, sql: Conn, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGCOORD_DSN", settings.dsn)
@@ -285,20 +283,20 @@ def test_what_is_left_out_comes_from_the_environment(
 
 
 @pytest.mark.parametrize("schema", ["", "Upper", "a.b", 'x"; DROP TABLE kv; --', "pg_catalog"])
-def test_a_schema_that_cannot_be_one_is_a_usage_error(settings: Settings, schema: str) -> None:
+def test_an_invalid_schema_is_a_usage_error(settings: Settings, schema: str) -> None:
     with psycopg.connect(settings.dsn) as conn:
         for target in (settings.dsn, conn):
             with pytest.raises(UsageError, match="schema: "):
                 acquire_leadership(target, "mailer", schema=schema)
-        assert not conn.closed, "nothing was done with it"
+        assert not conn.closed, "the connection is left open"
 
 
-def test_a_target_that_is_no_connection_is_a_usage_error() -> None:
+def test_a_target_that_is_not_a_connection_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="target: dict"):
         acquire_leadership({"host": "localhost"}, "mailer")  # type: ignore[arg-type]
 
 
-def test_a_server_that_went_down_is_trouble_for_all_that_an_owner_does(
+def test_a_stopped_server_is_a_coordination_error_for_every_call_of_an_owner(
     own_server: EmbeddedServer, own_settings: Settings
 ) -> None:
     with acquire_leadership(own_settings.dsn, "mailer") as owner:
@@ -310,22 +308,22 @@ def test_a_server_that_went_down_is_trouble_for_all_that_an_owner_does(
             acquire_leadership(own_settings.dsn, "mailer")
 
 
-def test_two_names_with_one_key_are_found_out(sql: Conn, acquire: Acquire) -> None:
+def test_two_names_with_one_key_are_reported(sql: Conn, acquire: Acquire) -> None:
     key = subscription_lock("pgcoord", "mailer")
     sql.execute("INSERT INTO lock_names (lock_key, lock_name) VALUES (%s, 'billing')", [key])
-    with pytest.raises(KeyCollision, match="'mailer' has the same lock key as 'billing'"):
+    with pytest.raises(KeyCollision, match="'mailer' has the same 64-bit lock key as 'billing'"):
         acquire()
     until(lambda: no_advisory_locks(sql))
     assert value(sql, "SELECT count(*) FROM subscriptions") == 0
 
 
-def test_an_acquisition_that_fails_half_way_strands_nothing(settings: Settings, sql: Conn) -> None:
-    """The lock is taken, but no fence can be drawn: twice, as what the first one left would hinder the second."""
+def test_an_acquisition_that_fails_after_the_lock_releases_it(settings: Settings, sql: Conn) -> None:
+    """The lock is taken, but no fence can be drawn. Twice, since a lock left by the first would refuse the second."""
     sql.execute("ALTER TABLE subscriptions ADD CHECK (fence < 1)")
     for _ in range(2):
-        with pytest.raises(CoordinationError) as trouble:
+        with pytest.raises(CoordinationError) as failed:
             acquire_leadership(settings.dsn, "mailer")
-        assert not isinstance(trouble.value, LockNotAcquired)
+        assert not isinstance(failed.value, LockNotAcquired)
         until(lambda: no_advisory_locks(sql))
 
 
@@ -334,18 +332,18 @@ def test_an_acquisition_that_fails_half_way_strands_nothing(settings: Settings, 
 
 @pytest.fixture
 def service(settings: Settings) -> Iterator[Conn]:
-    """A connection with transactions and a search path of its own, as the owner's program has it."""
+    """The connection of a service, with its own transactions and search_path."""
     with psycopg.connect(settings.dsn) as conn:
         yield conn
 
 
 def position(sql: Conn) -> int | None:
-    """Where the subscription stands."""
+    """Returns the committed position of the subscription."""
     found: int | None = value(sql, "SELECT last_position FROM subscriptions")
     return found
 
 
-def test_a_checkpoint_begins_nowhere_and_is_loaded_as_it_was_saved(acquire: Acquire) -> None:
+def test_a_checkpoint_is_none_at_first_and_is_loaded_as_it_was_saved(acquire: Acquire) -> None:
     owner = acquire()
     assert owner.checkpoint.load() is None
     for number in (0, 7, 2**63 - 1):
@@ -367,7 +365,9 @@ def test_i13_a_save_is_part_of_the_callers_transaction(sql: Conn, acquire: Acqui
     for end, expected in ((service.rollback, (0, None)), (service.commit, (1, 4))):
         service.execute("INSERT INTO invoices VALUES (1)")
         owner.checkpoint.save(4, service)
-        assert (owner.checkpoint.load(), position(sql)) == (None, None), "nobody else sees it before it is committed"
+        assert (owner.checkpoint.load(), position(sql)) == (None, None), (
+            "it is invisible to other sessions before the commit"
+        )
         end()
         assert (value(sql, "SELECT count(*) FROM public.invoices"), position(sql)) == expected
 
@@ -378,10 +378,10 @@ def test_every_acquisition_draws_a_greater_fence(sql: Conn, acquire: Acquire) ->
         end_session(sql)
 
 
-def test_i13_an_owner_that_was_ended_saves_on_until_another_has_acquired(
+def test_i13_an_owner_whose_session_ended_can_save_until_another_acquires(
     sql: Conn, acquire: Acquire, service: Conn
 ) -> None:
-    """Nobody is told that a session has ended; what counts is that nobody saves beside a successor."""
+    """An owner does not learn that its session has ended; it must not save after another acquisition."""
     first = acquire()
     end_session(sql)
     first.checkpoint.save(1, service)
@@ -395,7 +395,7 @@ def test_i13_an_owner_that_was_ended_saves_on_until_another_has_acquired(
     assert position(sql) == 1
 
 
-def test_i13_a_successor_fences_its_predecessor_before_it_has_saved_anything(
+def test_i13_an_acquisition_fences_the_former_owner_before_the_first_save(
     sql: Conn, acquire: Acquire, service: Conn
 ) -> None:
     first = acquire()
@@ -407,15 +407,13 @@ def test_i13_a_successor_fences_its_predecessor_before_it_has_saved_anything(
         first.checkpoint.save(9, service)
     service.rollback()
     assert position(sql) is None
-    assert value(sql, "SELECT to_regclass('public.invoices')") is None, "its writes went with the save"
+    assert value(sql, "SELECT to_regclass('public.invoices')") is None, "its writes roll back with the save"
     second.checkpoint.save(1, service)
     service.commit()
     assert position(sql) == 1
 
 
-def test_i13_the_saves_of_an_owner_that_was_ended_are_trouble_over_its_own_connection(
-    sql: Conn, acquire: Acquire
-) -> None:
+def test_i13_a_save_over_a_terminated_connection_is_a_coordination_error(sql: Conn, acquire: Acquire) -> None:
     first = acquire()
     end_session(sql)
     acquire()
@@ -425,10 +423,10 @@ def test_i13_the_saves_of_an_owner_that_was_ended_are_trouble_over_its_own_conne
 
 
 @pytest.mark.parametrize(("is_kept", "loaded"), [(True, 5), (False, None)], ids=["committed", "rolled back"])
-def test_i13_a_successor_waits_for_a_save_that_is_under_way_and_loads_what_became_of_it(
+def test_i13_an_acquisition_waits_for_an_uncommitted_save_and_loads_its_outcome(
     is_kept: bool, loaded: int | None, sql: Conn, acquire: Acquire, service: Conn
 ) -> None:
-    """Otherwise it would begin at an older position than its predecessor then commits."""
+    """Otherwise it would load an older position than the former owner then commits."""
     first = acquire()
     first.checkpoint.save(5, service)
     end_session(sql)
@@ -441,7 +439,7 @@ def test_i13_a_successor_waits_for_a_save_that_is_under_way_and_loads_what_becam
 
 
 def waits_for(sql: Conn, conn: Conn) -> bool:
-    """Whether a session waits for something that this connection holds."""
+    """Returns whether a session waits for a lock that this connection holds."""
     text = "SELECT count(*) FROM pg_locks WHERE %s = ANY (pg_blocking_pids(pid))"
     return bool(value(sql, text, conn.info.backend_pid))
 
@@ -449,7 +447,7 @@ def waits_for(sql: Conn, conn: Conn) -> bool:
 def test_i13_a_save_that_waits_for_an_acquisition_is_refused_after_it(
     settings: Settings, sql: Conn, acquire: Acquire, service: Conn
 ) -> None:
-    """The fence is compared with what the row says by then, not with what it said when the statement began."""
+    """The statement compares the fence with the committed row, not with the row of its snapshot."""
     first = acquire()
     end_session(sql)
     successor = psycopg.connect(settings.dsn)
@@ -464,7 +462,7 @@ def test_i13_a_save_that_waits_for_an_acquisition_is_refused_after_it(
     assert position(sql) is None
 
 
-def test_i15_a_checkpoint_is_found_whatever_the_search_path_of_the_caller(
+def test_i15_a_save_does_not_depend_on_the_search_path_of_the_caller(
     settings: Settings, elsewhere: None, sql: Conn
 ) -> None:
     with (
@@ -487,22 +485,22 @@ def test_i18_a_save_uses_only_what_is_in_pg_catalog(acquire: Acquire, sql: Conn,
     assert position(sql) == 4
 
 
-def test_connections_with_any_row_factory_own_and_save(settings: Settings, sql: Conn) -> None:
+def test_connections_with_any_row_factory_can_own_and_save(settings: Settings, sql: Conn) -> None:
     owning, saving = (psycopg.connect(settings.dsn, row_factory=dict_row) for _ in range(2))
     with acquire_leadership(owning, "mailer") as owner, saving:
         owner.checkpoint.save(4, saving)
-        assert owner.checkpoint.load() is None, "it is not committed yet"
+        assert owner.checkpoint.load() is None, "not committed yet"
     assert position(sql) == 4
 
 
-def test_connections_of_the_program_can_save_too(settings: Settings, sql: Conn, acquire: Acquire) -> None:
+def test_connections_with_raw_cursors_can_save(settings: Settings, sql: Conn, acquire: Acquire) -> None:
     owner = acquire()
     with connect(settings, "test") as conn, conn.transaction():
         owner.checkpoint.save(4, conn)
     assert position(sql) == 4
 
 
-def test_all_of_it_is_a_pgcoord_error() -> None:
+def test_every_error_is_a_pgcoord_error() -> None:
     for kind in (LockNotAcquired, CoordinationError, KeyCollision, Fenced):
         assert issubclass(kind, PgcoordError)
     assert not issubclass(LockNotAcquired, CoordinationError)

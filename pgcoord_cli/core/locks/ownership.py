@@ -1,4 +1,4 @@
-"""Owning a name: at most one owner at a time, by an advisory lock and nothing else.
+"""Ownership of a name: at most one owner at a time, by an advisory lock and nothing else.
 
     with acquire_leadership(None, "billing") as owner:
         for event in source(owner.checkpoint.load()):
@@ -6,19 +6,19 @@
                 project(service, event)
                 owner.checkpoint.save(event.position, service)
 
-**The lock** is taken at once or not at all (LockNotAcquired), over a connection of its own that is not a pool's, and is
-held as long as that connection lives: through a crash, a `kill -9` or an ended session it is free again at once.
-There is nothing to renew, nothing to configure, and nothing to ask in the owner's loop.
+**The lock** is taken at once or not at all (LockNotAcquired), over a dedicated connection that no pool shares. It is
+held as long as that connection lives; a crash, `kill -9` or a terminated session releases it at once. There is nothing
+to renew, nothing to configure, and nothing for the owner's loop to poll.
 
-**The fence** is what makes that safe. An owner whose connection was ended may not know it. With each acquisition a
-number is drawn that grows; every save of the checkpoint names it, and the same statement compares it, under the
-row's lock and in the transaction of the writes that it belongs to. Once another has acquired the name, the former
-owner's saves are refused, and its writes roll back with them (rule I13).
+**The fence** makes this safe. An owner whose session was terminated may not know it. Each acquisition draws a larger
+number. Every save of the checkpoint names that number, and the statement compares it under the row's lock, in the
+transaction of the writes that it belongs to. After another acquisition the former owner's saves raise Fenced, and its
+writes roll back with them (rule I13).
 
-**The key** is a hash of schema and name in 64 bits. The name behind each key is stored and compared, so that two names
-that share one are found out (KeyCollision) rather than kept from each other for no reason.
+**The key** of the lock is a 64-bit hash of schema and name. The name behind each key is stored and compared, so two
+names with the same key are reported (KeyCollision) instead of excluding each other without reason.
 
-**Fork.** A child process does not share the ownership: there the guard lets the connection be.
+**Fork.** A child process does not share the ownership: `release` there leaves the connection open.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from pgcoord_cli.errors import (
 from pgcoord_cli.settings import Settings, resolve_arguments
 
 MAX_NAME = 200
-"""Characters."""
+"""Characters in the name of a lock or subscription."""
 
 
 def check_name(name: str, option: str) -> str:
-    """`name`, or UsageError when it cannot be one."""
+    """Returns `name`. Raises UsageError, which names `option`, if it is empty, too long or holds a null byte."""
     if not 0 < len(name) <= MAX_NAME or "\0" in name:
-        raise UsageError(f"{option}: a name has 1 to {MAX_NAME} characters")
+        raise UsageError(f"{option}: a name must have 1 to {MAX_NAME} characters, none of them a null byte")
     return name
 
 
@@ -101,20 +101,26 @@ def _session(target: str | Connection[Any] | None, settings: Settings) -> Connec
 
 
 def subscription_lock(schema: str, name: str) -> int:
-    """The advisory lock key of a name's owner."""
+    """Returns the advisory lock key of a name."""
     return lock_key(schema, f"subscription {name}")
 
 
 def take_lock(conn: Connection[Any], schema: str, name: str, wait_seconds: float = 0.0) -> None:
-    """Takes the lock of a name for this session, in its turn within `wait_seconds`, or at once or not at all."""
+    """Takes the lock of a name for the session of `conn`.
+
+    Waits in PostgreSQL's queue for at most `wait_seconds`; with 0 it never waits. Raises LockNotAcquired, which names
+    the holder, and KeyCollision.
+    """
     key = subscription_lock(schema, name)
+    # Before the lock is taken: a session that holds it must be the owner of this name, not of one with the same key.
     conn.execute(sql("locks", "name_key"), [key, name])
     (known,) = conn.execute(sql("locks", "name_of_key"), [key]).fetchone() or (name,)
     if known != name:
-        raise KeyCollision(f"{name!r} has the same lock key as {known!r}", hint="choose another name")
+        raise KeyCollision(f"{name!r} has the same 64-bit lock key as {known!r}", hint="choose another name")
     if not (_wait_for(conn, key, wait_seconds) if wait_seconds else _try(conn, key)):
-        holder = lock_holder(conn, key)
-        raise LockNotAcquired(name, f"{name!r} is held by {holder or 'somebody who has just ended'}")
+        holder = lock_holder(conn, key) or "a session that has just ended"
+        waited = f"; waited for {wait_seconds:g} s" if wait_seconds else ""
+        raise LockNotAcquired(name, f"{name!r} is held by {holder}{waited}")
 
 
 def _try(conn: Connection[Any], key: int) -> bool:
@@ -123,7 +129,7 @@ def _try(conn: Connection[Any], key: int) -> bool:
 
 
 def _wait_for(conn: Connection[Any], key: int, seconds: float) -> bool:
-    """PostgreSQL itself hands the lock on, in turn; nothing is asked again and again."""
+    # The session blocks in PostgreSQL's queue of the lock, which is first come, first served; nothing polls.
     conn.execute(sql("locks", "set_lock_timeout"), [str(max(1, round(seconds * 1000)))])
     try:
         conn.execute(sql("locks", "wait_for_lock"), [key])
@@ -133,7 +139,10 @@ def _wait_for(conn: Connection[Any], key: int, seconds: float) -> bool:
 
 
 def draw_fence(conn: Connection[Any], name: str, outbox: str | None) -> tuple[int, int | None, str | None]:
-    """The next fence of a name, its position and the outbox that this counts in; the caller holds the lock."""
+    """Draws the next fence of a name; returns it with the saved position and the outbox that the position refers to.
+
+    The caller holds the lock of the name.
+    """
     row = conn.execute(sql("subscriptions", "acquire"), [name, outbox]).fetchone()
     assert row is not None
     fence, position, table = row
@@ -141,7 +150,10 @@ def draw_fence(conn: Connection[Any], name: str, outbox: str | None) -> tuple[in
 
 
 class Ownership:
-    """The ownership of a name, until it is released or its connection ends. Made by `acquire_leadership`."""
+    """The ownership of a name until `release`, or until its connection is lost. Made by `acquire_leadership`.
+
+    `fence` is the number that this acquisition drew.
+    """
 
     def __init__(self, conn: Connection[Any], subscription_name: str, fence: int, schema: str) -> None:
         self._conn = conn
@@ -151,7 +163,8 @@ class Ownership:
         self.checkpoint = Checkpoint(conn, subscription_name, fence, schema)
 
     def release(self) -> None:
-        """Gives the name back by ending the connection; more than once is no harm."""
+        """Releases the name by closing the connection; repeated calls do nothing."""
+        # In a forked child the socket is the parent's too: closing it properly would end the parent's session.
         if os.getpid() == self._pid:
             self._conn.close()
 
@@ -165,7 +178,7 @@ class Ownership:
 
 
 class Checkpoint:
-    """How far the owner of a name has got."""
+    """The position up to which the owner of a name has processed its source."""
 
     def __init__(self, conn: Connection[Any], name: str, fence: int, schema: str) -> None:
         self._conn = conn
@@ -174,20 +187,23 @@ class Checkpoint:
         self._schema = schema
 
     def load(self) -> int | None:
-        """The position that was saved last, by whichever owner; None: none has been."""
+        """Returns the last committed position, of any owner, or None. Raises CoordinationError."""
         row = self._execute(self._conn, sql("subscriptions", "checkpoint"), [self._name])
         return row[1] if row else None
 
     def save(self, position: int, conn: Connection[Any] | None = None) -> None:
-        """Moves forward to `position` in the transaction that `conn` is in; by itself without a `conn`.
+        """Saves `position` in the current transaction of `conn`, or in its own without a `conn`.
 
-        Positions never go back: a smaller one changes nothing. Fenced when another has acquired the name since; let
-        that end the transaction.
+        A position never goes back: a smaller one changes nothing. Raises Fenced if the name has been acquired again
+        since; the caller must then roll back the transaction. Raises CoordinationError.
         """
         statement = sql("subscriptions", "save", schema=self._schema)
         row = self._execute(conn or self._conn, statement, [self._name, self._fence, position])
         if not (row and row[0]):
-            raise Fenced(f"{self._name!r} has another owner by now; nothing was saved")
+            raise Fenced(
+                f"{self._name!r} has been acquired by another owner; position {position} was not saved",
+                hint="roll back, and acquire the name again to continue from its checkpoint",
+            )
 
     def _execute(self, conn: Connection[Any], text: str, values: list[Any]) -> tuple[Any, ...] | None:
         try:
@@ -200,20 +216,23 @@ class Checkpoint:
 
 
 def list_locks(conn: Connection[Any]) -> list[dict[str, Any]]:
-    """Holders and waiters of the locks that have names in this schema."""
+    """Returns the sessions that hold or wait for a lock of this schema, holders first."""
     return conn.cursor(row_factory=dict_row).execute(sql("locks", "list")).fetchall()
 
 
 def holder_of(conn: Connection[Any], schema: str, name: str) -> LockHolder:
-    """Who holds a lock. ConditionFalse: nobody does."""
+    """Returns the session that holds a lock. Raises ConditionFalse if it is free."""
     holder = lock_holder(conn, subscription_lock(schema, name))
     if holder is None:
-        raise ConditionFalse(f"nobody holds {name!r}")
+        raise ConditionFalse(f"lock {name!r} is free")
     return holder
 
 
 def break_lock(conn: Connection[Any], schema: str, name: str) -> LockHolder:
-    """Ends the session that holds a lock, and with it the lock; returns whose it was. ConditionFalse: nobody's."""
+    """Terminates the session that holds a lock, which releases it; returns that session.
+
+    Raises ConditionFalse if the lock is free.
+    """
     holder = holder_of(conn, schema, name)
     conn.execute(sql("locks", "end_session"), [holder.pid])
     return holder

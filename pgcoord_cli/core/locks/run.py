@@ -1,10 +1,10 @@
-"""Running a command while holding a lock: `pgcoord lock run`.
+"""Runs a command while holding a lock: `pgcoord lock run`.
 
-The lock is held by a connection of its own (`core.locks.ownership`), the command runs in a process group of its own. Until
-the command ends, three things are waited for at once: its end, a signal to pass on to the group, and the connection.
-PostgreSQL closes a connection whose session it ends, which shows at once; one that has fallen silent is found by a
-heartbeat. Without the connection there is no lock, and another may be starting the same command: so the group is asked
-to end, and after a grace killed.
+The lock is held by a dedicated connection (`core.locks.ownership`); the command runs in its own process group. Until
+the command ends, one poll(2) waits for its end, for a signal to pass on to the group, and for the connection.
+PostgreSQL closes the connection of a session that it terminates, which makes the socket readable at once; a heartbeat
+detects a connection that no longer answers. Without the connection the lock is free, and another session may already
+run the same command: the group gets SIGTERM, and SIGKILL after the grace.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from signal import SIGTERM
 from time import monotonic
@@ -25,19 +25,25 @@ from pgcoord_cli.core.concurrency.process_group import GRACE_SECONDS, ProcessGro
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.locks.ownership import draw_fence, take_lock
-from pgcoord_cli.db.connection import mapped_errors
+from pgcoord_cli.db.connection import mapped_errors, translate
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import LockLost, PgcoordError
 from pgcoord_cli.settings import Settings
 
 HEARTBEAT_SECONDS = 4.0
-PATIENCE_SECONDS = 5.0
-"""A connection that fell silent is found within the sum of these."""
+"""Seconds between two heartbeats."""
+
+ANSWER_TIMEOUT_SECONDS = 5.0
+"""How long a heartbeat may go unanswered before the connection, and with it the lock, counts as lost."""
 
 
 class LockOptions(NamedTuple):
-    """What to run under which lock."""
+    """A command and the lock to run it under.
+
+    `wait_seconds` is how long to wait for the lock, `grace_seconds` how long the command may take to end after SIGTERM.
+    With `fence`, the command finds the lock's next fence in PGCOORD_FENCE.
+    """
 
     name: str
     command: Sequence[str]
@@ -47,11 +53,11 @@ class LockOptions(NamedTuple):
 
 
 class LockRun:
-    """One command under one lock. `signal` may be called from a signal handler."""
+    """Runs one command under one lock. `signal` may be called from a signal handler."""
 
-    def __init__(self, settings: Settings, order: LockOptions) -> None:
+    def __init__(self, settings: Settings, options: LockOptions) -> None:
         self._settings = settings
-        self._order = order
+        self._options = options
         self._wakeup = Wakeup()
         self._signals: list[int] = []
 
@@ -61,22 +67,26 @@ class LockRun:
         self._wakeup.set()
 
     def run(self, started: Callable[[], None] = lambda: None) -> int:
-        """Runs the command and returns its exit code as a shell counts it; `started` is called once it has the lock.
+        """Runs the command and returns its exit code as a shell counts it; calls `started` once the lock is held.
 
-        LockNotAcquired: it was not run. LockLost: it was ended. PgcoordError: it could not be started.
+        Raises LockNotAcquired, and has not run the command; LockLost, and has terminated it; PgcoordError if it cannot
+        be started.
         """
-        order = self._order
-        patient = replace(self._settings, statement_timeout=0)
-        with closing(open_session(patient, f"lock {order.name}"[:50], writes=True)) as conn, mapped_errors():
-            take_lock(conn, self._settings.schema, order.name, order.wait_seconds)
+        options = self._options
+        # statement_timeout would cut short the wait for the lock, which lock_timeout bounds.
+        untimed = replace(self._settings, statement_timeout=0)
+        with closing(open_session(untimed, f"lock {options.name}"[:50], writes=True)) as conn, mapped_errors():
+            take_lock(conn, self._settings.schema, options.name, options.wait_seconds)
             environment = dict(os.environ)
-            if order.fence:
-                environment["PGCOORD_FENCE"] = str(draw_fence(conn, order.name, None)[0])
+            if options.fence:
+                environment["PGCOORD_FENCE"] = str(draw_fence(conn, options.name, None)[0])
+            # Before the command starts: from here on a signal is for the command, not for this process.
             started()
             with closing(self._start(environment)) as group:
                 try:
                     self._guard(conn, group)
                 finally:
+                    # Whatever the guard raises, the command must not outlive the lock.
                     self._end(group)
         code = group.exit_code
         assert code is not None
@@ -84,20 +94,21 @@ class LockRun:
 
     def _start(self, environment: dict[str, str]) -> ProcessGroup:
         try:
-            return ProcessGroup(self._order.command, environment)
+            return ProcessGroup(self._options.command, environment)
         except OSError as error:
-            raise PgcoordError(f"cannot run {self._order.command[0]}: {error.strerror}") from None
+            raise PgcoordError(f"cannot run {self._options.command[0]}: {error.strerror}") from None
 
     def _guard(self, conn: Connection[Any], group: ProcessGroup) -> None:
-        """Returns when the command has ended; LockLost when the connection has."""
-        pipeline = Pipeline(conn, PATIENCE_SECONDS)
+        """Waits until the command has ended. Raises LockLost when the connection is lost before that."""
+        pipeline = Pipeline(conn, ANSWER_TIMEOUT_SECONDS)
         while group.exit_code is None:
-            is_connection_stirring = self._wait(conn, group)
+            needs_check = self._wait(conn, group)
             self._pass_signals_on(group)
-            if group.exit_code is None and not _is_alive(conn, pipeline, is_connection_stirring):
+            # A command that has ended keeps its exit code, even if the connection is lost at the same moment.
+            if group.exit_code is None and needs_check and (reason := _failure(conn, pipeline)):
                 raise LockLost(
-                    f"the connection that held {self._order.name!r} is gone; the command was ended",
-                    hint="another may hold the lock by now",
+                    f"lock {self._options.name!r} is lost: {reason}; the command was terminated",
+                    hint="another session may hold the lock by now",
                 )
 
     def _pass_signals_on(self, group: ProcessGroup) -> None:
@@ -105,30 +116,31 @@ class LockRun:
             group.signal(self._signals.pop(0))
 
     def _end(self, group: ProcessGroup) -> None:
-        """Asks the command to end, and kills what is left after the grace; signals are passed on until then."""
+        """Terminates the command, and kills what is left after the grace; passes signals on until then."""
         if group.exit_code is not None:
             return
         group.signal(SIGTERM)
-        deadline = monotonic() + self._order.grace_seconds
+        deadline = monotonic() + self._options.grace_seconds
+        # Not group.end(grace): a second Ctrl-C, for example, has to reach the command during the grace.
         while group.exit_code is None and (seconds := deadline - monotonic()) > 0:
             group.wait(self._wakeup, seconds)
             self._pass_signals_on(group)
         group.end(0.0)
 
     def _wait(self, conn: Connection[Any], group: ProcessGroup) -> bool:
-        """Until something stirs, or for a heartbeat; whether it was the connection or the heartbeat."""
+        """Waits for the command, a signal, the connection or the heartbeat; returns whether to check the connection."""
         poll = select.poll()
         for descriptor in (conn.fileno(), self._wakeup.fileno(), group.fileno()):
             poll.register(descriptor, select.POLLIN)
-        stirred = {descriptor for descriptor, _ in poll.poll(HEARTBEAT_SECONDS * 1000)}
+        ready = {descriptor for descriptor, _ in poll.poll(HEARTBEAT_SECONDS * 1000)}
         self._wakeup.clear()
-        return not stirred or conn.fileno() in stirred
+        return not ready or conn.fileno() in ready
 
 
-def _is_alive(conn: Connection[Any], pipeline: Pipeline, is_to_be_asked: bool) -> bool:
-    if not is_to_be_asked:
-        return True
-    with suppress(psycopg.Error):
+def _failure(conn: Connection[Any], pipeline: Pipeline) -> str | None:
+    """Sends a heartbeat; returns why the connection is lost, or None if the server answered."""
+    try:
         pipeline.fetch(sql("locks", "heartbeat"), [])
-        return not conn.closed
-    return False
+    except psycopg.Error as error:
+        return translate(error).message
+    return "the connection was closed" if conn.closed else None
