@@ -4,7 +4,8 @@
 
 Transactions: `connect` opens a Database for asyncio; `pgcoord_cli.sync` has the same with calls that block.
 Events: `tail` and `tail_async` follow an outbox, `append_lease_event` and `append_completion_event` write to one.
-Locks: `acquire_leadership` takes the ownership of a name. Every error is a PgcoordError.
+Locks: `acquire_leadership` takes the ownership of a name. Flows: `open_flows` creates flows and claims executions.
+Every error is a PgcoordError.
 
 Each of them takes the database alike: a connection string of libpq and a schema, and what is left out comes from
 PGCOORD_DSN, PGCOORD_SCHEMA and libpq's environment, as on the command line.
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
         append_lease_event,
     )
     from pgcoord_cli.core.events.tail import Filters, Notice, StartPosition
+    from pgcoord_cli.core.flows.client import Flows, open_flows
+    from pgcoord_cli.core.flows.executions import Claim
+    from pgcoord_cli.core.flows.flows import CreatedFlow
     from pgcoord_cli.core.kv.client import Database, connect
     from pgcoord_cli.core.kv.transaction import KeySelector, Transaction
     from pgcoord_cli.core.kv.watches import Watch
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from pgcoord_cli.errors import (
         Busy,
         CommitRefused,
+        ConditionFalse,
         Conflict,
         ConnectionFailed,
         CoordinationError,
@@ -75,17 +80,21 @@ __all__ = [
     "AsyncEventIterator",
     "Busy",
     "Checkpoint",
+    "Claim",
     "CommitRefused",
     "CompletionEvent",
+    "ConditionFalse",
     "Conflict",
     "ConnectionFailed",
     "CoordinationError",
+    "CreatedFlow",
     "CursorExpired",
     "Database",
     "Event",
     "EventIterator",
     "Fenced",
     "Filters",
+    "Flows",
     "KeyCollision",
     "KeySelector",
     "KeyTooLarge",
@@ -113,6 +122,7 @@ __all__ = [
     "append_completion_event",
     "append_lease_event",
     "connect",
+    "open_flows",
     "tail",
     "tail_async",
 ]
@@ -122,6 +132,9 @@ _MODULES = {
     "core.events.event_iterator": ("EventIterator", "tail"),
     "core.events.outbox": ("CompletionEvent", "Event", "LeaseEvent", "append_completion_event", "append_lease_event"),
     "core.events.tail": ("Filters", "Notice", "StartPosition"),
+    "core.flows.client": ("Flows", "open_flows"),
+    "core.flows.executions": ("Claim",),
+    "core.flows.flows": ("CreatedFlow",),
     "core.kv.client": ("Database", "connect"),
     "core.kv.transaction": ("KeySelector", "Transaction"),
     "core.kv.watches": ("Watch",),

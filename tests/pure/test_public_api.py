@@ -36,16 +36,18 @@ NAMES = {
     "Event", "EventIterator", "Filters", "LeaseEvent", "Notice", "StartPosition",
     # locks
     "acquire_leadership", "Checkpoint", "Ownership",
+    # flows
+    "open_flows", "Claim", "CreatedFlow", "Flows",
     # errors
-    "Busy", "CommitRefused", "Conflict", "ConnectionFailed", "CoordinationError", "CursorExpired", "Fenced",
-    "KeyCollision", "KeyTooLarge", "LockNotAcquired", "OutcomeUnknown", "PermissionDenied", "PgcoordError", "Rejected",
-    "SchemaMissing", "SchemaUnknown", "TimedOut", "TimeLimit", "TooOld", "TransactionTooLarge", "UnsuitableServer",
-    "UsageError", "ValueTooLarge",
+    "Busy", "CommitRefused", "ConditionFalse", "Conflict", "ConnectionFailed", "CoordinationError", "CursorExpired",
+    "Fenced", "KeyCollision", "KeyTooLarge", "LockNotAcquired", "OutcomeUnknown", "PermissionDenied", "PgcoordError",
+    "Rejected", "SchemaMissing", "SchemaUnknown", "TimedOut", "TimeLimit", "TooOld", "TransactionTooLarge",
+    "UnsuitableServer", "UsageError", "ValueTooLarge",
 }  # fmt: skip
 """The contract: names may be added."""
 
 ERRORS_OF_COMMANDS = {
-    "ConditionFalse", "Interrupted", "LockLost", "MigrationEdited", "NoLeader", "ServerUnavailable", "Terminated",
+    "Interrupted", "LockLost", "MigrationEdited", "NoLeader", "ServerUnavailable", "Terminated",
 }  # fmt: skip
 """Raised by commands only."""
 
