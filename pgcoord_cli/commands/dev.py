@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 app = noun("Keep a PostgreSQL of your own to try things on.")
 
-Name = Annotated[str, typer.Option("--name", metavar="NAME", help="Which of your servers; demo --keep makes 'demo'.")]
+ServerName = Annotated[
+    str, typer.Option("--name", metavar="NAME", help="Which of your servers; demo --keep makes 'demo'.")
+]
 
 START_HINT = "start it with: pgcoord dev up"
 
@@ -26,7 +28,7 @@ START_HINT = "start it with: pgcoord dev up"
 @command(app, "up")
 def up(
     ctx: typer.Context,
-    name: Name = "default",
+    name: ServerName = "default",
     server_version: Annotated[
         int | None,
         typer.Option("--server-version", metavar="N", help="PostgreSQL 15, 16, 18. [the data's, then newest]"),
@@ -57,7 +59,7 @@ def up(
 @command(app, "down")
 def down(
     ctx: typer.Context,
-    name: Name = "default",
+    name: ServerName = "default",
     destroy: Annotated[bool, typer.Option("--destroy", help="Remove the data too.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
 ) -> None:
@@ -79,7 +81,7 @@ def down(
 
 
 @command(app, "dsn")
-def dsn(ctx: typer.Context, name: Name = "default") -> None:
+def dsn(ctx: typer.Context, name: ServerName = "default") -> None:
     """Print the connection string of the development server; exit 3 if it is not running.
 
     \b
@@ -99,7 +101,7 @@ def dsn(ctx: typer.Context, name: Name = "default") -> None:
 
 
 @command(app, "status")
-def status(ctx: typer.Context, name: Name = "default") -> None:
+def status(ctx: typer.Context, name: ServerName = "default") -> None:
     """Say whether the development server runs, and where; exit 3 if it does not.
 
     \b

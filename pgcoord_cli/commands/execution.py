@@ -13,10 +13,10 @@ from pgcoord_cli.settings import check_text
 app = noun("Claim executions, keep their leases, end them.")
 
 ExecutionId = Annotated[str, typer.Argument(metavar="EXECUTION_ID", help="A UUID.")]
-Epoch = Annotated[
+LeaseEpoch = Annotated[
     int, typer.Option("--epoch", metavar="N", min=0, max=2**63 - 1, help="As execution claim printed it.")
 ]
-Lease = Annotated[str, typer.Option("--lease", metavar="DURATION", help="How long the lease lasts unrenewed.")]
+LeaseDuration = Annotated[str, typer.Option("--lease", metavar="DURATION", help="How long the lease lasts unrenewed.")]
 
 
 @command(app, "claim")
@@ -25,7 +25,7 @@ def claim(
     owner: Annotated[
         str | None, typer.Option("--owner", metavar="NAME", help="Who is going to do it. [default: host and pid]")
     ] = None,
-    lease: Lease = "30s",
+    lease: LeaseDuration = "30s",
     namespace: Annotated[str | None, typer.Option("--namespace", metavar="NS", help="Only of this namespace.")] = None,
     instance_tag: Annotated[str | None, typer.Option("--instance-tag", metavar="V", help="Only with this tag.")] = None,
 ) -> None:
@@ -58,7 +58,7 @@ def claim(
 
 
 @command(app, "renew")
-def renew(ctx: typer.Context, execution_id: ExecutionId, epoch: Epoch, lease: Lease = "30s") -> None:
+def renew(ctx: typer.Context, execution_id: ExecutionId, epoch: LeaseEpoch, lease: LeaseDuration = "30s") -> None:
     """Prolong a lease from now on; exit 6 when it is over.
 
     \b
@@ -77,7 +77,7 @@ def renew(ctx: typer.Context, execution_id: ExecutionId, epoch: Epoch, lease: Le
 
 
 @command(app, "complete")
-def complete(ctx: typer.Context, execution_id: ExecutionId, epoch: Epoch) -> None:
+def complete(ctx: typer.Context, execution_id: ExecutionId, epoch: LeaseEpoch) -> None:
     """End an execution as a success; exit 6, and nothing changed, when the lease is over.
 
     \b
@@ -98,7 +98,7 @@ def complete(ctx: typer.Context, execution_id: ExecutionId, epoch: Epoch) -> Non
 def fail(
     ctx: typer.Context,
     execution_id: ExecutionId,
-    epoch: Epoch,
+    epoch: LeaseEpoch,
     reason: Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Shown with the execution.")] = None,
 ) -> None:
     """End an attempt as a failure: eligible again after a back-off, or failed if it was the last; exit 6 as above.

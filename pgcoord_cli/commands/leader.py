@@ -141,7 +141,7 @@ def _watch(out: Output, documents: Any) -> None:
         raise typer.Exit(interruption(stop).exit_code) from None
 
 
-Epoch = Annotated[int, typer.Option("--epoch", metavar="N", help="The epoch that has to lead.")]
+LeaderEpoch = Annotated[int, typer.Option("--epoch", metavar="N", help="The epoch that has to lead.")]
 WaitLimit = Annotated[
     str, typer.Option("--timeout", metavar="DURATION", help="Give up after that long, with exit 124.")
 ]
@@ -219,7 +219,7 @@ def history(
 
 
 @command(app, "assert")
-def assert_(ctx: typer.Context, epoch: Epoch) -> None:
+def assert_(ctx: typer.Context, epoch: LeaderEpoch) -> None:
     """Exit 0 if this epoch leads, and 6 if it does not: a fence for scripts.
 
     \b

@@ -13,14 +13,14 @@ from pgcoord_cli.settings import check_text
 
 app = noun("Run a command while holding a lock, and see who holds which.")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Any text; each schema has names of its own.")]
+LockName = Annotated[str, typer.Argument(metavar="NAME", help="Any text; each schema has names of its own.")]
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @command(app, "run")
 def run(
     ctx: typer.Context,
-    name: Name,
+    name: LockName,
     words: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command and its arguments.")],
     wait: Annotated[
         str | None, typer.Option("--wait", metavar="DURATION", help="Wait for the lock. [default: not at all]")
@@ -89,7 +89,7 @@ def list_(ctx: typer.Context) -> None:
 
 
 @command(app, "who")
-def who(ctx: typer.Context, name: Name) -> None:
+def who(ctx: typer.Context, name: LockName) -> None:
     """Say who holds a lock; exit 3 when nobody does.
 
     \b
@@ -109,7 +109,7 @@ def who(ctx: typer.Context, name: Name) -> None:
 @command(app, "break")
 def break_(
     ctx: typer.Context,
-    name: Name,
+    name: LockName,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for the name to be typed.")] = False,
 ) -> None:
     """End the session that holds a lock, and with it the lock; exit 3 when nobody does.

@@ -12,7 +12,7 @@ from pgcoord_cli.settings import check_text
 
 app = noun("Look at the checkpoints of subscriptions, and set them.")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="As subscription list prints it.")]
+SubscriptionName = Annotated[str, typer.Argument(metavar="NAME", help="As subscription list prints it.")]
 
 
 @command(app, "list")
@@ -35,7 +35,7 @@ def list_(ctx: typer.Context) -> None:
 
 
 @command(app, "show")
-def show(ctx: typer.Context, name: Name) -> None:
+def show(ctx: typer.Context, name: SubscriptionName) -> None:
     """Show one subscription and who owns it; exit 3 when there is none.
 
     \b
@@ -54,7 +54,7 @@ def show(ctx: typer.Context, name: Name) -> None:
 @command(app, "set")
 def set_(
     ctx: typer.Context,
-    name: Name,
+    name: SubscriptionName,
     position: Annotated[str, typer.Argument(metavar="CURSOR", help="A cursor, or an event id.")],
     force: Annotated[bool, typer.Option("--force", help="Also backwards: what lies between comes again.")] = False,
 ) -> None:
@@ -89,7 +89,7 @@ def _position(text: str) -> int:
 @command(app, "reset")
 def reset(
     ctx: typer.Context,
-    name: Name,
+    name: SubscriptionName,
     force: Annotated[bool, typer.Option("--force", help="It cannot be undone; this says that you know.")] = False,
 ) -> None:
     """Forget a subscription: the next one of that name begins anew, and garbage collection no longer waits for it.

@@ -87,20 +87,20 @@ class Call(NamedTuple):
     max_lag: int | None
 
 
-class Checkpoint(Protocol):
-    """Something that remembers how far a tail got."""
+class PositionStore(Protocol):
+    """Stores the position of a tail: a cursor file or a subscription."""
 
     def load(self) -> int | None:
-        """The position, or None when there is none yet."""
+        """Returns the stored position, or None."""
 
     def save(self, position: int) -> None:
-        """Remembers the position."""
+        """Stores the position."""
 
     def stop(self) -> None:
-        """Has a save that waits for a lost connection give up."""
+        """Ends a `save` that waits for a lost connection."""
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Releases its lock or connection."""
 
 
 LEASE_HELP = """Follow the lease events: acquired, renewed, expired, reclaimed, revoked. A line each, with its cursor.
@@ -218,7 +218,7 @@ def _check(call: Call) -> None:
             check_text(value, option)
 
 
-def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call) -> Checkpoint | None:
+def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call) -> PositionStore | None:
     from pgcoord_cli.core.events.cursor_file import CursorFile
     from pgcoord_cli.core.events.subscriptions import Subscription
     from pgcoord_cli.core.locks.ownership import check_name
@@ -285,7 +285,7 @@ def _moment(text: str, option: str) -> datetime | timedelta:
 # -- following
 
 
-def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Checkpoint | None) -> None:
+def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: PositionStore | None) -> None:
     """Writes and then remembers, batch by batch, so that what was remembered has been written."""
     from pgcoord_cli.render.events import EventStream
 

@@ -37,7 +37,7 @@ CLOSED = "this client was closed"
 DRAIN_SECONDS = 0.5
 """Seconds for which calls under way may end by themselves once the resource is closed."""
 
-Opener = Callable[[], Awaitable[AbstractAsyncContextManager[R]]]
+ResourceOpener = Callable[[], Awaitable[AbstractAsyncContextManager[R]]]
 
 
 class _Loop(NamedTuple):
@@ -59,7 +59,7 @@ class LoopThread(Generic[R]):
     Every method but `close` raises ConnectionFailed once it is closed, and UsageError in a forked process.
     """
 
-    def __init__(self, opener: Opener[R], name: str) -> None:
+    def __init__(self, opener: ResourceOpener[R], name: str) -> None:
         started: Future[_Loop] = Future()
         opened: Future[R] = Future()
         self._pid = os.getpid()
@@ -138,7 +138,7 @@ def wait_for(future: Future[T]) -> T:
         raise
 
 
-def _run(opener: Opener[R], started: Future[_Loop], opened: Future[R]) -> None:
+def _run(opener: ResourceOpener[R], started: Future[_Loop], opened: Future[R]) -> None:
     """Runs the loop until its main task ends."""
     try:
         asyncio.run(_serve(opener, started, opened))
@@ -150,7 +150,7 @@ def _run(opener: Opener[R], started: Future[_Loop], opened: Future[R]) -> None:
         opened.set_exception(error)
 
 
-async def _serve(opener: Opener[R], started: Future[_Loop], opened: Future[R]) -> None:
+async def _serve(opener: ResourceOpener[R], started: Future[_Loop], opened: Future[R]) -> None:
     main = asyncio.current_task()
     assert main is not None
     started.set_result(_Loop(asyncio.get_running_loop(), main))
