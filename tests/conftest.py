@@ -58,10 +58,17 @@ def installation(pytestconfig: pytest.Config) -> Installation:
     return find_installation(pytestconfig.getoption("--server-version"))
 
 
+SHARED_SERVER = {"fsync": "off", "full_page_writes": "off"}
+"""The shared server never crashes, and most of a test's time went into flushing the database that it makes and drops.
+
+Tests of what survives a crash have a server of their own, with durability on.
+"""
+
+
 @pytest.fixture(scope="session")
 def server(installation: Installation, pytestconfig: pytest.Config) -> Iterator[EmbeddedServer]:
     """The server that the tests of the session share; no test may stop it."""
-    with new_server(pytestconfig, installation) as running:
+    with new_server(pytestconfig, installation, SHARED_SERVER) as running:
         yield running
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,12 @@ def describe(server: EmbeddedServer) -> str:
 
 
 @contextmanager
-def new_server(config: pytest.Config, installation: Installation) -> Iterator[EmbeddedServer]:
+def new_server(
+    config: pytest.Config, installation: Installation, settings: Mapping[str, str] | None = None
+) -> Iterator[EmbeddedServer]:
     """A server that is removed after the block, unless the run keeps its servers."""
     kept: KeptServers | None = config.pluginmanager.get_plugin(PLUGIN)
-    with kept.running(installation) if kept else temporary_server(installation) as running:
+    with kept.running(installation) if kept else temporary_server(installation, settings) as running:
         yield running
 
 
