@@ -112,7 +112,7 @@ def test_a_checkpoint_is_set_forward_by_event_id_or_cursor(call: Call, sql: Sql,
 
 def test_a_checkpoint_goes_back_by_force_only(call: Call, sql: Sql, mailer: list[int]) -> None:
     refused = call("subscription", "set", "mailer", "0", "-o", "json").refusal
-    assert f"stands at {to_cursor(mailer[1])}; {to_cursor(0)} lies before that" in refused
+    assert f"is at {to_cursor(mailer[1])}, and {to_cursor(0)} is before that" in refused
     assert position(sql) == mailer[1]
     assert call("subscription", "set", "mailer", "0", "--force", "-o", "json").document["before"] == mailer[1]
     assert position(sql) == 0
@@ -124,7 +124,7 @@ def test_a_checkpoint_is_not_set_beyond_the_end_of_its_outbox(call: Call, sql: S
     assert call("subscription", "set", "mailer", str(end)).code == 0
     refused = call("subscription", "set", "mailer", str(end + 1), "--force")
     assert refused.code == 2
-    assert "lies beyond the end of lease_events" in refused.err
+    assert "is beyond the last event of lease_events" in refused.err
     assert call("subscription", "show", "mailer", "-o", "json").document["last_position"] == end
 
 

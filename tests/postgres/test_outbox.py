@@ -1,4 +1,4 @@
-"""Writing to an outbox: what any service's plain INSERT does by itself, and what it cannot do."""
+"""Writing to an outbox: what a plain INSERT of a service does, and which statements are refused."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, value
 
 EVENT_ID = {"lease_events": "lease_events_event_id_seq", "completion_events": "completion_events_event_id_seq"}
-"""The sequence that each outbox draws its ids from."""
+"""The sequence from which each outbox draws its ids."""
 
 INSERT = {
     LEASE: "INSERT INTO pgcoord.lease_events (execution_id, event_type) VALUES ('job', 'acquired')",
     COMPLETION: "INSERT INTO pgcoord.completion_events (execution_id, outcome) VALUES (gen_random_uuid(), 'failed')",
 }
-"""What a service writes in whatever language."""
+"""The statement of a service in any language."""
 
 Conn = psycopg.Connection[Any]
 
@@ -67,7 +67,7 @@ def connect(settings: Settings, **options: Any) -> Conn:
 
 @pytest.fixture
 def service(settings: Settings, sql: Conn) -> Iterator[Conn]:
-    """A session of a role that may do what `migrate grant --client` gives, and nothing else."""
+    """A session of a role with the privileges that `migrate grant --client` gives, and no others."""
     role = f"service_{uuid4().hex[:8]}"
     sql.execute(SQL("CREATE ROLE {} LOGIN").format(Identifier(role)))
     with command_session(settings, "migrate grant", writes=True) as conn:
@@ -82,14 +82,14 @@ def stored(conn: Conn, outbox: Outbox) -> list[int]:
 
 
 def drawn(conn: Conn, outbox: Outbox) -> int:
-    """How many ids have been drawn."""
+    """Returns how many ids have been drawn."""
     sequence = f"pgcoord.{EVENT_ID[outbox.table]}"
     (last,) = conn.execute("SELECT pg_sequence_last_value(%s::regclass)", [sequence]).fetchone() or (None,)
     return int(last or 0)
 
 
-def announced(conn: Conn, outbox: Outbox, schema: str = "pgcoord") -> dict[int, str]:
-    """By pid: who holds the lock that announces a writer, and whether it has been granted."""
+def outbox_locks(conn: Conn, outbox: Outbox, schema: str = "pgcoord") -> dict[int, str]:
+    """Returns, by pid, the mode of the lock that a writer of the outbox holds, or `waits` if it is not granted."""
     query = """
         SELECT pid, CASE WHEN granted THEN mode ELSE 'waits' END FROM pg_locks
          WHERE locktype = 'advisory' AND classid = (%s::text)::regclass AND objid = 0 AND objsubid = 2
@@ -102,9 +102,7 @@ def announced(conn: Conn, outbox: Outbox, schema: str = "pgcoord") -> dict[int, 
 
 
 @both
-def test_a_plain_insert_by_a_service_needs_no_more_than_a_clients_rights(
-    service: Conn, sql: Conn, outbox: Outbox
-) -> None:
+def test_a_plain_insert_needs_no_more_than_the_privileges_of_a_client(service: Conn, sql: Conn, outbox: Outbox) -> None:
     insert(service, outbox)
     row = service.execute(INSERT[outbox].encode() + b" RETURNING event_id").fetchone()
     assert row == (2,)
@@ -123,7 +121,7 @@ def test_a_plain_insert_by_a_service_needs_no_more_than_a_clients_rights(
         pytest.param("UPDATE pgcoord.lease_events SET event_id = 7", id="UPDATE"),
     ],
 )  # fmt: skip
-def test_i10_an_explicit_id_is_refused_whoever_gives_it(sql: Conn, statement: str) -> None:
+def test_i10_an_explicit_id_is_refused(sql: Conn, statement: str) -> None:
     insert(sql, LEASE)
     with pytest.raises(GeneratedAlways):
         sql.execute(statement.encode())
@@ -144,13 +142,13 @@ def test_i10_an_explicit_id_is_refused_whoever_gives_it(sql: Conn, statement: st
         "SELECT nextval('pgcoord.lease_events_event_id_seq')",
     ],
 )
-def test_i10_a_service_may_neither_choose_ids_nor_change_what_was_written(service: Conn, statement: str) -> None:
+def test_i10_a_service_may_neither_choose_ids_nor_change_events(service: Conn, statement: str) -> None:
     insert(service, LEASE)
     with pytest.raises(InsufficientPrivilege):
         service.execute(statement.encode())
 
 
-def test_i10_a_service_copies_events_without_their_ids_only(service: Conn, sql: Conn) -> None:
+def test_i10_a_service_may_copy_events_only_without_ids(service: Conn, sql: Conn) -> None:
     with service.cursor().copy("COPY pgcoord.lease_events (execution_id, event_type) FROM STDIN") as copy:
         copy.write("one\tacquired\ntwo\texpired\n")
     with (
@@ -161,68 +159,70 @@ def test_i10_a_service_copies_events_without_their_ids_only(service: Conn, sql: 
     assert stored(sql, LEASE) == [1, 2]
 
 
-def test_i10_a_copy_announces_its_writer(sql: Conn, service: Conn) -> None:
+def test_i10_a_copy_takes_the_outbox_lock(sql: Conn, service: Conn) -> None:
     with service.transaction():
         with service.cursor().copy("COPY pgcoord.lease_events (execution_id, event_type) FROM STDIN") as copy:
             copy.write("one\tacquired\n")
-        assert announced(sql, LEASE) == {service.info.backend_pid: "ShareLock"}
+        assert outbox_locks(sql, LEASE) == {service.info.backend_pid: "ShareLock"}
 
 
-# -- the announcement
+# -- the outbox lock
 
 
 @both
-def test_i10_a_writer_is_announced_until_its_transaction_ends(sql: Conn, service: Conn, outbox: Outbox) -> None:
+def test_i10_a_writer_holds_the_outbox_lock_until_its_transaction_ends(
+    sql: Conn, service: Conn, outbox: Outbox
+) -> None:
     for ending in ("COMMIT", "ROLLBACK"):
         service.execute("BEGIN")
-        assert announced(sql, outbox) == {}
+        assert outbox_locks(sql, outbox) == {}
         insert(service, outbox)
         insert(service, outbox)
-        assert announced(sql, outbox) == {service.info.backend_pid: "ShareLock"}
+        assert outbox_locks(sql, outbox) == {service.info.backend_pid: "ShareLock"}
         service.execute(ending)
-        assert announced(sql, outbox) == {}
+        assert outbox_locks(sql, outbox) == {}
     assert stored(sql, outbox) == [1, 2]
 
 
 @both
-def test_i10_a_writer_is_announced_before_it_draws_its_id(
+def test_i10_a_writer_takes_the_outbox_lock_before_it_draws_its_id(
     settings: Settings, sql: Conn, service: Conn, outbox: Outbox
 ) -> None:
-    """Somebody stands in the way of the announcement, so that a writer can be looked at that has only just begun."""
+    """An exclusive lock blocks the writer at the outbox lock, so that the test sees whether an id has been drawn."""
     pid = service.info.backend_pid
     with connect(settings) as obstacle, ThreadPoolExecutor(1) as pool:
         with obstacle.transaction():
             obstacle.execute("SELECT pg_advisory_xact_lock((%s::text)::regclass::integer, 0)",
                              [f"pgcoord.{outbox.table}"])  # fmt: skip
             writing = pool.submit(insert, service, outbox)
-            until(lambda: announced(sql, outbox).get(pid) == "waits" or writing.done())
+            until(lambda: outbox_locks(sql, outbox).get(pid) == "waits" or writing.done())
             assert not writing.done()
             assert drawn(sql, outbox) == 0
         writing.result(TIMEOUT)
     assert stored(sql, outbox) == [1]
 
 
-def test_i10_the_outboxes_are_announced_apart_and_writers_do_not_wait_for_each_other(
+def test_i10_each_outbox_has_its_own_lock_and_writers_do_not_wait_for_each_other(
     settings: Settings, sql: Conn, service: Conn
 ) -> None:
     with connect(settings) as other, service.transaction(), other.transaction():
         insert(service, LEASE)
         insert(other, COMPLETION)
-        assert announced(sql, LEASE) == {service.info.backend_pid: "ShareLock"}
-        assert announced(sql, COMPLETION) == {other.info.backend_pid: "ShareLock"}
+        assert outbox_locks(sql, LEASE) == {service.info.backend_pid: "ShareLock"}
+        assert outbox_locks(sql, COMPLETION) == {other.info.backend_pid: "ShareLock"}
         insert(other, LEASE)
-        assert len(announced(sql, LEASE)) == 2
+        assert len(outbox_locks(sql, LEASE)) == 2
 
 
-def test_i10_a_session_that_applies_replicated_changes_announces_itself_too(sql: Conn) -> None:
+def test_i10_a_session_in_replica_mode_takes_the_outbox_lock_too(sql: Conn) -> None:
     with sql.transaction():
         sql.execute("SET LOCAL session_replication_role = replica")
         insert(sql, LEASE)
-        assert announced(sql, LEASE) == {sql.info.backend_pid: "ShareLock"}
+        assert outbox_locks(sql, LEASE) == {sql.info.backend_pid: "ShareLock"}
 
 
-def test_i10_whatever_the_search_path_of_a_service_is_its_insert_is_announced(sql: Conn, service: Conn) -> None:
-    """Somebody's functions of the same names are not taken for PostgreSQL's."""
+def test_i10_the_outbox_lock_does_not_depend_on_the_search_path_of_a_service(sql: Conn, service: Conn) -> None:
+    """Functions of the same name in another schema are not called."""
     sql.execute("CREATE SCHEMA trap")
     sql.execute("CREATE FUNCTION trap.pg_advisory_xact_lock_shared(integer, integer) RETURNS void"
                 " LANGUAGE sql AS 'SELECT'")  # fmt: skip
@@ -230,132 +230,134 @@ def test_i10_whatever_the_search_path_of_a_service_is_its_insert_is_announced(sq
     with service.transaction():
         service.execute("SET LOCAL search_path = trap, pg_catalog")
         insert(service, LEASE)
-        assert announced(sql, LEASE) == {service.info.backend_pid: "ShareLock"}
+        assert outbox_locks(sql, LEASE) == {service.info.backend_pid: "ShareLock"}
 
 
-# -- waking
+# -- wakeups
 
 
-class Ear:
-    """A session that listens to an outbox's channel."""
+class OutboxListener:
+    """A session that listens to the channel of an outbox."""
 
     def __init__(self, conn: Conn, outbox: Outbox, schema: str = "pgcoord") -> None:
         self._conn = conn
         self._channel = f"{schema}.{outbox.table}"
         conn.execute(SQL("LISTEN {}").format(Identifier(self._channel)))
 
-    def heard(self) -> list[tuple[int, str]]:
-        """Who notified since the last time, and with which payload; what was committed by now is among it."""
+    def received(self) -> list[tuple[int, str]]:
+        """Returns pid and payload of the notifications since the last call, including all that are committed by now."""
         end = uuid4().hex
         self._conn.execute("SELECT pg_notify(%s, %s)", [self._channel, end])
-        heard: list[tuple[int, str]] = []
+        received: list[tuple[int, str]] = []
         for notification in self._conn.notifies(timeout=TIMEOUT):
             if notification.payload == end:
-                return heard
-            heard.append((notification.pid, notification.payload))
-        raise AssertionError("not even its own notification came")
+                return received
+            received.append((notification.pid, notification.payload))
+        raise AssertionError("the session's own notification did not arrive")
 
 
 @pytest.fixture
-def open_ear(settings: Settings) -> Iterator[Callable[..., Ear]]:
-    """Listens to the channel of an outbox, of a schema if one is named."""
+def open_listener(settings: Settings) -> Iterator[Callable[..., OutboxListener]]:
+    """Opens listeners on the channel of an outbox, by default in schema `pgcoord`."""
     with connect(settings) as first, connect(settings) as second:
         free = [first, second]
-        yield lambda *channel: Ear(free.pop(), *channel)
+        yield lambda *channel: OutboxListener(free.pop(), *channel)
 
 
-def fall_asleep(conn: Conn, outbox: Outbox, schema: str = "pgcoord", seconds: float = 3600) -> int:
-    """What a tail does that is going to wait; until when it asks to be woken."""
+def request_wakeups(conn: Conn, outbox: Outbox, schema: str = "pgcoord", seconds: float = 3600) -> int:
+    """Requests wakeups as a tail does before it waits; returns the value of the sequence."""
     query = "SELECT setval(%s::text::regclass, ((extract(epoch FROM clock_timestamp()) + %s) * 1000000)::bigint)"
     return int(value(conn, query, f"{schema}.{outbox.table}_wake_until", seconds))
 
 
-def stay_awake(conn: Conn, outbox: Outbox, asked: int) -> None:
-    """What a tail does that reads on."""
+def cancel_wakeups(conn: Conn, outbox: Outbox, requested: int) -> None:
+    """Cancels a wakeup request as a tail does that reads continuously."""
     with psycopg.RawCursor(conn) as cursor:
-        cursor.execute(statement("tail", "cancel_wakeups"), [outbox.table, asked])
+        cursor.execute(statement("tail", "cancel_wakeups"), [outbox.table, requested])
 
 
-OpenEar = Callable[..., Ear]
+OpenListener = Callable[..., OutboxListener]
 
 
 @both
-def test_i7_writers_notify_only_while_a_tail_sleeps(
-    sql: Conn, service: Conn, open_ear: OpenEar, outbox: Outbox
+def test_i7_writers_notify_only_while_wakeups_are_requested(
+    sql: Conn, service: Conn, open_listener: OpenListener, outbox: Outbox
 ) -> None:
-    ear, pid = open_ear(outbox), service.info.backend_pid
+    listener, pid = open_listener(outbox), service.info.backend_pid
     insert(service, outbox)
-    assert ear.heard() == [], "no tail has ever slept"
+    assert listener.received() == [], "wakeups have never been requested"
     for _ in range(2):
-        asked = fall_asleep(sql, outbox)
+        requested = request_wakeups(sql, outbox)
         insert(service, outbox)
         insert(service, outbox)
-        assert ear.heard() == [(pid, ""), (pid, "")]
-        stay_awake(sql, outbox, asked)
+        assert listener.received() == [(pid, ""), (pid, "")]
+        cancel_wakeups(sql, outbox, requested)
         insert(service, outbox)
-        assert ear.heard() == []
+        assert listener.received() == []
 
 
-def test_i7_a_tail_that_is_awake_again_does_not_speak_for_one_that_fell_asleep_later(
-    sql: Conn, service: Conn, open_ear: OpenEar
+def test_i7_a_tail_does_not_cancel_the_later_request_of_another(
+    sql: Conn, service: Conn, open_listener: OpenListener
 ) -> None:
-    ear = open_ear(LEASE)
-    first, _second = fall_asleep(sql, LEASE), fall_asleep(sql, LEASE)
-    stay_awake(sql, LEASE, first)
+    listener = open_listener(LEASE)
+    first, _second = request_wakeups(sql, LEASE), request_wakeups(sql, LEASE)
+    cancel_wakeups(sql, LEASE, first)
     insert(service, LEASE)
-    assert len(ear.heard()) == 1
+    assert len(listener.received()) == 1
 
 
 @both
-def test_i7_a_tail_that_has_not_asked_anew_is_forgotten(
-    sql: Conn, service: Conn, open_ear: OpenEar, outbox: Outbox
+def test_i7_a_wakeup_request_that_is_not_renewed_expires(
+    sql: Conn, service: Conn, open_listener: OpenListener, outbox: Outbox
 ) -> None:
-    ear = open_ear(outbox)
-    fall_asleep(sql, outbox, seconds=-0.001)
+    listener = open_listener(outbox)
+    request_wakeups(sql, outbox, seconds=-0.001)
     insert(service, outbox)
-    assert ear.heard() == []
+    assert listener.received() == []
 
 
 def test_i7_a_transaction_notifies_once_and_without_a_payload_however_much_it_writes(
-    sql: Conn, service: Conn, open_ear: OpenEar
+    sql: Conn, service: Conn, open_listener: OpenListener
 ) -> None:
-    ear = open_ear(LEASE)
-    fall_asleep(sql, LEASE)
+    listener = open_listener(LEASE)
+    request_wakeups(sql, LEASE)
     with service.transaction():
         for _ in range(3):
             insert(service, LEASE)
         service.execute("INSERT INTO pgcoord.lease_events (execution_id, event_type)"
                         " SELECT 'job', 'renewed' FROM generate_series(1, 100)")  # fmt: skip
-        assert ear.heard() == [], "nothing is said before the commit"
-    assert ear.heard() == [(service.info.backend_pid, "")]
+        assert listener.received() == [], "no notification before the commit"
+    assert listener.received() == [(service.info.backend_pid, "")]
 
 
-def test_i7_a_transaction_that_is_rolled_back_wakes_nobody(sql: Conn, service: Conn, open_ear: OpenEar) -> None:
-    ear = open_ear(LEASE)
-    fall_asleep(sql, LEASE)
+def test_i7_a_transaction_that_rolls_back_does_not_notify(
+    sql: Conn, service: Conn, open_listener: OpenListener
+) -> None:
+    listener = open_listener(LEASE)
+    request_wakeups(sql, LEASE)
     with service.transaction(force_rollback=True):
         insert(service, LEASE)
-    assert ear.heard() == []
+    assert listener.received() == []
 
 
-def test_i7_an_outbox_wakes_its_own_tails_only(sql: Conn, service: Conn, open_ear: OpenEar) -> None:
-    lease, completion = open_ear(LEASE), open_ear(COMPLETION)
-    fall_asleep(sql, LEASE)
+def test_i7_an_outbox_wakes_its_own_tails_only(sql: Conn, service: Conn, open_listener: OpenListener) -> None:
+    lease, completion = open_listener(LEASE), open_listener(COMPLETION)
+    request_wakeups(sql, LEASE)
     insert(service, COMPLETION)
     insert(service, LEASE)
-    assert len(lease.heard()) == 1
-    assert completion.heard() == []
+    assert len(lease.received()) == 1
+    assert completion.received() == []
 
 
 @pytest.mark.parametrize(("value", "notifies"), [("off", False), ("on", True), ("", True)])
-def test_i7_a_service_can_do_without_notifications(
-    sql: Conn, service: Conn, open_ear: OpenEar, value: str, notifies: bool
+def test_i7_a_service_can_switch_notifications_off(
+    sql: Conn, service: Conn, open_listener: OpenListener, value: str, notifies: bool
 ) -> None:
-    ear = open_ear(LEASE)
-    fall_asleep(sql, LEASE)
+    listener = open_listener(LEASE)
+    request_wakeups(sql, LEASE)
     service.execute("SELECT set_config('pgcoord.notify', %s, false)", [value])
     insert(service, LEASE)
-    assert bool(ear.heard()) is notifies
+    assert bool(listener.received()) is notifies
 
 
 # -- two-phase commit
@@ -363,7 +365,7 @@ def test_i7_a_service_can_do_without_notifications(
 
 @contextmanager
 def prepared(conn: Conn, gid: str) -> Iterator[None]:
-    """Prepares the transaction that `conn` is in; commits it when the block ends."""
+    """Prepares the current transaction of `conn`; commits it when the block ends."""
     conn.execute(SQL("PREPARE TRANSACTION {}").format(gid))
     try:
         yield
@@ -372,21 +374,21 @@ def prepared(conn: Conn, gid: str) -> Iterator[None]:
 
 
 @both
-def test_i10_a_transaction_that_does_not_notify_can_be_prepared_while_a_tail_sleeps(
+def test_i10_a_transaction_that_does_not_notify_can_be_prepared_while_wakeups_are_requested(
     sql: Conn, service: Conn, outbox: Outbox
 ) -> None:
-    fall_asleep(sql, outbox)
+    request_wakeups(sql, outbox)
     service.execute("BEGIN")
     service.execute("SET LOCAL pgcoord.notify = off")
     insert(service, outbox)
     with prepared(service, f"{sql.info.dbname} off"):
-        assert announced(sql, outbox) == {None: "ShareLock"}, "it is announced, though no session has it any more"
+        assert outbox_locks(sql, outbox) == {None: "ShareLock"}, "the lock is held, but by no session"
         assert stored(sql, outbox) == []
-    assert (announced(sql, outbox), stored(sql, outbox)) == ({}, [1])
+    assert (outbox_locks(sql, outbox), stored(sql, outbox)) == ({}, [1])
 
 
 def test_a_transaction_that_notifies_cannot_be_prepared(sql: Conn, service: Conn) -> None:
-    fall_asleep(sql, LEASE)
+    request_wakeups(sql, LEASE)
     service.execute("BEGIN")
     insert(service, LEASE)
     with pytest.raises(FeatureNotSupported, match="NOTIFY"):
@@ -400,7 +402,7 @@ def test_a_transaction_that_notifies_cannot_be_prepared(sql: Conn, service: Conn
 
 @pytest.fixture
 def elsewhere(settings: Settings) -> Settings:
-    """The same database, migrated in another schema too."""
+    """Settings for a second schema in the same database."""
     other = replace(settings, schema="elsewhere", schema_given=True)
     with migration_session(other, read_only=False) as (conn, _):
         apply(conn, other.schema, None, lambda _: None)
@@ -408,7 +410,7 @@ def elsewhere(settings: Settings) -> Settings:
 
 
 def append(conn: Conn, outbox: Outbox, **columns: Any) -> int:
-    """An event, through the function that there is for the outbox."""
+    """Appends an event with the function of the outbox; returns its id."""
     if outbox is LEASE:
         return append_lease_event(conn, "job", "acquired", **columns)
     return append_completion_event(conn, UUID(int=7), "success", **columns)
@@ -440,7 +442,7 @@ def test_i15_an_append_ignores_the_search_path_of_the_caller(
 
 
 def hostile_schema(sql: Conn) -> str:
-    """A schema with a type, a function and an operator that the append statements would use if they named none."""
+    """Creates types, a function and an operator that unqualified names would resolve to; returns a search_path."""
     sql.execute("CREATE SCHEMA hostile")
     sql.execute("CREATE DOMAIN hostile.text AS pg_catalog.text CHECK (VALUE = 'hostile')")
     sql.execute("CREATE DOMAIN hostile.uuid AS pg_catalog.uuid CHECK (VALUE IS NULL)")
@@ -467,13 +469,13 @@ def test_an_append_works_with_the_row_and_cursor_factories_of_the_caller(
     options = {"row_factory": row_factory, "cursor_factory": psycopg.ClientCursor}
     with psycopg.connect(settings.dsn, **options) as conn:
         assert append(conn, outbox) == 1
-        assert stored(sql, outbox) == [], "it is not committed yet"
+        assert stored(sql, outbox) == [], "not committed yet"
         assert (conn.row_factory, conn.cursor_factory, conn.autocommit) == (*options.values(), False)
     assert stored(sql, outbox) == [1]
 
 
 @both
-def test_an_append_is_one_of_the_statements_of_a_pipeline(sql: Conn, service: Conn, outbox: Outbox) -> None:
+def test_an_append_works_in_a_pipeline(sql: Conn, service: Conn, outbox: Outbox) -> None:
     with service.pipeline(), service.transaction():
         service.execute("SELECT 1")
         assert append(service, outbox) == 1
@@ -482,7 +484,7 @@ def test_an_append_is_one_of_the_statements_of_a_pipeline(sql: Conn, service: Co
 
 
 @both
-def test_an_append_in_a_failed_transaction_is_refused_and_leaves_it_to_the_caller(
+def test_an_append_in_a_failed_transaction_raises_and_leaves_the_transaction_to_the_caller(
     sql: Conn, service: Conn, outbox: Outbox
 ) -> None:
     service.execute("BEGIN")
@@ -496,7 +498,7 @@ def test_an_append_in_a_failed_transaction_is_refused_and_leaves_it_to_the_calle
     assert stored(sql, outbox) == [1]
 
 
-def test_what_is_appended_is_what_is_stored(sql: Conn) -> None:
+def test_every_argument_of_an_append_is_stored(sql: Conn) -> None:
     then = datetime(2026, 1, 31, 12, 0, 0, 123_000, tzinfo=UTC)
     labels: dict[str, Any] = {"partition_key": 3, "namespace": "n", "instance_tag": "t", "occurred_at": then}
     execution, lease, flow = uuid4(), uuid4(), uuid4()
@@ -511,7 +513,7 @@ def test_what_is_appended_is_what_is_stored(sql: Conn) -> None:
 
 
 @both
-def test_i12_what_is_left_out_is_the_servers_time_and_no_label(
+def test_i12_defaults_are_the_servers_clock_and_no_labels(
     service: Conn, sql: Conn, monkeypatch: pytest.MonkeyPatch, outbox: Outbox
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: 0.0)
@@ -528,7 +530,7 @@ def test_i12_what_is_left_out_is_the_servers_time_and_no_label(
     assert row == (0, None, None, True, True)
 
 
-def test_an_append_that_postgresql_refuses_says_so(service: Conn, sql: Conn) -> None:
+def test_an_append_raises_the_error_of_postgresql(service: Conn, sql: Conn) -> None:
     with pytest.raises(InvalidTextRepresentation):
         append_completion_event(service, "not a uuid", "success")
     with pytest.raises(NotNullViolation):
@@ -537,7 +539,7 @@ def test_an_append_that_postgresql_refuses_says_so(service: Conn, sql: Conn) -> 
 
 
 @pytest.mark.parametrize("columns", [{"kind": "success"}, {"schema": "a.b"}, {"schema": 'x"; DROP TABLE kv; --'}])
-def test_an_append_that_makes_no_sense_is_refused_before_the_transaction_fails(
+def test_an_invalid_argument_is_refused_before_the_transaction_fails(
     service: Conn, sql: Conn, columns: dict[str, Any]
 ) -> None:
     with service.transaction():
@@ -554,7 +556,7 @@ def test_an_append_goes_to_the_schema_of_the_environment_where_none_is_given(
     monkeypatch.setenv("PGCOORD_SCHEMA", elsewhere.schema)
     assert append(sql, outbox, schema="pgcoord") == 1
     append(sql, outbox)
-    assert append(sql, outbox) == 2, "the second one of the schema elsewhere"
+    assert append(sql, outbox) == 2, "the second event in schema elsewhere"
     assert stored(sql, outbox) == [1]
 
 
@@ -562,16 +564,16 @@ def test_an_append_goes_to_the_schema_of_the_environment_where_none_is_given(
 
 
 @both
-def test_two_schemas_in_one_database_neither_wake_nor_announce_each_other(
-    sql: Conn, elsewhere: Settings, open_ear: OpenEar, outbox: Outbox
+def test_two_schemas_in_one_database_share_neither_wakeups_nor_locks(
+    sql: Conn, elsewhere: Settings, open_listener: OpenListener, outbox: Outbox
 ) -> None:
-    here, there = open_ear(outbox), open_ear(outbox, "elsewhere")
-    fall_asleep(sql, outbox)
-    fall_asleep(sql, outbox, "elsewhere")
+    here, there = open_listener(outbox), open_listener(outbox, "elsewhere")
+    request_wakeups(sql, outbox)
+    request_wakeups(sql, outbox, "elsewhere")
     with sql.transaction():
         append(sql, outbox, schema="elsewhere")
-        assert announced(sql, outbox) == {}
-        assert announced(sql, outbox, "elsewhere") == {sql.info.backend_pid: "ShareLock"}
-    assert here.heard() == []
-    assert there.heard() == [(sql.info.backend_pid, "")]
+        assert outbox_locks(sql, outbox) == {}
+        assert outbox_locks(sql, outbox, "elsewhere") == {sql.info.backend_pid: "ShareLock"}
+    assert here.received() == []
+    assert there.received() == [(sql.info.backend_pid, "")]
     assert append(sql, outbox) == 1

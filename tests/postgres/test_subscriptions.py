@@ -1,4 +1,4 @@
-"""Subscriptions: one owner a name, and a checkpoint that only its owner moves, and only forward (rule I13)."""
+"""Subscriptions: one owner of each name, and a checkpoint that only its owner moves, and only forward (rule I13)."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ Conn = psycopg.Connection[Any]
 
 
 class Owners:
-    """Owns subscriptions and gives each back once."""
+    """Acquires subscriptions, records their notices and releases each once."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._owners: list[Subscription] = []
-        self.said: list[str] = []
+        self.notices: list[str] = []
 
     def __call__(self, name: str = "mailer", outbox: Outbox = LEASE, settings: Settings | None = None) -> Subscription:
-        self._owners.append(Subscription(settings or self._settings, name, outbox, self._hear))
+        self._owners.append(Subscription(settings or self._settings, name, outbox, self._on_notice))
         return self._owners[-1]
 
-    def _hear(self, notice: Notice) -> None:
-        self.said.append(f"{notice.type} {from_cursor(notice.cursor, '')}")
+    def _on_notice(self, notice: Notice) -> None:
+        self.notices.append(f"{notice.type} {from_cursor(notice.cursor, '')}")
 
-    def give_back(self) -> None:
-        """All of them."""
+    def release_all(self) -> None:
+        """Closes every subscription."""
         while self._owners:
             self._owners.pop().close()
 
 
 @pytest.fixture
 def acquire(settings: Settings) -> Iterator[Owners]:
-    """Owns a subscription; gives back those that are left when the test is over."""
+    """Acquires subscriptions, and releases those that are left after the test."""
     owners = Owners(settings)
     yield owners
-    owners.give_back()
+    owners.release_all()
 
 
 def row_of(sql: Conn, name: str = "mailer") -> tuple[Any, ...] | None:
-    """Fence and position."""
+    """Returns the fence and the position of a subscription."""
     return sql.execute("SELECT fence, last_position FROM subscriptions WHERE subscription_name = %s", [name]).fetchone()
 
 
 def owner_pid(sql: Conn, name: str = "mailer") -> int | None:
-    """The session that holds the lock of that name."""
+    """Returns the backend pid of the session that holds the lock of a subscription, or None."""
     query = """
         SELECT pid FROM pg_locks
          WHERE locktype = 'advisory' AND objsubid = 1 AND (classid::bigint << 32 | objid::bigint) = %s
@@ -76,8 +76,8 @@ def owner_pid(sql: Conn, name: str = "mailer") -> int | None:
     return row and row[0]
 
 
-def cut_off(sql: Conn) -> None:
-    """Ends the owner's connection without its knowing."""
+def terminate_owner(sql: Conn) -> None:
+    """Terminates the owner's session, and waits until its lock is free."""
     sql.execute("SELECT pg_terminate_backend(%s)", [owner_pid(sql)])
     until(lambda: owner_pid(sql) is None)
 
@@ -85,24 +85,24 @@ def cut_off(sql: Conn) -> None:
 # -- one owner
 
 
-def test_the_first_who_comes_owns_a_name_and_stands_nowhere(sql: Conn, acquire: Owners) -> None:
+def test_the_first_owner_of_a_name_has_no_position(sql: Conn, acquire: Owners) -> None:
     assert acquire().load() is None
     assert row_of(sql) == (1, None)
 
 
-def test_i13_a_second_owner_is_refused_at_once_and_told_who_the_first_is(sql: Conn, acquire: Owners) -> None:
+def test_i13_a_second_owner_is_refused_at_once_and_the_message_names_the_first(sql: Conn, acquire: Owners) -> None:
     acquire().save(3)
     with pytest.raises(Busy) as caught:
         acquire()
     assert caught.value.exit_code == 5
     assert f"pid {owner_pid(sql)} (pgcoord/subscription" in caught.value.message
-    assert row_of(sql) == (1, 3), "nor has it drawn a fence"
+    assert row_of(sql) == (1, 3), "the refusal drew no fence"
 
 
-def test_i13_of_many_who_come_at_once_one_owns_the_name(sql: Conn, acquire: Owners) -> None:
+def test_i13_of_several_concurrent_acquisitions_one_succeeds(sql: Conn, acquire: Owners) -> None:
     together = Barrier(6)
 
-    def come() -> bool:
+    def compete() -> bool:
         together.wait(TIMEOUT)
         try:
             acquire()
@@ -111,35 +111,35 @@ def test_i13_of_many_who_come_at_once_one_owns_the_name(sql: Conn, acquire: Owne
         return True
 
     with ThreadPoolExecutor(6) as pool:
-        came = [pool.submit(come) for _ in range(6)]
-    assert sorted(each.result() for each in came) == [False] * 5 + [True]
+        results = [pool.submit(compete) for _ in range(6)]
+    assert sorted(each.result() for each in results) == [False] * 5 + [True]
     assert row_of(sql) == (1, None)
 
 
-def test_i13_every_owner_draws_the_next_fence_and_stands_where_the_last_one_stood(sql: Conn, acquire: Owners) -> None:
+def test_i13_every_owner_draws_the_next_fence_and_loads_the_last_position(sql: Conn, acquire: Owners) -> None:
     for number in range(1, 4):
         owner = acquire()
         assert owner.load() == (number - 1 or None)
         owner.save(number)
         assert row_of(sql) == (number, number)
-        acquire.give_back()
+        acquire.release_all()
         until(lambda: owner_pid(sql) is None)
 
 
-def test_a_name_is_free_again_when_its_owners_connection_ends(sql: Conn, acquire: Owners) -> None:
+def test_a_name_is_free_after_its_owners_session_has_ended(sql: Conn, acquire: Owners) -> None:
     acquire().save(3)
-    cut_off(sql)
+    terminate_owner(sql)
     assert acquire().load() == 3
 
 
-def test_names_are_apart(sql: Conn, acquire: Owners) -> None:
+def test_names_are_independent(sql: Conn, acquire: Owners) -> None:
     names = ["mailer", "Mailer", "mailer ", "billing", "é", "'; DROP TABLE subscriptions; --", "x" * 200]
     for position, name in enumerate(names, start=1):
         acquire(name).save(position)
     assert [row_of(sql, name) for name in names] == [(1, position) for position in range(1, len(names) + 1)]
 
 
-def test_schemas_are_apart(settings: Settings, sql: Conn, acquire: Owners) -> None:
+def test_schemas_are_independent(settings: Settings, sql: Conn, acquire: Owners) -> None:
     elsewhere = replace(settings, schema="elsewhere", schema_given=True)
     with migration_session(elsewhere, read_only=False) as (conn, _):
         apply(conn, elsewhere.schema, None, lambda _: None)
@@ -158,10 +158,10 @@ def test_i13_a_position_only_grows(sql: Conn, acquire: Owners) -> None:
         assert row_of(sql) == (1, expected)
 
 
-def test_i13_an_owner_that_was_cut_off_saves_nothing_once_another_has_the_name(sql: Conn, acquire: Owners) -> None:
+def test_i13_an_owner_that_lost_its_session_cannot_save_after_another_acquisition(sql: Conn, acquire: Owners) -> None:
     first = acquire()
     first.save(3)
-    cut_off(sql)
+    terminate_owner(sql)
     second = acquire()
     with pytest.raises(Busy, match=f"pid {owner_pid(sql)}"):
         first.save(9)
@@ -171,7 +171,7 @@ def test_i13_an_owner_that_was_cut_off_saves_nothing_once_another_has_the_name(s
 
 
 def test_i13_a_save_under_an_older_fence_changes_nothing(sql: Conn, acquire: Owners) -> None:
-    """As when a pooler or a reset of the session took the lock away, but not the connection."""
+    """As when a pooler or DISCARD ALL released the lock but kept the connection."""
     owner = acquire()
     owner.save(3)
     sql.execute("UPDATE subscriptions SET fence = fence + 1")
@@ -181,23 +181,25 @@ def test_i13_a_save_under_an_older_fence_changes_nothing(sql: Conn, acquire: Own
     assert row_of(sql) == (2, 3)
 
 
-def test_i13_an_owner_that_was_cut_off_takes_its_free_name_again_under_a_new_fence(sql: Conn, acquire: Owners) -> None:
+def test_i13_an_owner_that_lost_its_session_acquires_its_free_name_again_with_a_new_fence(
+    sql: Conn, acquire: Owners
+) -> None:
     owner = acquire()
     owner.save(3)
-    cut_off(sql)
+    terminate_owner(sql)
     owner.save(4)
-    assert acquire.said == ["disconnected 4", "connected 4"]
+    assert acquire.notices == ["disconnected 4", "connected 4"]
     assert row_of(sql) == (2, 4)
     assert owner_pid(sql)
     with pytest.raises(Busy):
         acquire()
 
 
-def test_i13_an_owner_that_was_cut_off_does_not_move_back_what_another_did_meanwhile(
+def test_i13_an_owner_that_lost_its_session_does_not_move_back_the_position_of_another(
     settings: Settings, sql: Conn, acquire: Owners
 ) -> None:
     first = acquire()
-    cut_off(sql)
+    terminate_owner(sql)
     with closing(Subscription(settings, "mailer", LEASE)) as second:
         second.save(7)
     until(lambda: owner_pid(sql) is None)
@@ -205,7 +207,7 @@ def test_i13_an_owner_that_was_cut_off_does_not_move_back_what_another_did_meanw
     assert row_of(sql) == (3, 7)
 
 
-def test_a_save_that_waits_for_a_server_gives_up_when_told_to_stop(
+def test_stop_ends_a_save_that_waits_for_a_connection(
     sql: Conn, acquire: Owners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, tried = acquire(), Event()
@@ -215,7 +217,7 @@ def test_a_save_that_waits_for_a_server_gives_up_when_told_to_stop(
         raise ConnectionFailed("the server is down")
 
     monkeypatch.setattr(subscriptions, "open_session", unreachable)
-    cut_off(sql)
+    terminate_owner(sql)
     with ThreadPoolExecutor(1) as pool:
         saving = pool.submit(owner.save, 4)
         assert tried.wait(TIMEOUT)
@@ -223,7 +225,7 @@ def test_a_save_that_waits_for_a_server_gives_up_when_told_to_stop(
         try:
             assert isinstance(saving.exception(TIMEOUT), ConnectionFailed)
         finally:
-            monkeypatch.undo()  # one that does not give up would keep the test from ending
+            monkeypatch.undo()  # a save that went on would keep the test from ending
     assert row_of(sql) == (1, None)
 
 
@@ -232,40 +234,40 @@ def test_a_save_that_waits_for_a_server_gives_up_when_told_to_stop(
 
 def test_a_subscription_belongs_to_one_outbox(sql: Conn, acquire: Owners) -> None:
     acquire().save(3)
-    cut_off(sql)
+    terminate_owner(sql)
     with pytest.raises(UsageError, match="'mailer' is a subscription of lease_events, not of completion_events"):
         acquire(outbox=COMPLETION)
     until(lambda: owner_pid(sql) is None)
     assert acquire().load() == 3
 
 
-def test_a_subscription_that_had_no_outbox_gets_the_first_that_asks(sql: Conn, acquire: Owners) -> None:
+def test_a_subscription_without_an_outbox_gets_that_of_its_first_tail(sql: Conn, acquire: Owners) -> None:
     sql.execute("INSERT INTO subscriptions (subscription_name) VALUES ('mailer')")
     acquire(outbox=COMPLETION)
     assert sql.execute("SELECT outbox FROM subscriptions").fetchone() == ("completion_events",)
 
 
-# -- looking
+# -- reading the position
 
 
 @pytest.fixture
-def looker(settings: Settings) -> Iterator[Conn]:
+def reader(settings: Settings) -> Iterator[Conn]:
     with command_session(settings, "tail", writes=False) as conn:
         yield conn
 
 
-def test_anybody_can_look_where_a_subscription_stands(acquire: Owners, looker: Conn) -> None:
+def test_the_position_of_an_owned_subscription_can_be_read(acquire: Owners, reader: Conn) -> None:
     owner = acquire()
-    assert checkpoint(looker, "mailer", LEASE) is None
+    assert checkpoint(reader, "mailer", LEASE) is None
     owner.save(3)
-    assert checkpoint(looker, "mailer", LEASE) == 3
+    assert checkpoint(reader, "mailer", LEASE) == 3
     with pytest.raises(UsageError, match="not of completion_events"):
-        checkpoint(looker, "mailer", COMPLETION)
+        checkpoint(reader, "mailer", COMPLETION)
     with pytest.raises(UsageError, match="there is no subscription 'Mailer'"):
-        checkpoint(looker, "Mailer", LEASE)
+        checkpoint(reader, "Mailer", LEASE)
 
 
-def test_a_clients_rights_are_enough(settings: Settings, sql: Conn, acquire: Owners) -> None:
+def test_the_privileges_of_a_client_are_enough(settings: Settings, sql: Conn, acquire: Owners) -> None:
     role = f"client_{uuid4().hex[:8]}"
     sql.execute(SQL("CREATE ROLE {} LOGIN").format(Identifier(role)))
     with command_session(settings, "migrate grant", writes=True) as conn:

@@ -167,12 +167,12 @@ def append_completion_event(
 
 
 def _append(
-    conn: Connection[Any], schema: str | None, outbox: Outbox, execution_id: UUID | str, link: UUID | str | None, kind: str,
-    labels: tuple[int, str | None, str | None], occurred_at: datetime | None,
+    conn: Connection[Any], schema: str | None, outbox: Outbox, execution_id: UUID | str, link: UUID | str | None,
+    kind: str, labels: tuple[int, str | None, str | None], occurred_at: datetime | None,
 ) -> int:  # fmt: skip
-    # None lets the statement read the server's clock: no decision about time depends on this machine's (rule I12).
     if kind not in outbox.kinds:
         raise UsageError(f"{kind!r} is not one of {', '.join(sorted(outbox.kinds))}")
+    # None lets the statement read the server's clock: no decision about time depends on this machine's (rule I12).
     milliseconds = None if occurred_at is None else round(occurred_at.timestamp() * 1000)
     values = [str(execution_id), None if link is None else str(link), kind, *labels, milliseconds]
     statement = sql("outbox", f"append_{outbox.noun}_event", schema=resolve_schema(schema))

@@ -1,10 +1,11 @@
-"""Subscriptions: the checkpoints of tails, each owned as `core.locks.ownership` tells, and looked at and set by operators.
+"""Subscriptions: named checkpoints of tails, each with one owner (`core.locks.ownership`), and operations on them.
 
-**A tail's subscription** outlives its connections. When a save finds the connection lost, it takes the lock anew, which
-ends the session that the server may still keep of the lost one; if somebody else has taken the lock meanwhile, that is
-the end. A subscription that tails an outbox belongs to it: positions of another would mean nothing.
+**A tail's subscription** survives the loss of its connection. When a save finds the connection lost, the subscription
+takes the lock again. The server may still keep the session of the lost connection; the subscription terminates it. If
+another session holds the lock, the tail ends. A subscription of a tail belongs to one outbox, since a position in one
+means nothing in the other.
 
-**Setting** a position takes the lock too, so that it cannot happen under an owner's feet.
+**Setting** a position takes the lock as well, so that it cannot change under a running owner.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConditionFalse, ConnectionFailed, Fenced, LockNotAcquired, UsageError
 from pgcoord_cli.settings import Settings
 
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 5.0
-PATIENCE_SECONDS = 8.0
-"""How long a save may go unanswered before the connection is taken for dead."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds between attempts to connect."""
+
+ANSWER_TIMEOUT_SECONDS = 8.0
+"""How long a save may go unanswered before the connection counts as lost."""
 
 
 class Subscription:
-    """The checkpoint of a name, owned. Raises Busy at once when somebody else owns it."""
+    """The owned checkpoint of one tail. Raises LockNotAcquired at once if the name has another owner."""
 
     def __init__(self, settings: Settings, name: str, outbox: Outbox, report: ReportNotice = ignore_notice) -> None:
         self._settings = settings
@@ -49,20 +51,21 @@ class Subscription:
         self._acquire()
 
     def load(self) -> int | None:
-        """Where it stands; None when that has never been said."""
+        """Returns the position at the last acquisition, or None if none has been saved."""
         return self._position
 
     def save(self, position: int) -> None:
-        """Moves it forward. Where the connection was lost, it takes the lock anew, however long that takes.
+        """Saves `position`. If the connection is lost, reconnects, takes the lock again and repeats until it is saved.
 
-        Busy or Fenced when somebody else has it by then; ConnectionFailed when told to stop meanwhile.
+        Raises LockNotAcquired or Fenced if another owner has acquired the name meanwhile; ConnectionFailed after
+        `stop`.
         """
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while True:
             try:
                 if self._conn.closed:
                     self._acquire()
-                    self._report(Notice("connected", to_cursor(position), "the subscription is in use again"))
+                    self._report(Notice("connected", to_cursor(position), "the subscription is owned again"))
                 self._save(position)
                 return
             except ConnectionFailed as error:
@@ -73,12 +76,12 @@ class Subscription:
             self._wakeup.wait(backoff.next_pause())
 
     def stop(self) -> None:
-        """Has a `save` that waits for a connection give up. May be called from a signal handler."""
+        """Makes a `save` that waits for a connection raise. May be called from a signal handler."""
         self._stopping = True
         self._wakeup.set()
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Closes the connection, which releases the lock."""
         self._conn.close()
         self._wakeup.close()
 
@@ -88,7 +91,7 @@ class Subscription:
             with mapped_errors():
                 self._take_lock()
                 self._fence, self._position = self._draw_fence()
-                self._pipeline = Pipeline(self._conn, PATIENCE_SECONDS)
+                self._pipeline = Pipeline(self._conn, ANSWER_TIMEOUT_SECONDS)
         except BaseException:
             self._conn.close()
             raise
@@ -101,10 +104,10 @@ class Subscription:
             holder = lock_holder(self._conn, subscription_lock(self._settings.schema, self._name))
             if self._backend_pid is None or (holder and holder.pid != self._backend_pid):
                 raise
-            # The lock has just become free, or is held by what the server still keeps of the session that we lost.
+            # Our own lost session may still hold the lock: until a TCP timeout, the server does not know of the loss.
             if holder:
                 self._conn.execute(sql("locks", "end_session"), [holder.pid])
-            raise ConnectionFailed(f"the lock of subscription {self._name!r} is not free yet") from None
+            raise ConnectionFailed(f"the lost session of subscription {self._name!r} still held its lock") from None
 
     def _draw_fence(self) -> tuple[int, int | None]:
         fence, position, table = draw_fence(self._conn, self._name, self._outbox.table)
@@ -117,21 +120,26 @@ class Subscription:
             save = sql("subscriptions", "save", schema=self._settings.schema)
             (is_saved,) = self._pipeline.fetch(save, values)[0]
         if not is_saved:
-            raise Fenced(f"subscription {self._name!r} has another owner by now; nothing was saved")
+            raise Fenced(
+                f"subscription {self._name!r} has been acquired by another owner; position {position} was not saved"
+            )
 
 
 def checkpoint(conn: Connection[Any], name: str, outbox: Outbox) -> int | None:
-    """Where a subscription stands, whoever owns it; UsageError where there is none."""
+    """Returns the position of a subscription, owned or not. Raises UsageError if there is none for this outbox."""
     row = conn.execute(sql("subscriptions", "checkpoint"), [name]).fetchone()
     if row is None:
-        raise UsageError(f"--subscription: there is no subscription {name!r}", hint="a tail with that name makes it")
+        raise UsageError(
+            f"--subscription: there is no subscription {name!r}",
+            hint="the first tail with that name creates it; see: pgcoord subscription list",
+        )
     table, position = row
     check_outbox(name, table, outbox)
     return None if position is None else int(position)
 
 
 def check_outbox(name: str, table: str | None, outbox: Outbox) -> None:
-    """UsageError unless the subscription counts the events of this outbox."""
+    """Raises UsageError if the positions of the subscription, whose outbox is `table`, belong to another outbox."""
     if table != outbox.table:
         raise UsageError(
             f"--subscription: {name!r} is a subscription of {table or 'no outbox'}, not of {outbox.table}",
@@ -140,7 +148,7 @@ def check_outbox(name: str, table: str | None, outbox: Outbox) -> None:
 
 
 def list_subscriptions(conn: Connection[Any], name: str | None = None) -> list[dict[str, Any]]:
-    """Every subscription, or the one of that name: where it stands, and how many events of its outbox lie ahead."""
+    """Returns every subscription, or the one of that name: its position, cursor and number of events after it."""
     records = conn.cursor(row_factory=dict_row).execute(sql("subscriptions", "list"), [name]).fetchall()
     for record in records:
         position = record["last_position"]
@@ -149,7 +157,7 @@ def list_subscriptions(conn: Connection[Any], name: str | None = None) -> list[d
 
 
 def subscription_record(conn: Connection[Any], schema: str, name: str) -> dict[str, Any]:
-    """One subscription and who owns it. ConditionFalse when there is none."""
+    """Returns a subscription with the session that owns it. Raises ConditionFalse if there is no such subscription."""
     records = list_subscriptions(conn, name)
     if not records:
         raise ConditionFalse(f"there is no subscription {name!r}", hint="see: pgcoord subscription list")
@@ -158,9 +166,10 @@ def subscription_record(conn: Connection[Any], schema: str, name: str) -> dict[s
 
 
 def set_position(conn: Connection[Any], schema: str, name: str, position: int, *, force: bool) -> int | None:
-    """Moves a checkpoint that nobody owns; returns where it was.
+    """Sets the position of a subscription without an owner; returns the position before.
 
-    UsageError: backwards, without `force`, or beyond the end of its outbox.
+    Raises LockNotAcquired if it has an owner; UsageError if `position` is beyond the last event of its outbox, or lower
+    than before and `force` is not given.
     """
     record = subscription_record(conn, schema, name)
     take_lock(conn, schema, name)
@@ -168,8 +177,8 @@ def set_position(conn: Connection[Any], schema: str, name: str, position: int, *
     fence, before, _ = draw_fence(conn, name, None)
     if before is not None and position < before and not force:
         raise UsageError(
-            f"{name!r} stands at {to_cursor(before)}; {to_cursor(position)} lies before that",
-            hint="with --force it goes back, and what lies between is delivered again",
+            f"subscription {name!r} is at {to_cursor(before)}, and {to_cursor(position)} is before that",
+            hint="to move it back, so that the events in between are delivered again, use --force",
         )
     conn.execute(sql("subscriptions", "set_position"), [name, fence, position])
     return before
@@ -180,11 +189,11 @@ def _check_end(conn: Connection[Any], table: str | None, position: int) -> None:
         if outbox.table == table:
             head, _ = conn.execute(sql("tail", "bounds", outbox=outbox.table)).fetchone() or (0, 0)
             if position > head:
-                raise UsageError(f"{to_cursor(position)} lies beyond the end of {table}, which is {to_cursor(head)}")
+                raise UsageError(f"{to_cursor(position)} is beyond the last event of {table}, {to_cursor(head)}")
 
 
 def remove(conn: Connection[Any], schema: str, name: str) -> None:
-    """Forgets a subscription that nobody owns."""
+    """Clears the position of a subscription without an owner. Raises LockNotAcquired and ConditionFalse."""
     subscription_record(conn, schema, name)
     take_lock(conn, schema, name)
     fence, _, _ = draw_fence(conn, name, None)

@@ -272,7 +272,7 @@ class Tail:
                     yield from self._read_on(connection, self._watermark)
                     return
             except PgcoordError as error:
-                # Before the first position there is nothing to continue from; _PERMANENT_ERRORS errors persist after a reconnect.
+                # Without a position there is nothing to continue from; a permanent error would come again.
                 if self._watermark is None or isinstance(error, _PERMANENT_ERRORS):
                     raise
                 self._notify("disconnected", error.message)
