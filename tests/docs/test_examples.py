@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,23 +23,42 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def test_the_client_example_prints_what_the_page_says(settings: Settings, start_leader: StartLeader) -> None:
+PROGRAMS = [
+    (document, number)
+    for document in ("docs/client.md", "docs/tails.md", "docs/locks.md", "docs/flows.md")
+    for number in range(len(blocks(document, "python")))
+]
+
+
+def test_every_page_has_the_programs_that_it_promises() -> None:
+    assert [document for document, _ in PROGRAMS] == [
+        *["docs/client.md"] * 2, *["docs/tails.md"] * 2, "docs/locks.md", "docs/flows.md",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("document", "number"), PROGRAMS)
+def test_a_program_prints_what_its_page_says(
+    document: str, number: int, settings: Settings, start_leader: StartLeader
+) -> None:
     start_leader("A").wait_for("elected epoch")
-    (program,) = blocks("docs/client.md", "python")
-    (printed,) = blocks("docs/client.md", "text")
-    assert run(program, settings) == printed
+    assert run(blocks(document, "python")[number], settings) == blocks(document, "text")[number]
 
 
-def test_the_tail_example_prints_what_the_page_says(settings: Settings) -> None:
-    (program,) = blocks("docs/tails.md", "python")
-    (printed,) = blocks("docs/tails.md", "text")
-    assert run(program, settings) == printed
+def test_the_programs_of_the_readme_run(settings: Settings, start_leader: StartLeader) -> None:
+    start_leader("A").wait_for("elected epoch")
+    printed = [run(program, settings) for program in blocks("README.md", "python")]
+    assert printed == ["[(b'alice', b'-10'), (b'bob', b'10')]\n", "b'hello'\n"]
 
 
-def test_the_lock_example_prints_what_the_page_says(settings: Settings) -> None:
-    (program,) = blocks("docs/locks.md", "python")
-    (printed,) = blocks("docs/locks.md", "text")
-    assert run(program, settings) == printed
+@pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/tails.md", "docs/locks.md", "docs/flows.md"])
+def test_a_program_in_the_documentation_uses_only_what_is_public(document: str) -> None:
+    imported = [line for program in blocks(document, "python") for line in program.splitlines() if "pgcoord" in line]
+    imports = [line for line in imported if line.startswith(("from ", "import "))]
+    assert imports
+    for line in imports:
+        module, names = re.fullmatch(r"from (\S+) import (.*)", line).groups()  # type: ignore[union-attr]
+        assert module in ("pgcoord_cli", "pgcoord_cli.sync")
+        assert set(names.split(", ")) <= set(import_module(module).__all__)
 
 
 def run(program: str, settings: Settings) -> str:
@@ -48,13 +68,6 @@ def run(program: str, settings: Settings) -> str:
     )
     assert done.stderr == ""
     return done.stdout
-
-
-@pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/tails.md", "docs/locks.md"])
-def test_python_in_the_documentation_compiles(document: str) -> None:
-    assert blocks(document, "python")
-    for program in blocks(document, "python"):
-        compile(program, document, "exec")
 
 
 def test_the_flow_file_of_the_page_is_the_one_that_is_there_to_try() -> None:

@@ -75,7 +75,7 @@ def test_a_flow_is_cancelled_as_a_whole(flows: Flows) -> None:
 
 
 def test_what_cannot_be_is_refused(flows: Flows, empty_settings: Settings) -> None:
-    with pytest.raises(UsageError, match="^flow:1: "):
+    with pytest.raises(UsageError, match=r"^flow:1: "):
         flows.create("executions: build")
     for call in (flows.show, flows.cancel):
         with pytest.raises(ConditionFalse):
