@@ -52,6 +52,7 @@ def test_the_programs_of_the_readme_run(settings: Settings, start_leader: StartL
 
 @pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/tails.md", "docs/locks.md", "docs/flows.md"])
 def test_a_program_in_the_documentation_uses_only_what_is_public(document: str) -> None:
+    assert not re.search(r"pgcoord_cli\.core|`core\.", (ROOT / document).read_text())
     imported = [line for program in blocks(document, "python") for line in program.splitlines() if "pgcoord" in line]
     imports = [line for line in imported if line.startswith(("from ", "import "))]
     assert imports
