@@ -5,21 +5,20 @@ CREATE SCHEMA pgcoord;
 
 CREATE FUNCTION pgcoord.announce_events() RETURNS trigger
     LANGUAGE plpgsql
+    SET search_path TO 'pgcoord', 'pg_temp'
     AS $$
 BEGIN
     -- The function returns void, never null: it is called in an expression, since PERFORM would run a query, which
     -- costs several times as much.
-    IF pg_catalog.pg_advisory_xact_lock_shared(TG_RELID::integer, 0) IS NULL THEN
+    IF pg_advisory_xact_lock_shared(TG_RELID::integer, 0) IS NULL THEN
         RETURN NULL;
     END IF;
     -- pgcoord.notify = off is for transactions that will be prepared: PostgreSQL does not prepare one that has
     -- notified.
-    IF pg_catalog.current_setting('pgcoord.notify', true) IS DISTINCT FROM 'off'
-       AND pg_catalog.to_timestamp(
-               pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_wake_until')::regclass)
-               / 1000000.0::double precision
-           ) > pg_catalog.clock_timestamp() THEN
-        PERFORM pg_catalog.pg_notify(TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME, '');
+    IF current_setting('pgcoord.notify', true) IS DISTINCT FROM 'off'
+       AND to_timestamp(pg_sequence_last_value((TG_TABLE_NAME || '_wake_until')::regclass)
+                        / 1000000.0::double precision) > clock_timestamp() THEN
+        PERFORM pg_notify(TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME, '');
     END IF;
     RETURN NULL;
 END
@@ -274,9 +273,7 @@ $$;
 
 CREATE FUNCTION pgcoord.is_list(items bytea[]) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    AS $$
-    SELECT cardinality(items) = 0 OR (array_ndims(items) = 1 AND array_lower(items, 1) = 1)
-$$;
+    RETURN ((cardinality(items) = 0) OR ((array_ndims(items) = 1) AND (array_lower(items, 1) = 1)));
 
 CREATE FUNCTION pgcoord.judge_groups(ids uuid[]) RETURNS integer
     LANGUAGE plpgsql
@@ -324,20 +321,11 @@ $$;
 
 CREATE FUNCTION pgcoord.packed_binary(item bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    AS $$
-    SELECT CASE WHEN item IS NULL THEN E'\\xc0'::bytea
-                WHEN octet_length(item) < 256 THEN E'\\xc4'::bytea || substring(int4send(octet_length(item)) FROM 4) || item
-                WHEN octet_length(item) < 65536 THEN E'\\xc5'::bytea || substring(int4send(octet_length(item)) FROM 3) || item
-                ELSE E'\\xc6'::bytea || int4send(octet_length(item)) || item END
-$$;
+    RETURN CASE WHEN (item IS NULL) THEN '\xc0'::bytea WHEN (octet_length(item) < 256) THEN (('\xc4'::bytea || substr(int4send(octet_length(item)), 4)) || item) WHEN (octet_length(item) < 65536) THEN (('\xc5'::bytea || substr(int4send(octet_length(item)), 3)) || item) ELSE (('\xc6'::bytea || int4send(octet_length(item))) || item) END;
 
 CREATE FUNCTION pgcoord.packed_head(length integer) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    AS $$
-    SELECT CASE WHEN length < 16 THEN set_byte(E'\\x00'::bytea, 0, 144 + length)
-                WHEN length < 65536 THEN E'\\xdc'::bytea || substring(int4send(length) FROM 3)
-                ELSE E'\\xdd'::bytea || int4send(length) END
-$$;
+    RETURN CASE WHEN (length < 16) THEN set_byte('\x00'::bytea, 0, (144 + length)) WHEN (length < 65536) THEN ('\xdc'::bytea || substr(int4send(length), 3)) ELSE ('\xdd'::bytea || int4send(length)) END;
 
 CREATE FUNCTION pgcoord.packed_request(read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[]) RETURNS bytea
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE

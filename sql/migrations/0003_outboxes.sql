@@ -58,21 +58,22 @@ GRANT SELECT ON SEQUENCE lease_events_wake_until, completion_events_wake_until T
 -- Runs before a statement draws its first event id: takes the writer's lock of the outbox, shared, until the
 -- transaction ends, and notifies the tails at the commit if one is waiting. The order is binding: a lock that was
 -- taken after the id would leave a gap without a holder, which a tail would step over.
-CREATE FUNCTION announce_events() RETURNS trigger LANGUAGE plpgsql AS $$
+--
+-- The search path is pinned: with that of the inserting session, an operator of some other schema could match better
+-- than PostgreSQL's own and run with the rights of the role that inserts.
+CREATE FUNCTION announce_events() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
     -- The function returns void, never null: it is called in an expression, since PERFORM would run a query, which
     -- costs several times as much.
-    IF pg_catalog.pg_advisory_xact_lock_shared(TG_RELID::integer, 0) IS NULL THEN
+    IF pg_advisory_xact_lock_shared(TG_RELID::integer, 0) IS NULL THEN
         RETURN NULL;
     END IF;
     -- pgcoord.notify = off is for transactions that will be prepared: PostgreSQL does not prepare one that has
     -- notified.
-    IF pg_catalog.current_setting('pgcoord.notify', true) IS DISTINCT FROM 'off'
-       AND pg_catalog.to_timestamp(
-               pg_catalog.pg_sequence_last_value((TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME || '_wake_until')::regclass)
-               / 1000000.0::double precision
-           ) > pg_catalog.clock_timestamp() THEN
-        PERFORM pg_catalog.pg_notify(TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME, '');
+    IF current_setting('pgcoord.notify', true) IS DISTINCT FROM 'off'
+       AND to_timestamp(pg_sequence_last_value((TG_TABLE_NAME || '_wake_until')::regclass)
+                        / 1000000.0::double precision) > clock_timestamp() THEN
+        PERFORM pg_notify(TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME, '');
     END IF;
     RETURN NULL;
 END

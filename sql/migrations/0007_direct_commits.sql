@@ -5,18 +5,19 @@
 -- MessagePack encoding of a request, as docs/wire-format.md describes it: a binary or nil, the header of an array,
 -- and the whole request. Literals are written E'…', whose meaning does not depend on standard_conforming_strings of
 -- the caller's session.
-CREATE FUNCTION packed_binary(item bytea) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-    SELECT CASE WHEN item IS NULL THEN E'\\xc0'::bytea
-                WHEN octet_length(item) < 256 THEN E'\\xc4'::bytea || substring(int4send(octet_length(item)) FROM 4) || item
-                WHEN octet_length(item) < 65536 THEN E'\\xc5'::bytea || substring(int4send(octet_length(item)) FROM 3) || item
-                ELSE E'\\xc6'::bytea || int4send(octet_length(item)) || item END
-$$;
+--
+-- A body that begins with RETURN is parsed here, under the search path of the migration: what it refers to is fixed,
+-- and calls are inlined, which `SET search_path` would prevent.
+CREATE FUNCTION packed_binary(item bytea) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN item IS NULL THEN E'\\xc0'::bytea
+                WHEN octet_length(item) < 256 THEN E'\\xc4'::bytea || substr(int4send(octet_length(item)), 4) || item
+                WHEN octet_length(item) < 65536 THEN E'\\xc5'::bytea || substr(int4send(octet_length(item)), 3) || item
+                ELSE E'\\xc6'::bytea || int4send(octet_length(item)) || item END;
 
-CREATE FUNCTION packed_head(length integer) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-    SELECT CASE WHEN length < 16 THEN set_byte(E'\\x00'::bytea, 0, 144 + length)
-                WHEN length < 65536 THEN E'\\xdc'::bytea || substring(int4send(length) FROM 3)
-                ELSE E'\\xdd'::bytea || int4send(length) END
-$$;
+CREATE FUNCTION packed_head(length integer) RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN length < 16 THEN set_byte(E'\\x00'::bytea, 0, 144 + length)
+                WHEN length < 65536 THEN E'\\xdc'::bytea || substr(int4send(length), 3)
+                ELSE E'\\xdd'::bytea || int4send(length) END;
 
 CREATE FUNCTION packed_request(
     read_keys bytea[], read_begins bytea[], read_ends bytea[], cleared_begins bytea[], cleared_ends bytea[],
@@ -49,9 +50,8 @@ $$;
 
 -- Whether an array has one dimension and starts at subscript 1: only then do subscripts and unnest visit the same
 -- items.
-CREATE FUNCTION is_list(items bytea[]) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-    SELECT cardinality(items) = 0 OR (array_ndims(items) = 1 AND array_lower(items, 1) = 1)
-$$;
+CREATE FUNCTION is_list(items bytea[]) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN cardinality(items) = 0 OR (array_ndims(items) = 1 AND array_lower(items, 1) = 1);
 
 -- Commits a request in the caller's transaction if no other commit is in progress and none has happened since it read;
 -- returns its version then. Otherwise inserts the request into the queue, and returns a null version. `answered_at` is
