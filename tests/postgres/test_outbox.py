@@ -543,7 +543,7 @@ def test_an_invalid_argument_is_refused_before_the_transaction_fails(
     service: Conn, sql: Conn, columns: dict[str, Any]
 ) -> None:
     with service.transaction():
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError, match=r"^(schema|event_type): "):
             append_lease_event(service, "job", columns.pop("kind", "acquired"), **columns)
         assert append(service, LEASE) == 1
     assert stored(sql, LEASE) == [1]

@@ -138,8 +138,8 @@ def append_lease_event(
     factories, nor its settings, nor its transaction. `event_type` is one of LEASE_EVENT_TYPES. `occurred_at` is the
     server's clock by default; `schema` is PGCOORD_SCHEMA or `pgcoord` by default.
 
-    Raises UsageError for a schema that cannot be one and an unknown event type, before anything is sent, and psycopg's
-    own errors, so that a caller's handling of serialisation failures works here too.
+    Raises UsageError for an invalid schema name or an unknown event type, before anything is sent, and psycopg's own
+    errors, so that a caller's handling of serialisation failures works here too.
     """
     labels = partition_key, namespace, instance_tag
     return _append(conn, schema, LEASE, execution_id, lease_id, event_type, labels, occurred_at)
@@ -171,7 +171,8 @@ def _append(
     kind: str, labels: tuple[int, str | None, str | None], occurred_at: datetime | None,
 ) -> int:  # fmt: skip
     if kind not in outbox.kinds:
-        raise UsageError(f"{kind!r} is not one of {', '.join(sorted(outbox.kinds))}")
+        argument = "event_type" if outbox is LEASE else "outcome"
+        raise UsageError(f"{argument}: {kind!r} is not one of {', '.join(sorted(outbox.kinds))}")
     # None lets the statement read the server's clock: no decision about time depends on this machine's (rule I12).
     milliseconds = None if occurred_at is None else round(occurred_at.timestamp() * 1000)
     values = [str(execution_id), None if link is None else str(link), kind, *labels, milliseconds]

@@ -66,7 +66,7 @@ def acquire_leadership(
 
     `target` is a connection string of libpq; None for that of PGCOORD_DSN or libpq's environment; or a psycopg
     connection that serves nothing else from now on: it is put into autocommit, keeps the lock, and is closed by
-    `release`, and if this function raises. `schema` is that of the cluster, PGCOORD_SCHEMA or `pgcoord` by default.
+    `release` or if the acquisition fails. `schema` is that of the cluster, PGCOORD_SCHEMA or `pgcoord` by default.
 
     Raises LockNotAcquired if the name has another owner; CoordinationError if the database cannot be reached or fails,
     which says nothing about owners; UsageError for a malformed argument, UnsuitableServer (a standby, a transaction
