@@ -25,30 +25,30 @@ HELP = """Coordination kept in PostgreSQL, and the operations command for it.
 
 \b
 Start here:
-  pgcoord demo                     see it work on a throw-away PostgreSQL
-  pgcoord migrate up               put the schema into your database
+  pgcoord demo                     watch it work on a temporary PostgreSQL server
+  pgcoord migrate up               create the schema in your database
   pgcoord leader run               stand for election and resolve commits
-  pgcoord leader status            who leads, how far, how long the queue is
+  pgcoord leader status            show the leader, the durable version and the queue
 
 Exit codes and environment variables are in the manual page pgcoord(1).
 """
 
 CATALOGUE = {
-    "migrate": "Bring the schema up to date, and say whether it is.",
-    "leader": "Run, inspect and watch the elected leader.",
+    "migrate": "Apply, list and check the migrations of the schema, and grant rights on it.",
+    "leader": "Run candidates for the leader, and inspect the elected one.",
     "kv": "Read and write the transactional key-value data.",
-    "commit": "Look at commit requests and what became of them.",
-    "flow": "Create, show and cancel flows: executions that wait for each other.",
-    "execution": "Claim executions, keep their leases, end them.",
+    "commit": "Show commit requests and their outcomes.",
+    "flow": "Create, show and cancel flows: graphs of executions that depend on each other.",
+    "execution": "Claim executions, renew their leases, and end them.",
     "worker": "Run commands for executions as they become eligible.",
-    "reconcile": "Repair what crashes left behind.",
-    "tail": "Follow the event outboxes from a cursor on, without missing an event.",
-    "lock": "Run a command while holding a lock, and see who holds which.",
-    "subscription": "Look at the checkpoints of subscriptions, and set them.",
-    "gc": "Collect garbage: settled requests and old events that nobody can ask for any more.",
-    "dev": "Keep a PostgreSQL of your own to try things on.",
-    "bench": "Measure how many commits a second this database does.",
-    "demo": "Show the whole thing at work on a throw-away PostgreSQL.",
+    "reconcile": "Dispatch events, end leases and cancel executions that crashes left behind.",
+    "tail": "Follow an event outbox from a cursor on, without missing an event.",
+    "lock": "Run a command under a lock, and show or break locks.",
+    "subscription": "Show and set the checkpoints of subscriptions.",
+    "gc": "Delete settled commit requests and old events that are no longer needed.",
+    "dev": "Run a development PostgreSQL server.",
+    "bench": "Measure the commit rate and latency of this database.",
+    "demo": "Show commits, failover and flows on a temporary PostgreSQL server.",
 }
 
 

@@ -1,4 +1,4 @@
-"""One file per noun: parse, open, call core, render. No SQL and no logic here.
+"""One module per noun of the command line. A command parses its arguments, opens a session, calls core and renders.
 
-`framework` holds what every command shares: the global options, lazy groups and the parsed parameter types.
+No SQL and no logic here. `framework` holds what commands share: global options, lazy groups, parameter types.
 """

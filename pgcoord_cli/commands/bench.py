@@ -1,4 +1,4 @@
-"""`pgcoord bench`: this database's commit rate and latency."""
+"""`pgcoord bench`: measures the commit rate and latency of a database."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from pgcoord_cli.commands.framework import PgcoordCommand, duration, output_of, progress_bar, single
 
-app = single("Measure how many commits a second this database does.")
+app = single("Measure the commit rate and latency of this database.")
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -16,16 +16,14 @@ BARS = " ▁▂▃▄▅▆▇█"
 @app.command("bench", cls=PgcoordCommand)
 def bench(
     ctx: typer.Context,
-    seconds: Annotated[str, typer.Option("--duration", metavar="DURATION", help="How long to measure.")] = "5s",
-    in_flight: Annotated[
-        int, typer.Option("--in-flight", metavar="N", min=1, help="Transactions at the same time.")
-    ] = 32,
-    keys: Annotated[int, typer.Option("--keys", metavar="N", min=1, help="Keys they choose from.")] = 10_000,
+    seconds: Annotated[str, typer.Option("--duration", metavar="DURATION", help="Length of the measurement.")] = "5s",
+    in_flight: Annotated[int, typer.Option("--in-flight", metavar="N", min=1, help="Concurrent transactions.")] = 32,
+    keys: Annotated[int, typer.Option("--keys", metavar="N", min=1, help="Number of keys to choose from.")] = 10_000,
 ) -> None:
-    """Measure how many commits a second this database does.
+    """Measure the commit rate and latency of this database.
 
-    Each transaction reads a key of the bench's own and writes it; all are removed at the end. It needs a leader. Fewer
-    keys make conflicts; one in flight shows the latency of a lone client.
+    Requires a leader. Each transaction reads and writes one key of a range that is reserved for the benchmark; the keys
+    are removed at the end. Fewer keys cause more conflicts; --in-flight 1 measures the latency of a single client.
 
     \b
     Examples:
@@ -47,10 +45,10 @@ def bench(
         result = asyncio.run(Bench(length, in_flight, keys, advance).run(settings))
     out.document({"bench": result._asdict()})
     if not out.is_json:
-        out.note(f"commits a second, from the first tenth of the run to the last: {plot(result.rates)}")
+        out.note(f"commits per second in each tenth of the run: {plot(result.rates)}")
 
 
 def plot(rates: list[int]) -> str:
-    """A bar for each rate, the highest one full."""
+    """Returns one bar character per rate, scaled so that the highest rate has the full bar."""
     highest = max(rates) or 1
     return "".join(BARS[round(rate / highest * (len(BARS) - 1))] for rate in rates)

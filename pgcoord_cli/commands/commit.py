@@ -1,4 +1,4 @@
-"""`pgcoord commit`: look at commit requests and what became of them."""
+"""`pgcoord commit`: shows commit requests and their outcomes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import typer
 from pgcoord_cli.commands.framework import Limit, command, identifier, noun, output_of
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
-app = noun("Look at commit requests and what became of them.")
+app = noun("Show commit requests and their outcomes.")
 
 COLUMNS = ["id", "request_id", "status", "commit_version", "read_version", "epoch", "created_at", "reason"]
-RequestId = Annotated[str, typer.Argument(metavar="REQUEST_ID", help="The UUID that the client made.")]
+RequestId = Annotated[str, typer.Argument(metavar="REQUEST_ID", help="The UUID of the request, made by its client.")]
 STATUSES = "pending, committed, conflict, too_old, rejected, orphaned"
 
 
 @command(app, "list")
 def list_(
     ctx: typer.Context,
-    status: Annotated[str | None, typer.Option("--status", metavar="STATUS", help=f"Only one of: {STATUSES}.")] = None,
+    status: Annotated[
+        str | None, typer.Option("--status", metavar="STATUS", help=f"Only requests with this status: {STATUSES}.")
+    ] = None,
     limit: Limit = 20,
 ) -> None:
     """List commit requests, newest first.
@@ -50,7 +52,7 @@ def show(
     ctx: typer.Context,
     request_id: RequestId,
 ) -> None:
-    """Say what became of one request; exit 3 when it is not there.
+    """Show the outcome of one request; exit 3 if it is not stored.
 
     \b
     Examples:
@@ -72,7 +74,7 @@ def show(
 
 @command(app, "explain")
 def explain(ctx: typer.Context, request_id: RequestId) -> None:
-    """Say what a request read and wrote, when what happened to it, and which commit it lost to.
+    """Show what a request read and wrote, its outcome, and the commit that it conflicted with.
 
     \b
     Examples:
@@ -92,11 +94,11 @@ def explain(ctx: typer.Context, request_id: RequestId) -> None:
 
 
 def _request_id(text: str) -> UUID:
-    return identifier(text, "REQUEST_ID", "pgcoord commit list shows them")
+    return identifier(text, "REQUEST_ID", "list request ids with: pgcoord commit list")
 
 
 def _absent(request_id: UUID) -> ConditionFalse:
     return ConditionFalse(
         f"there is no request {request_id}",
-        hint="it was never enqueued, or was settled and then collected after the retention",
+        hint="it was never enqueued, or it was settled and then deleted by garbage collection",
     )

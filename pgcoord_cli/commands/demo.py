@@ -1,4 +1,4 @@
-"""`pgcoord demo`: the whole thing at work on a throw-away PostgreSQL."""
+"""`pgcoord demo`: shows commits, failover and flows on a temporary PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
     from pgcoord_cli.core.embedded.server import EmbeddedServer
     from pgcoord_cli.render import Output
 
-app = single("Show the whole thing at work on a throw-away PostgreSQL.")
+app = single("Show commits, failover and flows on a temporary PostgreSQL server.")
 
 
 @app.command("demo", cls=PgcoordCommand)
 def demo(
     ctx: typer.Context,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the server running, and say what to try on it.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the server running, and print commands to try on it.")
+    ] = False,
 ) -> None:
-    """Show the whole thing at work on a throw-away PostgreSQL.
+    """Show commits, failover and flows on a temporary PostgreSQL server.
 
-    Starts a server, elects one of two leaders, moves money between accounts with many clients at once, kills the
-    leader half way, and checks at the end that every account and every transfer is there. Then it runs a flow, kills
-    its worker, and has a reconciler and a second worker finish it. Leaves nothing behind.
+    Starts a server and two candidates, transfers money between accounts with many concurrent clients, kills the leader
+    half way, and checks that every account balance and every acknowledged transfer is right. Then runs a flow, kills
+    its worker, and lets a reconciler and a second worker finish it. Removes the server at the end.
 
     \b
     Examples:
@@ -45,14 +47,14 @@ def demo(
     settings, out = output_of(ctx)
     reporter = TerminalReporter(out)
     signal.signal(signal.SIGTERM, _as_exit)
-    reporter.step("Start a PostgreSQL of its own")
+    reporter.step("Start a temporary PostgreSQL server")
     with _server(keep=keep) as server:
         reporter.detail(f"PostgreSQL {server.version()}, on a Unix socket, durability on")
         result = transfers.run(replace(settings, dsn=server.dsn, dsn_source="pgcoord demo"), reporter)
         reporter.end()
         _show(out, result)
         if keep:
-            _say_what_to_try(out, server)
+            _print_commands_to_try(out, server)
 
 
 def _as_exit(number: int, _frame: Any) -> None:
@@ -61,7 +63,7 @@ def _as_exit(number: int, _frame: Any) -> None:
 
 @contextmanager
 def _server(*, keep: bool) -> Iterator[EmbeddedServer]:
-    """A throw-away server; with `keep`, a new one in the place where `pgcoord dev --name demo` finds it."""
+    """Yields a temporary server; with `keep`, a new one in the directory of `pgcoord dev --name demo`, left running."""
     from pgcoord_cli.core.embedded.server import EmbeddedServer, dev_root, temporary_server
 
     if not keep:
@@ -78,32 +80,32 @@ def _show(out: Output, result: DemoResult) -> None:
     out.document({"demo": result._asdict() | {"ok": result.ok}})
     if not result.ok:
         raise PgcoordError(
-            "what came of it is not what should have: this is a bug in pgcoord", hint="please report it", answered=True
+            "the result is wrong: this is a bug in pgcoord", hint="please report it with this output", answered=True
         )
     out.note(
-        f"\nNo money appeared or vanished, and each of {result.acknowledged} acknowledged transfers is there exactly "
-        "once, although the leader was killed. The flow ended as its policies say, although its worker was."
+        f"\nThe sum of the balances is unchanged, and each of {result.acknowledged} acknowledged transfers was applied "
+        "exactly once, although the leader was killed. The flow ended as its policies require, although its worker was."
     )
 
 
-def _say_what_to_try(out: Output, server: EmbeddedServer) -> None:
+def _print_commands_to_try(out: Output, server: EmbeddedServer) -> None:
     import shlex
 
     out.note(
-        "\nThe server is still running. Try:\n"
+        "\nThe server is still running. Commands to try:\n"
         f"  export PGCOORD_DSN={shlex.quote(server.dsn)}\n"
         "  pgcoord leader run &\n"
         "  pgcoord leader status\n"
         "  pgcoord kv range account/ account0\n"
         "  pgcoord kv set greeting hello && pgcoord kv get greeting\n"
         "  pgcoord commit list --limit 5\n"
-        "and when you are done:\n"
+        "and to remove it:\n"
         "  pgcoord dev down --name demo --destroy --yes"
     )
 
 
 class TerminalReporter:
-    """Writes the steps to stderr: numbered headings, indented details, and a progress bar on a terminal."""
+    """Reports the progress of the demonstration on stderr: numbered steps, details, a progress bar that is redrawn."""
 
     REDRAW_SECONDS = 0.1
 
@@ -115,18 +117,18 @@ class TerminalReporter:
         self._line_open = False
 
     def step(self, title: str) -> None:
-        """A numbered heading."""
+        """Prints a numbered heading."""
         self.end()
         self._steps += 1
         self._out.note(f"{self._steps}. {title}")
 
     def detail(self, text: str) -> None:
-        """An indented line."""
+        """Prints an indented line."""
         self.end()
         self._out.note(f"   {text}")
 
     def progress(self, done: int, total: int) -> None:
-        """A bar, redrawn ten times a second on a terminal; nothing elsewhere."""
+        """Redraws the progress bar, at most ten times a second; does nothing if stderr is not a terminal."""
         now = time.monotonic()
         if not self._in_place or (now - self._drawn_at < self.REDRAW_SECONDS and done < total):
             return
@@ -137,7 +139,7 @@ class TerminalReporter:
         self._line_open = True
 
     def end(self) -> None:
-        """Ends the progress line, if one is open."""
+        """Ends the line of the progress bar, if one is open."""
         if self._line_open:
             sys.stderr.write("\n")
             self._line_open = False

@@ -1,4 +1,4 @@
-"""`pgcoord dev`: a PostgreSQL of your own to try things on, kept until you remove it."""
+"""`pgcoord dev`: a development PostgreSQL server, kept until it is destroyed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from pgcoord_cli.render import Output
     from pgcoord_cli.settings import Settings
 
-app = noun("Keep a PostgreSQL of your own to try things on.")
+app = noun("Run a development PostgreSQL server.")
 
 ServerName = Annotated[
-    str, typer.Option("--name", metavar="NAME", help="Which of your servers; demo --keep makes 'demo'.")
+    str, typer.Option("--name", metavar="NAME", help="Name of the server; demo --keep creates 'demo'.")
 ]
 
 START_HINT = "start it with: pgcoord dev up"
@@ -31,14 +31,18 @@ def up(
     name: ServerName = "default",
     server_version: Annotated[
         int | None,
-        typer.Option("--server-version", metavar="N", help="PostgreSQL 15, 16, 18. [the data's, then newest]"),
+        typer.Option(
+            "--server-version",
+            metavar="N",
+            help="PostgreSQL 15, 16 or 18. [default: that of the data, else the newest]",
+        ),
     ] = None,
-    no_migrate: Annotated[bool, typer.Option("--no-migrate", help="Leave the schema as it is.")] = False,
+    no_migrate: Annotated[bool, typer.Option("--no-migrate", help="Do not apply migrations.")] = False,
 ) -> None:
-    """Start the development server, creating it at the first call, and bring its schema up to date.
+    """Start the development server, creating it at the first call, and apply the migrations that it lacks.
 
-    It listens on a Unix socket only and goes on running until `dev down`. Its data outlives that; PGCOORD_DEV_DIR
-    says where it is kept. Called on a running server, this changes nothing but a schema that is behind.
+    The server listens on a Unix socket only and runs until `dev down`, which keeps its data. PGCOORD_DEV_DIR is the
+    directory of the data. If the server is running already, only the missing migrations are applied.
 
     \b
     Examples:
@@ -60,10 +64,10 @@ def up(
 def down(
     ctx: typer.Context,
     name: ServerName = "default",
-    destroy: Annotated[bool, typer.Option("--destroy", help="Remove the data too.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    destroy: Annotated[bool, typer.Option("--destroy", help="Delete the data as well.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without confirmation.")] = False,
 ) -> None:
-    """Stop the development server. Its data stays, unless it is to be destroyed.
+    """Stop the development server, and keep its data unless --destroy is given.
 
     \b
     Examples:
@@ -82,7 +86,7 @@ def down(
 
 @command(app, "dsn")
 def dsn(ctx: typer.Context, name: ServerName = "default") -> None:
-    """Print the connection string of the development server; exit 3 if it is not running.
+    """Print the DSN of the development server; exit 3 if it is not running.
 
     \b
     Examples:
@@ -102,7 +106,7 @@ def dsn(ctx: typer.Context, name: ServerName = "default") -> None:
 
 @command(app, "status")
 def status(ctx: typer.Context, name: ServerName = "default") -> None:
-    """Say whether the development server runs, and where; exit 3 if it does not.
+    """Show whether the development server is running, and its paths; exit 3 if it is not.
 
     \b
     Examples:
@@ -118,7 +122,7 @@ def status(ctx: typer.Context, name: ServerName = "default") -> None:
 
 
 def bring_up_to_date(settings: Settings, out: Output) -> int:
-    """Applies the migrations that the database of `settings` lacks, saying so on stderr; returns how many."""
+    """Applies the migrations that the database lacks, with a note each on stderr; returns their number."""
     from pgcoord_cli.core.database.upgrade import upgrade
 
     return len(
@@ -131,32 +135,34 @@ def bring_up_to_date(settings: Settings, out: Output) -> int:
 
 
 def _server(name: str, version: int | None = None) -> EmbeddedServer:
-    """The development server, on PostgreSQL of that version; UsageError if its data is of another."""
+    """Returns the server of that name. Raises UsageError if its data belongs to another version of PostgreSQL."""
     from pgcoord_cli.core.embedded.installation import find_installation
     from pgcoord_cli.core.embedded.server import EmbeddedServer, dev_root
 
     if not name.replace("-", "").replace("_", "").isalnum():
-        raise UsageError(f"--name: {name!r} is not made of letters, digits, - and _")
+        raise UsageError(f"--name: {name!r} may contain letters, digits, - and _ only")
     server = EmbeddedServer(dev_root(name))
     made_by = server.version()
     if version in (None, made_by):
         return server
     if made_by:
         raise UsageError(
-            f"--server-version: the data in {server.data} is of PostgreSQL {made_by}",
-            hint="remove it with: pgcoord dev down --destroy; or set PGCOORD_DEV_DIR to another directory",
+            f"--server-version {version}: the data in {server.data} belongs to PostgreSQL {made_by}",
+            hint="delete it with: pgcoord dev down --destroy; or set PGCOORD_DEV_DIR to another directory",
         )
     return EmbeddedServer(server.root, find_installation(version))
 
 
 def _confirm(server: EmbeddedServer) -> None:
-    """Goes on only if a person at the terminal agrees that the data be removed."""
+    """Asks on the terminal whether to delete the data; exits unless the answer is yes."""
     from pgcoord_cli.commands.standard_input import is_typed
 
     if not is_typed():
-        raise UsageError("--destroy: removes all data, and there is no terminal to ask at", hint="add --yes")
+        raise UsageError(
+            "--destroy deletes all data, and standard input is no terminal to confirm that on", hint="add --yes"
+        )
     # Not typer.confirm, which writes a space to stdout even where it asks on stderr.
-    print(f"Remove {server.root} and all data in it? [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"Delete {server.root} and all data in it? [y/N] ", end="", file=sys.stderr, flush=True)
     answer = sys.stdin.readline()
     if not answer:  # Ctrl-D
         raise typer.Abort

@@ -1,4 +1,4 @@
-"""`pgcoord execution`: claim work, keep it, end it, from a shell."""
+"""`pgcoord execution`: claims executions, renews their leases and ends them, from a shell."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from pgcoord_cli.commands.framework import command, duration, identifier, noun, 
 from pgcoord_cli.errors import ConditionFalse
 from pgcoord_cli.settings import check_text
 
-app = noun("Claim executions, keep their leases, end them.")
+app = noun("Claim executions, renew their leases, and end them.")
 
-ExecutionId = Annotated[str, typer.Argument(metavar="EXECUTION_ID", help="A UUID.")]
+ExecutionId = Annotated[str, typer.Argument(metavar="EXECUTION_ID", help="The UUID of the execution.")]
 LeaseEpoch = Annotated[
-    int, typer.Option("--epoch", metavar="N", min=0, max=2**63 - 1, help="As execution claim printed it.")
+    int,
+    typer.Option("--epoch", metavar="N", min=0, max=2**63 - 1, help="The lease_epoch that execution claim printed."),
 ]
-LeaseDuration = Annotated[str, typer.Option("--lease", metavar="DURATION", help="How long the lease lasts unrenewed.")]
+LeaseDuration = Annotated[str, typer.Option("--lease", metavar="DURATION", help="Time to live of the lease.")]
 
 
 @command(app, "claim")
 def claim(
     ctx: typer.Context,
     owner: Annotated[
-        str | None, typer.Option("--owner", metavar="NAME", help="Who is going to do it. [default: host and pid]")
+        str | None, typer.Option("--owner", metavar="NAME", help="Owner of the lease. [default: host and pid]")
     ] = None,
     lease: LeaseDuration = "30s",
     namespace: Annotated[str | None, typer.Option("--namespace", metavar="NS", help="Only of this namespace.")] = None,
     instance_tag: Annotated[str | None, typer.Option("--instance-tag", metavar="V", help="Only with this tag.")] = None,
 ) -> None:
-    """Lease the oldest eligible execution; exit 3 when there is none.
+    """Lease the oldest eligible execution; exit 3 if there is none.
 
-    Give what it prints as lease_epoch to renew, complete and fail: they change nothing once the lease is somebody
-    else's.
+    Pass the printed lease_epoch to renew, complete and fail: they exit 6 and change nothing if the lease was lost.
 
     \b
     Examples:
@@ -52,14 +52,14 @@ def claim(
             conn, owner or default_node_id(), seconds, namespace=namespace, instance_tag=instance_tag
         )
     if not claims:
-        raise ConditionFalse("nothing is eligible")
+        raise ConditionFalse("no execution is eligible")
     record = claims[0]._asdict()
     out.document(record | {name: str(record[name]) for name in ("execution_id", "lease_id", "flow_id") if record[name]})
 
 
 @command(app, "renew")
 def renew(ctx: typer.Context, execution_id: ExecutionId, epoch: LeaseEpoch, lease: LeaseDuration = "30s") -> None:
-    """Prolong a lease from now on; exit 6 when it is over.
+    """Renew a lease from now on; exit 6 if it was lost.
 
     \b
     Examples:
@@ -78,7 +78,7 @@ def renew(ctx: typer.Context, execution_id: ExecutionId, epoch: LeaseEpoch, leas
 
 @command(app, "complete")
 def complete(ctx: typer.Context, execution_id: ExecutionId, epoch: LeaseEpoch) -> None:
-    """End an execution as a success; exit 6, and nothing changed, when the lease is over.
+    """End an execution as a success; exit 6 and change nothing if the lease was lost.
 
     \b
     Examples:
@@ -99,9 +99,13 @@ def fail(
     ctx: typer.Context,
     execution_id: ExecutionId,
     epoch: LeaseEpoch,
-    reason: Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Shown with the execution.")] = None,
+    reason: Annotated[
+        str | None, typer.Option("--reason", metavar="TEXT", help="Reason, shown with the execution.")
+    ] = None,
 ) -> None:
-    """End an attempt as a failure: eligible again after a back-off, or failed if it was the last; exit 6 as above.
+    """End an attempt as a failure; exit 6 and change nothing if the lease was lost.
+
+    The execution becomes eligible again after a backoff, or ends as failed if this was its last attempt.
 
     \b
     Examples:
@@ -120,7 +124,7 @@ def fail(
 
 @command(app, "revoke")
 def revoke(ctx: typer.Context, execution_id: ExecutionId) -> None:
-    """Take a running execution away from its worker, for another to run; exit 3 when it is not running.
+    """Revoke the lease of a running execution, which becomes eligible again; exit 3 if it is not running.
 
     \b
     Examples:
@@ -138,7 +142,7 @@ def revoke(ctx: typer.Context, execution_id: ExecutionId) -> None:
 
 @command(app, "show")
 def show(ctx: typer.Context, execution_id: ExecutionId) -> None:
-    """Show one execution, and who runs it; exit 3 when there is none.
+    """Show one execution and its lease; exit 3 if there is no such execution.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`pgcoord flow`: graphs of executions that wait for each other."""
+"""`pgcoord flow`: creates, shows and cancels flows, graphs of executions that depend on each other."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from pgcoord_cli.commands.framework import Limit, command, identifier, noun, out
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import OutputFormat, check_text
 
-app = noun("Create, show and cancel flows: executions that wait for each other.")
+app = noun("Create, show and cancel flows: graphs of executions that depend on each other.")
 
-FlowId = Annotated[str, typer.Argument(metavar="FLOW_ID", help="As flow create and flow list print it.")]
+FlowId = Annotated[
+    str, typer.Argument(metavar="FLOW_ID", help="The UUID of the flow, as flow create and flow list print it.")
+]
 
 
 class Drawing(StrEnum):
-    """How a flow is drawn."""
+    """The formats in which a flow is drawn."""
 
     TREE = "tree"
     MERMAID = "mermaid"
@@ -30,13 +32,13 @@ class Drawing(StrEnum):
 @command(app, "create")
 def create(
     ctx: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A flow file in YAML or JSON; - is standard input.")],
-    check: Annotated[bool, typer.Option("--check", help="Only say whether the file is right.")] = False,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A flow file in YAML or JSON; - for standard input.")],
+    check: Annotated[bool, typer.Option("--check", help="Only check the file; needs no database.")] = False,
 ) -> None:
-    """Create a flow from a file: executions, edges between them, a policy for each that waits.
+    """Create a flow from a file: executions, the edges between them, and their join policies.
 
-    The whole file is judged before anything is written; what is wrong is said with its line. What waits for nothing is
-    eligible at once.
+    The whole file is checked before anything is written; errors name the line. Executions without upstream executions
+    are eligible at once.
 
     \b
     Examples:
@@ -76,7 +78,7 @@ def _text_of(file: str) -> str:
 def show(
     ctx: typer.Context,
     flow_id: FlowId,
-    drawing: Annotated[Drawing, typer.Option("--format", help="How to draw it.")] = Drawing.TREE,
+    drawing: Annotated[Drawing, typer.Option("--format", help="Format of the drawing.")] = Drawing.TREE,
 ) -> None:
     """Draw a flow with the states of its executions.
 
@@ -112,7 +114,7 @@ def list_(
     namespace: Annotated[str | None, typer.Option("--namespace", metavar="NS", help="Only of this namespace.")] = None,
     limit: Limit = 20,
 ) -> None:
-    """List flows, newest first, with how many of their executions are unfinished or failed.
+    """List flows, newest first, with the numbers of their executions, unfinished and failed.
 
     \b
     Examples:
@@ -132,7 +134,7 @@ def list_(
 
 @command(app, "cancel")
 def cancel(ctx: typer.Context, flow_id: FlowId) -> None:
-    """Cancel whatever of a flow has not ended. Workers that run a part of it stop it when they next renew its lease.
+    """Cancel the executions of a flow that have not ended; workers stop their commands at the next renewal.
 
     \b
     Examples:

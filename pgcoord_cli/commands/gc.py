@@ -1,4 +1,4 @@
-"""`pgcoord gc`: delete what nobody can ask for any more. Made for cron."""
+"""`pgcoord gc`: deletes rows that no client, leader or tail can need any more. Made for cron."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pgcoord_cli.settings import LONGEST_DURATION
 if TYPE_CHECKING:
     from pgcoord_cli.core.gc import Progress
 
-app = noun("Collect garbage: settled requests and old events that nobody can ask for any more.")
+app = noun("Delete settled commit requests and old events that are no longer needed.")
 
 REQUESTS, LEASES, COMPLETIONS = "commit_requests", "lease_events", "completion_events"
 
 BatchSize = Annotated[
     int,
-    typer.Option("--batch-size", metavar="N", min=1, callback=row_count("--batch-size"), help="Rows a transaction."),
+    typer.Option("--batch-size", metavar="N", min=1, callback=row_count("--batch-size"), help="Rows per transaction."),
 ]
 MaxRuntime = Annotated[
-    str, typer.Option("--max-runtime", metavar="DURATION", help="Begin no batch after that long, for each table.")
+    str, typer.Option("--max-runtime", metavar="DURATION", help="For each table, start no batch after this time.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted; change nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Count the rows that would be deleted; change nothing.")]
 
 
 REQUESTS_HELP = """Delete settled commit requests that are older than the retention. Pending ones are never deleted.
@@ -39,7 +39,7 @@ Examples:
 
 LEASES_HELP = """Delete lease events that are older than the retention and that every subscription has passed.
 
-A tail that resumes from an older cursor is told so (exit 8), and from where it can resume.
+A tail that resumes from an older cursor exits 8, with the cursor to resume from.
 
 \b
 Examples:
@@ -56,7 +56,7 @@ Examples:
   pgcoord gc completion-events --dry-run
 """
 
-ALL_HELP = """Delete all of that: settled commit requests, lease events, completion events.
+ALL_HELP = """Delete settled commit requests, lease events and completion events.
 
 \b
 Examples:
@@ -66,8 +66,8 @@ Examples:
 
 
 def _register(name: str, tables: Sequence[str], default: str, text: str) -> None:
-    """The commands differ in the tables, in how long those keep their rows, and in their help."""
-    help_of_retention = f"Keep what is younger; at least 60s. [default: {default}]"
+    """Registers one command; the commands differ in their tables, the default retention and the help."""
+    help_of_retention = f"Retention; at least 60s. [default: {default}]"
 
     def collect(
         ctx: typer.Context,
@@ -118,7 +118,7 @@ def _collect(
 def _collect_table(
     conn: Any, table: str, retention: float | None, batch_size: int | None, go_on: Progress
 ) -> dict[str, Any]:
-    """Without a batch size, it only counts."""
+    """Deletes from one table and returns the JSON record; only counts if `batch_size` is None."""
     from pgcoord_cli.core import gc
     from pgcoord_cli.core.events.outbox import OUTBOXES
 

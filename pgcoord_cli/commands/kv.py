@@ -1,4 +1,4 @@
-"""`pgcoord kv`: read and write the transactional key-value data."""
+"""`pgcoord kv`: reads and writes the transactional key-value data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 app = noun("Read and write the transactional key-value data.")
 
 Key = Annotated[str, typer.Argument(metavar="KEY", help="UTF-8 text, or hexadecimal under --hex.")]
-Hex = Annotated[bool, typer.Option("--hex", help="Keys and values are hexadecimal, in and out.")]
+Hex = Annotated[bool, typer.Option("--hex", help="Read and print keys and values as hexadecimal.")]
 Timeout = Annotated[
-    str, typer.Option("--timeout", metavar="DURATION", help="How long to wait for a leader, and for the commit.")
+    str,
+    typer.Option(
+        "--timeout", metavar="DURATION", help="How long to wait for a leader, and for the commit to be settled."
+    ),
 ]
 
 
@@ -27,9 +30,9 @@ def get(
     ctx: typer.Context,
     key: Key,
     hex_: Hex = False,
-    integer: Annotated[bool, typer.Option("--integer", help="Show the value as a little-endian number.")] = False,
+    integer: Annotated[bool, typer.Option("--integer", help="Print the value as a little-endian integer.")] = False,
 ) -> None:
-    """Print what a key holds; exit 3 when there is no such key. With `-o plain`, just the value.
+    """Print the value of a key; exit 3 if there is no such key. With `-o plain`, print the value only.
 
     \b
     Examples:
@@ -62,7 +65,7 @@ def set_(
     hex_: Hex = False,
     timeout: Timeout = "10s",
 ) -> None:
-    """Write a key, and print the version at which that took effect.
+    """Set a key, and print the commit version.
 
     \b
     Examples:
@@ -82,7 +85,7 @@ def set_(
 
 @command(app, "clear")
 def clear(ctx: typer.Context, key: Key, hex_: Hex = False, timeout: Timeout = "10s") -> None:
-    """Remove a key, and print the version at which that took effect.
+    """Clear a key, and print the commit version.
 
     \b
     Examples:
@@ -101,12 +104,12 @@ def clear(ctx: typer.Context, key: Key, hex_: Hex = False, timeout: Timeout = "1
 @command(app, "clear-range")
 def clear_range(
     ctx: typer.Context,
-    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key to remove.")],
-    end: Annotated[str, typer.Argument(metavar="END", help="Key to stop before.")],
+    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key to clear.")],
+    end: Annotated[str, typer.Argument(metavar="END", help="Key after the last one to clear.")],
     hex_: Hex = False,
     timeout: Timeout = "10s",
 ) -> None:
-    """Remove every key from BEGIN up to but without END.
+    """Clear every key from BEGIN up to, but not including, END.
 
     \b
     Examples:
@@ -129,13 +132,13 @@ def clear_range(
 def add(
     ctx: typer.Context,
     key: Key,
-    amount: Annotated[int, typer.Argument(metavar="AMOUNT", help="What to add; after -- it may be negative.")],
+    amount: Annotated[int, typer.Argument(metavar="AMOUNT", help="The number to add; write -- before a negative one.")],
     hex_: Hex = False,
     timeout: Timeout = "10s",
 ) -> None:
-    """Add to a counter, a little-endian number of eight bytes, without reading it: additions never conflict.
+    """Add to a counter, a little-endian integer of eight bytes, without reading it: additions never conflict.
 
-    Read it back with `kv get --integer`.
+    Read the counter with `kv get --integer`.
 
     \b
     Examples:
@@ -157,14 +160,16 @@ def add(
 @command(app, "load")
 def load(
     ctx: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON lines as `kv export` writes them; - for stdin.")],
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Keys a transaction.")] = 500,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="JSON lines as `kv export` writes them; - for standard input.")
+    ],
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Keys per transaction.")] = 500,
     timeout: Timeout = "10s",
 ) -> None:
-    """Write many keys from a file of JSON lines: {"key": …, "value": …, "encoding": "utf-8" or "hex"}.
+    """Set many keys from a file of JSON lines: {"key": …, "value": …, "encoding": "utf-8" or "hex"}.
 
-    How far it got is committed with each batch, so that the same call, after a crash or Ctrl-C, goes on from there.
-    A load from stdin begins anew.
+    The position in the file is committed with each batch, so that the same call resumes after a crash or Ctrl-C. A load
+    from standard input starts from the beginning.
 
     \b
     Examples:
@@ -192,11 +197,13 @@ def load(
 @command(app, "export")
 def export(
     ctx: typer.Context,
-    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key; empty for the very first.")] = "",
-    end: Annotated[str | None, typer.Argument(metavar="END", help="Key to stop before; none: to the last.")] = None,
+    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key; default: the first of all.")] = "",
+    end: Annotated[
+        str | None, typer.Argument(metavar="END", help="Key after the last one; default: past the last of all.")
+    ] = None,
     hex_: Hex = False,
 ) -> None:
-    """Write keys and values as JSON lines, all of one snapshot, whatever their number.
+    """Print keys and values as JSON lines, all from one snapshot.
 
     \b
     Examples:
@@ -217,13 +224,15 @@ def export(
 @command(app, "range")
 def range_(
     ctx: typer.Context,
-    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key; empty for the very first.")] = "",
-    end: Annotated[str | None, typer.Argument(metavar="END", help="Key to stop before; none: to the last.")] = None,
+    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key; default: the first of all.")] = "",
+    end: Annotated[
+        str | None, typer.Argument(metavar="END", help="Key after the last one; default: past the last of all.")
+    ] = None,
     limit: Limit = 1000,
-    reverse: Annotated[bool, typer.Option("--reverse", help="From the end backwards.")] = False,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Start at the last key, in reverse order.")] = False,
     hex_: Hex = False,
 ) -> None:
-    """List keys and values from BEGIN up to but without END, all of one snapshot.
+    """List keys and values from BEGIN up to, but not including, END, all from one snapshot.
 
     \b
     Examples:
@@ -240,7 +249,7 @@ def range_(
     with session.command_session(settings, "kv range", writes=False) as conn:
         version, entries = reading.read_range(conn, first, last, limit, reverse=reverse)
     records = [reading.show(entry, as_hex=hex_) for entry in entries]
-    out.rows(["key", "value", "encoding"], records, empty=f"no keys there at version {version}")
+    out.rows(["key", "value", "encoding"], records, empty=f"no keys in this range at version {version}")
 
 
 def _commit(
@@ -250,7 +259,7 @@ def _commit(
     record: dict[str, Any],
     timeout: str,
 ) -> None:
-    """Waits for a leader, runs one transaction, and prints the version that it got."""
+    """Waits for a leader, runs one transaction, and prints its commit version."""
     import asyncio
 
     from pgcoord_cli.core.database import session
@@ -269,6 +278,6 @@ def _commit(
     try:
         version = asyncio.run(commit())
     except KeyboardInterrupt:
-        out.warn("the request may have been sent already: pgcoord commit list shows it and what becomes of it")
+        out.warn("the commit request may have been sent already; see its outcome with: pgcoord commit list")
         raise
     out.value(record | {"version": version}, str(version))

@@ -1,4 +1,4 @@
-"""`pgcoord leader`: run, inspect and watch the elected leader."""
+"""`pgcoord leader`: runs candidates and shows the elected leader."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class Companion(StrEnum):
-    """What a leader's process may do beside."""
+    """The work that a candidate's process can do besides."""
 
     DISPATCH = "dispatch"
 
 
-app = noun("Run, inspect and watch the elected leader.")
+app = noun("Run candidates for the leader, and inspect the elected one.")
 
 
 @command(app, "run")
@@ -43,16 +43,17 @@ def run(
         str | None, typer.Option("--node-id", metavar="ID", help="Name of this candidate. [default: host and pid]")
     ] = None,
     ttl: Annotated[
-        str, typer.Option("--ttl", metavar="DURATION", help="How long the lease lasts unrenewed; at least 1s.")
+        str, typer.Option("--ttl", metavar="DURATION", help="Time to live of the lease without renewal; at least 1s.")
     ] = "10s",
     beside: Annotated[
-        list[Companion] | None, typer.Option("--with", help="What else this process does: carry completions on.")
+        list[Companion] | None,
+        typer.Option("--with", help="Work that this process does besides: dispatch completion events."),
     ] = None,
 ) -> None:
-    """Stand for election, and while elected resolve commit requests. Runs until SIGTERM or Ctrl-C.
+    """Stand for election, and resolve commit requests while elected. Runs until SIGTERM or Ctrl-C.
 
-    Start as many as you like: one leads, the others wait to replace it. Ctrl-C and SIGTERM finish the batch in hand and
-    release the lease; a second one breaks off at once.
+    Any number of candidates can run: one is the leader, the others wait to replace it. Ctrl-C and SIGTERM finish the
+    current batch and release the lease; a second one exits at once.
 
     \b
     Examples:
@@ -97,16 +98,15 @@ def _report(out: Output, event: CandidateEvent) -> None:
 @command(app, "status")
 def status(
     ctx: typer.Context,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Repeat until Ctrl-C.")] = False,
     interval: Annotated[
-        str, typer.Option("--interval", metavar="DURATION", help="With --watch: longest time between two looks.")
+        str, typer.Option("--interval", metavar="DURATION", help="With --watch: longest time between two documents.")
     ] = "2s",
 ) -> None:
-    """Say who leads, how far the data has got and how long the queue is; exit 3 when nobody leads
-    or the queue does not advance.
+    """Show the leader, the durable version and the queue; exit 3 if there is no leader or the queue does not advance.
 
-    With --watch it looks again at every change of leadership and once in an interval; with -o json that is one
-    document a line.
+    With --watch, print them again at every change of the leader and after every interval; with -o json, one document
+    per line.
 
     \b
     Examples:
@@ -130,7 +130,7 @@ def status(
 
 
 def _watch(out: Output, documents: Any) -> None:
-    """Each look below the one before, or in its place on a terminal. Ctrl-C is its ordinary end."""
+    """Prints each document, on a terminal in place of the one before, until Ctrl-C or SIGTERM; then exits."""
     in_place = sys.stdout.isatty() and not out.is_json
     try:
         for document in documents:
@@ -141,15 +141,13 @@ def _watch(out: Output, documents: Any) -> None:
         raise typer.Exit(interruption(stop).exit_code) from None
 
 
-LeaderEpoch = Annotated[int, typer.Option("--epoch", metavar="N", help="The epoch that has to lead.")]
-WaitLimit = Annotated[
-    str, typer.Option("--timeout", metavar="DURATION", help="Give up after that long, with exit 124.")
-]
+LeaderEpoch = Annotated[int, typer.Option("--epoch", metavar="N", help="The expected epoch of the leader.")]
+WaitLimit = Annotated[str, typer.Option("--timeout", metavar="DURATION", help="Exit 124 after this time.")]
 
 
 @command(app, "wait")
 def wait(ctx: typer.Context, timeout: WaitLimit = "30s") -> None:
-    """Wait until somebody leads, and say who; returns at once when somebody does.
+    """Wait until there is a leader, and print its epoch and address; return at once if there is one.
 
     \b
     Examples:
@@ -172,7 +170,7 @@ def step_down(
     wait_: Annotated[bool, typer.Option("--wait", help="Wait until the next leader is elected.")] = False,
     timeout: WaitLimit = "30s",
 ) -> None:
-    """Ask the leader to finish its batch and let another lead. Without a standby, it leads again itself.
+    """Ask the leader to finish its batch and release the lease. Without another candidate, it is elected again.
 
     \b
     Examples:
@@ -197,11 +195,11 @@ def step_down(
 def history(
     ctx: typer.Context,
     since: Annotated[
-        str | None, typer.Option("--since", metavar="DURATION", help="Only what was not over that long ago.")
+        str | None, typer.Option("--since", metavar="DURATION", help="Only terms that had not ended this long ago.")
     ] = None,
     limit: Limit = 50,
 ) -> None:
-    """List who led when, how it ended, and which versions were committed, newest first.
+    """List the terms of leaders, newest first: when and why each ended, and the versions that it committed.
 
     \b
     Examples:
@@ -214,13 +212,15 @@ def history(
     settings, out = output_of(ctx)
     seconds = duration("--since")(since)
     with session.command_session(settings, "leader history", writes=False) as conn:
-        leaderships = lease.history(conn, seconds, limit)
-    out.rows(list(lease.LeadershipRecord._fields), [each._asdict() for each in leaderships], empty="nobody ever led")
+        terms = lease.history(conn, seconds, limit)
+    out.rows(
+        list(lease.LeadershipRecord._fields), [term._asdict() for term in terms], empty="no leader has been elected"
+    )
 
 
 @command(app, "assert")
 def assert_(ctx: typer.Context, epoch: LeaderEpoch) -> None:
-    """Exit 0 if this epoch leads, and 6 if it does not: a fence for scripts.
+    """Exit 0 if the leader has this epoch, else 6: a fence for scripts.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`pgcoord lock`: run a command while holding a lock, and see who holds which."""
+"""`pgcoord lock`: runs a command under a lock, and shows the holders of locks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pgcoord_cli.commands.framework import command, duration, noun, output_of
 from pgcoord_cli.errors import Busy, UsageError
 from pgcoord_cli.settings import check_text
 
-app = noun("Run a command while holding a lock, and see who holds which.")
+app = noun("Run a command under a lock, and show or break locks.")
 
-LockName = Annotated[str, typer.Argument(metavar="NAME", help="Any text; each schema has names of its own.")]
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+LockName = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the lock, any text; each schema has its own names.")
+]
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @command(app, "run")
@@ -23,23 +25,27 @@ def run(
     name: LockName,
     words: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The command and its arguments.")],
     wait: Annotated[
-        str | None, typer.Option("--wait", metavar="DURATION", help="Wait for the lock. [default: not at all]")
+        str | None, typer.Option("--wait", metavar="DURATION", help="How long to wait for the lock. [default: no wait]")
     ] = None,
     conflict_exit_code: Annotated[
-        int, typer.Option("--conflict-exit-code", metavar="N", min=0, max=255, help="When somebody else holds it.")
+        int,
+        typer.Option(
+            "--conflict-exit-code", metavar="N", min=0, max=255, help="Exit code if another session holds the lock."
+        ),
     ] = 5,
     kill_grace: Annotated[
-        str, typer.Option("--kill-grace", metavar="DURATION", help="From TERM to KILL, when the lock is lost.")
+        str,
+        typer.Option("--kill-grace", metavar="DURATION", help="Time from SIGTERM to SIGKILL when the lock is lost."),
     ] = "10s",
     fence: Annotated[
-        bool, typer.Option("--fence", help="Give the command a number in PGCOORD_FENCE that grows each time.")
+        bool, typer.Option("--fence", help="Pass a fence in PGCOORD_FENCE, a number that grows with every acquisition.")
     ] = False,
 ) -> None:
-    """Run a command while holding a lock, so that it never runs twice at once, on whichever machines.
+    """Run a command while holding a lock, so that at most one runs at a time, across machines.
 
-    Without --wait it fails at once when somebody else holds the lock (exit 5, or what --conflict-exit-code says), and
-    names them. Signals are passed to the command and everything it started; its exit code is passed on. When the
-    connection that holds the lock is lost, the command is ended and the exit code is 4.
+    Without --wait, exit 5 (or --conflict-exit-code) at once if another session holds the lock, and name it. Signals are
+    forwarded to the process group of the command, and its exit code is passed through. When the connection that holds
+    the lock is lost, the command is terminated and the exit code is 4.
 
     \b
     Examples:
@@ -56,12 +62,12 @@ def run(
     grace = duration("--kill-grace")(kill_grace) or 0.0
     lock_run = LockRun(settings, LockOptions(check_name(name, "NAME"), words, seconds, grace, fence))
 
-    def pass_signals_on() -> None:
-        for number in PASSED_ON:
+    def forward_signals() -> None:
+        for number in FORWARDED_SIGNALS:
             signal.signal(number, lambda received, _frame: lock_run.signal(received))
 
     try:
-        code = lock_run.run(pass_signals_on)
+        code = lock_run.run(forward_signals)
     except Busy as error:
         if conflict_exit_code == Busy.exit_code:
             raise
@@ -72,7 +78,7 @@ def run(
 
 @command(app, "list")
 def list_(ctx: typer.Context) -> None:
-    """List the locks that are held, by whom, and who waits for them.
+    """List the sessions that hold locks, and those that wait for them.
 
     \b
     Examples:
@@ -90,7 +96,7 @@ def list_(ctx: typer.Context) -> None:
 
 @command(app, "who")
 def who(ctx: typer.Context, name: LockName) -> None:
-    """Say who holds a lock; exit 3 when nobody does.
+    """Show the session that holds a lock; exit 3 if none does.
 
     \b
     Examples:
@@ -110,11 +116,11 @@ def who(ctx: typer.Context, name: LockName) -> None:
 def break_(
     ctx: typer.Context,
     name: LockName,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for the name to be typed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Terminate the session without confirmation.")] = False,
 ) -> None:
-    """End the session that holds a lock, and with it the lock; exit 3 when nobody does.
+    """Terminate the session that holds a lock, which releases the lock; exit 3 if no session holds it.
 
-    The command that ran under it with lock run is ended by its lock run, on its machine.
+    A command that runs under the lock is then terminated by its `lock run`.
 
     \b
     Examples:
@@ -129,15 +135,15 @@ def break_(
     with session.command_session(settings, "lock break", writes=True) as conn:
         if not yes:
             holder = ownership.holder_of(conn, settings.schema, name)
-            _have_it_typed(name, f"{name!r} is held by {holder}. Type its name to end that session")
+            _confirm_by_name(name, f"{name!r} is held by {holder}. Type the name of the lock to terminate that session")
         broken = ownership.break_lock(conn, settings.schema, name)
     out.document({"name": name, "broken": broken._asdict()})
 
 
-def _have_it_typed(name: str, question: str) -> None:
+def _confirm_by_name(name: str, question: str) -> None:
     from pgcoord_cli.commands.standard_input import is_typed
 
     if not is_typed():
-        raise UsageError("this has to be confirmed, and there is no terminal to ask at", hint="say --yes")
+        raise UsageError("lock break needs a confirmation, and standard input is no terminal", hint="add --yes")
     if typer.prompt(question, err=True) != name:
-        raise UsageError("that is not the name; nothing was done")
+        raise UsageError(f"the answer is not {name!r}; no session was terminated")

@@ -1,4 +1,4 @@
-"""`pgcoord migrate`: bring the schema up to date, and say whether it is."""
+"""`pgcoord migrate`: applies, lists and checks migrations, and grants rights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from pgcoord_cli.commands.framework import command, duration, noun, output_of
 from pgcoord_cli.errors import ConditionFalse, PgcoordError, UsageError
 
-app = noun("Bring the schema up to date, and say whether it is.")
+app = noun("Apply, list and check the migrations of the schema, and grant rights on it.")
 
 COLUMNS = ["version", "name", "state", "applied_at", "applied_by", "execution_ms"]
 
@@ -19,14 +19,16 @@ COLUMNS = ["version", "name", "state", "applied_at", "applied_by", "execution_ms
 def up(
     ctx: typer.Context,
     to: Annotated[int | None, typer.Option("--to", metavar="N", help="Stop after migration N.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be applied; change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the migrations that would be applied; change nothing.")
+    ] = False,
     lock_timeout: Annotated[
-        str, typer.Option("--lock-timeout", metavar="DURATION", help="How long to wait for another run.")
+        str, typer.Option("--lock-timeout", metavar="DURATION", help="How long to wait for another migration run.")
     ] = "30s",
 ) -> None:
-    """Apply the migrations that this database lacks, each in a transaction of its own.
+    """Apply the migrations that the schema lacks, each in its own transaction.
 
-    Safe to run from many places at once: runs go one after the other.
+    Concurrent runs are safe: they wait for each other.
 
     \b
     Examples:
@@ -61,11 +63,11 @@ def up(
 @command(app, "status")
 def status(
     ctx: typer.Context,
-    check: Annotated[bool, typer.Option("--check", help="Exit 3 unless everything is applied.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 3 if migrations are pending.")] = False,
 ) -> None:
-    """List every migration and whether this database has had it.
+    """List the migrations and their states: applied, pending, edited, unknown, breaking.
 
-    Exit 1 when an applied one was edited since, 7 when an unknown one is breaking.
+    Exit 1 if a file was edited after it was applied, 7 if the schema has a breaking migration of a newer pgcoord.
 
     \b
     Examples:
@@ -97,7 +99,7 @@ def sql(
     ctx: typer.Context,
     to: Annotated[int | None, typer.Option("--to", metavar="N", help="Stop after migration N.")] = None,
 ) -> None:
-    """Print the migrations as a psql script, for those who run DDL by hand. Needs no database.
+    """Print the migrations as a psql script, for DDL that is run by hand. Needs no database.
 
     \b
     Examples:
@@ -116,7 +118,7 @@ def sql(
 
 @command(app, "verify")
 def verify(ctx: typer.Context) -> None:
-    """Check what was applied against what this program carries: equal checksums, nothing unknown that is breaking.
+    """Compare the applied migrations with those of this program: equal checksums, and no unknown breaking one.
 
     \b
     Examples:
@@ -145,17 +147,19 @@ def verify(ctx: typer.Context) -> None:
 def grant(
     ctx: typer.Context,
     reader: Annotated[
-        list[str] | None, typer.Option("--reader", metavar="ROLE", help="May look: status, listings, tails.")
+        list[str] | None, typer.Option("--reader", metavar="ROLE", help="May run status commands, lists and tails.")
     ] = None,
     client: Annotated[
-        list[str] | None, typer.Option("--client", metavar="ROLE", help="May read data and submit commits.")
+        list[str] | None,
+        typer.Option("--client", metavar="ROLE", help="May also read data, commit, and insert events."),
     ] = None,
     operator: Annotated[
-        list[str] | None, typer.Option("--operator", metavar="ROLE", help="May lead, repair and collect garbage.")
+        list[str] | None,
+        typer.Option("--operator", metavar="ROLE", help="May also run leaders, reconcile and collect garbage."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the statements; change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the GRANT statements; change nothing.")] = False,
 ) -> None:
-    """Give existing roles just the rights that their work needs. Repeat an option for several roles.
+    """Grant existing roles the rights that their work needs. Repeat an option for several roles.
 
     \b
     Examples:

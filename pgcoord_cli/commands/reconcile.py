@@ -1,4 +1,4 @@
-"""`pgcoord reconcile`: repair what crashes left behind. Made for cron."""
+"""`pgcoord reconcile`: repairs what crashes leave behind. Made for cron."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from pgcoord_cli.render import Output
     from pgcoord_cli.settings import Settings
 
-app = single("Repair what crashes left behind.")
+app = single("Dispatch events, end leases and cancel executions that crashes left behind.")
 
 
 class Which(StrEnum):
-    """What to repair."""
+    """The reconcilers."""
 
     DEPENDENCY = "dependency"
     LEASE_EXPIRY = "lease-expiry"
@@ -33,34 +33,46 @@ class Which(StrEnum):
 @app.command("reconcile", cls=PgcoordCommand)
 def reconcile(
     ctx: typer.Context,
-    which: Annotated[Which, typer.Argument(help="What to repair.")] = Which.ALL,
+    which: Annotated[Which, typer.Argument(help="The reconciler to run.")] = Which.ALL,
     batch_limit: Annotated[
         int,
-        typer.Option("--batch-limit", metavar="N", min=1, callback=row_count("--batch-limit"), help="Rows a tick."),
+        typer.Option("--batch-limit", metavar="N", min=1, callback=row_count("--batch-limit"), help="Rows per tick."),
     ] = 1000,
     stale_threshold_ms: Annotated[
-        int, typer.Option("--stale-threshold-ms", metavar="N", min=0, max=10**12, help="Leave younger events alone.")
+        int,
+        typer.Option(
+            "--stale-threshold-ms",
+            metavar="N",
+            min=0,
+            max=10**12,
+            help="Age from which an event is dispatched, in milliseconds.",
+        ),
     ] = 1000,
     namespace: Annotated[str | None, typer.Option("--namespace", metavar="NS", help="Only of this namespace.")] = None,
     instance_tag: Annotated[str | None, typer.Option("--instance-tag", metavar="V", help="Only with this tag.")] = None,
-    drain: Annotated[bool, typer.Option("--drain", help="Tick until nothing is left to do.")] = False,
-    loop: Annotated[bool, typer.Option("--loop", help="Tick for ever, until Ctrl-C.")] = False,
+    drain: Annotated[bool, typer.Option("--drain", help="Repeat until a tick changes nothing.")] = False,
+    loop: Annotated[bool, typer.Option("--loop", help="Repeat until Ctrl-C or SIGTERM.")] = False,
     interval: Annotated[
-        str, typer.Option("--interval", metavar="DURATION", help="With --loop: time between two ticks.")
+        str, typer.Option("--interval", metavar="DURATION", help="With --loop: pause between two ticks.")
     ] = "5s",
     list_quarantined: Annotated[
-        bool, typer.Option("--list-quarantined", help="Only list the events that are not tried any more.")
+        bool, typer.Option("--list-quarantined", help="Only list the quarantined events.")
     ] = False,
     retry: Annotated[
-        str | None, typer.Option("--retry", metavar="EVENT_ID|all", help="Only have quarantined events tried again.")
+        str | None,
+        typer.Option(
+            "--retry", metavar="EVENT_ID|all", help="Only release quarantined events, to be dispatched again."
+        ),
     ] = None,
 ) -> None:
-    """Repair what crashes left behind.
+    """Dispatch events, end leases and cancel executions that crashes left behind.
 
-    Runs one tick of a reconciler, or of all; exit 1 when something could not be repaired. dependency dispatches
-    completion events that nobody carried on; lease-expiry takes back the leases of workers that vanished;
-    sibling-cancel ends what need not run any more; orphaned-commits marks requests that outlived every leader. Any
-    number may run at once. With -q it says nothing when there was nothing to do.
+    Runs one tick of a reconciler, or of all; exit 1 if an event could not be dispatched. Any number of reconcilers can
+    run at once. With -q, prints nothing if there was nothing to do.
+
+    dependency dispatches completion events that are still undispatched; lease-expiry ends expired leases, so that their
+    executions become eligible again; sibling-cancel cancels executions that a satisfied policy no longer needs;
+    orphaned-commits marks pending requests that no leader settled.
 
     \b
     Examples:
@@ -89,11 +101,11 @@ def reconcile(
         if any(tick.reconciled or tick.errors for tick in ticks.values()) or out.is_json or not out.quiet:
             _show(out, ticks)
         if errors := sum(tick.errors for tick in ticks.values()):
-            raise PgcoordError(f"{errors} could not be repaired; they are on stderr", answered=True)
+            raise PgcoordError(f"{errors} events could not be dispatched; the reasons are on stderr", answered=True)
 
 
 def _tick(settings: Settings, out: Output, which: Which, scope: Scope, *, drain: bool) -> dict[str, Tick]:
-    """One tick of each; with `drain`, as many as it takes until one changes nothing."""
+    """Runs one tick of each reconciler; with `drain`, repeats until a tick changes nothing. Returns the sums."""
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.flows.reconcile import RECONCILERS, Tick
 
@@ -141,7 +153,7 @@ def _show(out: Output, ticks: dict[str, Tick]) -> None:
 def _say(out: Output, ticks: dict[str, Tick]) -> None:
     for name, tick in ticks.items():
         if tick.reconciled or tick.errors:
-            out.note(f"{name}: {tick.reconciled} repaired, {tick.errors} errors")
+            out.note(f"{name}: {tick.reconciled} reconciled, {tick.errors} errors")
 
 
 def _list_quarantined(settings: Settings, out: Output) -> None:

@@ -1,4 +1,4 @@
-"""Standard input, which a caller may have closed: Python then has none at all."""
+"""Standard input. If the caller closed it, `sys.stdin` is None."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pgcoord_cli.errors import UsageError
 
 
 def stdin_bytes() -> BinaryIO:
-    """Standard input as bytes; UsageError when it is closed."""
+    """Returns standard input as bytes. Raises UsageError if it is closed."""
     if sys.stdin is None:
         raise UsageError("FILE: standard input is closed")
     return sys.stdin.buffer
 
 
 def is_typed() -> bool:
-    """Whether a person is at the other end."""
+    """Whether standard input is a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()

@@ -1,4 +1,4 @@
-"""`pgcoord subscription`: look at checkpoints, and set them."""
+"""`pgcoord subscription`: shows and sets the checkpoints of subscriptions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pgcoord_cli.commands.framework import command, noun, output_of
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import check_text
 
-app = noun("Look at the checkpoints of subscriptions, and set them.")
+app = noun("Show and set the checkpoints of subscriptions.")
 
-SubscriptionName = Annotated[str, typer.Argument(metavar="NAME", help="As subscription list prints it.")]
+SubscriptionName = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the subscription, as subscription list prints it.")
+]
 
 
 @command(app, "list")
 def list_(ctx: typer.Context) -> None:
-    """List subscriptions: where each stands, and how many events of its outbox lie ahead.
+    """List subscriptions: their positions, and the number of events of the outbox after each.
 
     \b
     Examples:
@@ -36,7 +38,7 @@ def list_(ctx: typer.Context) -> None:
 
 @command(app, "show")
 def show(ctx: typer.Context, name: SubscriptionName) -> None:
-    """Show one subscription and who owns it; exit 3 when there is none.
+    """Show one subscription and its owner; exit 3 if there is no such subscription.
 
     \b
     Examples:
@@ -56,9 +58,11 @@ def set_(
     ctx: typer.Context,
     name: SubscriptionName,
     position: Annotated[str, typer.Argument(metavar="CURSOR", help="A cursor, or an event id.")],
-    force: Annotated[bool, typer.Option("--force", help="Also backwards: what lies between comes again.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Allow a move backwards, which delivers events again.")
+    ] = False,
 ) -> None:
-    """Move a checkpoint; exit 5 while somebody owns it.
+    """Move a checkpoint; exit 5 if a session owns the subscription.
 
     \b
     Examples:
@@ -90,9 +94,9 @@ def _position(text: str) -> int:
 def reset(
     ctx: typer.Context,
     name: SubscriptionName,
-    force: Annotated[bool, typer.Option("--force", help="It cannot be undone; this says that you know.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Required: a reset cannot be undone.")] = False,
 ) -> None:
-    """Forget a subscription: the next one of that name begins anew, and garbage collection no longer waits for it.
+    """Delete the checkpoint of a subscription: the next tail starts anew, and garbage collection ignores it.
 
     \b
     Examples:
@@ -104,7 +108,7 @@ def reset(
     settings, out = output_of(ctx)
     check_text(name, "NAME")
     if not force:
-        raise UsageError("a subscription that was reset cannot be got back", hint="say --force")
+        raise UsageError("a reset deletes the checkpoint, which cannot be restored", hint="add --force")
     with session.command_session(settings, "subscription reset", writes=True) as conn:
         subscriptions.remove(conn, settings.schema, name)
     out.document({"subscription_name": name, "reset": True})

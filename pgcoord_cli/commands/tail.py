@@ -1,4 +1,4 @@
-"""`pgcoord tail`: follow the event outboxes from a cursor on, and never miss an event."""
+"""`pgcoord tail`: follows an event outbox from a cursor on, without missing an event."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from pgcoord_cli.render import Output
 
 DIGIT = b"\0"
-"""Stands for any hexadecimal digit; no text in PostgreSQL contains it."""
+"""Replaces every hexadecimal digit before comparison; a text in PostgreSQL never contains it."""
 
 DIGITS_MARKED = bytes.maketrans(b"0123456789abcdefABCDEF", DIGIT * 22)
 SHAPE_OF_UUID = b"-".join(DIGIT * length for length in (8, 4, 4, 4, 12)) + b"\n"
 
-app = noun("Follow the event outboxes from a cursor on, without missing an event.")
+app = noun("Follow an event outbox from a cursor on, without missing an event.")
 
 FromOption = Annotated[
     str | None, typer.Option("--from", metavar="CURSOR", help="Start after this cursor. [default: from now on]")
 ]
-FromStart = Annotated[bool, typer.Option("--from-start", help="Start at the oldest event that is kept.")]
+FromStart = Annotated[bool, typer.Option("--from-start", help="Start at the oldest event that is stored.")]
 Since = Annotated[
     str | None,
     typer.Option(
-        "--since", metavar="TIME", help="Start at the first event that came so long ago (10m), or since then."
+        "--since", metavar="TIME", help="Start at the first event inserted this long ago (10m) or at this time."
     ),
 ]
 Until = Annotated[
@@ -47,29 +47,32 @@ Until = Annotated[
     typer.Option(
         "--until",
         metavar="TIME|CURSOR",
-        help="End with what had come by then (at the latest: by now), or at this cursor.",
+        help="End with the events inserted before this time (at most now), or at this cursor.",
     ),
 ]
-Max = Annotated[int | None, typer.Option("--max", metavar="N", min=1, help="End after so many events.")]
-NoFollow = Annotated[bool, typer.Option("--no-follow", help="End when everything has been shown.")]
+Max = Annotated[int | None, typer.Option("--max", metavar="N", min=1, help="End after N events.")]
+NoFollow = Annotated[bool, typer.Option("--no-follow", help="End when all stored events have been printed.")]
 Partition = Annotated[list[int] | None, typer.Option("--partition", metavar="N", help="Only these; repeatable.")]
 Namespace = Annotated[list[str] | None, typer.Option("--namespace", metavar="NS", help="Only these; repeatable.")]
 InstanceTag = Annotated[list[str] | None, typer.Option("--instance-tag", metavar="V", help="Only these; repeatable.")]
 CursorFileOption = Annotated[
     Path | None,
-    typer.Option("--cursor-file", metavar="FILE", help="Resume from the cursor in FILE, and keep it there."),
+    typer.Option("--cursor-file", metavar="FILE", help="Resume from the cursor in FILE, and save it there."),
 ]
 SubscriptionOption = Annotated[
-    str | None, typer.Option("--subscription", metavar="NAME", help="Resume from the database's checkpoint NAME.")
+    str | None,
+    typer.Option(
+        "--subscription", metavar="NAME", help="Resume from the checkpoint NAME in the database, and save it there."
+    ),
 ]
-Lag = Annotated[bool, typer.Option("--lag", help="Only say how far behind the given cursor is.")]
+Lag = Annotated[bool, typer.Option("--lag", help="Only print the number of events after the given cursor.")]
 MaxLag = Annotated[
-    int | None, typer.Option("--max-lag", metavar="N", min=0, help="With --lag: exit 3 when more events wait.")
+    int | None, typer.Option("--max-lag", metavar="N", min=0, help="With --lag: exit 3 if there are more events.")
 ]
 
 
 class Call(NamedTuple):
-    """The words of one call that both commands share."""
+    """The options of one call, which both commands share."""
 
     from_cursor: str | None
     from_start: bool
@@ -91,22 +94,22 @@ class PositionStore(Protocol):
     """Stores the position of a tail: a cursor file or a subscription."""
 
     def load(self) -> int | None:
-        """Returns the stored position, or None."""
+        """Returns the stored position, or None if there is none."""
 
     def save(self, position: int) -> None:
         """Stores the position."""
 
     def stop(self) -> None:
-        """Ends a `save` that waits for a lost connection."""
+        """Aborts a save that waits for a lost connection."""
 
     def close(self) -> None:
-        """Releases its lock or connection."""
+        """Releases the file or the connection."""
 
 
-LEASE_HELP = """Follow the lease events: acquired, renewed, expired, reclaimed, revoked. A line each, with its cursor.
+LEASE_HELP = """Follow the lease events: acquired, renewed, expired, reclaimed, revoked. One line each, with its cursor.
 
-Ctrl-C and SIGTERM finish the batch in hand and say how to resume. Each event is shown at least once, in order;
-lost connections are mended. A stored cursor (--cursor-file, --subscription) goes before --from.
+Each event is printed at least once, in order. A lost connection is replaced. Ctrl-C and SIGTERM finish the current
+batch and print how to resume. A stored cursor (--cursor-file, --subscription) takes precedence over --from.
 
 \b
 Examples:
@@ -117,7 +120,7 @@ Examples:
   pgcoord tail lease --lag --subscription importer --max-lag 1000
 """
 
-COMPLETION_HELP = """Follow the completion events: success, failed, cancelled, skipped. A line each, with its cursor.
+COMPLETION_HELP = """Follow the completion events: success, failed, cancelled, skipped. One line each, with its cursor.
 
 \b
 Examples:
@@ -130,7 +133,7 @@ Examples:
 
 
 def _register(name: str, kind_option: str, metavar: str, text: str) -> None:
-    """The two commands differ in the outbox, in what they call the kind of an event, and in their help."""
+    """Registers one command; the two differ in the outbox, the option for the kind of event, and the help."""
 
     def follow(
         ctx: typer.Context,
@@ -177,7 +180,7 @@ def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
         with closing(_make_tail(settings, out, outbox, call, position)) as tail:
             _follow(tail, out, outbox, call, checkpoint)
     except CursorExpired as error:
-        error.hint = _way_out(call, error.resume_at) or error.hint
+        error.hint = _resume_hint(call, error.resume_at) or error.hint
         raise
     finally:
         if checkpoint:
@@ -185,14 +188,14 @@ def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
 
 
 def _warn_of_unknown_kinds(out: Output, outbox: Outbox, kinds: list[str]) -> None:
-    """A newer pgcoord may know them; otherwise such a tail waits for ever."""
+    """Warns of kinds that this version does not know: a newer one may, otherwise the tail matches no event."""
     for kind in kinds:
         if kind not in outbox.kinds:
-            out.warn(f"{kind!r} is not a kind that this pgcoord knows: {', '.join(sorted(outbox.kinds))}")
+            out.warn(f"{kind!r} is not a known kind of event ({', '.join(sorted(outbox.kinds))})")
 
 
-def _way_out(call: Call, cursor: str) -> str | None:
-    """How to move a stored cursor, which goes before --from."""
+def _resume_hint(call: Call, cursor: str) -> str | None:
+    """Returns how to move a stored cursor, which takes precedence over --from; None without one."""
     if call.subscription is not None:
         return f"resume at the oldest event that is kept: pgcoord subscription set {call.subscription} {cursor}"
     if call.cursor_file:
@@ -203,11 +206,13 @@ def _way_out(call: Call, cursor: str) -> str | None:
 def _check(call: Call) -> None:
     starts = {"--from": call.from_cursor, "--from-start": call.from_start or None, "--since": call.since}
     if len(given := [name for name, value in starts.items() if value is not None]) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude each other", hint="a tail starts in one place")
+        raise UsageError(f"{' and '.join(given)} exclude each other", hint="give one place to start from")
     if call.cursor_file and call.subscription:
-        raise UsageError("--cursor-file and --subscription exclude each other", hint="keep the cursor in one place")
+        raise UsageError(
+            "--cursor-file and --subscription exclude each other", hint="give one place to store the cursor"
+        )
     if call.max_lag is not None and not call.lag:
-        raise UsageError("--max-lag goes with --lag")
+        raise UsageError("--max-lag requires --lag")
     filters = {
         "--namespace": call.namespaces,
         "--instance-tag": call.instance_tags,
@@ -270,7 +275,7 @@ def _until(text: str) -> StartPosition:
 
 
 def _moment(text: str, option: str) -> datetime | timedelta:
-    """`10m` ago, or a time in ISO 8601; one without a zone is UTC."""
+    """Parses `10m` (ago) or a time in ISO 8601, in UTC if it has no zone. Raises UsageError."""
     with suppress(ValueError):
         moment = datetime.fromisoformat(text)
         return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
@@ -278,7 +283,7 @@ def _moment(text: str, option: str) -> datetime | timedelta:
         return timedelta(seconds=parse_duration(text, option, LONGEST_DURATION))
     except UsageError as error:
         raise UsageError(
-            error.message, hint="write how long ago, like 10m, or a time, like 2026-01-31T12:00Z"
+            error.message, hint="give a duration, like 10m for 10 minutes ago, or a time, like 2026-01-31T12:00Z"
         ) from None
 
 
@@ -286,10 +291,10 @@ def _moment(text: str, option: str) -> datetime | timedelta:
 
 
 def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: PositionStore | None) -> None:
-    """Writes and then remembers, batch by batch, so that what was remembered has been written."""
+    """Writes each batch and then saves its position, so that a saved position has been written."""
     from pgcoord_cli.render.events import EventStream
 
-    stream, oddities = EventStream(out, outbox.noun), Oddities(out, outbox)
+    stream, checks = EventStream(out, outbox.noun), EventChecks(out, outbox)
 
     def stop() -> None:
         tail.stop()
@@ -306,19 +311,19 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Pos
         events, position = batch.events[:left], batch.position
         if left is not None and len(events) == left and events:
             position = events[-1].event_id
-        oddities.look_at(events)
+        checks.warn_of(events)
         stream.write(events)
         if checkpoint:
             checkpoint.save(position)
         if left is not None and (left := left - len(events)) == 0:
             break
     if received:
-        _say_how_to_resume(out, outbox, call, position)
+        _note_how_to_resume(out, outbox, call, position)
         raise typer.Exit(128 + received[0])
 
 
 def _stop_without_reader(tail: Tail) -> None:
-    """Where a pipe is read by somebody (`| head`), nothing is left to do when they go, even if nothing happens."""
+    """Stops the tail when the reader of stdout closes its pipe (`| head`), even if no event arrives."""
     from pgcoord_cli.render.events import watch_reader
 
     with suppress(OSError, ValueError):
@@ -326,11 +331,11 @@ def _stop_without_reader(tail: Tail) -> None:
             Thread(target=watch_reader, args=[tail.stop], daemon=True).start()
 
 
-def _say_how_to_resume(out: Output, outbox: Outbox, call: Call, position: int | None) -> None:
+def _note_how_to_resume(out: Output, outbox: Outbox, call: Call, position: int | None) -> None:
     from pgcoord_cli.core.events.cursor import to_cursor
 
     if call.cursor_file or call.subscription is not None:
-        out.note("stopped; the same call resumes here")
+        out.note("stopped; the same command resumes here")
     elif position is not None:
         out.note(f"stopped; resume with: pgcoord tail {outbox.noun} --from {to_cursor(position)}")
 
@@ -350,36 +355,38 @@ def _report(out: Output, notice: Notice) -> None:
         out.warn(line)
 
 
-class Oddities:
-    """Warns, once a kind, of events that are passed on although they are not what they should be."""
+class EventChecks:
+    """Warns of events with unknown kinds or malformed execution ids, which are printed all the same; once each."""
 
     def __init__(self, out: Output, outbox: Outbox) -> None:
         self._out = out
         self._known = set(outbox.kinds)
         self._warned_of_ids = False
 
-    def look_at(self, events: list[Event]) -> None:
-        """Warns of unknown kinds, and of an execution id that is no UUID."""
+    def warn_of(self, events: list[Event]) -> None:
+        """Warns once per unknown kind, and once of an execution id that is no UUID."""
         if not {event.kind for event in events} <= self._known:
             self._warn_of_kinds(events)
         if not self._warned_of_ids:
-            self._look_for_odd_ids(events)
+            self._warn_of_ids(events)
 
     def _warn_of_kinds(self, events: list[Event]) -> None:
         for event in events:
             if event.kind not in self._known:
                 self._known.add(event.kind)
-                self._out.warn(f"event {event.event_id}: {event.kind!r} is not a kind that this pgcoord knows")
+                self._out.warn(f"event {event.event_id}: {event.kind!r} is not a known kind of event")
 
-    def _look_for_odd_ids(self, events: list[Event]) -> None:
+    def _warn_of_ids(self, events: list[Event]) -> None:
         if not are_uuids([event.execution_id for event in events]):
-            odd = next(event for event in events if not are_uuids([event.execution_id]))
+            first = next(event for event in events if not are_uuids([event.execution_id]))
             self._warned_of_ids = True
-            self._out.warn(f"event {odd.event_id}: execution id {odd.execution_id!r} is not a UUID; there may be more")
+            self._out.warn(
+                f"event {first.event_id}: execution id {first.execution_id!r} is not a UUID; others are not reported"
+            )
 
 
 def are_uuids(ids: Sequence[str]) -> bool:
-    """Whether all of them are; asked of a whole batch at once, as a catch-up asks it of millions."""
+    """Whether all texts are UUIDs. Checks a whole batch in two passes over bytes, since a catch-up has millions."""
     lines = "".join(f"{text}\n" for text in ids).encode()
     return lines.translate(DIGITS_MARKED) == SHAPE_OF_UUID * len(ids)
 
@@ -395,7 +402,7 @@ def _show_lag(settings: Settings, out: Output, outbox: Outbox, call: Call) -> No
         document = lag_document(conn, outbox, _given_position(conn, outbox, call))
     out.document(document)
     if call.max_lag is not None and document["lag"] > call.max_lag:
-        raise ConditionFalse(f"{document['lag']} events wait, more than {call.max_lag}", answered=True)
+        raise ConditionFalse(f"the lag of {document['lag']} events exceeds {call.max_lag}", answered=True)
 
 
 def _given_position(conn: Any, outbox: Outbox, call: Call) -> int:
@@ -412,7 +419,7 @@ def _given_position(conn: Any, outbox: Outbox, call: Call) -> int:
         position = CursorFile(call.cursor_file).load()
     if position is None:
         raise UsageError(
-            "--lag: there is no cursor to measure from",
+            "--lag needs a cursor to count from",
             hint="give --from CURSOR, --cursor-file FILE or --subscription NAME",
         )
     return position

@@ -1,4 +1,4 @@
-"""`pgcoord worker`: run commands for executions as they become eligible."""
+"""`pgcoord worker`: runs commands for executions as they become eligible."""
 
 from __future__ import annotations
 
@@ -18,37 +18,36 @@ app = noun("Run commands for executions as they become eligible.")
 
 SHORTEST_LEASE = 1.0
 
-STDERR = 2  # its descriptor
+STDERR = 2  # file descriptor
 
 
 @command(app, "run")
 def run(
     ctx: typer.Context,
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- CMD...]", help="For executions without a command of their own.")
+        list[str] | None,
+        typer.Argument(metavar="[-- CMD...]", help="The command for executions that have none of their own."),
     ] = None,
-    once: Annotated[
-        bool, typer.Option("--once", help="End when nothing is eligible any more, nor will be after a back-off.")
-    ] = False,
+    once: Annotated[bool, typer.Option("--once", help="Exit when no execution is eligible or in backoff.")] = False,
     concurrency: Annotated[
-        int, typer.Option("--concurrency", metavar="N", min=1, max=256, help="Commands at once.")
+        int, typer.Option("--concurrency", metavar="N", min=1, max=256, help="Concurrent commands.")
     ] = 1,
     lease: Annotated[
-        str, typer.Option("--lease", metavar="DURATION", help="How long a lease lasts unrenewed; at least 1s.")
+        str, typer.Option("--lease", metavar="DURATION", help="Time to live of a lease without renewal; at least 1s.")
     ] = "30s",
     owner: Annotated[
-        str | None, typer.Option("--owner", metavar="NAME", help="Name of this worker. [default: host and pid]")
+        str | None, typer.Option("--owner", metavar="NAME", help="Owner of the leases. [default: host and pid]")
     ] = None,
     namespace: Annotated[str | None, typer.Option("--namespace", metavar="NS", help="Only of this namespace.")] = None,
     instance_tag: Annotated[str | None, typer.Option("--instance-tag", metavar="V", help="Only with this tag.")] = None,
 ) -> None:
-    """Claim executions, run a command for each, renew its lease, and end it by the exit status.
+    """Claim executions, run a command for each while renewing its lease, and end them by its exit status.
 
-    A command finds PGCOORD_EXECUTION_ID, PGCOORD_LEASE_ID, PGCOORD_LEASE_EPOCH, PGCOORD_FLOW_ID, PGCOORD_EXECUTION_NAME
-    and PGCOORD_ATTEMPT in its environment. When its lease is lost, it is ended with everything it started. Ctrl-C and
-    SIGTERM let the commands in hand end; a second one ends them, and gives their executions back. With -o json, what
-    the commands print goes to stderr. With --once, the exit code is that of the command that failed an execution
-    for good, the last one if several did, and 0 if all went well.
+    The environment of a command has PGCOORD_EXECUTION_ID, PGCOORD_LEASE_ID, PGCOORD_LEASE_EPOCH, PGCOORD_FLOW_ID,
+    PGCOORD_EXECUTION_NAME and PGCOORD_ATTEMPT. When its lease is lost, its process group is terminated. Ctrl-C and
+    SIGTERM wait for the running commands; a second one terminates them and makes their executions eligible again. With
+    -o json, stdout of the commands goes to stderr. With --once, the exit code is that of the command that made an
+    execution fail, the last one of several; 0 if no execution failed.
 
     \b
     Examples:
@@ -64,8 +63,8 @@ def run(
         check_text(text, option)
     seconds = duration("--lease")(lease) or 0
     if seconds < SHORTEST_LEASE:
-        raise UsageError(f"--lease: {lease!r} is too short; the least is {SHORTEST_LEASE:g}s")
-    stdout = STDERR if out.is_json else None  # there, stdout is for the events alone
+        raise UsageError(f"--lease: {lease!r} is shorter than the minimum of {SHORTEST_LEASE:g}s")
+    stdout = STDERR if out.is_json else None  # with JSON, stdout has the events only
     options = WorkerOptions(
         owner or default_node_id(), words or (), concurrency, seconds, namespace, instance_tag, once, stdout
     )

@@ -253,7 +253,7 @@ def test_nothing_to_claim_is_a_false_condition(call: Call, create: Create, claim
     create()
     claim()
     answer = call("execution", "claim", "-o", "json")
-    assert (answer.code, answer.error["message"]) == (3, "nothing is eligible")
+    assert (answer.code, answer.error["message"]) == (3, "no execution is eligible")
 
 
 def test_a_claim_says_what_a_worker_needs(call: Call, create: Create, claim: Claim) -> None:

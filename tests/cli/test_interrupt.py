@@ -142,7 +142,7 @@ def test_i3_a_write_that_waits_for_its_outcome_never_says_that_it_did_not_happen
     write.send_signal(number)
     ended, out, err = ending(write)
     assert (ended, json.loads(out)["error"]["code"]) == (code, word)
-    assert "may have been sent already: pgcoord commit list" in err
+    assert "may have been sent already; see its outcome with: pgcoord commit list" in err
     leader.signal(signal.SIGCONT)
     until(sql, "EXISTS (SELECT FROM kv WHERE key = 'a')")
 

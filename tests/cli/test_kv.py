@@ -161,7 +161,7 @@ def test_a_range_is_half_open_ordered_and_limited(call: Call, sql: psycopg.Conne
 
 
 def test_an_empty_range_says_so_and_keeps_stdout_for_data(call: Call) -> None:
-    assert call("range") == (0, "", "no keys there at version 0\n")
+    assert call("range") == (0, "", "no keys in this range at version 0\n")
     assert call("range", "-q") == (0, "", "")
     assert call("range", "-o", "csv").out == "key,value,encoding\n"
     assert call("range", "-o", "json").document == []

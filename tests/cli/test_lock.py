@@ -276,7 +276,7 @@ def test_breaking_a_lock_ends_the_command_that_runs_under_it(call: Call, start: 
 def test_without_a_terminal_a_lock_is_not_broken_unasked(cli: Cli, sql: Sql, holder_pid: int) -> None:
     done = cli("lock", "break", "nightly", stdin="nightly\n")
     assert done.returncode == 2
-    assert "say --yes" in done.stderr
+    assert "add --yes" in done.stderr
     assert is_there(sql, holder_pid)
 
 

@@ -166,7 +166,7 @@ def test_i13_setting_a_checkpoint_fences_an_owner_that_does_not_know_its_end(
 
 
 def test_a_subscription_is_forgotten_by_force_only(call: Call, sql: Sql, mailer: list[int]) -> None:
-    assert "cannot be got back" in call("subscription", "reset", "mailer", "-o", "json").refusal
+    assert "cannot be restored" in call("subscription", "reset", "mailer", "-o", "json").refusal
     assert position(sql) == mailer[1]
     answer = call("subscription", "reset", "mailer", "--force", "-o", "json")
     assert answer.document == {"subscription_name": "mailer", "reset": True}

@@ -410,7 +410,7 @@ def test_with_a_checkpoint_the_same_call_resumes(
     assert add(sql, 2) == tail.ids(2)
     until_asleep(sql)
     ended, _, err = tail.end(number)
-    assert (ended, err) == (code, "stopped; the same call resumes here\n")
+    assert (ended, err) == (code, "stopped; the same command resumes here\n")
     assert add(sql, 2) == start(*words).ids(2)
 
 
@@ -576,7 +576,7 @@ def test_a_subscription_belongs_to_one_outbox(call: Call, sql: Sql) -> None:
         (("--from", cursor(1), "--since", "1h"), "--from and --since exclude each other"),
         (("--from", cursor(1), "--from-start"), "--from and --from-start exclude each other"),
         (("--from-start", "--since", "1h"), "--from-start and --since exclude each other"),
-        (("--max-lag", "1"), "--max-lag goes with --lag"),
+        (("--max-lag", "1"), "--max-lag requires --lag"),
         (("--since", "yesterday"), "--since: 'yesterday' is not a duration"),
         (("--until", "36501d"), "--until: '36501d' is too long; the most is 36500d"),
         (("--since", "0xff"), "--since: '0xff' is not a duration"),
@@ -701,7 +701,7 @@ def test_an_empty_cursor_or_time_is_not_taken_for_none(option: str, tail: Callab
 def test_a_kind_that_nobody_knows_is_wondered_at(call: Call) -> None:
     answer = call("tail", "lease", "--event-type", "gone", "--no-follow")
     assert answer.code == 0
-    assert "'gone' is not a kind that this pgcoord knows: acquired, expired" in answer.err
+    assert "'gone' is not a known kind of event (acquired, expired" in answer.err
 
 
 def test_i10_what_is_kept_can_be_read_from_its_start(show: Show, sql: Sql, call: Call) -> None:
@@ -747,8 +747,8 @@ def test_an_unknown_kind_is_delivered_with_one_warning_each(tail: Callable[..., 
     answer = tail("--from-start")
     assert [record["event_type"] for record in records(answer)] == kinds
     assert answer.err.splitlines() == [
-        "event 2: 'novel' is not a kind that this pgcoord knows",
-        "event 4: 'Acquired' is not a kind that this pgcoord knows",
+        "event 2: 'novel' is not a known kind of event",
+        "event 4: 'Acquired' is not a known kind of event",
     ]
 
 
@@ -756,7 +756,7 @@ def test_an_unknown_outcome_is_delivered_with_a_warning(call: Call, sql: Sql) ->
     add(sql, table="completion_events", outcome="acquired")
     answer = call("tail", "completion", "--from-start", "--no-follow", "-o", "json")
     assert [record["outcome"] for record in records(answer)] == ["acquired"]
-    assert "'acquired' is not a kind" in answer.err
+    assert "'acquired' is not a known kind" in answer.err
 
 
 def test_an_execution_id_that_is_no_uuid_is_delivered_with_one_warning(tail: Callable[..., Answer], sql: Sql) -> None:
@@ -765,7 +765,7 @@ def test_an_execution_id_that_is_no_uuid_is_delivered_with_one_warning(tail: Cal
         add(sql, execution_id=execution)
     answer = tail("--from-start", "-q")
     assert [record["execution_id"] for record in records(answer)] == executions
-    assert answer.err == "event 2: execution id 'job 7' is not a UUID; there may be more\n"
+    assert answer.err == "event 2: execution id 'job 7' is not a UUID; others are not reported\n"
 
 
 # -- held up
@@ -883,12 +883,12 @@ def test_lag_exits_3_when_more_events_wait_than_are_allowed(lag: Callable[..., A
     for most, code in (("0", 3), ("2", 3), ("3", 0), ("4", 0)):
         answer = lag("--from", cursor(0), "--max-lag", most)
         assert (answer.code, answer.document["lag"]) == (code, 3)
-        assert ("3 events wait" in answer.err) == (code == 3)
+        assert ("lag of 3 events" in answer.err) == (code == 3)
 
 
 def test_lag_without_a_cursor_is_refused(lag: Callable[..., Answer], tmp_path: Path) -> None:
-    assert lag().refusal == "--lag: there is no cursor to measure from"
-    assert lag("--cursor-file", str(tmp_path / "none")).refusal == "--lag: there is no cursor to measure from"
+    assert lag().refusal == "--lag needs a cursor to count from"
+    assert lag("--cursor-file", str(tmp_path / "none")).refusal == "--lag needs a cursor to count from"
     assert lag("--subscription", "none").refusal == "--subscription: there is no subscription 'none'"
 
 
