@@ -236,6 +236,11 @@ def translate(error: psycopg.Error) -> PgcoordError:
             f"{message}: the change is made on this server, but a failover may lose it",
             hint="look at it again once the standby is back; docs/replication.md",
         )
+    # Sessions have row_security = off: the server refuses a statement whose rows a policy might hide.
+    if error.diag.source_function == "check_enable_rls":
+        return PermissionDenied(
+            message, hint="pgcoord has to see all rows: ALTER ROLE … BYPASSRLS, or disable the policy"
+        )
     for kinds, target, hint in _CLASSES:
         if isinstance(error, kinds):
             return target(message, hint=hint)

@@ -1,16 +1,68 @@
 -- name: prepare_session
--- Sets the session's schema, timeouts (milliseconds) and isolation, if it runs in the expected backend ($4); returns the backend, the server's version, whether it is a standby, and whether the schema has a ledger.
-SELECT pg_backend_pid() AS backend_pid,
+-- Pins the session's schema, timeouts (milliseconds) and every setting that its meaning or its life depends on, if it runs in the expected backend ($4); returns the backend, the server's version, whether it is a standby, and whether the schema has a ledger.
+SELECT pg_catalog.pg_backend_pid() AS backend_pid,
+       -- Names and operators are qualified: the search path is still the one of the role, the database or PGOPTIONS.
        -- Behind a transaction pooler this may be another session's backend, whose settings must not change (rule I14).
-       CASE WHEN pg_backend_pid() = $4::integer THEN
-           set_config('search_path', quote_ident($1::text) || ', pg_temp', false)
-           || set_config('statement_timeout', $2::text, false)
-           || set_config('lock_timeout', $3::text, false)
-           || set_config('default_transaction_isolation', 'read committed', false)
+       CASE WHEN pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) $4::integer THEN
+           (SELECT pg_catalog.count(pg_catalog.set_config(pinned.name, pinned.value, false))
+              FROM (VALUES
+                ('search_path', pg_catalog.concat(pg_catalog.quote_ident($1::pg_catalog.text), ', pg_temp')),
+                ('statement_timeout', $2::pg_catalog.text),
+                ('lock_timeout', $3::pg_catalog.text),
+                -- Sessions that hold a lock, lead or wait are idle for as long as that lasts.
+                ('idle_session_timeout', '0'),
+                ('idle_in_transaction_session_timeout', '0'),
+                ('transaction_timeout', '0'), -- since PostgreSQL 17
+                ('default_transaction_isolation', 'read committed'),
+                ('default_transaction_read_only', 'off'),
+                ('default_transaction_deferrable', 'off'),
+                -- How values are written and read.
+                ('client_encoding', 'UTF8'),
+                ('DateStyle', 'ISO, MDY'),
+                ('IntervalStyle', 'postgres'),
+                ('TimeZone', 'UTC'),
+                ('bytea_output', 'hex'),
+                ('extra_float_digits', '1'),
+                ('array_nulls', 'on'),
+                ('standard_conforming_strings', 'on'),
+                ('backslash_quote', 'safe_encoding'),
+                ('quote_all_identifiers', 'off'),
+                ('transform_null_equals', 'off'),
+                -- A policy that might hide rows is an error that names the table, instead of rows that seem to be gone.
+                ('row_security', 'off'),
+                -- A warning may say that a commit was not replicated (rule I16).
+                ('client_min_messages', 'notice'),
+                ('plpgsql.extra_errors', 'none'),
+                ('pgcoord.notify', 'on'), -- unset in nearly every session
+                -- Plans.
+                ('plan_cache_mode', 'auto'),
+                ('max_parallel_workers_per_gather', '0'),
+                ('jit', 'off'),
+                ('enable_seqscan', 'on'),
+                ('enable_indexscan', 'on'),
+                ('enable_indexonlyscan', 'on'),
+                ('enable_bitmapscan', 'on'),
+                ('enable_nestloop', 'on'),
+                ('enable_hashjoin', 'on'),
+                ('enable_mergejoin', 'on'),
+                ('enable_sort', 'on'),
+                ('enable_hashagg', 'on'),
+                ('enable_material', 'on'),
+                ('enable_memoize', 'on'),
+                ('from_collapse_limit', '8'),
+                ('join_collapse_limit', '8'),
+                -- May be set by superusers only. With any other value foreign keys do not cascade.
+                ('session_replication_role', 'origin')
+              ) AS pinned (name, value)
+             -- What this server does not know, or already has, is left alone.
+             WHERE pg_catalog.current_setting(pinned.name, true) OPERATOR(pg_catalog.<>) pinned.value
+               AND (pinned.name OPERATOR(pg_catalog.<>) 'session_replication_role'
+                    OR pg_catalog.has_parameter_privilege(pinned.name, 'SET')))
        END IS NOT NULL AS is_prepared,
-       current_setting('server_version_num')::integer AS version_number,
-       pg_is_in_recovery() AS in_recovery,
-       to_regclass(quote_ident($1::text) || '.schema_migrations') IS NOT NULL AS has_ledger;
+       pg_catalog.current_setting('server_version_num')::integer AS version_number,
+       pg_catalog.pg_is_in_recovery() AS in_recovery,
+       pg_catalog.to_regclass(pg_catalog.concat(pg_catalog.quote_ident($1::pg_catalog.text), '.schema_migrations'))
+           IS NOT NULL AS has_ledger;
 
 -- name: backend
 -- The pid of the backend that runs this statement.
