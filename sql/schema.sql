@@ -764,6 +764,7 @@ CREATE TABLE pgcoord.subscriptions (
     outbox text,
     last_position bigint,
     fence bigint DEFAULT 0 NOT NULL,
+    fence_id uuid,
     updated_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
 
@@ -774,6 +775,8 @@ COMMENT ON COLUMN pgcoord.subscriptions.outbox IS 'The table whose event ids the
 COMMENT ON COLUMN pgcoord.subscriptions.last_position IS 'The id of the last event that was processed; null: no position has been saved.';
 
 COMMENT ON COLUMN pgcoord.subscriptions.fence IS 'Grows with every acquisition of the lock; a save under an older fence is refused.';
+
+COMMENT ON COLUMN pgcoord.subscriptions.fence_id IS 'Drawn at random with each fence: after a failover that lost data the number alone may be given out again.';
 
 ALTER TABLE ONLY pgcoord.commit_requests
     ADD CONSTRAINT commit_requests_pkey PRIMARY KEY (id);

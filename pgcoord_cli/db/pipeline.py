@@ -28,6 +28,10 @@ BoundStatement = tuple[str, Sequence[bytes | None]]
 """A statement with `$1` and so on, and its parameters in PostgreSQL's binary format; None is null."""
 
 
+class Unanswered(psycopg.OperationalError):
+    """The server has not answered in time. The connection has been closed; the outcome is unknown."""
+
+
 class Pipeline:
     """Runs prepared statements over `conn`, which has no other user while one of them runs.
 
@@ -114,5 +118,5 @@ class Pipeline:
         if not ready or any(descriptor == self._abandon for descriptor, _ in ready):
             # Closed, because a late answer would be taken for the answer to the next statement.
             self._pgconn.finish()
-            raise psycopg.OperationalError("the server does not answer")
+            raise Unanswered("the server does not answer")
         return [events for _, events in ready]

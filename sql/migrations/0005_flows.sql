@@ -113,7 +113,7 @@ COMMENT ON TABLE dispatch_failures IS 'Completion events whose dispatch failed: 
 -- Lock order: completion events by event_id, then edge groups by downstream_id, then executions by execution_id. Two
 -- sessions that move parts of the same graph therefore wait for each other at most, and never deadlock.
 --
--- Plans: `SET enable_…` makes them look rows up by index, whatever the statistics of recently filled tables suggest.
+-- Plans: `SET enable_...` makes them look rows up by index, whatever the statistics of recently filled tables suggest.
 
 -- Ends executions, in the caller's transaction: state, lease, completion event. `ending` is one of the final states.
 -- Executions that have ended already are not changed. Returns the ids of those that this call ended.

@@ -3,7 +3,7 @@
 -- The protocol: docs/architecture.md#direct-commits.
 
 -- MessagePack encoding of a request, as docs/wire-format.md describes it: a binary or nil, the header of an array,
--- and the whole request. Literals are written E'…', whose meaning does not depend on standard_conforming_strings of
+-- and the whole request. Literals are written E'...', whose meaning does not depend on standard_conforming_strings of
 -- the caller's session.
 --
 -- A body that begins with RETURN is parsed here, under the search path of the migration: what it refers to is fixed,

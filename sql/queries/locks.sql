@@ -14,8 +14,11 @@ SELECT activity.pid,
  LIMIT 1;
 
 -- name: name_key
--- Records the name of a lock key, unless the key has one.
-INSERT INTO lock_names (lock_key, lock_name) VALUES ($1::bigint, $2::text) ON CONFLICT (lock_key) DO NOTHING;
+-- Records the name of a lock key, unless the key has one. It waits for no disk and no standby: a crash that loses the name ends the lock too.
+WITH quick AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+INSERT INTO lock_names (lock_key, lock_name)
+SELECT $1::bigint, $2::text FROM quick
+ON CONFLICT (lock_key) DO NOTHING;
 
 -- name: name_of_key
 -- The name of a lock key.
@@ -52,5 +55,7 @@ SELECT names.lock_name AS name, NOT held.granted AS is_waiting, activity.pid,
  ORDER BY names.lock_name, held.granted DESC, held.waitstart;
 
 -- name: end_session
--- Terminates another session.
-SELECT pg_terminate_backend($1::integer) AS is_ended;
+-- Terminates another session, unless it waits for a synchronous standby: that would show its commit unreplicated.
+SELECT pg_terminate_backend(pid) AS is_ended
+  FROM pg_stat_activity
+ WHERE pid = $1::integer AND wait_event IS DISTINCT FROM 'SyncRep';

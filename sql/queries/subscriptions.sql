@@ -1,11 +1,16 @@
 -- name: acquire
--- Draws the next fence of a subscription, inserting it if missing; returns its position and outbox.
-INSERT INTO subscriptions AS subscription (subscription_name, outbox, fence)
-VALUES ($1::text, $2::text, 1)
+-- Draws the next fence of a subscription, inserting it if missing; returns it with its position and outbox. The transaction will be durable, and confirmed by synchronous standbys.
+WITH durable AS MATERIALIZED (
+    -- For this transaction only. A fence that a crash could take back would be drawn twice.
+    SELECT CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')
+                THEN set_config('synchronous_commit', 'on', true) END AS synchronous_commit
+)
+INSERT INTO subscriptions AS subscription (subscription_name, outbox, fence, fence_id)
+SELECT $1::text, $2::text, 1, gen_random_uuid() FROM durable
 ON CONFLICT (subscription_name) DO UPDATE
-   SET fence = subscription.fence + 1, outbox = coalesce(subscription.outbox, excluded.outbox),
-       updated_at = clock_timestamp()
-RETURNING fence, last_position, outbox;
+   SET fence = subscription.fence + 1, fence_id = excluded.fence_id,
+       outbox = coalesce(subscription.outbox, excluded.outbox), updated_at = clock_timestamp()
+RETURNING fence, fence_id, last_position, outbox;
 
 -- name: save
 -- Moves a checkpoint forward if the fence is the latest; returns whether it is.
@@ -13,7 +18,7 @@ WITH saved AS (
     UPDATE {schema}.subscriptions
        SET last_position = greatest(last_position, $3::bigint), updated_at = pg_catalog.clock_timestamp()
      WHERE subscription_name OPERATOR(pg_catalog.=) $1::pg_catalog.text
-       AND fence OPERATOR(pg_catalog.=) $2::bigint
+       AND fence OPERATOR(pg_catalog.=) $2::bigint AND fence_id OPERATOR(pg_catalog.=) $4::pg_catalog.uuid
     RETURNING fence
 )
 SELECT EXISTS (SELECT FROM saved) AS is_saved;
@@ -38,10 +43,10 @@ SELECT subscription_name, outbox, last_position, fence, updated_at,
 -- Sets a checkpoint to any position if the fence is the latest; null: no position.
 UPDATE subscriptions
    SET last_position = $3::bigint, updated_at = clock_timestamp()
- WHERE subscription_name = $1::text AND fence = $2::bigint;
+ WHERE subscription_name = $1::text AND fence = $2::bigint AND fence_id = $4::uuid;
 
 -- name: remove
 -- Clears the checkpoint and outbox of a subscription if the fence is the latest. The fence stays: it never goes back.
 UPDATE subscriptions
    SET last_position = NULL, outbox = NULL, updated_at = clock_timestamp()
- WHERE subscription_name = $1::text AND fence = $2::bigint;
+ WHERE subscription_name = $1::text AND fence = $2::bigint AND fence_id = $3::uuid;

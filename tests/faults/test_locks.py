@@ -15,13 +15,14 @@ from dataclasses import replace
 from threading import Event
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgcoord_cli.core.embedded.server import EmbeddedServer
 from pgcoord_cli.core.locks import run as lock_run
 from pgcoord_cli.core.locks.ownership import acquire_leadership
-from pgcoord_cli.errors import LockLost
+from pgcoord_cli.errors import Fenced, LockLost
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, value
 from tests.faults.lock_process import (
@@ -442,3 +443,42 @@ def test_i13_two_owners_never_both_save_under_random_faults(rounds: int, setting
     print(f"{counts}, {max(fence for _, fence, _ in events)} acquisitions")
     check(events)
     assert value(sql, "SELECT last_position FROM subscriptions") == counts["write"]
+
+
+# -- a server that forgets
+
+
+def forget_the_last_commits(server: EmbeddedServer, sql: Sql) -> None:
+    """Has commits wait for no disk, and none of them get there by itself before the server crashes."""
+    for setting in ("synchronous_commit = off", "wal_writer_delay = '10s'"):
+        sql.execute(f"ALTER SYSTEM SET {setting}".encode())
+    sql.execute("SELECT pg_reload_conf()")
+    until(lambda: value(sql, "SELECT current_setting('synchronous_commit') = 'off'"))
+
+
+def crash(server: EmbeddedServer) -> None:
+    """Loses what has not reached the disk."""
+    server.stop("immediate")
+    server.start()
+
+
+def test_i13_a_crash_gives_out_no_fence_again_whatever_the_servers_default(
+    own_server: EmbeddedServer, own_settings: Settings, start: StartLock
+) -> None:
+    with psycopg.connect(own_settings.dsn, autocommit=True) as sql:
+        forget_the_last_commits(own_server, sql)
+        acquire_leadership(own_settings.dsn, "billing").release()
+        sql.execute("CHECKPOINT")
+    first = acquire_leadership(own_settings.dsn, "billing")
+    lock = start("nightly", "--fence", "--", "sh", "-c", "echo $PGCOORD_FENCE; sleep 600", settings_=own_settings)
+    fence = int(lock.line())
+    crash(own_server)
+    with acquire_leadership(own_settings.dsn, "billing") as second, psycopg.connect(own_settings.dsn) as service:
+        assert second.fence > first.fence
+        second.checkpoint.save(10)
+        with pytest.raises(Fenced):
+            first.checkpoint.save(20, service)
+        assert second.checkpoint.load() == 10
+    first.release()
+    again = start("nightly", "--fence", "--", "sh", "-c", "echo $PGCOORD_FENCE", settings_=own_settings)
+    assert int(again.line()) > fence

@@ -5,16 +5,27 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 import pytest
 
+from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import Installation
 from pgcoord_cli.core.kv.client import Database, Transaction, open_database
-from pgcoord_cli.errors import OutcomeUnknown, PgcoordError, TooOld
+from pgcoord_cli.core.locks.ownership import acquire_leadership, break_lock
+from pgcoord_cli.errors import (
+    Busy,
+    CoordinationError,
+    Fenced,
+    LockNotAcquired,
+    OutcomeUnknown,
+    PgcoordError,
+    TooOld,
+)
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, until_async, value
 from tests.faults.replication import Pair, a_pair
@@ -24,6 +35,8 @@ if TYPE_CHECKING:
 
 Sql = psycopg.Connection[Any]
 T = TypeVar("T")
+
+LEADERSHIPS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgcoord/leadership'"
 
 WAITING = """
     SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND application_name = 'pgcoord/' || %s
@@ -277,3 +290,55 @@ def test_i2_a_lease_that_was_copied_to_a_promoted_standby_is_void(
             assert keys(sql) == {b"k"}
 
     play(settings, scenario)
+
+
+# -- fences
+
+
+def test_i13_a_fence_that_no_standby_confirms_is_an_error_at_a_deadline(pair: Pair, settings: Settings) -> None:
+    """The commit goes on waiting, and keeps the name until it is confirmed."""
+    pair.confirm_commits()
+    with pair.on(pair.primary) as sql:
+        acquire_leadership(settings.dsn, "billing").release()
+        until(lambda: not value(sql, LEADERSHIPS))
+        sql.execute("ALTER SYSTEM SET synchronous_commit = off")
+        sql.execute("SELECT pg_reload_conf()")
+        pair.stall()
+        with pytest.raises(CoordinationError, match="was not confirmed within 1 s"):
+            acquire_leadership(settings.dsn, "billing", timeout_seconds=1.0)
+        assert value(sql, WAITING, "leadership") == 1
+        with pytest.raises(LockNotAcquired):
+            acquire_leadership(settings.dsn, "billing")
+        with command_session(settings, "lock break", writes=True) as conn, pytest.raises(Busy, match="standby"):
+            break_lock(conn, "pgcoord", "billing")
+        pair.resume()
+        until(lambda: not value(sql, LEADERSHIPS))
+        with acquire_leadership(settings.dsn, "billing") as owner:
+            assert owner.fence == 3
+
+
+def test_i13_an_acquisition_whose_wait_for_the_standby_is_cancelled_fails(pair: Pair, settings: Settings) -> None:
+    pair.confirm_commits()
+    pair.stall()
+    with pair.on(pair.primary) as sql, ThreadPoolExecutor(1) as pool:
+        acquired = pool.submit(acquire_leadership, settings.dsn, "billing", timeout_seconds=TIMEOUT)
+        until(lambda: value(sql, WAITING, "leadership"))
+        end_what_waits(sql, "pg_cancel_backend")
+        with pytest.raises(CoordinationError):
+            acquired.result(TIMEOUT)
+
+
+def test_i21_a_fence_number_that_a_failover_gave_out_again_is_told_apart(pair: Pair, settings: Settings) -> None:
+    with pair.on(pair.standby) as copy:
+        pair.stall()
+        first = acquire_leadership(settings.dsn, "billing")
+        assert not value(copy, "SELECT count(*) FROM subscriptions")
+    pair.fail_over()
+    with acquire_leadership(settings.dsn, "billing") as second, psycopg.connect(settings.dsn) as service:
+        assert second.fence == first.fence
+        second.checkpoint.save(10)
+        with pytest.raises(Fenced):
+            first.checkpoint.save(20, service)
+        service.rollback()
+        assert second.checkpoint.load() == 10
+    first.release()

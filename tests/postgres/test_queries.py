@@ -56,8 +56,8 @@ EXPECTED = {
         "text",
         "subscription_name text, outbox text, last_position bigint, fence bigint, updated_at timestamptz, lag bigint",
     ),
-    "subscriptions.set_position": Shape("text, bigint, bigint", ""),
-    "subscriptions.remove": Shape("text, bigint", ""),
+    "subscriptions.set_position": Shape("text, bigint, bigint, uuid", ""),
+    "subscriptions.remove": Shape("text, bigint, uuid", ""),
     "executions.claim": Shape(
         "text, double precision, integer, text, text",
         "execution_id uuid, lease_id uuid, lease_epoch bigint, flow_id uuid, name text, command text[], "
@@ -134,8 +134,8 @@ EXPECTED = {
     "tail.gaps": Shape("bigint, bigint", "first_id bigint, last_id bigint"),
     "tail.first_at": Shape("bigint", "event_id bigint"),
     "tail.count": Shape("bigint", "events bigint"),
-    "subscriptions.acquire": Shape("text, text", "fence bigint, last_position bigint, outbox text"),
-    "subscriptions.save": Shape("text, bigint, bigint", "is_saved boolean"),
+    "subscriptions.acquire": Shape("text, text", "fence bigint, fence_id uuid, last_position bigint, outbox text"),
+    "subscriptions.save": Shape("text, bigint, bigint, uuid", "is_saved boolean"),
     "subscriptions.checkpoint": Shape("text", "outbox text, last_position bigint"),
     "gc.event_bound": Shape("text, double precision", "committed_before_ms bigint, passed_by_all bigint"),
     "gc.delete_lease_events": Shape(

@@ -22,7 +22,7 @@ from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.core.events.outbox import OUTBOXES, Outbox
 from pgcoord_cli.core.events.tail import Notice, ReportNotice, ignore_notice
-from pgcoord_cli.core.locks.ownership import draw_fence, subscription_lock, take_lock
+from pgcoord_cli.core.locks.ownership import Fence, draw_fence, subscription_lock, take_lock
 from pgcoord_cli.db.binary import int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
@@ -109,13 +109,13 @@ class Subscription:
                 self._conn.execute(sql("locks", "end_session"), [holder.pid])
             raise ConnectionFailed(f"the lost session of subscription {self._name!r} still held its lock") from None
 
-    def _draw_fence(self) -> tuple[int, int | None]:
-        fence, position, table = draw_fence(self._conn, self._name, self._outbox.table)
-        check_outbox(self._name, table, self._outbox)
-        return fence, position
+    def _draw_fence(self) -> tuple[Fence, int | None]:
+        acquired = draw_fence(self._conn, self._name, self._outbox.table)
+        check_outbox(self._name, acquired.outbox, self._outbox)
+        return acquired.fence, acquired.position
 
     def _save(self, position: int) -> None:
-        values = [self._name.encode(), int8(self._fence), int8(position)]
+        values = [self._name.encode(), int8(self._fence.number), int8(position), self._fence.fence_id.bytes]
         with mapped_errors():
             save = sql("subscriptions", "save", schema=self._settings.schema)
             (is_saved,) = self._pipeline.fetch(save, values)[0]
@@ -180,7 +180,7 @@ def set_position(conn: Connection[Any], schema: str, name: str, position: int, *
             f"subscription {name!r} is at {to_cursor(before)}, and {to_cursor(position)} is before that",
             hint="to move it back, so that the events in between are delivered again, use --force",
         )
-    conn.execute(sql("subscriptions", "set_position"), [name, fence, position])
+    conn.execute(sql("subscriptions", "set_position"), [name, fence.number, position, fence.fence_id])
     return before
 
 
@@ -197,4 +197,4 @@ def remove(conn: Connection[Any], schema: str, name: str) -> None:
     subscription_record(conn, schema, name)
     take_lock(conn, schema, name)
     fence, _, _ = draw_fence(conn, name, None)
-    conn.execute(sql("subscriptions", "remove"), [name, fence])
+    conn.execute(sql("subscriptions", "remove"), [name, fence.number, fence.fence_id])

@@ -15,6 +15,10 @@ number. Every save of the checkpoint names that number, and the statement compar
 transaction of the writes that it belongs to. After another acquisition the former owner's saves raise Fenced, and its
 writes roll back with them (rule I13).
 
+A fence is used only once it is durable, whatever the server's default for `synchronous_commit`: a crash does not draw
+it twice. A failover that loses commits may draw the number again, but not the random id that is drawn and compared
+with it. While a synchronous standby stalls, the fence cannot become durable, and the acquisition fails at a deadline.
+
 **The key** of the lock is a 64-bit hash of schema and name. The name behind each key is stored and compared, so two
 names with the same key are reported (KeyCollision) instead of excluding each other without reason.
 
@@ -26,7 +30,8 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+from uuid import UUID
 
 import psycopg
 from psycopg import Connection, RawCursor
@@ -35,9 +40,11 @@ from psycopg.rows import dict_row, tuple_row
 
 from pgcoord_cli.core.database.advisory_keys import LockHolder, lock_holder, lock_key
 from pgcoord_cli.core.database.session import adopt_session, open_session
-from pgcoord_cli.db.connection import translate
+from pgcoord_cli.db.connection import Unconfirmed, is_unconfirmed, translate
+from pgcoord_cli.db.pipeline import Pipeline, Unanswered
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import (
+    Busy,
     ConditionFalse,
     ConnectionFailed,
     CoordinationError,
@@ -51,6 +58,9 @@ from pgcoord_cli.settings import Settings, resolve_arguments
 MAX_NAME = 200
 """Characters in the name of a lock or subscription."""
 
+FENCE_SECONDS = 10.0
+"""How long the draw of a fence may go unanswered: it waits for the disk, and for synchronous standbys."""
+
 
 def check_name(name: str, option: str) -> str:
     """Returns `name`. Raises UsageError, which names `option`, if it is empty, too long or holds a null byte."""
@@ -60,7 +70,11 @@ def check_name(name: str, option: str) -> str:
 
 
 def acquire_leadership(
-    target: str | Connection[Any] | None, subscription_name: str, *, schema: str | None = None
+    target: str | Connection[Any] | None,
+    subscription_name: str,
+    *,
+    schema: str | None = None,
+    timeout_seconds: float = FENCE_SECONDS,
 ) -> Ownership:
     """Acquires the ownership of a name, at once or not at all.
 
@@ -69,8 +83,9 @@ def acquire_leadership(
     `release` or if the acquisition fails. `schema` is that of the cluster, PGCOORD_SCHEMA or `pgcoord` by default.
 
     Raises LockNotAcquired if the name has another owner; CoordinationError if the database cannot be reached or fails,
-    which says nothing about owners; UsageError for a malformed argument, UnsuitableServer (a standby, a transaction
-    pooler), SchemaMissing, SchemaUnknown, PermissionDenied, KeyCollision.
+    or does not confirm the fence within `timeout_seconds`, which says nothing about owners; UsageError for a malformed
+    argument, UnsuitableServer (a standby, a transaction pooler), SchemaMissing, SchemaUnknown, PermissionDenied,
+    KeyCollision.
     """
     check_name(subscription_name, "subscription_name")
     settings = resolve_arguments(target if isinstance(target, str) else None, schema)
@@ -78,7 +93,7 @@ def acquire_leadership(
         conn = _session(target, settings)
         try:
             take_lock(conn, settings.schema, subscription_name)
-            fence = draw_fence(conn, subscription_name, None)[0]
+            acquired = draw_fence(conn, subscription_name, None, timeout_seconds)
         except BaseException:
             conn.close()
             raise
@@ -86,7 +101,7 @@ def acquire_leadership(
         raise CoordinationError(translate(error).message) from error
     except ConnectionFailed as error:
         raise CoordinationError(error.message, hint=error.hint) from error
-    return Ownership(conn, subscription_name, fence, settings.schema)
+    return Ownership(conn, subscription_name, acquired.fence, settings.schema)
 
 
 def _session(target: str | Connection[Any] | None, settings: Settings) -> Connection[Any]:
@@ -138,15 +153,51 @@ def _wait_for(conn: Connection[Any], key: int, seconds: float) -> bool:
     return True
 
 
-def draw_fence(conn: Connection[Any], name: str, outbox: str | None) -> tuple[int, int | None, str | None]:
-    """Draws the next fence of a name; returns it with the saved position and the outbox that the position refers to.
+class Fence(NamedTuple):
+    """What one acquisition drew: a number that grows, and a random id, which no other acquisition has."""
 
-    The caller holds the lock of the name.
+    number: int
+    fence_id: UUID
+
+
+class Acquisition(NamedTuple):
+    """A fence, and what the row of the name holds: the last position, and the outbox that this counts in."""
+
+    fence: Fence
+    position: int | None
+    outbox: str | None
+
+
+def draw_fence(
+    conn: Connection[Any], name: str, outbox: str | None, timeout_seconds: float = FENCE_SECONDS
+) -> Acquisition:
+    """Draws the next fence of a name, durably; returns it with the position. The caller holds the lock of the name.
+
+    Raises ConnectionFailed, with the connection closed, if that is not confirmed within `timeout_seconds`.
     """
-    row = conn.execute(sql("subscriptions", "acquire"), [name, outbox]).fetchone()
-    assert row is not None
-    fence, position, table = row
-    return fence, position, table
+    encoding = conn.info.encoding
+    values = [name.encode(encoding), None if outbox is None else outbox.encode(encoding)]
+    warnings: list[str] = []
+
+    def note(notice: psycopg.errors.Diagnostic) -> None:
+        if is_unconfirmed(notice):  # read here: libpq frees the notice when the handler returns
+            warnings.append(notice.message_primary or "")
+
+    conn.add_notice_handler(note)
+    try:
+        # The pipeline cancels nothing at its deadline, so that a commit that waits for a standby goes on waiting.
+        rows = Pipeline(conn, timeout_seconds).fetch(sql("subscriptions", "acquire"), values)
+    except Unanswered:
+        raise ConnectionFailed(
+            f"the fence of {name!r} was not confirmed within {timeout_seconds:g} s, so {name!r} was not acquired",
+            hint="does a synchronous standby stall? see wait_event SyncRep in pg_stat_activity",
+        ) from None
+    finally:
+        conn.remove_notice_handler(note)
+    if warnings:
+        raise Unconfirmed("the server stopped waiting for synchronous replication")
+    number, fence_id, position, table = rows[0]
+    return Acquisition(Fence(number, fence_id), position, table)
 
 
 class Ownership:
@@ -155,11 +206,11 @@ class Ownership:
     `fence` is the number that this acquisition drew.
     """
 
-    def __init__(self, conn: Connection[Any], subscription_name: str, fence: int, schema: str) -> None:
+    def __init__(self, conn: Connection[Any], subscription_name: str, fence: Fence, schema: str) -> None:
         self._conn = conn
         self._pid = os.getpid()
         self.subscription_name = subscription_name
-        self.fence = fence
+        self.fence = fence.number
         self.checkpoint = Checkpoint(conn, subscription_name, fence, schema)
 
     def release(self) -> None:
@@ -180,7 +231,7 @@ class Ownership:
 class Checkpoint:
     """The position up to which the owner of a name has processed its source."""
 
-    def __init__(self, conn: Connection[Any], name: str, fence: int, schema: str) -> None:
+    def __init__(self, conn: Connection[Any], name: str, fence: Fence, schema: str) -> None:
         self._conn = conn
         self._name = name
         self._fence = fence
@@ -198,7 +249,9 @@ class Checkpoint:
         since; the caller must then roll back the transaction. Raises CoordinationError.
         """
         statement = sql("subscriptions", "save", schema=self._schema)
-        row = self._execute(conn or self._conn, statement, [self._name, self._fence, position])
+        row = self._execute(
+            conn or self._conn, statement, [self._name, self._fence.number, position, self._fence.fence_id]
+        )
         if not (row and row[0]):
             raise Fenced(
                 f"{self._name!r} has been acquired by another owner; position {position} was not saved",
@@ -234,5 +287,9 @@ def break_lock(conn: Connection[Any], schema: str, name: str) -> LockHolder:
     Raises ConditionFalse if the lock is free.
     """
     holder = holder_of(conn, schema, name)
-    conn.execute(sql("locks", "end_session"), [holder.pid])
+    if not conn.execute(sql("locks", "end_session"), [holder.pid]).fetchone():
+        raise Busy(
+            f"{name!r} is held by {holder}, whose commit waits for a synchronous standby",
+            hint="once the standby is back, the session ends by itself or can be ended",
+        )
     return holder

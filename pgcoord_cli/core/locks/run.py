@@ -79,7 +79,7 @@ class LockRun:
             take_lock(conn, self._settings.schema, options.name, options.wait_seconds)
             environment = dict(os.environ)
             if options.fence:
-                environment["PGCOORD_FENCE"] = str(draw_fence(conn, options.name, None)[0])
+                environment["PGCOORD_FENCE"] = str(draw_fence(conn, options.name, None).fence.number)
             # Before the command starts: from here on a signal is for the command, not for this process.
             started()
             with closing(self._start(environment)) as group:
