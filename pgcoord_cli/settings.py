@@ -31,6 +31,9 @@ LONGEST_WAIT = 24 * 86_400.0
 LONGEST_DURATION = 36_500 * 86_400.0
 """Seconds. PostgreSQL's timestamps reach a century in either direction."""
 
+DSN_ARGUMENT = "dsn"
+"""The `dsn_source` of Settings whose connection string a program gave."""
+
 _Given = tuple[Any, str]
 """A value, and the option, argument or variable that it comes from."""
 
@@ -147,7 +150,7 @@ def resolve_arguments(dsn: str | None, schema: str | None) -> Settings:
 
     The rest comes from the environment, as on the command line. Raises UsageError like `resolve_settings`.
     """
-    chosen = _settings({"dsn": (dsn, "dsn"), "schema": (schema, "schema")}, os.environ)
+    chosen = _settings({"dsn": (dsn, DSN_ARGUMENT), "schema": (schema, "schema")}, os.environ)
     # A schema that a program names is no typing error of an operator: if it is absent, it has not been migrated.
     return chosen if schema is None else replace(chosen, schema_given=False)
 

@@ -31,7 +31,7 @@ from pgcoord_cli.errors import (
     UnsuitableServer,
     UsageError,
 )
-from pgcoord_cli.settings import Settings
+from pgcoord_cli.settings import DSN_ARGUMENT, Settings
 
 LIVENESS_DEFAULTS = {
     "connect_timeout": 10,  # seconds
@@ -186,9 +186,9 @@ def connection_failed(settings: Settings, error: psycopg.Error) -> PgcoordError:
     reason = redact(_first_reason(error))
     if _BAD_OPTION.match(reason):
         return UsageError(f"{settings.dsn_source}: {reason}")
+    others = "" if settings.dsn_source == DSN_ARGUMENT else " (--dsn and PGCOORD_DSN choose another)"
     return ConnectionFailed(
-        f"cannot connect: {reason}",
-        hint=f"the address comes from {settings.dsn_source}; is the server up? (--dsn and PGCOORD_DSN choose another)",
+        f"cannot connect: {reason}", hint=f"the address comes from {settings.dsn_source}; is the server up?{others}"
     )
 
 

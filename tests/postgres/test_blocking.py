@@ -291,8 +291,9 @@ def interrupt_once_blocked_by(sql: Sql, pid: int) -> None:
 def test_a_database_that_cannot_be_used_is_said_at_once_and_leaves_no_thread(empty_settings: Settings) -> None:
     with pytest.raises(SchemaMissing):
         connect(empty_settings.dsn, application=APPLICATION)
-    with pytest.raises(ConnectionFailed):
+    with pytest.raises(ConnectionFailed) as failed:
         connect(make_conninfo(empty_settings.dsn, host="/nowhere"), application=APPLICATION)
+    assert failed.value.hint == "the address comes from dsn; is the server up?"
     with pytest.raises(UsageError, match=r"schema: 'a\.b'"):
         connect(empty_settings.dsn, schema="a.b", application=APPLICATION)
     assert client_threads() == []
