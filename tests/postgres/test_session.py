@@ -450,8 +450,9 @@ def test_i3_a_session_that_ends_with_any_code_leaves_the_outcome_unknown(
     settings: Settings, sql: psycopg.Connection[Any]
 ) -> None:
     """The code is none of those for lost connections; the severity of the error shows the loss."""
-    with psycopg.connect(settings.dsn, options="-c idle_in_transaction_session_timeout=1ms") as conn:
-        conn.execute("SELECT 1")
+    with psycopg.connect(settings.dsn) as conn:
+        # Set within the transaction, so that it does not end the session between BEGIN and the first statement.
+        conn.execute("SET LOCAL idle_in_transaction_session_timeout = '1ms'")
         ended = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)"
         until(lambda: value(sql, ended, conn.info.backend_pid))
         with pytest.raises(psycopg.Error) as caught:

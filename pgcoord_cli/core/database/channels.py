@@ -1,13 +1,13 @@
 """Names of the NOTIFY channels. Each includes the schema, so that two clusters in one database never wake each other.
 
-A notification only wakes (rule I7): its payload is never read as truth, and whoever waits also looks by itself
-once in a poll interval.
+A notification only wakes (rule I7): its payload is never used, and a waiting program reads the tables once in a poll
+interval without any.
 """
 
 from __future__ import annotations
 
 POLL_SECONDS = 1.0
-"""How long anything waits for a notification before it looks by itself."""
+"""How long a program waits for a notification before it reads the tables without one."""
 
 
 def commits(schema: str) -> str:
@@ -16,12 +16,12 @@ def commits(schema: str) -> str:
 
 
 def leadership(schema: str) -> str:
-    """Wakes whoever waits for a leader: the lease was taken or released."""
+    """Wakes programs that wait for a leader: the lease was taken or released."""
     return f"{schema}.leader"
 
 
 def data(schema: str) -> str:
-    """Wakes whoever watches keys: a batch has been committed."""
+    """Wakes the watches of keys: a batch has been committed."""
     return f"{schema}.data"
 
 

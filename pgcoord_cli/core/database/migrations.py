@@ -74,6 +74,7 @@ def migration_files() -> tuple[Migration, ...]:
     for path in sorted((sql_root() / "migrations").iterdir()):
         if match := _FILE_NAME.fullmatch(path.name):
             text = path.read_text(encoding="utf-8")
+            # Of the decoded text, so that line endings do not change the checksum.
             digest = hashlib.sha256(text.encode()).hexdigest()
             breaking = text.startswith("-- breaking: yes\n")
             found.append(Migration(int(match[1]), match[2], digest, breaking, text))
@@ -141,6 +142,7 @@ def plan(current: Sequence[MigrationState], to: int | None) -> list[Migration]:
     Raises UsageError if there is no such version, and as `verify`.
     """
     _require_known(to)
+    # No migration may follow one that differs from its file: it was written for the schema that the file makes.
     verify(current)
     pending = {state.version for state in current if state.state == "pending"}
     return [m for m in migration_files() if m.version in pending and (to is None or m.version <= to)]
@@ -196,6 +198,7 @@ def _take_lock(conn: Connection[Any], key: int, lock_timeout: float, on_wait: Ca
             conn.execute("SELECT set_config('lock_timeout', $1, true)", [f"{max(1, round(lock_timeout * 1000))}"])
             conn.execute(sql("migrations", "wait_for_lock"), [key])
     except psycopg.errors.LockNotAvailable:
+        # Another run may hold the lock by now.
         holder = lock_holder(conn, key) or holder
         raise Busy(
             f"another migration run holds the lock: {holder}", hint="wait for it to end, or raise --lock-timeout"
@@ -211,6 +214,7 @@ def apply(
     """
     _require_known(to)  # before the schema is created
     ensure_ledger(conn, schema)
+    # Read under the lock, so that the plan contains nothing that another run has applied meanwhile.
     todo = plan(states(conn, has_ledger=True), to)
     for migration in todo:
         # One transaction, with the ledger row first: a run without the lock would block on the row's key, and fail,
@@ -255,6 +259,7 @@ def script(schema: str, migrations: Sequence[Migration]) -> str:
 
 
 def _script_of(migration: Migration) -> str:
+    # psql has no $1 parameters. The values need no escaping: numbers, a file name of \w characters and a digest.
     values = (str(migration.version), f"'{migration.name}'", f"'{migration.checksum}'", str(migration.breaking).lower())
     row = str(sql("migrations", "record_migration"))
     for number, value in enumerate(values, start=1):

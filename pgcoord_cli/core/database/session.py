@@ -61,6 +61,7 @@ def migration_session(settings: Settings, *, read_only: bool) -> Iterator[tuple[
     conn, server = open_bare_session(replace(settings, statement_timeout=0), "migrate")
     with mapped_errors(), closing(conn):
         if read_only:
+            # The server enforces that nothing is changed.
             conn.read_only = True
             with conn.transaction():
                 yield conn, server
@@ -86,7 +87,7 @@ def adopt_session(conn: Connection[Any], settings: Settings, *, writes: bool) ->
             require_primary(server, writes=writes)
             require_ledger(conn, server, settings)
             check_ledger(settings.schema, read_ledger(conn))
-    except BaseException:
+    except BaseException:  # also an interrupt: the connection belongs to this function until it returns
         conn.close()
         raise
     return conn
@@ -99,7 +100,7 @@ async def open_session_async(settings: Settings, command: str, *, writes: bool) 
         with mapped_errors():
             async with answer_timeout():
                 await _make_ready(conn, settings, writes=writes)
-    except BaseException:
+    except BaseException:  # also a cancellation
         await conn.close()
         raise
     return conn
@@ -108,9 +109,11 @@ async def open_session_async(settings: Settings, command: str, *, writes: bool) 
 async def _make_ready(conn: AsyncConnection[Any], settings: Settings, *, writes: bool) -> None:
     row = await (await conn.execute(*_preparation(settings, conn.info.backend_pid))).fetchone()
     if row is not None and not row[1]:
+        # In a thread, because the check opens connections and blocks until they answer.
         await asyncio.to_thread(require_own_backend, settings, conn.pgconn)
         row = await (await conn.execute(*_preparation(settings, row[0]))).fetchone()
     server = _server(row)
+    # Before the ledger: on a standby, a hint to migrate would be of no use.
     require_primary(server, writes=writes)
     if not server.has_ledger:
         others = await (await conn.execute(*_other_schemas(settings))).fetchall()
@@ -169,6 +172,7 @@ def require_ledger(conn: Connection[Any], server: Server, settings: Settings) ->
 
 
 def _preparation(settings: Settings, backend_pid: int) -> tuple[Any, list[Any]]:
+    # All settings in one statement, because each round trip adds to the time that every command takes. In milliseconds.
     timeouts = [f"{round(seconds * 1000)}" for seconds in (settings.statement_timeout, settings.lock_timeout)]
     return sql("session", "prepare_session"), [settings.schema, *timeouts, backend_pid]
 
@@ -190,6 +194,7 @@ def _server(row: tuple[Any, ...] | None) -> Server:
 
 def schema_missing(settings: Settings, others: Sequence[str]) -> PgcoordError:
     """Returns the error for a schema without migrations; `others` are the pgcoord schemas that the database has."""
+    # Only a name that was given can be mistyped, and only another schema shows that this is a database of pgcoord.
     if settings.schema_given and others:
         return UsageError(
             f"--schema or PGCOORD_SCHEMA: there is no pgcoord schema {settings.schema!r} in this database",

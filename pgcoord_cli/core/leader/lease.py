@@ -68,7 +68,7 @@ class Term(NamedTuple):
 def read_lease(conn: Connection[Any]) -> Lease:
     """Returns the lease row of one snapshot."""
     row = conn.execute(sql("lease", "read_lease")).fetchone()
-    assert row is not None
+    assert row is not None  # the migration inserts the only row
     return Lease(*row)
 
 
@@ -84,6 +84,7 @@ def take_over(conn: Connection[Any], schema: str, node_id: str, ttl: float, *, l
         conn.execute(sql("lease", "lock_lease"), prepare=False)
         taken = conn.execute(sql("lease", "take_over"), arguments, prepare=False)
     row = taken.fetchone()
+    # The last column is the notification of other programs.
     return Term(*row[:-1]) if row else None
 
 
@@ -102,6 +103,8 @@ def renew(conn: Connection[Any], term: Term, ttl: float) -> Renewal:
     expired or belongs to another term.
     """
     row = conn.execute(sql("lease", "renew"), [term.epoch, term.term_id, ttl]).fetchone()
+    # No row has this epoch and term and is unexpired by the server's clock. An expired lease is not extended, because
+    # another candidate may be taking it over at this moment.
     if row is None:
         return Renewal.TERM_ENDED
     return Renewal.STEP_DOWN if row[0] else Renewal.RENEWED
@@ -157,7 +160,7 @@ def _describe_holder(
     pid: int, application: str, role: str, waits_for_standby: bool | None, seconds: float | None
 ) -> str:
     since = "" if seconds is None else f" for {seconds:.0f}s"
-    if waits_for_standby is None:
+    if waits_for_standby is None:  # PostgreSQL hides the wait events of other roles' sessions
         why = "; this role may not see what the session waits for (grant pg_read_all_stats)"
     else:
         why = ", waiting for a synchronous standby" if waits_for_standby else ""
@@ -166,6 +169,7 @@ def _describe_holder(
 
 def release(conn: Connection[Any], schema: str, term: Term, reason: str) -> bool:
     """Ends the term, recording `reason` in the history, and wakes the candidates. Returns False if it had ended."""
+    # Compared with the fence, so that a superseded leader does not release its successor's lease.
     arguments = [term.epoch, term.term_id, reason, channels.leadership(schema)]
     return conn.execute(sql("lease", "release"), arguments).fetchone() is not None
 
