@@ -1,4 +1,4 @@
-"""Dispatch (rule I9): whoever carries which completion on, how often and beside whom, the graph comes out the same."""
+"""Dispatch (rule I9): the final graph does not depend on which dispatcher dispatches which event, when or how often."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.postgres.flow_world import (
 
 
 @pytest.mark.parametrize("below", [0, 1, 3])
-def test_i9_a_dispatch_says_how_many_edges_it_counted(make: Make, below: int) -> None:
+def test_i9_a_dispatch_returns_how_many_edges_it_counted(make: Make, below: int) -> None:
     names = [f"d{number}" for number in range(below)]
     flow = make(plan(" ".join(["a", *names]), " ".join(f"a>{name}" for name in names)))
     assert dispatch_completion(flow.conn, flow.end("a")) == Advanced(below)
@@ -53,7 +53,7 @@ def test_i9_a_dispatch_says_how_many_edges_it_counted(make: Make, below: int) ->
     assert flow.undispatched() == []
 
 
-def test_i9_there_is_nothing_to_do_for_what_was_dispatched_or_does_not_exist(make: Make, sql: Conn) -> None:
+def test_i9_a_dispatched_or_missing_event_is_a_no_op(make: Make, sql: Conn) -> None:
     flow = make(plan("a b", "a>b"))
     event = flow.end("a")
     assert dispatch_completion(flow.conn, event) == Advanced(1)
@@ -64,13 +64,13 @@ def test_i9_there_is_nothing_to_do_for_what_was_dispatched_or_does_not_exist(mak
     assert everything(sql) == before
 
 
-def test_i9_a_completion_of_something_that_is_not_ours_is_carried_nowhere(conn: Conn, sql: Conn) -> None:
+def test_i9_a_completion_of_an_unknown_execution_counts_no_edge(conn: Conn, sql: Conn) -> None:
     event = append_completion_event(conn, uuid_of(7), "success")
     assert dispatch_completion(conn, event) == Advanced(0)
     assert dispatch_completion(conn, event) == NoOp()
 
 
-def test_i9_an_edge_is_counted_once_however_often_its_completion_is_written(make: Make, sql: Conn) -> None:
+def test_i9_an_edge_is_counted_once_although_its_completion_is_written_repeatedly(make: Make, sql: Conn) -> None:
     flow = make(plan("a b c", "a>c b>c"))
     first = flow.end("a")
     second = duplicate(sql, first)
@@ -81,7 +81,7 @@ def test_i9_an_edge_is_counted_once_however_often_its_completion_is_written(make
     assert flow.state("c") == "blocked"
 
 
-def test_i9_of_one_completion_written_twice_and_dispatched_together_the_first_counts(make: Make, sql: Conn) -> None:
+def test_i9_of_two_completions_of_one_execution_in_a_dispatch_the_first_counts(make: Make, sql: Conn) -> None:
     flow = make(plan("a b", "a>b"))
     first = flow.end("a")
     second = duplicate(sql, first)
@@ -90,7 +90,7 @@ def test_i9_of_one_completion_written_twice_and_dispatched_together_the_first_co
     assert flow.group("b") == Group("satisfied", successes=1)
 
 
-def test_i9_an_outcome_that_nobody_knows_counts_as_a_failure(make: Make, sql: Conn) -> None:
+def test_i9_an_unknown_outcome_counts_as_a_failure(make: Make, sql: Conn) -> None:
     flow = make(plan("a b", "a>b"))
     event = flow.end("a")
     sql.execute("UPDATE completion_events SET outcome = 'exploded'")
@@ -102,7 +102,7 @@ def test_i9_an_outcome_that_nobody_knows_counts_as_a_failure(make: Make, sql: Co
 
 
 class Case(NamedTuple):
-    """What ended, in this order, and how what waits for a, b and c stands after each."""
+    """The outcomes of a, b and c in the order of their ends, and the verdict of their downstream after each."""
 
     policy: JoinPolicy
     outcomes: str
@@ -135,10 +135,10 @@ def test_i9_a_policy_is_judged_after_every_completion(make: Make) -> None:
             successes = outcomes[:number].count("s")
             assert flow.group("d") == Group(WORDS[verdict], successes, number - successes, 0, 3 - number)
             assert flow.state("d") == STATES[verdict]
-        executions.claim(flow.conn, "somebody else", limit=9)
+        executions.claim(flow.conn, "another worker", limit=9)
 
 
-def test_i9_what_has_become_impossible_ends_as_skipped_and_the_cascade_goes_on(make: Make) -> None:
+def test_i9_an_impossible_execution_ends_as_skipped_and_the_cascade_continues(make: Make) -> None:
     flow = make(plan("bad good b c d any", "bad>b b>c c>d good>any d>any", any=ANY))
     dispatch_completion(flow.conn, flow.end("bad", "failed"))
     for name, below in (("b", "c"), ("c", "d"), ("d", "any")):
@@ -157,21 +157,21 @@ def test_i9_what_has_become_impossible_ends_as_skipped_and_the_cascade_goes_on(m
 
 
 def race(*, above: str = "") -> FlowPlan:
-    """Five that race for `goal`: one will win, the others are in every state there is."""
+    """Five upstreams of `goal`: `winner` will succeed, the others are in the other states."""
     edges = f"winner>goal running>goal eligible>goal blocked>goal lost>goal gate>blocked {above}"
     return plan("winner lost running gate eligible blocked goal", edges, goal=ANY_CANCEL)
 
 
-def raced(make: Make) -> Flow:
-    """The race when somebody is about to win it."""
+def make_race(make: Make) -> Flow:
+    """Creates the race and brings it to the point where `winner` can succeed."""
     flow = make(race())
     dispatch_completion(flow.conn, flow.end("lost", "failed"))
     flow.claim("gate")
     return flow
 
 
-def test_i9_what_need_not_run_any_more_is_cancelled_once_and_the_winner_never(make: Make) -> None:
-    flow = raced(make)
+def test_i9_siblings_of_a_winner_are_cancelled_once_and_the_winner_is_not(make: Make) -> None:
+    flow = make_race(make)
     assert dispatch_completion(flow.conn, flow.end("winner")) == Advanced(1)
     assert flow.states() == {
         "winner": "success", "lost": "failed", "running": "cancelled", "eligible": "cancelled",
@@ -179,7 +179,7 @@ def test_i9_what_need_not_run_any_more_is_cancelled_once_and_the_winner_never(ma
     }  # fmt: skip
     flow.end("gate")
     flow.settle()
-    assert flow.state("blocked") == "cancelled", "nor does it come back when what it waited for succeeds"
+    assert flow.state("blocked") == "cancelled", "and stays cancelled when its own upstream succeeds"
     flow.end("goal")
     flow.settle()
     assert flow.group("goal") == Group("satisfied", successes=1, fails=4)
@@ -188,7 +188,7 @@ def test_i9_what_need_not_run_any_more_is_cancelled_once_and_the_winner_never(ma
 
 
 def test_i9_the_worker_of_a_cancelled_sibling_is_fenced_and_its_lease_event_says_revoked(make: Make) -> None:
-    flow = raced(make)
+    flow = make_race(make)
     claim = flow.claims["running"]
     dispatch_completion(flow.conn, flow.end("winner"))
     query = "SELECT event_type FROM lease_events WHERE lease_id = %s ORDER BY event_id"
@@ -199,7 +199,7 @@ def test_i9_the_worker_of_a_cancelled_sibling_is_fenced_and_its_lease_event_says
     assert everything(flow.sql) == before
 
 
-def test_i9_a_sibling_that_wins_at_the_same_time_stays_a_winner(settings: Settings, make: Make, sql: Conn) -> None:
+def test_i9_a_sibling_that_succeeds_concurrently_is_not_cancelled(settings: Settings, make: Make, sql: Conn) -> None:
     flow = make(plan("a b goal", "a>goal b>goal", goal=ANY_CANCEL))
     event, claim = flow.end("a"), flow.claim("b")
     with sessions(settings, 1) as (other,), ThreadPoolExecutor(1) as pool:
@@ -215,7 +215,7 @@ def test_i9_a_sibling_that_wins_at_the_same_time_stays_a_winner(settings: Settin
 
 
 @pytest.mark.parametrize("verdict", ["pending", "impossible"])
-def test_i9_siblings_run_on_unless_enough_have_succeeded(make: Make, verdict: str) -> None:
+def test_i9_siblings_of_an_unsatisfied_policy_are_not_cancelled(make: Make, verdict: str) -> None:
     policy = JoinPolicy(PolicyKind.QUORUM, 2 if verdict == "pending" else 3, OnSatisfied.CANCEL_REMAINING)
     flow = make(plan("a b c goal", "a>goal b>goal c>goal", goal=policy))
     dispatch_completion(flow.conn, flow.end("a", "failed"))
@@ -223,30 +223,30 @@ def test_i9_siblings_run_on_unless_enough_have_succeeded(make: Make, verdict: st
     assert [flow.state(name) for name in "bc"] == ["eligible"] * 2
 
 
-def test_i9_siblings_of_a_satisfied_policy_run_on_where_it_lets_them(make: Make) -> None:
+def test_i9_siblings_of_a_satisfied_policy_with_let_run_are_not_cancelled(make: Make) -> None:
     flow = make(plan("a b c goal", "a>goal b>goal c>goal", goal=ANY))
     flow.claim("b")
     dispatch_completion(flow.conn, flow.end("a"))
     assert [flow.state(name) for name in "bc"] == ["running", "eligible"]
 
 
-# -- dispatchers beside each other
+# -- concurrent dispatchers
 
 
-def test_i9_an_event_that_somebody_is_dispatching_is_left_to_them(settings: Settings, make: Make) -> None:
+def test_i9_an_event_that_another_session_is_dispatching_is_skipped(settings: Settings, make: Make) -> None:
     flow = make(plan("a b c", "a>b a>c"))
     event = flow.end("a")
     with sessions(settings, 1) as (other,):
         with other.transaction(force_rollback=True):
             assert dispatch_completion(other, event) == Advanced(2)
-            assert dispatch_completion(flow.conn, event) == NoOp(), "and it does not wait for them either"
+            assert dispatch_completion(flow.conn, event) == NoOp(), "skipped without waiting"
         assert flow.undispatched() == [event]
         assert flow.states() == {"a": "success", "b": "blocked", "c": "blocked"}
         assert dispatch_completion(flow.conn, event) == Advanced(2)
 
 
 @pytest.mark.parametrize("ending", ["COMMIT", "ROLLBACK"])
-def test_i9_two_dispatchers_with_one_downstream_wait_for_each_other_and_lose_no_count(
+def test_i9_two_dispatchers_with_one_downstream_wait_for_each_other_and_both_count(
     settings: Settings, make: Make, sql: Conn, ending: str
 ) -> None:
     flow = make(plan("a b c", "a>c b>c"))
@@ -267,7 +267,7 @@ def test_i9_two_dispatchers_with_one_downstream_wait_for_each_other_and_lose_no_
 
 @pytest.mark.usefixtures("no_second_try")
 def test_i9_dispatchers_with_many_common_downstreams_never_deadlock(settings: Settings, make: Make, sql: Conn) -> None:
-    """Somebody holds the group that both need first, so that both start out together once it is let go."""
+    """A third session locks the group that both need first, so that both continue together when it is released."""
     names = [f"d{number:02}" for number in range(40)]
     edges = [f"{upstream}>{name}" for name in names for upstream in ("a", "b")]
     policies = dict.fromkeys(names, ANY_CANCEL)
@@ -284,10 +284,8 @@ def test_i9_dispatchers_with_many_common_downstreams_never_deadlock(settings: Se
 
 
 @pytest.mark.parametrize(("table", "key"), [("edge_groups", "downstream_id"), ("executions", "execution_id")])
-def test_i9_a_dispatch_locks_what_it_changes_in_the_order_of_the_keys(
-    settings: Settings, make: Make, sql: Conn, table: str, key: str
-) -> None:
-    """Somebody holds the middle one; then the dispatch has to hold those before it, and none of those after it."""
+def test_i9_a_dispatch_locks_rows_in_key_order(settings: Settings, make: Make, sql: Conn, table: str, key: str) -> None:
+    """Another session locks the middle row; the dispatch must hold the rows before it and none after it."""
     names = [f"d{number:02}" for number in range(21)]
     flow = make(plan(" ".join(["a", *names]), " ".join(f"a>{name}" for name in names)))
     event, keys = flow.end("a"), sorted(flow.ids[name] for name in names)
@@ -302,10 +300,10 @@ def test_i9_a_dispatch_locks_what_it_changes_in_the_order_of_the_keys(
 
 
 @pytest.mark.usefixtures("no_second_try")
-def test_i9_dispatchers_that_free_what_the_other_one_cancels_never_deadlock(
+def test_i9_dispatchers_that_make_eligible_what_the_other_cancels_never_deadlock(
     settings: Settings, make: Make, sql: Conn
 ) -> None:
-    """Somebody holds what both are after, so that both have got there when it is let go."""
+    """A third session locks the rows that both change, so that both wait for them when it releases them."""
     edges = "one>goal_one x>goal_one two>goal_two y>goal_two one>y two>x"
     flow = make(plan("one two x y goal_one goal_two", edges, goal_one=ANY_CANCEL, goal_two=ANY_CANCEL))
     events = [flow.end("one"), flow.end("two")]
@@ -324,11 +322,11 @@ def test_i9_dispatchers_that_free_what_the_other_one_cancels_never_deadlock(
     )
 
 
-# -- trouble
+# -- errors
 
 
 def raise_on_counting(sql: Conn, sqlstate: str, times: int) -> None:
-    """Has the counting of edges fail so many times. A sequence counts them, which no rollback undoes."""
+    """Makes the counting of edges fail that many times. A sequence counts them, since a rollback does not reset it."""
     sql.execute(
         f"""
         CREATE SEQUENCE tried;
@@ -345,7 +343,7 @@ def raise_on_counting(sql: Conn, sqlstate: str, times: int) -> None:
 
 
 @pytest.mark.parametrize("sqlstate", ["40001", "40P01", "55P03"])
-def test_i9_trouble_that_passes_is_tried_again_three_times(make: Make, sql: Conn, sqlstate: str) -> None:
+def test_i9_a_transient_error_is_retried_three_times(make: Make, sql: Conn, sqlstate: str) -> None:
     flow = make(plan("a b", "a>b"))
     event = flow.end("a")
     raise_on_counting(sql, sqlstate, times=TRIES - 1)
@@ -354,7 +352,7 @@ def test_i9_trouble_that_passes_is_tried_again_three_times(make: Make, sql: Conn
 
 
 @pytest.mark.parametrize(("sqlstate", "tries"), [("40P01", TRIES), ("22012", 1)])
-def test_i9_trouble_that_stays_is_raised_and_leaves_the_event_for_the_reconciler(
+def test_i9_a_persistent_error_is_raised_and_leaves_the_event_for_the_reconciler(
     make: Make, sql: Conn, sqlstate: str, tries: int
 ) -> None:
     flow = make(plan("a b", "a>b"))
@@ -370,7 +368,7 @@ def test_i9_trouble_that_stays_is_raised_and_leaves_the_event_for_the_reconciler
     assert dispatch_completion(flow.conn, event) == Advanced(1)
 
 
-def test_i9_a_group_that_stays_locked_is_given_up_and_counted_later(settings: Settings, make: Make, sql: Conn) -> None:
+def test_i9_a_group_that_stays_locked_times_out_and_is_counted_later(settings: Settings, make: Make, sql: Conn) -> None:
     flow = make(plan("a b c", "a>c b>c"))
     first, second = flow.end("a"), flow.end("b")
     flow.conn.execute("SET lock_timeout = '5ms'")
@@ -383,18 +381,18 @@ def test_i9_a_group_that_stays_locked_is_given_up_and_counted_later(settings: Se
     assert flow.group("c") == Group("satisfied", successes=2)
 
 
-# -- anything at all
+# -- random graphs
 
 
 class Graph(NamedTuple):
-    """A flow, and how its executions would end that get to run."""
+    """A flow, and the outcome of each of its executions if it runs."""
 
     plan: FlowPlan
     outcomes: Mapping[str, str]
 
 
 def policies(then: Sequence[OnSatisfied], size: int) -> st.SearchStrategy[JoinPolicy]:
-    """For something that waits for so many."""
+    """Policies for an execution with `size` upstreams."""
     others = st.builds(
         JoinPolicy, st.sampled_from([PolicyKind.ALL_OF, PolicyKind.ANY_OF]), st.none(), st.sampled_from(then)
     )
@@ -403,7 +401,7 @@ def policies(then: Sequence[OnSatisfied], size: int) -> st.SearchStrategy[JoinPo
 
 @st.composite
 def graphs(draw: st.DrawFn, most: int, then: Sequence[OnSatisfied]) -> Graph:
-    """Executions that wait for some of those before them."""
+    """Graphs of executions whose upstreams are earlier executions."""
     names = [f"e{number}" for number in range(draw(st.integers(1, most)))]
     upstreams = {
         name: sorted(draw(st.sets(st.sampled_from(names[:number]), max_size=4)))
@@ -422,17 +420,19 @@ slow_fixtures = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, Heal
 
 
 def examples(number: int) -> Callable[[Any], Any]:
-    """As many examples on one database, each a flow of its own; threads make shrinking pointless."""
+    """That many examples on one database, each a new flow; without shrinking, since threads are not deterministic."""
     phases = [Phase.explicit, Phase.reuse, Phase.generate]
     return hypothesis_settings(
         max_examples=number, deadline=None, suppress_health_check=slow_fixtures, phases=phases, database=None
     )
 
 
-def ended_by_many(dispatchers: Sequence[Conn], flow: Flow, outcomes: Mapping[str, str], order: random.Random) -> None:
-    """Brings a flow to its end: rounds of ends, in random order, and of dispatches by all dispatchers at once.
+def run_with_dispatchers(
+    dispatchers: Sequence[Conn], flow: Flow, outcomes: Mapping[str, str], order: random.Random
+) -> None:
+    """Runs a flow to its end: rounds of executions that end in random order and of concurrent dispatches.
 
-    Each event goes to several of them, some that were dispatched long ago go to them again, and some completions are
+    Each event is dispatched by several dispatchers, some events are dispatched again later, and some completions are
     written twice.
     """
     done: list[int] = []
@@ -450,9 +450,9 @@ def dispatch_each(conn: Conn, events: Sequence[int]) -> None:
         dispatch_completion(conn, event)
 
 
-def assert_as_the_model_says(settings: Settings, flow: Flow, graph: Graph, order: random.Random) -> None:
+def assert_matches_the_model(settings: Settings, flow: Flow, graph: Graph, order: random.Random) -> None:
     with sessions(settings, 4) as dispatchers:
-        ended_by_many(dispatchers, flow, graph.outcomes, order)
+        run_with_dispatchers(dispatchers, flow, graph.outcomes, order)
     assert flow.states() == expected_states(graph.plan, graph.outcomes)
     assert_sound(flow)
 
@@ -462,7 +462,7 @@ LET_RUN, EITHER = [OnSatisfied.LET_RUN], list(OnSatisfied)
 
 @given(graph=graphs(12, LET_RUN), order=orders)
 @examples(60)
-def test_i9_one_dispatcher_brings_any_graph_to_what_the_model_says(
+def test_i9_one_dispatcher_brings_every_graph_to_the_state_of_the_model(
     make: Make, graph: Graph, order: random.Random
 ) -> None:
     flow = make(graph.plan)
@@ -474,24 +474,24 @@ def test_i9_one_dispatcher_brings_any_graph_to_what_the_model_says(
 @pytest.mark.usefixtures("no_second_try")
 @given(graph=graphs(30, LET_RUN), order=orders)
 @examples(25)
-def test_i9_four_dispatchers_at_once_bring_any_graph_to_what_the_model_says(
+def test_i9_four_dispatchers_bring_every_graph_to_the_state_of_the_model(
     settings: Settings, make: Make, graph: Graph, order: random.Random
 ) -> None:
-    assert_as_the_model_says(settings, make(graph.plan), graph, order)
+    assert_matches_the_model(settings, make(graph.plan), graph, order)
 
 
 @pytest.mark.usefixtures("no_second_try")
 @pytest.mark.slow
 @given(graph=graphs(200, LET_RUN), order=orders)
 @examples(100)
-def test_i9_four_dispatchers_at_once_bring_any_large_graph_to_what_the_model_says(
+def test_i9_four_dispatchers_bring_every_large_graph_to_the_state_of_the_model(
     settings: Settings, make: Make, graph: Graph, order: random.Random
 ) -> None:
-    assert_as_the_model_says(settings, make(graph.plan), graph, order)
+    assert_matches_the_model(settings, make(graph.plan), graph, order)
 
 
-def assert_cancelled_for_a_reason(flow: Flow) -> None:
-    """Only what some satisfied policy did not need any more was cancelled."""
+def assert_cancellations_are_justified(flow: Flow) -> None:
+    """Checks that each cancelled execution is an upstream of a satisfied group with cancel_remaining."""
     cancelled = {name for name, state in flow.states().items() if state == "cancelled"}
     reasons = {
         upstream
@@ -506,11 +506,11 @@ def assert_cancelled_for_a_reason(flow: Flow) -> None:
 @pytest.mark.usefixtures("no_second_try")
 @given(graph=graphs(30, EITHER), order=orders)
 @examples(25)
-def test_i9_whatever_is_cancelled_every_edge_is_counted_once_and_every_policy_obeyed(
+def test_i9_with_cancellation_every_edge_is_counted_once_and_every_policy_is_obeyed(
     settings: Settings, make: Make, graph: Graph, order: random.Random
 ) -> None:
     flow = make(graph.plan)
     with sessions(settings, 4) as dispatchers:
-        ended_by_many(dispatchers, flow, graph.outcomes, order)
+        run_with_dispatchers(dispatchers, flow, graph.outcomes, order)
     assert_sound(flow)
-    assert_cancelled_for_a_reason(flow)
+    assert_cancellations_are_justified(flow)

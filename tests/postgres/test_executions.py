@@ -1,4 +1,4 @@
-"""Claims, leases and the fence: who runs what, and that a worker which lost its lease changes nothing any more."""
+"""Claims, leases and the fence: each execution has one worker, and one whose lease has ended changes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def names(claims: list[Claim]) -> list[str]:
 VERBS: dict[str, Callable[[Conn, Claim], object]] = {
     "renew": lambda conn, claim: executions.renew(conn, claim.execution_id, claim.lease_epoch, 60),
     "complete": lambda conn, claim: executions.complete(conn, claim.execution_id, claim.lease_epoch),
-    "fail": lambda conn, claim: executions.fail(conn, claim.execution_id, claim.lease_epoch, "trouble"),
+    "fail": lambda conn, claim: executions.fail(conn, claim.execution_id, claim.lease_epoch, "failed"),
 }
 """What a worker does with a lease."""
 
@@ -40,7 +40,7 @@ def completions(sql: Conn) -> list[str]:
     return column(sql, "SELECT outcome FROM completion_events ORDER BY event_id")
 
 
-def run_out(sql: Conn) -> None:
+def expire_leases(sql: Conn) -> None:
     sql.execute("UPDATE execution_leases SET expires_at = clock_timestamp() - interval '1 ms'")
 
 
@@ -51,7 +51,7 @@ def end_back_offs(sql: Conn) -> None:
 # -- claiming
 
 
-def test_a_claim_takes_the_oldest_that_is_eligible(make: Make, conn: Conn) -> None:
+def test_a_claim_takes_the_oldest_eligible_executions(make: Make, conn: Conn) -> None:
     flow = make(plan("late early blocked last", "last>blocked"))
     make(plan("younger"))
     assert names(executions.claim(conn, "me")) == ["late"]
@@ -61,7 +61,7 @@ def test_a_claim_takes_the_oldest_that_is_eligible(make: Make, conn: Conn) -> No
     assert flow.states() == dict.fromkeys(("late", "early", "last"), "running") | {"blocked": "blocked"}
 
 
-def test_a_claim_says_all_that_a_worker_needs(make: Make, conn: Conn, sql: Conn) -> None:
+def test_a_claim_has_everything_that_a_worker_needs(make: Make, conn: Conn, sql: Conn) -> None:
     flow = make(plan("a"))
     (claim,) = executions.claim(conn, "me")
     lease = sql.execute("SELECT lease_id, expires_at, owner, lease_epoch FROM execution_leases").fetchone()
@@ -69,7 +69,7 @@ def test_a_claim_says_all_that_a_worker_needs(make: Make, conn: Conn, sql: Conn)
     assert claim[:1] + claim[2:7] == (flow.ids["a"], 1, flow.flow_id, "a", ["true"], 1)
 
 
-def test_a_claim_keeps_to_its_namespace_and_tag(make: Make, conn: Conn) -> None:
+def test_a_claim_is_restricted_to_its_namespace_and_tag(make: Make, conn: Conn) -> None:
     for number, (namespace, tag) in enumerate([("x", "1"), ("x", "2"), ("y", "1"), (None, None)]):
         make(plan(f"e{number}", namespace=namespace, tag=tag))
     assert executions.claim(conn, "me", limit=9, namespace="z") == []
@@ -78,7 +78,7 @@ def test_a_claim_keeps_to_its_namespace_and_tag(make: Make, conn: Conn) -> None:
     assert names(executions.claim(conn, "me", limit=9)) == ["e3"]
 
 
-def test_a_claim_passes_over_what_somebody_else_is_just_claiming(settings: Settings, make: Make, conn: Conn) -> None:
+def test_a_claim_skips_executions_with_an_uncommitted_claim(settings: Settings, make: Make, conn: Conn) -> None:
     make(plan("a b c"))
     with sessions(settings, 1) as (other,):
         with other.transaction(force_rollback=True):
@@ -87,7 +87,7 @@ def test_a_claim_passes_over_what_somebody_else_is_just_claiming(settings: Setti
         assert names(executions.claim(conn, "me", limit=9)) == ["a", "c"]
 
 
-def test_of_many_who_claim_at_once_no_two_get_the_same(settings: Settings, make: Make) -> None:
+def test_concurrent_claims_never_get_the_same_execution(settings: Settings, make: Make) -> None:
     wanted = [f"e{number}" for number in range(60)]
     make(plan(" ".join(wanted)))
     together = Barrier(4)
@@ -104,7 +104,7 @@ def test_of_many_who_claim_at_once_no_two_get_the_same(settings: Settings, make:
     assert sorted(got) == sorted(wanted)
 
 
-def test_i7_whoever_waits_for_work_is_woken_when_something_becomes_eligible(make: Make, sql: Conn) -> None:
+def test_i7_workers_are_notified_when_an_execution_becomes_eligible(make: Make, sql: Conn) -> None:
     flow = make(plan("a b", "a>b"))
     flow.end("a")
     sql.execute('LISTEN "pgcoord.executions"')
@@ -116,7 +116,7 @@ def test_i7_whoever_waits_for_work_is_woken_when_something_becomes_eligible(make
 
 
 def assert_lasts(sql: Conn, column_: str, seconds: int, move: Callable[[], object]) -> None:
-    """The move sets that time to so many seconds from now, by the server's clock."""
+    """Checks that `move` sets a column to that many seconds from now, by the server's clock."""
     before = value(sql, "SELECT clock_timestamp()")
     move()
     query = f"""SELECT {column_} BETWEEN %s + make_interval(secs => %s)
@@ -126,7 +126,7 @@ def assert_lasts(sql: Conn, column_: str, seconds: int, move: Callable[[], objec
 
 
 @pytest.mark.parametrize("client_clock", [0.0, 2e9])
-def test_i12_a_lease_lasts_from_now_on_by_the_servers_clock(
+def test_i12_a_lease_is_measured_by_the_servers_clock(
     make: Make, conn: Conn, sql: Conn, monkeypatch: pytest.MonkeyPatch, client_clock: float
 ) -> None:
     flow = make(plan("a"))
@@ -135,27 +135,27 @@ def test_i12_a_lease_lasts_from_now_on_by_the_servers_clock(
     assert_lasts(sql, "expires_at", 20, lambda: executions.renew(conn, flow.ids["a"], 1, 20))
 
 
-def test_a_renewal_returns_until_when(make: Make, conn: Conn, sql: Conn) -> None:
+def test_a_renewal_returns_the_new_expiry(make: Make, conn: Conn, sql: Conn) -> None:
     claim = make(plan("a")).claim("a")
     until = executions.renew(conn, claim.execution_id, claim.lease_epoch, 600)
     assert value(sql, "SELECT expires_at FROM execution_leases") == until > claim.expires_at
 
 
-def test_a_lease_that_has_run_out_is_its_workers_until_somebody_takes_it(make: Make, conn: Conn, sql: Conn) -> None:
+def test_an_expired_lease_belongs_to_its_worker_until_it_is_ended(make: Make, conn: Conn, sql: Conn) -> None:
     flow = make(plan(" ".join(VERBS)))
     for name, verb in VERBS.items():
         flow.claim(name)
-        run_out(sql)
+        expire_leases(sql)
         verb(conn, flow.claims[name])
 
 
-def test_a_lease_that_is_renewed_while_it_is_being_taken_back_stays(
+def test_a_lease_with_an_uncommitted_renewal_is_not_ended_as_expired(
     settings: Settings, make: Make, conn: Conn, sql: Conn
 ) -> None:
-    """Its worker is told that it has the lease until then, so it has to have it."""
+    """The renewal has returned a new expiry to the worker, so the lease must last until then."""
     flow = make(plan("a"))
     claim = flow.claim("a")
-    run_out(sql)
+    expire_leases(sql)
     with sessions(settings, 1) as (other,), ThreadPoolExecutor(1) as pool:
         with other.transaction():
             executions.renew(other, claim.execution_id, claim.lease_epoch, 600)
@@ -172,35 +172,35 @@ def test_a_lease_that_is_renewed_while_it_is_being_taken_back_stays(
 Step = Callable[[Flow, Claim], object]
 
 
-def give_to_another(flow: Flow, _: Claim) -> None:
-    """Has what is eligible claimed by somebody else."""
+def claim_for_another(flow: Flow, _: Claim) -> None:
+    """Claims the eligible execution for another worker."""
     end_back_offs(flow.sql)
     assert executions.claim(flow.conn, "another")
 
 
-def take_back(flow: Flow, _: Claim) -> None:
-    """Has leases that have run out noticed."""
-    run_out(flow.sql)
+def expire(flow: Flow, _: Claim) -> None:
+    """Sets the leases to expired, and ends them as the reconciler does."""
+    expire_leases(flow.sql)
     reconcile.lease_expiry(flow.conn, reconcile.Scope(), lambda *_: None)
 
 
 STEPS: dict[str, Step] = {
-    "claim": give_to_another,
+    "claim": claim_for_another,
     "renew": lambda flow, claim: VERBS["renew"](flow.conn, claim),
     "complete": lambda flow, claim: VERBS["complete"](flow.conn, claim),
     "fail": lambda flow, claim: VERBS["fail"](flow.conn, claim),
     "revoke": lambda flow, claim: executions.revoke(flow.conn, claim.execution_id),
-    "expire": take_back,
+    "expire": expire,
     "cancel": lambda flow, _: flows.cancel(flow.conn, flow.flow_id),
 }
-"""What can happen to the lease of a claim, or beside it."""
+"""Transitions of the lease of a claim, and a claim by another worker."""
 
 LOSSES = ["revoke", "revoke claim", "expire", "expire claim", "cancel", "complete", "fail", "fail claim"]
-"""How a lease can be over."""
+"""The ways in which a lease ends."""
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_worker_whose_lease_is_over_is_fenced_and_changes_nothing(
+def test_a_worker_whose_lease_has_ended_is_fenced_and_changes_nothing(
     make: Make, conn: Conn, sql: Conn, loss: str
 ) -> None:
     flow = make(plan("a b", "a>b", max_attempts=2))
@@ -217,7 +217,7 @@ def test_any_other_epoch_is_fenced_and_changes_nothing(make: Make, conn: Conn, s
 
 
 @every_verb
-def test_of_an_execution_that_is_not_there_a_worker_hears_that(make: Make, conn: Conn, sql: Conn, verb: str) -> None:
+def test_a_missing_execution_raises_condition_false(make: Make, conn: Conn, sql: Conn, verb: str) -> None:
     claim = make(plan("a")).claim("a")
     before = everything(sql)
     with pytest.raises(ConditionFalse, match="there is no execution"):
@@ -226,7 +226,7 @@ def test_of_an_execution_that_is_not_there_a_worker_hears_that(make: Make, conn:
 
 
 def assert_fenced(conn: Conn, sql: Conn, claim: Claim) -> None:
-    """Whatever a worker tries with that claim, it is told off, and not one row is another than before."""
+    """Checks that every call with that claim raises Fenced and changes no row."""
     before = everything(sql)
     for verb in VERBS.values():
         with pytest.raises(Fenced) as caught:
@@ -237,7 +237,7 @@ def assert_fenced(conn: Conn, sql: Conn, claim: Claim) -> None:
 
 @every_verb
 @pytest.mark.parametrize("ending", ["COMMIT", "ROLLBACK"])
-def test_a_worker_whose_lease_is_just_being_revoked_waits_to_hear_of_it(
+def test_a_worker_waits_for_an_uncommitted_revocation_of_its_lease(
     settings: Settings, make: Make, conn: Conn, sql: Conn, verb: str, ending: str
 ) -> None:
     flow = make(plan("a", max_attempts=2))
@@ -254,12 +254,12 @@ def test_a_worker_whose_lease_is_just_being_revoked_waits_to_hear_of_it(
 
 
 @pytest.mark.parametrize("verb", ["complete", "fail"])
-def test_an_execution_that_is_just_being_reported_on_is_not_reclaimed(
+def test_an_execution_with_an_uncommitted_result_is_not_reclaimed(
     settings: Settings, make: Make, conn: Conn, sql: Conn, verb: str
 ) -> None:
     flow = make(plan("a"))
     claim = flow.claim("a")
-    run_out(sql)
+    expire_leases(sql)
     with sessions(settings, 1) as (other,), other.transaction():
         VERBS[verb](other, claim)
         assert reconcile.lease_expiry(conn, reconcile.Scope(), lambda *_: None).reconciled == 0
@@ -270,13 +270,13 @@ def test_an_execution_that_is_just_being_reported_on_is_not_reclaimed(
 # -- events
 
 
-def test_every_transition_of_a_lease_is_told(make: Make, conn: Conn, sql: Conn) -> None:
+def test_every_transition_of_a_lease_writes_an_event(make: Make, conn: Conn, sql: Conn) -> None:
     flow = make(plan("a", namespace="ns", tag="blue", max_attempts=9))
     first = flow.claim("a")
     VERBS["renew"](conn, first)
     executions.revoke(conn, first.execution_id)
     (second,) = executions.claim(conn, "me")
-    take_back(flow, second)
+    expire(flow, second)
     (third,) = executions.claim(conn, "me")
     VERBS["fail"](conn, third)
     end_back_offs(sql)
@@ -298,7 +298,9 @@ def test_every_transition_of_a_lease_is_told(make: Make, conn: Conn, sql: Conn) 
 
 
 @pytest.mark.parametrize("verb", ["complete", "fail"])
-def test_every_end_is_told_with_the_labels_of_the_execution(make: Make, conn: Conn, sql: Conn, verb: str) -> None:
+def test_every_end_writes_an_event_with_the_labels_of_the_execution(
+    make: Make, conn: Conn, sql: Conn, verb: str
+) -> None:
     flow = make(plan("a", namespace="ns", tag="blue"))
     VERBS[verb](conn, flow.claim("a"))
     query = """SELECT execution_id, flow_id, outcome, partition_key, namespace, instance_tag, dispatched_at_ms
@@ -312,26 +314,26 @@ def test_every_end_is_told_with_the_labels_of_the_execution(make: Make, conn: Co
 
 
 @pytest.mark.parametrize("transition", STEPS)
-def test_a_transition_that_is_rolled_back_leaves_neither_event_nor_state(
+def test_a_transition_that_rolls_back_leaves_neither_event_nor_state(
     make: Make, conn: Conn, sql: Conn, transition: str
 ) -> None:
     flow = make(plan("a b"))
     claim = flow.claim("a")
-    run_out(sql)
+    expire_leases(sql)
     before = everything(sql)
     with conn.transaction(force_rollback=True):
-        flow.sql = conn  # so that all of it is one transaction
+        flow.sql = conn  # so that every statement is in this transaction
         STEPS[transition](flow, claim)
         inside = everything(conn)
     assert inside != before
-    assert len(inside["lease_events"] + inside["completion_events"]) > 1, "it did write its event"
+    assert len(inside["lease_events"] + inside["completion_events"]) > 1, "the transition wrote its event"
     assert everything(sql) == before
 
 
 # -- attempts
 
 
-def test_i12_an_attempt_that_failed_is_made_again_after_a_pause_that_doubles(
+def test_i12_a_failed_attempt_is_repeated_after_a_pause_that_doubles(
     make: Make, conn: Conn, sql: Conn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: 0.0)
@@ -346,35 +348,35 @@ def test_i12_an_attempt_that_failed_is_made_again_after_a_pause_that_doubles(
         assert 3_000 < (executions.seconds_to_next(conn, None, None) or 0) <= 3_600
         end_back_offs(sql)
         assert executions.seconds_to_next(conn, None, None) is None
-    assert executions.fail(conn, *give_up(conn), "for good") == "failed"
+    assert executions.fail(conn, *claim_one(conn), "for good") == "failed"
     row = sql.execute("SELECT state, failures, reason, ended_at IS NOT NULL FROM executions").fetchone()
     assert row == ("failed", 13, "for good", True)
     assert completions(sql) == ["failed"]
 
 
-def test_the_hundredth_attempt_can_fail_like_any_other(make: Make, conn: Conn, sql: Conn) -> None:
+def test_the_pause_is_bounded_after_many_attempts(make: Make, conn: Conn, sql: Conn) -> None:
     flow = make(plan("a", max_attempts=200))
     sql.execute("UPDATE executions SET failures = 99")
     claim = flow.claim("a")
     assert_lasts(sql, "eligible_from", 600, lambda: VERBS["fail"](conn, claim))
 
 
-def give_up(conn: Conn) -> tuple[Any, int]:
-    """Claims what there is; what a verb asks for."""
+def claim_one(conn: Conn) -> tuple[Any, int]:
+    """Claims an execution; returns its id and lease epoch."""
     (claim,) = executions.claim(conn, "me")
     return claim.execution_id, claim.lease_epoch
 
 
-def test_an_attempt_that_will_be_made_again_is_no_completion(make: Make, conn: Conn, sql: Conn) -> None:
+def test_a_failed_attempt_that_is_repeated_writes_no_completion_event(make: Make, conn: Conn, sql: Conn) -> None:
     flow = make(plan("a b", "a>b", max_attempts=2))
     assert VERBS["fail"](conn, flow.claim("a")) == "eligible"
     assert completions(sql) == []
     end_back_offs(sql)
-    executions.complete(conn, *give_up(conn))
+    executions.complete(conn, *claim_one(conn))
     assert completions(sql) == ["success"]
 
 
-def test_the_pause_is_that_of_the_executions_that_somebody_asks_for(make: Make, conn: Conn, sql: Conn) -> None:
+def test_the_next_back_off_is_that_of_the_namespace_and_tag(make: Make, conn: Conn, sql: Conn) -> None:
     make(plan("a", namespace="ns", tag="blue"))
     sql.execute("UPDATE executions SET eligible_from = clock_timestamp() + interval '1 hour'")
     asked = [("ns", "blue"), ("ns", None), (None, "blue"), ("other", None), (None, "green")]
@@ -382,10 +384,10 @@ def test_the_pause_is_that_of_the_executions_that_somebody_asks_for(make: Make, 
     assert found == [True, True, True, False, False]
 
 
-# -- revoking, and looking
+# -- revocation and records
 
 
-def test_what_was_revoked_is_for_anybody_to_claim_at_once(make: Make, conn: Conn) -> None:
+def test_a_revoked_execution_can_be_claimed_at_once(make: Make, conn: Conn) -> None:
     flow = make(plan("a b"))
     claim = flow.claim("a")
     executions.revoke(conn, claim.execution_id)
@@ -396,7 +398,7 @@ def test_what_was_revoked_is_for_anybody_to_claim_at_once(make: Make, conn: Conn
 
 
 @pytest.mark.parametrize("state", ["eligible", "blocked", "success", "skipped"])
-def test_what_does_not_run_cannot_be_revoked(make: Make, conn: Conn, sql: Conn, state: str) -> None:
+def test_an_execution_that_is_not_running_cannot_be_revoked(make: Make, conn: Conn, sql: Conn, state: str) -> None:
     flow = make(plan("success bad eligible blocked skipped", "bad>skipped eligible>blocked"))
     flow.end("success")
     flow.end("bad", "failed")
@@ -407,12 +409,12 @@ def test_what_does_not_run_cannot_be_revoked(make: Make, conn: Conn, sql: Conn, 
     assert everything(sql) == before
 
 
-def test_what_does_not_exist_cannot_be_revoked(conn: Conn) -> None:
+def test_a_missing_execution_cannot_be_revoked(conn: Conn) -> None:
     with pytest.raises(ConditionFalse, match="there is no execution"):
         executions.revoke(conn, uuid_of(1))
 
 
-def test_an_executions_record_says_who_runs_it(make: Make, conn: Conn) -> None:
+def test_an_execution_record_shows_its_lease(make: Make, conn: Conn) -> None:
     flow = make(plan("a", namespace="ns"))
     assert executions.execution_record(conn, flow.ids["a"])["owner"] is None
     claim = flow.claim("a")

@@ -1,4 +1,4 @@
-"""Flows as they are made, grown and cancelled: all of it or nothing, and no edge is forgotten or counted twice."""
+"""Creating, extending and cancelling flows: in one transaction, with every edge counted exactly once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.postgres.flow_world import (
 # -- creating
 
 
-def test_a_new_flow_waits_where_it_has_to_and_counts_nothing_yet(make: Make) -> None:
+def test_a_new_flow_has_blocked_and_eligible_executions_and_no_counts(make: Make) -> None:
     quorum = JoinPolicy(PolicyKind.QUORUM, 2, OnSatisfied.CANCEL_REMAINING)
     flow = make(plan("a b c all any some", "a>all b>all a>any c>any a>some b>some c>some", any=ANY, some=quorum))
     assert flow.states() == dict.fromkeys("abc", "eligible") | dict.fromkeys(("all", "any", "some"), "blocked")
@@ -51,7 +51,7 @@ def test_a_new_flow_waits_where_it_has_to_and_counts_nothing_yet(make: Make) -> 
     assert flow.undispatched() == []
 
 
-def test_labels_and_the_partition_are_the_flows_unless_an_execution_has_its_own_tag(make: Make, sql: Conn) -> None:
+def test_executions_have_the_labels_and_partition_of_the_flow_unless_they_have_a_tag(make: Make, sql: Conn) -> None:
     flow = make(FlowPlan("ns", "blue", [PlannedExecution("a"), PlannedExecution("b", None, 3, "green")], [], {}))
     query = "SELECT namespace, instance_tag, max_attempts FROM executions ORDER BY queue_position"
     assert sql.execute(query.encode()).fetchall() == [("ns", "blue", 1), ("ns", "green", 3)]
@@ -61,13 +61,13 @@ def test_labels_and_the_partition_are_the_flows_unless_an_execution_has_its_own_
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(plan("a b a"), id="a name twice"),
-        pytest.param(plan("a b", "a>b a>b"), id="an edge twice"),
-        pytest.param(plan("a b", "a>b", b=JoinPolicy(PolicyKind.QUORUM, 0)), id="nothing required"),
-        pytest.param(FlowPlan(None, None, [PlannedExecution("a", None, 0)], [], {}), id="no attempt"),
+        pytest.param(plan("a b a"), id="duplicate name"),
+        pytest.param(plan("a b", "a>b a>b"), id="duplicate edge"),
+        pytest.param(plan("a b", "a>b", b=JoinPolicy(PolicyKind.QUORUM, 0)), id="k of 0"),
+        pytest.param(FlowPlan(None, None, [PlannedExecution("a", None, 0)], [], {}), id="max_attempts of 0"),
     ],
 )
-def test_a_flow_is_made_whole_or_not_at_all(conn: Conn, sql: Conn, wrong: FlowPlan) -> None:
+def test_a_flow_is_created_completely_or_not_at_all(conn: Conn, sql: Conn, wrong: FlowPlan) -> None:
     before = everything(sql)
     with pytest.raises(psycopg.Error):
         flows.create(conn, wrong)
@@ -75,7 +75,7 @@ def test_a_flow_is_made_whole_or_not_at_all(conn: Conn, sql: Conn, wrong: FlowPl
     assert flows.create(conn, plan("a"))
 
 
-def test_nobody_sees_a_flow_before_all_of_it_is_there(conn: Conn, sql: Conn) -> None:
+def test_a_flow_becomes_visible_as_a_whole(conn: Conn, sql: Conn) -> None:
     with conn.transaction():
         flows.create(conn, plan("a b", "a>b"))
         assert not any(everything(sql).values())
@@ -83,16 +83,16 @@ def test_nobody_sees_a_flow_before_all_of_it_is_there(conn: Conn, sql: Conn) -> 
 
 
 def test_i7_workers_are_woken_by_a_new_flow(conn: Conn, settings: Settings) -> None:
-    with psycopg.connect(settings.dsn, autocommit=True) as ear:
-        ear.execute('LISTEN "pgcoord.executions"')
+    with psycopg.connect(settings.dsn, autocommit=True) as listener:
+        listener.execute('LISTEN "pgcoord.executions"')
         flows.create(conn, plan("a"))
-        assert len(list(ear.notifies(timeout=TIMEOUT, stop_after=1))) == 1
+        assert len(list(listener.notifies(timeout=TIMEOUT, stop_after=1))) == 1
 
 
 # -- new edges
 
 
-def test_i9_an_edge_below_an_upstream_that_runs_is_waited_for(make: Make) -> None:
+def test_i9_a_new_edge_from_a_running_upstream_is_waited_for(make: Make) -> None:
     flow = make(plan("a b c", "a>c"))
     flows.add_edge(flow.conn, flow.ids["b"], flow.ids["c"])
     assert flow.group("c") == Group("pending", running=2)
@@ -111,7 +111,7 @@ when_dispatched = pytest.mark.parametrize("is_dispatched", [False, True], ids=["
 
 @counted_as
 @when_dispatched
-def test_i9_an_edge_below_an_upstream_that_has_ended_is_counted_at_once_and_once(
+def test_i9_a_new_edge_from_an_ended_upstream_is_counted_at_once_and_only_once(
     make: Make, outcome: str, group: Group, is_dispatched: bool
 ) -> None:
     flow = make(plan("a b c", "b>c"))
@@ -125,7 +125,7 @@ def test_i9_an_edge_below_an_upstream_that_has_ended_is_counted_at_once_and_once
     assert flow.state("c") == ("blocked" if outcome == "success" else "skipped")
 
 
-def test_i9_an_edge_below_what_was_skipped_or_cancelled_is_counted_as_that(make: Make) -> None:
+def test_i9_a_new_edge_from_a_skipped_or_cancelled_upstream_is_counted_with_that_outcome(make: Make) -> None:
     flow = make(plan("bad skipped open stopped", "bad>skipped open>stopped", stopped=ANY))
     flow.end("bad", "failed")
     flow.settle()
@@ -136,7 +136,7 @@ def test_i9_an_edge_below_what_was_skipped_or_cancelled_is_counted_as_that(make:
     assert flow.group("stopped") == Group("pending", fails=1, skips=1, running=1)
 
 
-def test_i9_an_edge_that_satisfies_makes_eligible_at_once_and_cancels_the_rest(make: Make) -> None:
+def test_i9_a_new_edge_that_satisfies_the_group_makes_it_eligible_and_cancels_the_rest(make: Make) -> None:
     flow = make(plan("done slow c", "slow>c", c=ANY_CANCEL))
     flow.end("done")
     flows.add_edge(flow.conn, flow.ids["done"], flow.ids["c"])
@@ -146,7 +146,7 @@ def test_i9_an_edge_that_satisfies_makes_eligible_at_once_and_cancels_the_rest(m
     assert flow.group("c") == Group("satisfied", successes=1, fails=1)
 
 
-def test_i9_an_edge_that_makes_impossible_skips_at_once_and_the_cascade_goes_on(make: Make) -> None:
+def test_i9_a_new_edge_that_makes_the_group_impossible_skips_it_and_the_cascade_continues(make: Make) -> None:
     flow = make(plan("bad slow c d", "slow>c c>d"))
     flow.end("bad", "failed")
     flows.add_edge(flow.conn, flow.ids["bad"], flow.ids["c"])
@@ -155,7 +155,7 @@ def test_i9_an_edge_that_makes_impossible_skips_at_once_and_the_cascade_goes_on(
     assert flow.state("d") == "skipped"
 
 
-def test_i9_one_more_upstream_is_one_more_that_all_of_needs_and_no_more_that_a_quorum_needs(make: Make) -> None:
+def test_i9_a_new_edge_raises_what_all_of_requires_and_not_what_a_quorum_requires(make: Make) -> None:
     flow = make(plan("a b x all some", "a>all b>all a>some b>some", some=JoinPolicy(PolicyKind.QUORUM, 2)))
     for name in ("all", "some"):
         flows.add_edge(flow.conn, flow.ids["x"], flow.ids[name])
@@ -168,7 +168,7 @@ def test_i9_one_more_upstream_is_one_more_that_all_of_needs_and_no_more_that_a_q
 
 @pytest.mark.parametrize("outcome", ["success", "failed"])
 @pytest.mark.parametrize("ending", ["COMMIT", "ROLLBACK"])
-def test_i9_an_edge_below_an_upstream_that_is_just_ending_waits_for_it(
+def test_i9_a_new_edge_waits_for_an_upstream_whose_end_is_uncommitted(
     settings: Settings, make: Make, sql: Conn, outcome: str, ending: str
 ) -> None:
     flow = make(plan("a b c", "b>c"))
@@ -187,10 +187,10 @@ def test_i9_an_edge_below_an_upstream_that_is_just_ending_waits_for_it(
     )
     flow.settle()
     assert sum(flow.group("c")[1:]) == 2
-    assert flow.group("c").running == (1 if is_counted else 2), "nor is it counted again"
+    assert flow.group("c").running == (1 if is_counted else 2), "and is not counted again"
 
 
-def test_i9_an_upstream_does_not_end_while_an_edge_below_it_is_being_added(
+def test_i9_an_upstream_cannot_end_before_the_commit_of_a_new_edge_from_it(
     settings: Settings, make: Make, sql: Conn
 ) -> None:
     flow = make(plan("a b c", "b>c"))
@@ -205,9 +205,7 @@ def test_i9_an_upstream_does_not_end_while_an_edge_below_it_is_being_added(
     assert flow.group("c") == Group("pending", successes=1, running=1)
 
 
-def test_i9_of_an_edge_and_a_dispatch_into_the_same_group_one_waits_for_the_other(
-    settings: Settings, make: Make, sql: Conn
-) -> None:
+def test_i9_a_new_edge_waits_for_a_dispatch_into_the_same_group(settings: Settings, make: Make, sql: Conn) -> None:
     flow = make(plan("a b c d", "a>c b>c"))
     event = flow.end("a")
     flow.end("d")
@@ -220,10 +218,10 @@ def test_i9_of_an_edge_and_a_dispatch_into_the_same_group_one_waits_for_the_othe
     assert flow.group("c") == Group("pending", successes=2, running=1)
 
 
-def test_i9_an_edge_and_a_dispatch_that_cancels_its_upstream_never_deadlock(
+def test_i9_a_new_edge_and_a_dispatch_that_cancels_its_upstream_never_deadlock(
     settings: Settings, make: Make, sql: Conn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody holds the edges, so that the dispatch has its groups, and nothing else, when the other one comes."""
+    """A third session locks the edges, so that the dispatch holds only its groups when add_edge starts."""
     monkeypatch.setattr(dispatch, "TRIES", 1)
     flow = make(plan("winner loser below goal", "winner>below winner>goal loser>goal", below=ANY, goal=ANY_CANCEL))
     event = flow.end("winner")
@@ -237,11 +235,11 @@ def test_i9_an_edge_and_a_dispatch_that_cancels_its_upstream_never_deadlock(
             adding = pool.submit(flows.add_edge, grower, flow.ids["loser"], flow.ids["below"])
             until_waiting(sql, grower)
         assert dispatching.result(TIMEOUT) == Advanced(2)
-        assert isinstance(adding.exception(TIMEOUT), UsageError), "by then it does not wait any more"
+        assert isinstance(adding.exception(TIMEOUT), UsageError), "the downstream is not blocked any more"
 
 
 @pytest.mark.parametrize("outcome", ["success", "failed"])
-def test_an_edge_into_what_does_not_wait_any_more_is_refused(make: Make, sql: Conn, outcome: str) -> None:
+def test_an_edge_to_an_execution_that_is_not_blocked_is_refused(make: Make, sql: Conn, outcome: str) -> None:
     flow = make(plan("a b c x", "a>b b>c"))
     flow.end("a", outcome)
     flow.settle()
@@ -253,7 +251,7 @@ def test_an_edge_into_what_does_not_wait_any_more_is_refused(make: Make, sql: Co
 
 
 @pytest.mark.parametrize("ends", [("unknown", "b"), ("a", "unknown")])
-def test_an_edge_from_or_to_what_does_not_exist_is_refused(make: Make, sql: Conn, ends: tuple[str, str]) -> None:
+def test_an_edge_from_or_to_a_missing_execution_is_refused(make: Make, sql: Conn, ends: tuple[str, str]) -> None:
     flow = make(plan("a b", "a>b"))
     before = everything(sql)
     with pytest.raises(UsageError):
@@ -261,7 +259,7 @@ def test_an_edge_from_or_to_what_does_not_exist_is_refused(make: Make, sql: Conn
     assert everything(sql) == before
 
 
-def test_an_edge_into_what_was_cancelled_is_refused(make: Make, sql: Conn) -> None:
+def test_an_edge_to_a_cancelled_execution_is_refused(make: Make, sql: Conn) -> None:
     flow = make(plan("a b x", "a>b"))
     flows.cancel(flow.conn, flow.flow_id)
     before = everything(sql)
@@ -270,7 +268,7 @@ def test_an_edge_into_what_was_cancelled_is_refused(make: Make, sql: Conn) -> No
     assert everything(sql) == before
 
 
-def test_an_edge_that_is_there_already_is_refused(make: Make, sql: Conn) -> None:
+def test_a_duplicate_edge_is_refused(make: Make, sql: Conn) -> None:
     flow = make(plan("a b", "a>b"))
     before = everything(sql)
     with pytest.raises(UsageError):
@@ -281,7 +279,7 @@ def test_an_edge_that_is_there_already_is_refused(make: Make, sql: Conn) -> None
 # -- cancelling
 
 
-def test_cancelling_ends_what_has_not_ended_and_nothing_else(make: Make, sql: Conn) -> None:
+def test_cancel_ends_the_unfinished_executions_of_the_flow_and_no_others(make: Make, sql: Conn) -> None:
     flow, bystander = make(plan("done running waiting blocked", "running>blocked")), make(plan("x"))
     flow.end("done")
     claim = flow.claim("running")
@@ -297,7 +295,7 @@ def test_cancelling_ends_what_has_not_ended_and_nothing_else(make: Make, sql: Co
     assert_sound(flow)
 
 
-def test_cancelling_again_cancels_nothing_and_keeps_the_time(make: Make, sql: Conn) -> None:
+def test_a_second_cancel_cancels_nothing_and_keeps_the_time(make: Make, sql: Conn) -> None:
     flow = make(plan("a b", "a>b"))
     assert flows.cancel(flow.conn, flow.flow_id) == 2
     before = everything(sql)
@@ -305,13 +303,15 @@ def test_cancelling_again_cancels_nothing_and_keeps_the_time(make: Make, sql: Co
     assert everything(sql) == before
 
 
-def test_what_does_not_exist_cannot_be_cancelled_or_shown(conn: Conn) -> None:
+def test_a_missing_flow_cannot_be_cancelled_or_shown(conn: Conn) -> None:
     for verb in (flows.cancel, flows.flow_document):
         with pytest.raises(ConditionFalse, match="there is no flow"):
             verb(conn, uuid4())
 
 
-def test_a_completion_that_is_under_way_is_not_cancelled(settings: Settings, make: Make, sql: Conn) -> None:
+def test_an_execution_whose_completion_is_uncommitted_is_not_cancelled(
+    settings: Settings, make: Make, sql: Conn
+) -> None:
     flow = make(plan("a b"))
     claim = flow.claim("a")
     with sessions(settings, 1) as (other,), ThreadPoolExecutor(1) as pool:
@@ -325,7 +325,7 @@ def test_a_completion_that_is_under_way_is_not_cancelled(settings: Settings, mak
     assert_sound(flow)
 
 
-# -- looking
+# -- documents
 
 
 def test_a_flows_document_has_its_executions_in_order_and_its_edges_by_name(make: Make) -> None:
@@ -347,7 +347,7 @@ def test_a_flows_document_has_its_executions_in_order_and_its_edges_by_name(make
     ]
 
 
-def test_flows_are_listed_newest_first_by_namespace_up_to_a_number(make: Make) -> None:
+def test_flows_are_listed_newest_first_by_namespace_up_to_a_limit(make: Make) -> None:
     made = [make(plan("a b", "a>b", namespace=namespace)) for namespace in ("ns", "other", "ns")]
     made[0].end("a", "failed")
     made[0].settle()
@@ -366,8 +366,8 @@ def test_flows_are_listed_newest_first_by_namespace_up_to_a_number(make: Make) -
 # -- the same rule in the database and in Python
 
 
-def test_i9_the_database_judges_as_the_pure_policy_does(make: Make, sql: Conn) -> None:
-    """Every group of up to four upstreams, however they have ended so far."""
+def test_i9_the_database_judges_like_the_pure_function(make: Make, sql: Conn) -> None:
+    """Every combination of outcomes of up to four upstreams."""
     flow = make(plan("a b", "a>b"))
     most = range(5)
     for required, successes, others, running in product(most[1:], most, most, most):
@@ -386,7 +386,7 @@ def test_i9_the_database_judges_as_the_pure_policy_does(make: Make, sql: Conn) -
         assert flow.state("b") == {"satisfied": "eligible", "impossible": "skipped", "pending": "blocked"}[verdict]
 
 
-def test_reconcilers_leave_a_new_flow_alone(make: Make, sql: Conn) -> None:
+def test_reconcilers_do_not_change_a_new_flow(make: Make, sql: Conn) -> None:
     flow = make(plan("a b", "a>b"))
     flow.claim("a")
     before = everything(sql)
