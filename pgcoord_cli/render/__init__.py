@@ -1,10 +1,10 @@
-"""Records to table, plain, json, jsonl, csv or markdown. stdout is data, stderr is talk.
+"""Renders records as table, plain, json, jsonl, csv or markdown. stdout has the data, stderr the messages.
 
 Three shapes cover every command: a *document* (one nested mapping, like a status), *rows* (a list of records), and
-a *stream* (records that come one after the other, each flushed). Keys are a contract; `-o json` prints them all.
+a *stream* (records that follow each other, each flushed). Keys are a contract; `-o json` prints all of them.
 
-What is not a terminal is never coloured and never truncated. rich is loaded only for a table on a terminal; a
-document, being what scripts and prompts ask for most, is laid out here without it.
+Output that is not a terminal is never coloured and never truncated. rich is imported only for a table on a terminal;
+documents, which scripts and prompts request most often, are formatted here without it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STYLES = {"good": "32", "bad": "31", "dim": "2", "bold": "1", "warn": "33"}
 
 
 class Output:
-    """Writes to stdout and stderr as a Presentation says."""
+    """Writes to stdout and stderr in the format and colours of a Presentation."""
 
     def __init__(self, presentation: Presentation) -> None:
         self.format = presentation.output
@@ -37,11 +37,11 @@ class Output:
 
     @property
     def is_json(self) -> bool:
-        """Whether stdout is to be read by a program that parses JSON."""
+        """Whether stdout is JSON, for a program to parse."""
         return self.format in (OutputFormat.JSON, OutputFormat.JSONL)
 
     def document(self, document: Record) -> None:
-        """One nested record. Scalars of the top level come first, then a section for each mapping in it."""
+        """Writes one nested record. Scalars of the top level come first, then a section for each mapping."""
         if self.is_json:
             _write(to_json(document, indent=2 if self.format == OutputFormat.JSON else None))
         elif self.format in (OutputFormat.TABLE, OutputFormat.PLAIN):
@@ -50,7 +50,7 @@ class Output:
             self.rows(["field", "value"], [{"field": k, "value": v} for k, v in flatten(document)])
 
     def next_document(self, document: Record) -> None:
-        """One document of several that follow each other: a line each in JSON, flushed."""
+        """Writes and flushes one document of a sequence; in JSON, on one line."""
         if self.is_json:
             _write(to_json(document))
         else:
@@ -79,7 +79,7 @@ class Output:
         return paint(text, style or ("dim" if text == "-" else ""), self.colored(sys.stdout))
 
     def rows(self, columns: Sequence[str], rows: Iterable[Record], *, empty: str = "") -> None:
-        """A list of records; `empty` is said on stderr where there are none and a person is reading."""
+        """Writes a list of records. If there are none, `empty` goes to stderr, except in JSON."""
         records = list(rows)
         if self.format == OutputFormat.JSON:
             _write(to_json(records, indent=2))
@@ -109,7 +109,7 @@ class Output:
             _write_tabulated(titles, cells, "simple")
 
     def _blocks(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """One line a field: for records that are wider than the terminal, which a table would cut to pieces."""
+        """Writes one line per field, for records that are wider than the terminal."""
         width = max(len(column) for column in columns)
         for number, row in enumerate(rows, start=1):
             _write(paint(f"record {number}", "bold", self.colored(sys.stdout)))
@@ -118,16 +118,16 @@ class Output:
                     _write(f"  {title:<{width}}  {part}")
 
     def record(self, record: Record, line: str) -> None:
-        """One record of a stream, flushed: as a JSON line, or as `line` for people."""
+        """Writes and flushes one record of a stream: as a JSON line, or as `line` in other formats."""
         _write(to_json(record) if self.is_json else line)
         sys.stdout.flush()
 
     def json_line(self, record: Record) -> None:
-        """One record of an export: a JSON line, whatever the format; not flushed."""
+        """Writes one record of an export as a JSON line in every format, without a flush."""
         _write(to_json(record))
 
     def value(self, record: Record, bare: str) -> None:
-        """A single record whose plain form is one bare value, for `$(…)` in scripts."""
+        """Writes a single record; with `-o plain`, only `bare`, for `$(…)` in scripts."""
         if self.format == OutputFormat.PLAIN:
             _write(bare)
         elif self.format in (OutputFormat.CSV, OutputFormat.MARKDOWN):
@@ -136,43 +136,43 @@ class Output:
             self.document(record)
 
     def lines(self, lines: Iterable[str]) -> None:
-        """A text that is the same in every format, like a drawing."""
+        """Writes text that is the same in every format, like a drawing."""
         for line in lines:
             _write(line)
 
     def note(self, text: str) -> None:
-        """Talk: on stderr, silent under --quiet."""
+        """Writes a message to stderr, unless --quiet is set."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def detail(self, text: str) -> None:
-        """Talk that only --verbose asks for."""
+        """Writes a message to stderr if --verbose is set."""
         if self.verbose:
             print(text, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        """Something is not right: on stderr, also under --quiet."""
+        """Writes a warning to stderr, with --quiet too."""
         print(paint(text, "warn", self.colored(sys.stderr)), file=sys.stderr, flush=True)
 
     def colored(self, stream: TextIO) -> bool:
-        """Whether to colour what goes to `stream`."""
+        """Whether output to `stream` is coloured."""
         return is_colored(self.color, stream)
 
 
 def is_colored(mode: ColorMode, stream: TextIO) -> bool:
-    """`auto` is a terminal that did not ask for none through NO_COLOR or TERM=dumb."""
+    """Whether output to `stream` is coloured; under `auto`, on a terminal without NO_COLOR and TERM=dumb."""
     if mode == ColorMode.AUTO:
         return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return mode == ColorMode.ALWAYS
 
 
 def paint(text: str, style: str, colored: bool) -> str:
-    """`text` in one of the few styles, if colour is wanted."""
+    """Returns `text` in one of the styles, or unchanged if `colored` is false."""
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if colored and style in _STYLES else text
 
 
 def flatten(record: Record, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Leaves of a nested record with dotted names."""
+    """Yields the leaves of a nested record with dotted names."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
@@ -181,7 +181,7 @@ def flatten(record: Record, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def scalar(value: Any) -> str:
-    """How a person reads one value, in one line: what a terminal would act on is shown as an escape."""
+    """Formats one value for people, on one line. Control characters are escaped, so that no terminal acts on them."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -196,7 +196,7 @@ def scalar(value: Any) -> str:
 
 
 def _parts(value: Any) -> str:
-    """A list of plain values with commas; whatever has more structure as JSON."""
+    """Formats a list of plain values with commas, and nested values as JSON."""
     is_plain = not isinstance(value, Mapping) and not any(isinstance(item, Mapping) for item in value)
     return ", ".join(map(scalar, value)) if is_plain else to_json(value)
 
@@ -206,7 +206,7 @@ def _escaped(char: str) -> str:
 
 
 def plain_scalar(value: Any) -> str:
-    """How a program reads one value in CSV: empty for none, ISO 8601 for a time, JSON for what has parts."""
+    """Formats one value for CSV: empty for None, ISO 8601 for a time, JSON for lists and mappings."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -217,9 +217,9 @@ def plain_scalar(value: Any) -> str:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON with times in ISO 8601 UTC and anything unknown as its text; in ASCII where stdout is not in Unicode."""
-    speaks_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    return json.dumps(value, indent=indent, ensure_ascii=not speaks_unicode, default=_for_json)
+    """Returns JSON with times in ISO 8601 UTC and other types as text; in ASCII if stdout is not encoded in Unicode."""
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps(value, indent=indent, ensure_ascii=not is_unicode, default=_for_json)
 
 
 def _for_json(value: Any) -> str:
@@ -247,17 +247,17 @@ def _write_tabulated(columns: Sequence[str], rows: Sequence[Sequence[str]], layo
 
 
 FOLDABLE = 40
-"""A column wider than this may be folded; a narrower one holds ids, times and words, which must stay whole."""
+"""Characters. A wider column may be folded; a narrower one holds ids, times and words, which must stay whole."""
 
 
 def _fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Whether the terminal has room for a table in which only wide columns are folded."""
+    """Whether a table in which only wide columns are folded fits the terminal."""
     widths = [min(max(map(len, cells)), FOLDABLE) for cells in zip(columns, *rows, strict=True)]
     return sum(widths) + 3 * len(widths) <= shutil.get_terminal_size().columns
 
 
 def _folded(cell: str, indent: int) -> list[str]:
-    """The cell in pieces that fit beside an indentation."""
+    """Splits a cell into pieces that fit the terminal beside an indentation."""
     room = max(20, shutil.get_terminal_size().columns - indent)
     return [cell[start : start + room] for start in range(0, len(cell), room)] or [""]
 
@@ -278,9 +278,9 @@ def _write_rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 
 
 def render_error(error: PgcoordError, *, as_json: bool, color: ColorMode) -> None:
-    """Says what went wrong: one JSON document on stdout, or a line and a hint on stderr.
+    """Writes an error: one JSON document to stdout, or a line and a hint to stderr.
 
-    An answer that is already on stdout (`error.answered`) is not followed by a second document there.
+    If the result is on stdout already (`error.answered`), no second document follows there.
     """
     if as_json and not error.answered:
         _write(to_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))

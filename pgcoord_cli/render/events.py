@@ -1,7 +1,7 @@
-"""Events of an outbox, a line each: made for millions of them, and flushed with every batch.
+"""Renders the events of an outbox, one line each. Built for millions of events; flushes after every batch.
 
-Lines go out in writes of whole lines, none longer than what a pipe takes at once unless a single line is. So a reader
-at the other end of a pipe never sees half a line, even when this process is killed in the middle.
+Each write consists of whole lines and is at most PIPE_BUF bytes long, unless a single line is longer. Such a write to a
+pipe is atomic, so that the reader never receives part of a line, even if this process is killed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ _KIND_STYLES = {
 
 
 MANY_TEXTS = 1_000
+"""Entries at which the cache of quoted texts is cleared: they do not repeat then."""
 
 
 class EventStream:
-    """Writes events of one outbox, `lease` or `completion`, to stdout in the wanted format."""
+    """Writes events of one outbox, `lease` or `completion`, to stdout in the format of `out`."""
 
     def __init__(self, out: Output, noun: str) -> None:
         self._out = out
@@ -47,20 +48,20 @@ class EventStream:
         self._line = self._line_maker()
 
     def begin(self) -> None:
-        """What stands above the first line."""
+        """Writes the header, in formats that have one."""
         if self._out.format == OutputFormat.CSV:
             _write_whole_lines([_csv_line(self._columns)])
         elif self._out.format == OutputFormat.MARKDOWN:
             _write_whole_lines([_markdown_line(self._columns), _markdown_line(["---"] * len(self._columns))])
 
     def write(self, events: Iterable[Any]) -> None:
-        """The events, a line each; they have been handed to whoever reads stdout when this returns."""
+        """Writes the events, one line each, and returns when all of them have been written to stdout."""
         _write_whole_lines(map(self._line, events))
 
     def _line_maker(self) -> Callable[[Any], str]:
         if self._out.is_json:
-            speaks_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-            return _json_maker(self._columns, encode_basestring if speaks_unicode else encode_basestring_ascii)
+            is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+            return _json_maker(self._columns, encode_basestring if is_unicode else encode_basestring_ascii)
         if self._out.format == OutputFormat.CSV:
             return lambda event: _csv_line([plain_scalar(value) for value in self._values(event)])
         if self._out.format == OutputFormat.MARKDOWN:
@@ -94,15 +95,15 @@ class EventStream:
 
 
 def watch_reader(gone: Callable[[], None]) -> None:
-    """Blocks until whoever reads stdout through a pipe has gone away, and then calls `gone`."""
+    """Blocks until the reader of stdout has closed its end of the pipe, then calls `gone`."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors alone are reported
+    poll.register(sys.stdout.fileno(), 0)  # no event mask: poll reports errors and hang-ups only
     poll.poll()
     gone()
 
 
 class Quoted(dict[str | None, str]):
-    """JSON of texts that come again and again; forgets all of them when they turn out to be many."""
+    """Cache of the JSON of repeated texts; cleared when it holds MANY_TEXTS entries."""
 
     def __init__(self, quote: Callable[[str], str]) -> None:
         self._quote = quote
@@ -115,7 +116,7 @@ class Quoted(dict[str | None, str]):
 
 
 def _json_maker(columns: Sequence[str], quote: Callable[[str], str]) -> Callable[[Any], str]:
-    """Four times as fast as json.dumps of a dict, which would take most of the time of a catch-up."""
+    """Returns a function from event to JSON line: four times as fast as json.dumps, which would dominate a catch-up."""
     quoted, null = Quoted(quote), "null"
     kind_column, link_column = f'"{columns[2]}": ', f'"{columns[4]}": '
 
@@ -132,7 +133,7 @@ def _json_maker(columns: Sequence[str], quote: Callable[[str], str]) -> Callable
 
 
 def _clock_time(milliseconds: int) -> str:
-    """A time of today as it is read at a terminal, in UTC; of what is no time, the number."""
+    """Formats milliseconds since 1970 in UTC; a number that is no valid time as `N ms`."""
     try:
         return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
     except (ValueError, OverflowError, OSError):
@@ -150,7 +151,7 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def _write_whole_lines(lines: Iterable[str]) -> None:
-    """All of the lines, in writes that end where a line ends and that a pipe takes whole."""
+    """Writes all lines, in writes that end at a line end and do not exceed PIPE_BUF where lines allow."""
     data = "".join(lines).encode(sys.stdout.encoding, sys.stdout.errors or "strict")
     sys.stdout.flush()
     stream = sys.stdout.buffer

@@ -1,4 +1,4 @@
-"""A flow as a drawing: a tree for terminals, Mermaid or Graphviz for documents."""
+"""Draws a flow: as a tree for terminals, in Mermaid or Graphviz for documents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Document = Mapping[str, Any]
 
 
 def tree_lines(document: Document, *, colored: bool) -> Iterator[str]:
-    """One line an execution, below one of those that it waits for; where it comes up again, it is only named."""
+    """Yields one line per execution, below one of its upstream executions; further occurrences are references."""
     executions = {execution["name"]: execution for execution in document["executions"]}
     below: dict[str, list[str]] = {}
     waiting: set[str] = set()
@@ -30,7 +30,7 @@ def tree_lines(document: Document, *, colored: bool) -> Iterator[str]:
         below.setdefault(edge["upstream"], []).append(edge["downstream"])
         waiting.add(edge["downstream"])
     seen: set[str] = set()
-    # An explicit stack: a chain of a thousand is deeper than Python calls.
+    # An explicit stack: a chain of a thousand executions exceeds the recursion limit of Python.
     stack = [(name, "", "") for name in reversed(executions) if name not in waiting]
     while stack:
         name, lead, indent = stack.pop()
@@ -60,7 +60,7 @@ def _line(execution: Mapping[str, Any], *, colored: bool) -> str:
 
 
 def mermaid_lines(document: Document) -> Iterator[str]:
-    """A Mermaid flowchart."""
+    """Yields the lines of a Mermaid flowchart."""
     numbers = _numbers(document)
     yield "flowchart TD"
     for execution in document["executions"]:
@@ -73,7 +73,7 @@ def mermaid_lines(document: Document) -> Iterator[str]:
 
 
 def dot_lines(document: Document) -> Iterator[str]:
-    """A Graphviz digraph."""
+    """Yields the lines of a Graphviz digraph."""
     numbers = _numbers(document)
     yield "digraph flow {"
     yield "  node [shape=box, style=filled]"
