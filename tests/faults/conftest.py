@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.postgres.flow_world import conn, make, no_second_try
+from tests.postgres.flow_world import conn, make, no_retry
 
-__all__ = ["conn", "make", "no_second_try"]
+__all__ = ["conn", "make", "no_retry"]

@@ -1,4 +1,4 @@
-"""Cascades whose dispatcher is killed, and large ones (rule I9): the graph comes to what the policies say, once."""
+"""Cascades whose dispatcher is killed, and large ones (rule I9): the final graph follows the policies."""
 
 from __future__ import annotations
 
@@ -42,23 +42,24 @@ from tests.postgres.flow_world import (
 
 HOPS = 10
 KILLS = 2
-"""Of the dispatcher, at each place of each hop."""
+"""How often the dispatcher is killed at each site of each hop."""
 
 
 def tick(conn: Conn, limit: int = 1_000) -> int:
-    """A tick of the reconciler that meets no trouble; how many events it carried on."""
+    """Runs one tick of the reconciler, without errors; returns how many events it dispatched."""
     done = dependency(conn, Scope(limit, stale_threshold_ms=0), lambda event, why: pytest.fail(f"event {event}: {why}"))
     return done.reconciled
 
 
-# -- the server's side of a dispatch is cut off
+# -- the session of a dispatch is terminated
 
 
 @pytest.fixture
 def crash_sites(sql: Conn) -> None:
-    """Before and after every statement on every table, and before the commit, a session may have to die.
+    """Adds crash sites before and after every statement on every table, and before the commit.
 
-    It dies at the site whose number its variable `test.crash_at` says; 0 is none. Sites are counted by transaction.
+    A session terminates itself at the site with the number in its setting `test.crash_at`. Each transaction counts its
+    sites from 1; 0 is no site.
     """
     sql.execute(
         b"""
@@ -85,7 +86,7 @@ def crash_sites(sql: Conn) -> None:
 
 
 def dies(settings: Settings, event: int, site: int) -> bool:
-    """Whether a dispatch of that event, by a session of its own that is to die at that site, came as far."""
+    """Dispatches an event in a session that is terminated at a crash site; returns whether it got that far."""
     with closing(mortal_session(settings, **{"test.crash_at": str(site)})) as mortal:
         try:
             dispatch_completion(mortal, event)
@@ -95,18 +96,18 @@ def dies(settings: Settings, event: int, site: int) -> bool:
 
 
 def hop_with_crashes(settings: Settings, flow: Flow, event: int) -> int:
-    """Dispatches an event, killed at every site on the way, each time twice; at how many sites that was."""
+    """Dispatches an event, terminated KILLS times at every crash site; returns the number of sites."""
     before = everything(flow.sql)
     for site in count(1):
         for _ in range(KILLS):
             if not dies(settings, event, site):
                 return site - 1
-            assert everything(flow.sql) == before, f"something of the hop is left of a crash at site {site}"
+            assert everything(flow.sql) == before, f"a crash at site {site} left a part of the hop"
     raise AssertionError
 
 
 def ladder(policy: JoinPolicy) -> FlowPlan:
-    """Ten rungs. Each waits for the one before and for a helper of its own; the last waits for a quorum of all."""
+    """Returns a plan of ten rungs, each below the previous rung and a helper; the last needs a quorum of the rungs."""
     rungs = [f"r{number}" for number in range(HOPS + 1)]
     helpers = [f"h{number}" for number in range(1, HOPS + 1)]
     edges = [(rungs[number], rungs[number + 1]) for number in range(HOPS)]
@@ -116,17 +117,17 @@ def ladder(policy: JoinPolicy) -> FlowPlan:
     return FlowPlan(None, None, planned, edges, policies)
 
 
-def assert_comes_to_its_end(flow: Flow, outcomes: dict[str, str]) -> None:
-    """Ends and reconciles what is left, and compares with the pure function."""
-    while tick(flow.conn) or flow_goes_on(flow):
+def assert_final_states(flow: Flow, outcomes: dict[str, str]) -> None:
+    """Ends and reconciles the rest, and compares the states with the pure function."""
+    while tick(flow.conn) or end_eligible(flow):
         pass
     if ANY_CANCEL not in flow.plan.policies.values():
         assert flow.states() == expected_states(flow.plan, outcomes)
     assert_sound(flow)
 
 
-def flow_goes_on(flow: Flow) -> bool:
-    """Has everything that is eligible succeed; whether there was anything."""
+def end_eligible(flow: Flow) -> bool:
+    """Ends every eligible execution as a success; returns whether there was one."""
     claims = executions.claim(flow.conn, "tester", limit=1_000)
     for claim in claims:
         executions.complete(flow.conn, claim.execution_id, claim.lease_epoch)
@@ -134,28 +135,24 @@ def flow_goes_on(flow: Flow) -> bool:
 
 
 @pytest.mark.usefixtures("crash_sites")
-def test_i9_a_cascade_of_skips_whose_every_hop_is_killed_everywhere_ends_as_it_should(
-    settings: Settings, make: Make
-) -> None:
+def test_i9_a_cascade_of_skips_survives_a_kill_at_every_site_of_every_hop(settings: Settings, make: Make) -> None:
     flow = make(ladder(JoinPolicy()))
     event = flow.end("r0", "failed")
     for hop in range(1, HOPS + 1):
         assert hop_with_crashes(settings, flow, event) > 10
         assert flow.state(f"r{hop}") == "skipped"
         event = flow.event(f"r{hop}")
-    assert_comes_to_its_end(flow, dict.fromkeys(flow.ids, "success") | {"r0": "failed"})
+    assert_final_states(flow, dict.fromkeys(flow.ids, "success") | {"r0": "failed"})
 
 
 @pytest.mark.usefixtures("crash_sites")
-def test_i9_a_cascade_of_wins_whose_every_hop_is_killed_everywhere_cancels_each_loser_once(
-    settings: Settings, make: Make
-) -> None:
+def test_i9_a_cascade_that_cancels_survives_a_kill_at_every_site_of_every_hop(settings: Settings, make: Make) -> None:
     flow = make(ladder(ANY_CANCEL))
     for hop in range(1, HOPS + 1):
         event = flow.end(f"r{hop - 1}")
         assert hop_with_crashes(settings, flow, event) > 10
         assert (flow.state(f"r{hop}"), flow.outcome(f"h{hop}")) == ("eligible", "cancelled")
-    assert_comes_to_its_end(flow, dict.fromkeys(flow.ids, "success"))
+    assert_final_states(flow, dict.fromkeys(flow.ids, "success"))
     assert [len(flow.events_of(f"h{hop}")) for hop in range(1, HOPS + 1)] == [1] * HOPS
 
 
@@ -168,7 +165,7 @@ GATE = 5
 
 @pytest.fixture
 def gate(sql: Conn) -> None:
-    """Every hop has to pass the gate when it has done all of its work but the commit."""
+    """A lock that every hop takes when it has done everything except the commit."""
     sql.execute(
         f"""
         CREATE FUNCTION pass_gate() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -187,7 +184,7 @@ OTHERS = """SELECT count(*) FROM pg_stat_activity
 
 @contextmanager
 def reconciler(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
-    """`pgcoord reconcile dependency --drain` in a process of its own, which is killed in the end."""
+    """`pgcoord reconcile dependency --drain` in its own process, which is killed at the end of the block."""
     words = ["reconcile", "dependency", "--drain", "--stale-threshold-ms", "0", "--batch-limit", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pgcoord_cli", *words], env=environment(settings),
@@ -202,10 +199,10 @@ def reconciler(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.usefixtures("gate")
 @pytest.mark.parametrize("is_session_lost", [False, True], ids=["the hop commits", "the hop is lost"])
-def test_i9_a_reconciler_that_is_killed_in_every_hop_is_made_up_for_by_the_next(
+def test_i9_a_reconciler_killed_in_every_hop_is_replaced_by_the_next(
     settings: Settings, make: Make, sql: Conn, is_session_lost: bool
 ) -> None:
-    """kill -9 when the hop is done but for the commit. The server carries on, or notices first that nobody is there."""
+    """Kills the process before the commit. The server commits, or first detects that the client is gone."""
     flow = make(chain(4))
     flow.end("n0", "failed")
     for hop in range(1, 5):
@@ -220,21 +217,21 @@ def test_i9_a_reconciler_that_is_killed_in_every_hop_is_made_up_for_by_the_next(
             assert flow.state(f"n{hop}") == "blocked"
             assert tick(flow.conn, 1) == 1
         assert flow.state(f"n{hop}") == "skipped"
-    assert_comes_to_its_end(flow, {"n0": "failed"})
+    assert_final_states(flow, {"n0": "failed"})
 
 
 # -- large graphs
 
 
 def timed(what: str, verb: Callable[[], object]) -> None:
-    """Prints how long something took. Nothing is asserted about it."""
+    """Runs `work` and prints how long it took, without asserting anything about it."""
     begun = time.monotonic()
     verb()
     print(f"{what}: {time.monotonic() - begun:.2f} s")
 
 
 def end_everything(flow: Flow, outcome: str = "success") -> None:
-    """Ends all that is eligible, in one transaction."""
+    """Ends every eligible execution in one transaction."""
     verb = executions.complete if outcome == "success" else executions.fail
     with flow.conn.transaction():
         for claim in executions.claim(flow.conn, "tester", limit=100_000):
@@ -242,13 +239,13 @@ def end_everything(flow: Flow, outcome: str = "success") -> None:
 
 
 def drain(conn: Conn) -> int:
-    """Ticks until there is nothing left; how many ticks had something to do."""
+    """Ticks until nothing is left; returns how many ticks dispatched something."""
     return next(number for number in count() if not tick(conn))
 
 
 @contextmanager
 def many(settings: Settings, number: int = 4) -> Iterator[Callable[[Callable[[Conn], object]], None]]:
-    """Has as many sessions do something at once."""
+    """Yields a function that runs something in four sessions at once."""
     with sessions(settings, number) as conns, ThreadPoolExecutor(number) as pool:
 
         def at_once(work: Callable[[Conn], object]) -> None:
@@ -259,13 +256,13 @@ def many(settings: Settings, number: int = 4) -> Iterator[Callable[[Callable[[Co
 
 
 def dispatch_shuffled(conn: Conn, events: list[int]) -> None:
-    """One transaction for each event, in an order of one's own."""
+    """Dispatches each event in its own transaction, in random order."""
     for event in random.sample(events, len(events)):
         dispatch_completion(conn, event)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_second_try")
+@pytest.mark.usefixtures("no_retry")
 @pytest.mark.parametrize("policy", [JoinPolicy(), ANY, ANY_CANCEL], ids=["all_of", "any_of", "cancel_remaining"])
 def test_i9_a_downstream_of_a_thousand_upstreams(settings: Settings, make: Make, policy: JoinPolicy) -> None:
     names = [f"u{number}" for number in range(1_000)]
@@ -295,7 +292,7 @@ def test_i9_an_upstream_of_ten_thousand_downstreams(make: Make, outcome: str) ->
 
 
 @pytest.mark.slow
-def test_i9_a_chain_of_a_thousand_needs_a_tick_a_hop(make: Make) -> None:
+def test_i9_a_chain_of_a_thousand_needs_one_tick_for_each_hop(make: Make) -> None:
     flow = make(chain(1_000))
     flow.end("n0", "failed")
     timed("a chain of 1,000, a tick a hop", lambda: drain_exactly(flow.conn, 1_001))
@@ -308,7 +305,7 @@ def drain_exactly(conn: Conn, ticks: int) -> None:
 
 
 def lattice(size: int, policy: JoinPolicy) -> FlowPlan:
-    """Each waits for its upper and its left neighbour, where there are those."""
+    """Returns a square plan in which each execution has its upper and its left neighbour upstream."""
     cells = [(row, column) for row in range(size) for column in range(size)]
     names = {cell: f"c{cell[0]}_{cell[1]}" for cell in cells}
     edges = [
@@ -322,7 +319,7 @@ def lattice(size: int, policy: JoinPolicy) -> FlowPlan:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_second_try")
+@pytest.mark.usefixtures("no_retry")
 @pytest.mark.parametrize("outcome", ["success", "failed"])
 @pytest.mark.parametrize("policy", [JoinPolicy(), ANY, ANY_CANCEL], ids=["all_of", "any_of", "cancel_remaining"])
 def test_i9_a_lattice_with_four_dispatchers(settings: Settings, make: Make, policy: JoinPolicy, outcome: str) -> None:

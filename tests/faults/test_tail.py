@@ -1,4 +1,4 @@
-"""Tails whose connections are cut, whose server crashes, that are frozen, killed or read slowly: nothing is missed."""
+"""Tails that lose connections, whose server crashes, that are frozen, killed or read slowly: no event is missed."""
 
 from __future__ import annotations
 
@@ -60,13 +60,11 @@ def connected(settings: Settings) -> Iterator[Sql]:
 # -- lost connections
 
 
-def test_i10_a_tail_whose_session_is_ended_says_so_connects_again_and_misses_nothing(
-    sql: Sql, start: StartTail
-) -> None:
+def test_i10_a_terminated_session_is_reported_and_replaced_and_no_event_is_missed(sql: Sql, start: StartTail) -> None:
     before = add(sql, 3)
     tail = start("--from-start")
     assert tail.ids(3) == before
-    tail.freeze()  # so that something is certain to be committed while it is cut off
+    tail.freeze()  # so that events are committed while it is disconnected
     assert terminate(sql, TAIL) == 1
     until_gone(sql, TAIL)
     add_and_roll_back(sql, 2)
@@ -82,9 +80,7 @@ def test_i10_a_tail_whose_session_is_ended_says_so_connects_again_and_misses_not
     assert tail.process.poll() is None
 
 
-def test_without_json_a_lost_connection_is_a_line_on_stderr_and_stdout_has_events_alone(
-    sql: Sql, settings: Settings
-) -> None:
+def test_without_json_a_lost_connection_is_reported_on_stderr(sql: Sql, settings: Settings) -> None:
     with tail_starter(lambda: settings) as start:
         tail = start("lease", "--from-start", "-o", "csv")
         assert tail.line().startswith("event_id,")
@@ -97,7 +93,7 @@ def test_without_json_a_lost_connection_is_a_line_on_stderr_and_stdout_has_event
         assert tail.line().startswith(f"{second},")
 
 
-def test_i10_a_tail_outlives_a_crash_of_the_server(
+def test_i10_a_tail_survives_a_crash_of_the_server(
     own_settings: Settings, own_server: EmbeddedServer, start: StartTail
 ) -> None:
     with connected(own_settings) as sql:
@@ -119,10 +115,10 @@ def test_i10_a_tail_outlives_a_crash_of_the_server(
         assert add(sql, 2) == tail.ids(2)
 
 
-def test_i10_a_tail_from_now_is_not_ahead_of_ids_that_a_crash_gives_out_again(
+def test_i10_a_tail_from_now_is_not_ahead_of_ids_that_are_assigned_again_after_a_crash(
     installation: Installation, start: StartTail
 ) -> None:
-    """That ids were drawn is on disk only with the next commit, or when the WAL writer comes by: here, not for long."""
+    """Drawn ids reach the disk with the next commit or the next run of the WAL writer, here after 10 s."""
     with temporary_server(installation, {"wal_writer_delay": "10s"}) as server:
         settings = Settings(dsn=server.dsn)
         upgrade(settings)
@@ -139,14 +135,14 @@ def test_i10_a_tail_from_now_is_not_ahead_of_ids_that_a_crash_gives_out_again(
         assert tail.ids(3) == new
 
 
-def test_i10_a_tail_outlives_a_server_that_is_away_when_its_subscription_is_to_be_saved(
+def test_i10_a_tail_survives_a_crash_before_it_saves_its_subscription(
     own_settings: Settings, own_server: EmbeddedServer
 ) -> None:
     with connected(own_settings) as sql:
         before = add(sql, 1_000)
     with unread_tail(own_settings, "--subscription", "importer") as tail:
         assert tail.stdout
-        until_full(tail.stdout.fileno())  # stuck in the middle of the batch, after which it saves
+        until_full(tail.stdout.fileno())  # blocked within the batch, after which it saves
         own_server.stop("immediate")
         assert [json.loads(tail.stdout.readline())["event_id"] for _ in before] == before
         own_server.start()
@@ -156,7 +152,7 @@ def test_i10_a_tail_outlives_a_server_that_is_away_when_its_subscription_is_to_b
         assert next(record["event_id"] for record in records if record["type"] == "event") == after[0]
 
 
-# -- connections that fall silent
+# -- connections that no longer answer
 
 
 @pytest.fixture
@@ -185,10 +181,10 @@ def through_proxy(settings: Settings, proxy: StallingProxy) -> Settings:
         ),
     ],
 )
-def test_i10_a_tail_whose_socket_falls_silent_notices_by_itself_and_misses_nothing(
+def test_i10_a_tail_detects_a_connection_that_no_longer_answers_and_misses_nothing(
     checkpoint: tuple[str, ...], sql: Sql, start: StartTail, proxy: StallingProxy, through_proxy: Settings
 ) -> None:
-    """Nothing is closed, so that only an answer that does not come can tell."""
+    """No socket is closed, so only a missing answer shows it."""
     tail = start("--from-start", *checkpoint, settings_=through_proxy)
     before = add(sql, 2)
     assert tail.ids(2) == before
@@ -205,7 +201,7 @@ def test_i10_a_tail_whose_socket_falls_silent_notices_by_itself_and_misses_nothi
 # -- frozen, and read slowly
 
 
-def test_i10_a_tail_that_was_frozen_goes_on_without_a_gap(sql: Sql, start: StartTail) -> None:
+def test_i10_a_frozen_tail_resumes_without_a_gap(sql: Sql, start: StartTail) -> None:
     tail = start("--from-start")
     assert add(sql, 2) == tail.ids(2)
     tail.freeze()
@@ -217,7 +213,7 @@ def test_i10_a_tail_that_was_frozen_goes_on_without_a_gap(sql: Sql, start: Start
 
 @contextmanager
 def unread_tail(settings: Settings, *checkpoint: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A tail from the start whose stdout nobody reads yet."""
+    """A tail from the beginning whose stdout is not read yet."""
     words = ["tail", "lease", "--from-start", "-o", "json", *checkpoint]
     process = subprocess.Popen(
         [sys.executable, "-m", "pgcoord_cli", *words], env=environment(settings.dsn), stdout=subprocess.PIPE
@@ -230,26 +226,26 @@ def unread_tail(settings: Settings, *checkpoint: str) -> Iterator[subprocess.Pop
 
 
 def until_full(pipe: int) -> None:
-    """Returns when nothing more goes into a pipe: its writer is stuck."""
+    """Waits until a pipe is full, so that its writer blocks."""
     size = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
 
     def waiting() -> int:
         return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
-    # Lines go out in whole, up to 4 KiB at once, so that a stuck pipe may be a little short of full.
+    # Whole lines are written, up to 4 KiB at once, so the writer may block before the pipe is completely full.
     until(lambda: waiting() > size - 8192)
 
 
 def peak_memory(pid: int) -> int:
-    """The most resident memory that a process ever had."""
+    """Returns the peak resident memory of a process, in bytes."""
     status = Path(f"/proc/{pid}/status")
     if not status.exists():
         pytest.skip("memory is read from /proc")
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
 
 
-def test_memory_does_not_grow_with_the_backlog_however_slow_the_reader(sql: Sql, settings: Settings) -> None:
-    """The reader reads nothing until the tail is stuck, and then everything. The tail lives on, to be measured."""
+def test_memory_does_not_grow_with_the_backlog_of_a_slow_reader(sql: Sql, settings: Settings) -> None:
+    """The reader starts to read when the tail blocks. The tail keeps running, so that its memory can be read."""
     small, large = 10_000, 200_000
     peaks = []
     for number in (small, large - small):
@@ -264,11 +260,11 @@ def test_memory_does_not_grow_with_the_backlog_however_slow_the_reader(sql: Sql,
     assert peaks[1] <= peaks[0] + MARGIN, f"MiB: {[peak >> 20 for peak in peaks]}"
 
 
-# -- everything at once
+# -- random faults
 
 
 class Services:
-    """Threads that write events, a tenth of their transactions rolled back, and go on after every crash."""
+    """Threads that write events, roll back a tenth of their transactions, and continue after each crash."""
 
     def __init__(self, settings: Settings, total: int, threads: int = 8) -> None:
         self._dsn = settings.dsn
@@ -279,14 +275,14 @@ class Services:
             thread.start()
 
     def restart(self, server: EmbeddedServer) -> None:
-        """Crashes the server under them."""
+        """Crashes and restarts the server."""
         self._server_is_up.clear()
         server.stop("immediate")
         server.start()
         self._server_is_up.set()
 
     def join(self) -> None:
-        """Waits until they have committed what they were to."""
+        """Waits until the threads have committed all their events."""
         for thread in self._threads:
             thread.join()
 
@@ -299,10 +295,10 @@ class Services:
 
 
 def _write_some(conn: Sql, random: Random) -> int:
-    """One transaction; how many events it committed."""
+    """Runs one transaction; returns how many events it committed."""
     number = random.randint(1, 5)
     add(conn, number)
-    for _ in range(random.choice((0, 0, 0, 50))):  # sometimes others overtake it
+    for _ in range(random.choice((0, 0, 0, 50))):  # a delay, so that later ids commit first
         conn.execute("SELECT")
     if random.random() < 0.1:
         conn.rollback()
@@ -312,7 +308,7 @@ def _write_some(conn: Sql, random: Random) -> int:
 
 
 class Reader:
-    """Tails that follow each other with one checkpoint, and what each of them showed."""
+    """Tails that run one after the other with one checkpoint, and the ids that each has printed."""
 
     def __init__(self, start: StartTail, settings: Settings, checkpoint: tuple[str, str]) -> None:
         self._settings = settings
@@ -323,16 +319,16 @@ class Reader:
         self.records: Counter[str] = Counter()
 
     def read(self) -> int | None:
-        """Takes the next record; the id if it is an event."""
+        """Reads the next record; returns the id if it is an event."""
         return self._take(self._tail.line())
 
     def read_until(self, number: int) -> None:
-        """Reads until so many different events have been shown."""
+        """Reads until that many different events have been printed."""
         while len(self.seen) < number:
             self.read()
 
     def kill(self) -> None:
-        """Ends the tail in whatever it does; the next one takes over when the server has noticed."""
+        """Kills the tail and starts the next one when the server has ended the old session."""
         code, lines, _ = self._tail.end(signal.SIGKILL)
         assert code == -signal.SIGKILL
         for line in lines:
@@ -342,7 +338,7 @@ class Reader:
             until_gone(sql, "pgcoord/subscription")
             before = wake_until(sql)
             self._tail = self._start()
-            # A tail that has not begun yet may give up where it cannot connect.
+            # A tail that has not started yet ends if it cannot connect.
             until(lambda: self._tail.stdout.is_waiting() or wake_until(sql) != before)
 
     def _take(self, line: str) -> int | None:
@@ -371,7 +367,7 @@ def disturb(how: str, reader: Reader, services: Services, settings: Settings, se
     [(3_000, 1, 3, 2), pytest.param(100_000, 5, 20, 5, marks=pytest.mark.slow)],
     ids=["some", "many"],
 )
-def test_i10_every_committed_event_is_shown_in_order_and_no_other_whatever_happens(
+def test_i10_every_committed_event_and_no_other_is_printed_in_order_under_random_faults(
     total: int, restarts: int, terminations: int, kills: int,
     own_settings: Settings, own_server: EmbeddedServer, start: StartTail, place: Path,
 ) -> None:  # fmt: skip
@@ -388,7 +384,7 @@ def test_i10_every_committed_event_is_shown_in_order_and_no_other_whatever_happe
     missing = committed - reader.seen
     while missing:
         missing.discard(reader.read() or 0)
-    assert reader.seen == committed, "none that was rolled back"
+    assert reader.seen == committed, "no event that rolled back"
     assert all(run == sorted(set(run)) for run in reader.runs), "each once and in order"
     print(f"{len(committed)} committed, shown: {[len(run) for run in reader.runs]}, records: {dict(reader.records)}")
     assert len(reader.runs) == kills + 1

@@ -99,7 +99,7 @@ def gate(tmp_path: Path) -> Path:
 
 
 def open_gate(gate: Path) -> None:
-    """Waits for the command that reads the gate, and lets it end."""
+    """Waits for the command that reads the gate, and ends it."""
 
     def is_read() -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Flows under test: made in a line, moved by hand one execution at a time, and looked at whole."""
+"""Flows for tests: created from one line, advanced one execution at a time, and compared as a whole with a model."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ FINAL = {"success", "failed", "cancelled", "skipped"}
 
 
 def column(sql: Conn, text: str, *parameters: object) -> list[Any]:
-    """The first column that a query gives."""
+    """Returns the first column of a query."""
     return [row[0] for row in sql.execute(text.encode(), parameters)]
 
 
 def until_waiting(sql: Conn, conn: Conn, work: Future[Any] | None = None) -> None:
-    """Returns when that session waits for a lock that somebody else holds; or when `work` is done without."""
+    """Waits until a session waits for a lock of another, or until `work` is done without waiting."""
     query = "SELECT cardinality(pg_blocking_pids(%s))"
     until(lambda: value(sql, query, conn.info.backend_pid) or (work and work.done()))
 
 
 @contextmanager
 def sessions(settings: Settings, number: int) -> Iterator[list[Conn]]:
-    """As many sessions as workers and dispatchers have them."""
+    """Opens that many sessions like those of workers and dispatchers."""
     if not number:
         yield []
         return
@@ -52,30 +52,30 @@ def sessions(settings: Settings, number: int) -> Iterator[list[Conn]]:
 
 
 def mortal_session(settings: Settings, **variables: str) -> Conn:
-    """A session that may be cut off, with variables of its own."""
+    """Opens a session that the test may terminate, with its own settings."""
     options = " ".join(f"-c {name}={text}" for name, text in ({"search_path": settings.schema} | variables).items())
     return psycopg.connect(settings.dsn, autocommit=True, cursor_factory=psycopg.RawCursor, options=options)
 
 
-# -- fixtures, which the folders that use them name in their conftest
+# -- fixtures, which the conftest of each folder that uses them imports
 
 
 @pytest.fixture
 def conn(settings: Settings) -> Iterator[Conn]:
-    """A session as workers and dispatchers have it."""
+    """A session like those of workers and dispatchers."""
     with sessions(settings, 1) as (one,):
         yield one
 
 
 @pytest.fixture
 def make(conn: Conn, sql: Conn) -> Make:
-    """Creates a flow over that session."""
+    """Creates flows over that session."""
     return lambda plan: Flow(conn, sql, plan)
 
 
 @pytest.fixture
-def no_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a deadlock show itself, which would otherwise be tried again."""
+def no_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disables the retry, so that a deadlock fails the test."""
     monkeypatch.setattr(dispatch, "TRIES", 1)
 
 
@@ -91,40 +91,40 @@ def plan(
     max_attempts: int = 1,
     **policies: JoinPolicy,
 ) -> FlowPlan:
-    """`plan("a b c", "a>c b>c", c=ANY)`."""
+    """Returns a plan, for example `plan("a b c", "a>c b>c", c=ANY)`."""
     ends = [tuple(edge.split(">")) for edge in edges.split()]
     planned = [PlannedExecution(name, ["true"], max_attempts) for name in names.split()]
     return FlowPlan(namespace, tag, planned, [(start, end) for start, end in ends], policies)  # fmt: skip
 
 
 def chain(hops: int) -> FlowPlan:
-    """Executions n0, n1, … of which each waits for the one before."""
+    """Returns a plan of executions n0, n1, …, each downstream of the previous one."""
     names = [f"n{number}" for number in range(hops + 1)]
     return plan(" ".join(names), " ".join(f"{one}>{other}" for one, other in pairwise(names)))
 
 
 def expected_states(plan: FlowPlan, outcomes: Mapping[str, str]) -> dict[str, str]:
-    """What a flow without cancel_remaining comes to, as a pure function; `outcomes` of those that get to run.
+    """Returns the final states of a flow without cancel_remaining; `outcomes` are those of the executions that run.
 
-    A plan's executions stand after those that they wait for.
+    Pure. In a plan every execution comes after its upstreams.
     """
     upstreams = plan.upstreams()
     states: dict[str, str] = {}
     for execution in plan.executions:
-        waits_for = [states[name] for name in upstreams.get(execution.name, [])]
-        successes = waits_for.count("success")
-        required = plan.policies.get(execution.name, JoinPolicy()).required(len(waits_for))
-        verdict = judge(required, len(waits_for), successes, len(waits_for) - successes)
-        may_run = not waits_for or verdict == JoinVerdict.SATISFIED
+        ended = [states[name] for name in upstreams.get(execution.name, [])]
+        successes = ended.count("success")
+        required = plan.policies.get(execution.name, JoinPolicy()).required(len(ended))
+        verdict = judge(required, len(ended), successes, len(ended) - successes)
+        may_run = not ended or verdict == JoinVerdict.SATISFIED
         states[execution.name] = outcomes[execution.name] if may_run else "skipped"
     return states
 
 
-# -- flows that exist
+# -- flows in the database
 
 
 class Group(NamedTuple):
-    """How an edge group stands."""
+    """State and counts of an edge group."""
 
     state: str
     successes: int = 0
@@ -134,7 +134,7 @@ class Group(NamedTuple):
 
 
 class Flow:
-    """A flow, and the claims that are held on its executions."""
+    """A flow, and the claims of its executions."""
 
     def __init__(self, conn: Conn, sql: Conn, plan: FlowPlan) -> None:
         self.conn = conn
@@ -144,7 +144,7 @@ class Flow:
         self.claims: dict[str, Claim] = {}
 
     def states(self) -> dict[str, str]:
-        """By name."""
+        """Returns the state of each execution by name."""
         query = "SELECT name, state FROM executions WHERE flow_id = %s ORDER BY queue_position"
         return dict(self.sql.execute(query, [self.flow_id]).fetchall())
 
@@ -152,7 +152,7 @@ class Flow:
         return self.states()[name]
 
     def group(self, name: str) -> Group:
-        """What that one waits for."""
+        """Returns the edge group of an execution."""
         query = """SELECT state, success_count, fail_count, skip_count, running_count
                      FROM edge_groups WHERE downstream_id = %s"""
         row = self.sql.execute(query, [self.ids[name]]).fetchone()
@@ -160,30 +160,30 @@ class Flow:
         return Group(*row)
 
     def claim(self, name: str) -> Claim:
-        """Claims the oldest until it is that one's turn."""
+        """Claims executions, the oldest first, until this one is claimed; returns its claim."""
         while name not in self.claims:
             (claim,) = executions.claim(self.conn, "tester")
             self.claims[claim.name] = claim
         return self.claims[name]
 
     def end(self, name: str, outcome: str = "success") -> int:
-        """Has that one run and end; the id of its completion event."""
+        """Claims and ends an execution; returns the id of its completion event."""
         claim = self.claim(name)
         finish(self.conn, claim, outcome)
         return self.event(name)
 
     def event(self, name: str) -> int:
-        """The completion event of that one."""
+        """Returns the id of the only completion event of an execution."""
         (event_id,) = self.events_of(name)
         return event_id
 
     def events_of(self, name: str) -> list[int]:
-        """All its completion events; there should never be two."""
+        """Returns the ids of all completion events of an execution; more than one is an error."""
         query = "SELECT event_id FROM completion_events WHERE execution_id = %s ORDER BY event_id"
         return column(self.sql, query, self.ids[name])
 
     def outcome(self, name: str) -> str:
-        """What the completion event of that one says."""
+        """Returns the outcome in the completion event of an execution."""
         return str(value(self.sql, "SELECT outcome FROM completion_events WHERE execution_id = %s", self.ids[name]))
 
     def undispatched(self) -> list[int]:
@@ -191,13 +191,13 @@ class Flow:
         return column(self.sql, query, self.flow_id)
 
     def settle(self) -> None:
-        """Dispatches until nothing is left to dispatch."""
+        """Dispatches until no event is undispatched."""
         while events := self.undispatched():
             dispatch_all(self.conn, events)
 
 
 def finish(conn: Conn, claim: Claim, outcome: str) -> None:
-    """Reports that a claimed execution ended."""
+    """Ends a claimed execution with an outcome."""
     if outcome == "success":
         executions.complete(conn, claim.execution_id, claim.lease_epoch)
     else:
@@ -205,7 +205,7 @@ def finish(conn: Conn, claim: Claim, outcome: str) -> None:
 
 
 def ended(flow: Flow, outcomes: Mapping[str, str], order: random.Random) -> None:
-    """Has one worker and one dispatcher bring a flow to its end, in random order."""
+    """Runs a flow to its end with one worker and one dispatcher, in random order."""
     while events := flow.undispatched() or work(flow, outcomes, order):
         order.shuffle(events)
         for event in events:
@@ -213,7 +213,7 @@ def ended(flow: Flow, outcomes: Mapping[str, str], order: random.Random) -> None
 
 
 def work(flow: Flow, outcomes: Mapping[str, str], order: random.Random) -> list[int]:
-    """Claims everything there is, and ends some of it in random order, at least one; the events to dispatch."""
+    """Claims every eligible execution and ends at least one in random order; returns the events to dispatch."""
     flow.claims |= {claim.name: claim for claim in executions.claim(flow.conn, "tester", limit=1_000)}
     states = flow.states()
     held = sorted(name for name in flow.claims if states[name] == "running")
@@ -222,7 +222,7 @@ def work(flow: Flow, outcomes: Mapping[str, str], order: random.Random) -> list[
     return flow.undispatched()
 
 
-# -- what holds for every flow
+# -- invariants of every flow
 
 
 TABLES = ("flows", "executions", "execution_leases", "edge_groups", "edges", "completion_events", "lease_events",
@@ -230,19 +230,19 @@ TABLES = ("flows", "executions", "execution_leases", "edge_groups", "edges", "co
 
 
 def everything(sql: Conn) -> dict[str, list[str]]:
-    """Every row of every table that has to do with flows."""
+    """Returns every row of every table of flows, as text."""
     return {table: column(sql, f"SELECT {table}::text FROM {table} ORDER BY 1") for table in TABLES}
 
 
 def assert_sound(flow: Flow) -> None:
-    """I9, of a flow that has come to its end: whatever the policies, each edge was counted once and counts agree."""
+    """Checks rule I9 for a flow that has ended: each edge was counted once, and the counts agree, for every policy."""
     states = flow.states()
     assert set(states.values()) <= FINAL
     assert flow.undispatched() == []
     query = """SELECT name, outcome FROM completion_events JOIN executions USING (execution_id)
                 WHERE completion_events.flow_id = %s ORDER BY event_id"""
-    told = flow.sql.execute(query, [flow.flow_id]).fetchall()
-    assert {*told} == {*states.items()}, "every end is told, as what it was"
+    events = flow.sql.execute(query, [flow.flow_id]).fetchall()
+    assert {*events} == {*states.items()}, "every end has an event with its outcome"
     edges = flow.sql.execute("SELECT downstream_id, upstream_id, outcome FROM edges WHERE flow_id = %s", [flow.flow_id])
     names = {execution_id: name for name, execution_id in flow.ids.items()}
     counted: dict[str, list[str]] = {}
@@ -257,7 +257,7 @@ def assert_sound(flow: Flow) -> None:
 
 
 def assert_group(flow: Flow, name: str, outcomes: list[str], state: str) -> None:
-    """The counts are those of the edges, the verdict is that of the policy, and it was obeyed."""
+    """Checks that the counts are those of the edges, and that state and execution follow the policy."""
     successes, skips = outcomes.count("success"), outcomes.count("skipped")
     required = flow.plan.policies.get(name, JoinPolicy()).required(len(outcomes))
     verdict = judge(required, len(outcomes), successes, len(outcomes) - successes)
@@ -268,12 +268,12 @@ def assert_group(flow: Flow, name: str, outcomes: list[str], state: str) -> None
 
 
 def duplicate(sql: Conn, event: int) -> int:
-    """Writes the same completion once more, as a service might that is not sure that it did; the new event's id."""
+    """Writes a completion event again, as a service may after an unknown outcome; returns the new event's id."""
     query = """INSERT INTO completion_events (execution_id, flow_id, outcome)
                SELECT execution_id, flow_id, outcome FROM completion_events WHERE event_id = %s RETURNING event_id"""
     return int(value(sql, query, event))
 
 
 def uuid_of(number: int) -> UUID:
-    """An id that belongs to nothing."""
+    """Returns the UUID with that number, which no row has."""
     return UUID(int=number)

@@ -265,7 +265,7 @@ def test_i9_two_dispatchers_with_one_downstream_wait_for_each_other_and_both_cou
     assert flow.state("c") == "eligible"
 
 
-@pytest.mark.usefixtures("no_second_try")
+@pytest.mark.usefixtures("no_retry")
 def test_i9_dispatchers_with_many_common_downstreams_never_deadlock(settings: Settings, make: Make, sql: Conn) -> None:
     """A third session locks the group that both need first, so that both continue together when it is released."""
     names = [f"d{number:02}" for number in range(40)]
@@ -299,7 +299,7 @@ def test_i9_a_dispatch_locks_rows_in_key_order(settings: Settings, make: Make, s
         assert dispatching.result(TIMEOUT) == Advanced(21)
 
 
-@pytest.mark.usefixtures("no_second_try")
+@pytest.mark.usefixtures("no_retry")
 def test_i9_dispatchers_that_make_eligible_what_the_other_cancels_never_deadlock(
     settings: Settings, make: Make, sql: Conn
 ) -> None:
@@ -471,7 +471,7 @@ def test_i9_one_dispatcher_brings_every_graph_to_the_state_of_the_model(
     assert_sound(flow)
 
 
-@pytest.mark.usefixtures("no_second_try")
+@pytest.mark.usefixtures("no_retry")
 @given(graph=graphs(30, LET_RUN), order=orders)
 @examples(25)
 def test_i9_four_dispatchers_bring_every_graph_to_the_state_of_the_model(
@@ -480,7 +480,7 @@ def test_i9_four_dispatchers_bring_every_graph_to_the_state_of_the_model(
     assert_matches_the_model(settings, make(graph.plan), graph, order)
 
 
-@pytest.mark.usefixtures("no_second_try")
+@pytest.mark.usefixtures("no_retry")
 @pytest.mark.slow
 @given(graph=graphs(200, LET_RUN), order=orders)
 @examples(100)
@@ -503,7 +503,7 @@ def assert_cancellations_are_justified(flow: Flow) -> None:
     assert cancelled <= reasons
 
 
-@pytest.mark.usefixtures("no_second_try")
+@pytest.mark.usefixtures("no_retry")
 @given(graph=graphs(30, EITHER), order=orders)
 @examples(25)
 def test_i9_with_cancellation_every_edge_is_counted_once_and_every_policy_is_obeyed(

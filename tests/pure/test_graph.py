@@ -1,4 +1,4 @@
-"""Drawings of flows: trees, Mermaid and Graphviz, from documents alone."""
+"""Drawings of flows from documents: trees, Mermaid and Graphviz."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AWKWARD = 'say "hi" \\ [x] <b> & \n\x1b[31m'
 
 
 def document(names: str | list[str], edges: str = "", **parts: Any) -> dict[str, Any]:
-    """`document("a b", "a>b", b={"state": "failed"})`: whatever is not said is as `flow show` has it at first."""
+    """Returns a flow document, like `document("a b", "a>b", b={"state": "failed"})`; the rest is as in a new flow."""
     executions = [
         {"name": name, "state": "eligible", "policy": None, "owner": None, "reason": None} | parts.get(name, {})
         for name in (names.split() if isinstance(names, str) else names)
@@ -33,7 +33,7 @@ def tree(drawn: dict[str, Any], *, colored: bool = False) -> list[str]:
 # -- trees
 
 
-def test_a_diamond_shows_its_end_once_and_names_it_the_second_time() -> None:
+def test_an_execution_with_two_upstreams_is_drawn_once_and_then_only_named() -> None:
     assert tree(document("top left right end", "top>left top>right left>end right>end")) == [
         "top  eligible",
         "├── left  eligible",
@@ -43,7 +43,7 @@ def test_a_diamond_shows_its_end_once_and_names_it_the_second_time() -> None:
     ]
 
 
-def test_what_hangs_below_something_is_drawn_where_that_comes_first() -> None:
+def test_a_subtree_is_drawn_at_its_first_occurrence() -> None:
     assert tree(document("a b c d", "a>c b>c c>d")) == [
         "a  eligible",
         "└── c  eligible",
@@ -53,7 +53,7 @@ def test_what_hangs_below_something_is_drawn_where_that_comes_first() -> None:
     ]
 
 
-def test_a_line_says_the_policy_who_runs_it_and_why_it_ended() -> None:
+def test_a_line_shows_policy_owner_and_reason() -> None:
     parts: dict[str, Any] = {
         "all": {"policy": {"kind": "all_of"}, "state": "success"},
         "any": {"policy": {"kind": "any_of"}, "state": "running", "owner": "host-1"},
@@ -66,13 +66,13 @@ def test_a_line_says_the_policy_who_runs_it_and_why_it_ended() -> None:
     ]
 
 
-def test_colours_are_for_states_and_only_where_they_are_wanted() -> None:
+def test_states_are_coloured_only_on_request() -> None:
     drawn = document("a", a={"state": "failed"})
     assert tree(drawn) == ["a  failed"]
     assert tree(drawn, colored=True) == ["a  \x1b[31mfailed\x1b[0m"]
 
 
-def test_a_tree_passes_on_nothing_that_a_terminal_acts_on() -> None:
+def test_a_tree_contains_no_control_characters() -> None:
     parts: dict[str, Any] = {AWKWARD: {"reason": "\x1b[2J\nup", "owner": "\r"}}
     drawn = document([AWKWARD], **parts)
     (line,) = tree(drawn)
@@ -80,7 +80,7 @@ def test_a_tree_passes_on_nothing_that_a_terminal_acts_on() -> None:
     assert "\\x1b[2J\\nup" in line
 
 
-def test_a_chain_of_two_thousand_is_drawn_to_its_end() -> None:
+def test_a_chain_of_two_thousand_is_drawn_completely() -> None:
     names = [f"n{number}" for number in range(2_000)]
     drawn = document(names) | {"edges": edges_of(*pairwise(names))}
     lines = tree(drawn)
@@ -90,16 +90,16 @@ def test_a_chain_of_two_thousand_is_drawn_to_its_end() -> None:
     assert len(list(dot_lines(drawn))) > 3_999
 
 
-def test_a_wide_flow_keeps_the_order_in_which_it_was_written() -> None:
+def test_a_wide_flow_keeps_the_order_of_the_document() -> None:
     names = [f"n{number}" for number in range(50)]
     drawn = document(["root", *names]) | {"edges": edges_of(*(("root", name) for name in names))}
     assert [line.split()[1] for line in tree(drawn)[1:]] == names
 
 
-# -- for documents
+# -- Mermaid and Graphviz
 
 
-def test_mermaid_numbers_its_nodes_and_has_a_class_for_each_state() -> None:
+def test_mermaid_has_numbered_nodes_and_a_class_for_each_state() -> None:
     lines = list(mermaid_lines(document("a b", "a>b", a={"state": "success"}, b={"state": "blocked"})))
     assert lines[:4] == [
         "flowchart TD",
@@ -119,26 +119,26 @@ def test_dot_is_a_digraph_of_labelled_boxes() -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_every_state_can_be_drawn(state: str) -> None:
+def test_every_state_is_drawn(state: str) -> None:
     drawn = document("a", a={"state": state})
     for lines in (tree(drawn), list(mermaid_lines(drawn)), list(dot_lines(drawn))):
         assert any(state in line for line in lines)
 
 
-def test_mermaid_labels_end_where_they_should() -> None:
+def test_mermaid_labels_are_quoted() -> None:
     node = list(mermaid_lines(document([AWKWARD, "b"])))[1]
     assert node.isprintable()
-    assert node.count('"') == 2  # only those that enclose the label
+    assert node.count('"') == 2  # the quotes around the label
     assert "say &quot;hi&quot;" in node
 
 
-def test_mermaid_shows_a_name_as_text_and_not_as_markup() -> None:
+def test_mermaid_escapes_markup_in_names() -> None:
     node = list(mermaid_lines(document(["a<b>&lt;"])))[1]
     assert node.replace("<br/>", "").count("<") == 0
     assert "&amp;lt;" in node
 
 
-def test_dot_labels_end_where_they_should() -> None:
+def test_dot_labels_are_quoted() -> None:
     node = list(dot_lines(document([AWKWARD])))[2]
     assert node.isprintable()
     assert node.startswith('  n0 [label="say \\"hi\\" \\\\ [x] <b> & \\\\n\\\\x1b[31m\\neligible", ')

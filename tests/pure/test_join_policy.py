@@ -1,4 +1,4 @@
-"""Policies against a brute force, which tries every way in which the open upstreams could still end."""
+"""Join policies against a brute force that tries every outcome of the upstreams without one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from pgcoord_cli.core.flows.join_policy import JoinPolicy, JoinVerdict, OnSatisfied, PolicyKind, judge
 
-MOST = 9
-"""Upstreams. Two to the power of it are the ways in which they can end."""
+MAX_UPSTREAMS = 9
+"""The brute force tries two to the power of this."""
 
-sizes = st.integers(1, MOST)
-endings = st.lists(st.booleans(), min_size=1, max_size=MOST)
-"""Whether each of some upstreams succeeds, in the order in which they end."""
+sizes = st.integers(1, MAX_UPSTREAMS)
+successes_in_order = st.lists(st.booleans(), min_size=1, max_size=MAX_UPSTREAMS)
+"""Whether each upstream succeeds, in the order in which they end."""
 
 
 def brute_force(required: int, size: int, successes: int, others: int) -> JoinVerdict:
-    """The verdict by looking at every way in which the rest could end."""
+    """Returns the verdict from every possible outcome of the rest."""
     if successes >= required:
         return JoinVerdict.SATISFIED
     ways = product((False, True), repeat=size - successes - others)
@@ -27,7 +27,7 @@ def brute_force(required: int, size: int, successes: int, others: int) -> JoinVe
 
 
 @given(st.data(), sizes)
-def test_i9_the_verdict_is_what_every_way_to_go_on_says(data: st.DataObject, size: int) -> None:
+def test_i9_the_verdict_equals_that_of_the_brute_force(data: st.DataObject, size: int) -> None:
     required = data.draw(st.integers(1, size))
     successes = data.draw(st.integers(0, size))
     others = data.draw(st.integers(0, size - successes))
@@ -35,38 +35,38 @@ def test_i9_the_verdict_is_what_every_way_to_go_on_says(data: st.DataObject, siz
 
 
 def verdicts(required: int, ended: list[bool]) -> list[JoinVerdict]:
-    """The verdict before anything ended, and after each end."""
+    """Returns the verdicts before the first end and after each."""
     counts = [ended[:number] for number in range(len(ended) + 1)]
     return [judge(required, len(ended), sum(some), len(some) - sum(some)) for some in counts]
 
 
-@given(endings, st.integers(1, MOST))
-def test_i9_a_verdict_once_given_stays_and_comes_at_the_last_end_at_the_latest(ended: list[bool], k: int) -> None:
-    said = verdicts(min(k, len(ended)), ended)
-    decided = [verdict for verdict in said if verdict != JoinVerdict.PENDING]
-    assert said[0] == JoinVerdict.PENDING
-    assert said[: -len(decided)] == [JoinVerdict.PENDING] * (len(said) - len(decided))
+@given(successes_in_order, st.integers(1, MAX_UPSTREAMS))
+def test_i9_a_decided_verdict_never_changes_and_is_decided_by_the_last_end(ended: list[bool], k: int) -> None:
+    results = verdicts(min(k, len(ended)), ended)
+    decided = [verdict for verdict in results if verdict != JoinVerdict.PENDING]
+    assert results[0] == JoinVerdict.PENDING
+    assert results[: -len(decided)] == [JoinVerdict.PENDING] * (len(results) - len(decided))
     assert len(set(decided)) == 1
 
 
-@given(endings, st.integers(1, MOST))
-def test_i9_the_order_in_which_upstreams_end_makes_no_difference(ended: list[bool], k: int) -> None:
+@given(successes_in_order, st.integers(1, MAX_UPSTREAMS))
+def test_i9_the_order_of_the_ends_makes_no_difference(ended: list[bool], k: int) -> None:
     required = min(k, len(ended))
     last = verdicts(required, ended)[-1]
     assert verdicts(required, sorted(ended))[-1] == verdicts(required, sorted(ended)[::-1])[-1] == last
 
 
 @given(sizes, st.data())
-def test_all_of_asks_for_all_any_of_for_one_and_a_quorum_for_k(size: int, data: st.DataObject) -> None:
+def test_all_of_requires_all_any_of_one_and_a_quorum_k(size: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, size))
-    asked = [
+    required = [
         policy.required(size)
         for policy in (JoinPolicy(PolicyKind.ALL_OF), JoinPolicy(PolicyKind.ANY_OF), JoinPolicy(PolicyKind.QUORUM, k))
     ]
-    assert asked == [size, 1, k]
+    assert required == [size, 1, k]
 
 
-def test_what_is_given_without_a_policy_waits_for_all_and_lets_the_others_run() -> None:
+def test_the_default_policy_is_all_of_with_let_run() -> None:
     assert JoinPolicy() == JoinPolicy(PolicyKind.ALL_OF, None, OnSatisfied.LET_RUN)
 
 
@@ -79,5 +79,5 @@ def test_what_is_given_without_a_policy_waits_for_all_and_lets_the_others_run() 
         (JoinPolicy(PolicyKind.QUORUM, 2), {"kind": "quorum", "on_satisfied": "let_run", "k": 2}),
     ],
 )  # fmt: skip
-def test_a_policy_is_stored_in_the_words_of_the_flow_file(policy: JoinPolicy, record: dict[str, object]) -> None:
+def test_a_policy_is_stored_with_the_keys_of_the_flow_file(policy: JoinPolicy, record: dict[str, object]) -> None:
     assert policy.as_record() == record
