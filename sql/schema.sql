@@ -146,11 +146,17 @@ BEGIN
              ORDER BY downstream_id FOR NO KEY UPDATE) AS locked;
 
     -- Only edges without an outcome are updated, so that a second event of the same execution counts nothing. Of
-    -- several events of one execution in this call, the first one counts.
+    -- several events of one execution in this call, the first one counts. An event whose execution has not ended with
+    -- that outcome counts nothing: clients may insert events, but not finish the executions of others (rule I18).
     RETURN QUERY
     WITH first_event AS (
-        SELECT DISTINCT ON (execution_id) execution_id, event_id, outcome
-          FROM completion_events WHERE event_id = ANY (claimed) ORDER BY execution_id, event_id
+        SELECT DISTINCT ON (event.execution_id) event.execution_id, event.event_id, event.outcome
+          FROM completion_events AS event
+          JOIN executions AS upstream
+            ON upstream.execution_id = event.execution_id AND upstream.state = event.outcome
+           AND upstream.ended_at IS NOT NULL
+         WHERE event.event_id = ANY (claimed)
+         ORDER BY event.execution_id, event.event_id
     ), settled AS (
         UPDATE edges
            SET outcome = first_event.outcome
