@@ -13,7 +13,8 @@ SELECT format(template, current_schema(), $1::text) AS statement
     (4, 'GRANT SELECT ON %1$I.lease_events, %1$I.completion_events, %1$I.outbox_floors, %1$I.subscriptions TO %2$I'),
     (5, 'GRANT SELECT ON %1$I.flows, %1$I.executions, %1$I.execution_leases, %1$I.edge_groups, %1$I.edges, '
         '%1$I.dispatch_failures, %1$I.lock_names TO %2$I'),
-    (6, 'GRANT UPDATE ON SEQUENCE %1$I.lease_events_wake_until, %1$I.completion_events_wake_until TO %2$I')
+    (6, 'GRANT UPDATE ON SEQUENCE %1$I.lease_events_wake_until, %1$I.completion_events_wake_until TO %2$I'),
+    (7, 'GRANT EXECUTE ON FUNCTION %1$I.collection_bound TO %2$I')
   ) AS grants (position, template)
  ORDER BY position;
 
@@ -40,6 +41,8 @@ SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
     (1, 'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA %1$I TO %2$I'),
     (2, 'REVOKE INSERT, UPDATE, DELETE ON %1$I.schema_migrations FROM %2$I'),
-    (3, 'GRANT USAGE, SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA %1$I TO %2$I')
+    (3, 'GRANT USAGE, SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA %1$I TO %2$I'),
+    -- Where ALTER DEFAULT PRIVILEGES has taken EXECUTE from PUBLIC, no role has it unless it is granted.
+    (4, 'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA %1$I TO %2$I')
   ) AS grants (position, template)
  ORDER BY position;
