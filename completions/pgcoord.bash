@@ -228,10 +228,8 @@ _pgcoord_value() {
         'pgcoord flow create 1') how=(-f) ;;
         'pgcoord flow show --format') how=(-W 'tree mermaid dot json') ;;
         'pgcoord reconcile 1') how=(-W 'dependency lease-expiry sibling-cancel orphaned-commits all') ;;
-        'pgcoord reconcile --retry') how=(-W 'EVENT_ID all') ;;
-        'pgcoord tail lease --until') how=(-W 'TIME CURSOR') ;;
+        'pgcoord reconcile --retry') how=(-W 'all') ;;
         'pgcoord tail lease --cursor-file') how=(-f) ;;
-        'pgcoord tail completion --until') how=(-W 'TIME CURSOR') ;;
         'pgcoord tail completion --cursor-file') how=(-f) ;;
     esac
 }

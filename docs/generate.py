@@ -1,18 +1,18 @@
-"""Write man/ and completions/ from the command tree, or check that they still equal it.
+"""Write man/ and completions/ from the command tree, or check that they equal it.
 
-    python docs/generate.py            write; what else is in those two folders is removed
-    python docs/generate.py --check    exit 1 and name each file that differs, is missing or is superfluous
+    python docs/generate.py            writes the files; removes all others from the two directories
+    python docs/generate.py --check    exits 1 and names each file that differs, is missing or is superfluous
 
-**The tree.** The Typer commands are read once into frozen records: what a command says of itself, what it takes,
-which commands are below it. All that follows is text made from records, and the same tree gives the same text.
-The global options are kept apart from every command, so that a page says them once.
+**The tree.** The Typer commands are read once into frozen records: the help of a command, its parameters, the commands
+below it. The rest of this file makes text from records; the same tree gives the same text. The global options are kept
+apart from the commands, so that a page lists them once.
 
 **The manual.** One page for the program and one for each noun, in roff with the man macros and in plain ASCII. The
-help of a command is paragraphs; one that starts with the backspace mark is kept line by line, and the one headed
-"Examples:" goes to the section of that name.
+help of a command consists of paragraphs. A paragraph that begins with the backspace mark is kept line by line; the
+lines under "Examples:" go to the section of that name.
 
-**The completions.** Static: every word that can follow is in the file, so that a tab never starts Python. Bash and
-fish walk the words before the cursor to the command that they name; zsh has a function for each command.
+**The completions.** They are static: all words are in the file, so that completing a word does not start Python. Bash
+and fish walk the words before the cursor to find the command; zsh has a function for each command.
 """
 
 from __future__ import annotations
@@ -23,21 +23,18 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from typer._click.core import Command as ClickCommand
-from typer._click.core import Context as ClickContext
-from typer._click.core import Parameter as ClickParameter
-from typer._click.types import File
-from typer._types import TyperChoice
-from typer.core import TyperArgument, TyperGroup, TyperOption
-from typer.models import TyperPath
+import typer
+from typer.core import TyperArgument, TyperOption
 
 from pgcoord_cli import __version__
 from pgcoord_cli.cli import root
-from pgcoord_cli.commands.framework import ENVIRONMENT, EXIT_CODES, global_options
-from pgcoord_cli.settings import ColorMode, LogFormat, OutputFormat
+from pgcoord_cli.commands.framework import ENVIRONMENT, EXIT_CODES, GLOBAL_NAMES, PgcoordCommand, PgcoordGroup
+from pgcoord_cli.commands.parameters import Declaration, option_names, remark
+from pgcoord_cli.settings import ColorMode, OutputFormat
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -48,9 +45,9 @@ DOTS = "...\\&"
 
 NOTICE = "Written by docs/generate.py from the command tree. Change the commands and run it again."
 
-GLOBAL_NAMES = {option.name for option in global_options()} | {"help"}
+EVERYWHERE = GLOBAL_NAMES | {"help"}
 
-GLOBAL_CHOICES = {"output": tuple(OutputFormat), "color": tuple(ColorMode), "log_format": tuple(LogFormat)}
+GLOBAL_CHOICES = {"output": tuple(OutputFormat), "color": tuple(ColorMode)}
 """To the parser the global options are plain text, because their values may also come from the environment."""
 
 
@@ -59,7 +56,7 @@ GLOBAL_CHOICES = {"output": tuple(OutputFormat), "color": tuple(ColorMode), "log
 
 @dataclass(frozen=True)
 class Parameter:
-    """An option, or an argument, which has no names."""
+    """An option, or an argument. An argument has no names."""
 
     names: tuple[str, ...]
     metavar: str
@@ -83,21 +80,21 @@ class Command:
 
     @property
     def path(self) -> str:
-        """What is typed to call it."""
+        """The words that call the command."""
         return " ".join(self.words)
 
     @property
     def summary(self) -> str:
-        """The first sentence of its help."""
+        """The first sentence of the help."""
         return sentences(self.blocks[0])[0]
 
     @property
     def examples(self) -> tuple[str, ...]:
-        """The lines of its Examples block."""
+        """The lines of the Examples block."""
         return tuple(line for block in self.blocks if _is_examples(block) for line in _literal(block)[1])
 
     def walk(self) -> Iterator[Command]:
-        """Itself and everything below it."""
+        """Yields the command itself and all commands below it."""
         yield self
         for command in self.commands:
             yield from command.walk()
@@ -105,91 +102,98 @@ class Command:
 
 @dataclass(frozen=True)
 class Program:
-    """The whole tree, and the options that may stand after any word of it."""
+    """The whole tree, and the options that may follow any word of a call."""
 
     root: Command
     everywhere: tuple[Parameter, ...]
 
 
+TyperCommand = PgcoordCommand | PgcoordGroup
+
+
 def read_program() -> Program:
-    """Imports every noun of the catalogue and reads the tree."""
+    """Imports the modules of all nouns and reads the tree."""
     top = root()
-    ctx = _context(top, "pgcoord", None)
-    everywhere = [param for param in top.get_params(ctx) if param.name in GLOBAL_NAMES]
+    everywhere = [each for each in top.get_params(_context(top, "pgcoord", None)) if each.name in EVERYWHERE]
     return Program(
         root=read_command(top, ("pgcoord",)),
-        everywhere=tuple(_read_parameter(param, ctx, GLOBAL_CHOICES.get(param.name or "")) for param in everywhere),
+        everywhere=tuple(_read_parameter(each, top.declaration(each)) for each in everywhere),
     )
 
 
-def read_command(command: ClickCommand, words: tuple[str, ...], parent: ClickContext | None = None) -> Command:
-    """Reads a command and all that is below it, the hidden left out."""
+def read_command(command: TyperCommand, words: tuple[str, ...], parent: typer.Context | None = None) -> Command:
+    """Reads a command and all commands below it, without those that are hidden."""
     ctx = _context(command, words[-1], parent)
-    own = [param for param in command.get_params(ctx) if param.name not in GLOBAL_NAMES and param.get_help_record(ctx)]
+    own = [
+        _read_parameter(each, command.declaration(each))
+        for each in command.get_params(ctx)
+        if each.name not in EVERYWHERE and not each.hidden
+    ]
     return Command(
         words=words,
         blocks=tuple(re.split(r"\n{2,}", (command.help or "").strip())),
-        arguments=tuple(_read_parameter(param, ctx) for param in own if isinstance(param, TyperArgument)),
-        options=tuple(_read_parameter(param, ctx) for param in own if isinstance(param, TyperOption)),
+        arguments=tuple(each for each in own if not each.names),
+        options=tuple(each for each in own if each.names),
         commands=tuple(
             read_command(child, (*words, name), ctx) for name, child in _children(command, ctx) if not child.hidden
         ),
     )
 
 
-def _context(command: ClickCommand, word: str, parent: ClickContext | None) -> ClickContext:
+def _context(command: TyperCommand, word: str, parent: typer.Context | None) -> typer.Context:
     # command.make_context would parse an empty call, and run the callbacks of the options while doing so.
-    return ClickContext(command, parent=parent, info_name=word, **command.context_settings)
+    return typer.Context(command, parent=parent, info_name=word, **command.context_settings)
 
 
-def _children(command: ClickCommand, ctx: ClickContext) -> Iterator[tuple[str, ClickCommand]]:
-    if isinstance(command, TyperGroup):
+def _children(command: TyperCommand, ctx: typer.Context) -> Iterator[tuple[str, TyperCommand]]:
+    if isinstance(command, PgcoordGroup):
         for name in command.list_commands(ctx):
-            if child := command.get_command(ctx, name):
-                yield name, child
+            child = command.get_command(ctx, name)
+            assert isinstance(child, TyperCommand)
+            yield name, child
 
 
-def _read_parameter(param: ClickParameter, ctx: ClickContext, choices: Iterable[str] | None = None) -> Parameter:
-    assert isinstance(param, TyperOption | TyperArgument)
-    record = param.get_help_record(ctx) or ("", "")
-    is_option = isinstance(param, TyperOption)
-    # Sorted, because the parser keeps the names of --help in a set.
-    names = sorted([*param.opts, *param.secondary_opts], key=lambda name: name.startswith("--")) if is_option else []
-    takes = _takes(param)
+def _read_parameter(param: TyperOption | TyperArgument, declaration: Declaration) -> Parameter:
+    takes = _takes(param, declaration)
+    # A required argument is not marked as such: the synopsis shows it without brackets.
+    note = remark(param, declaration)
     return Parameter(
-        names=tuple(names),
-        metavar="" if takes == "nothing" else _metavar(param, ctx),
+        names=tuple(option_names(param)) if isinstance(param, TyperOption) else (),
+        metavar="" if takes == "nothing" else _metavar(param),
         help=param.help or "",
-        remark=record[1].removeprefix(param.help or "").replace("[required]", "").strip(),
-        choices=tuple(choices or _choices(param, ctx)),
+        remark="" if note == "[required]" else note,
+        choices=_choices(param, declaration),
         takes=takes,
         required=param.required,
         repeats=param.nargs == -1 or param.multiple,
     )
 
 
-def _choices(param: TyperOption | TyperArgument, ctx: ClickContext) -> list[str]:
-    """The values of an enumeration, or those that the placeholder names: `add|set`."""
-    if isinstance(param.type, TyperChoice):
-        return [param.type.normalize_choice(choice, ctx) for choice in param.type.choices]
-    return _metavar(param, ctx).split("|") if "|" in (param.metavar or "") else []
+def _choices(param: TyperOption | TyperArgument, declaration: Declaration) -> tuple[str, ...]:
+    """Returns the values of an enumeration, or those, in lower case, that a placeholder like `EVENT_ID|all` names."""
+    if issubclass(declaration.type, StrEnum):
+        return tuple(declaration.type)
+    if param.name in GLOBAL_CHOICES:
+        return GLOBAL_CHOICES[param.name]
+    words = (param.metavar or "").split("|")
+    return tuple(word for word in words if word.islower()) if len(words) > 1 else ()
 
 
-def _metavar(param: TyperOption | TyperArgument, ctx: ClickContext) -> str:
-    """The placeholder alone: brackets and dots are set again where they are due."""
-    if isinstance(param, TyperArgument) and param.metavar is None:
-        return (param.name or "").upper()
-    metavar = param.make_metavar(ctx).removesuffix("...").strip("[]<>")
-    return metavar if param.metavar or isinstance(param.type, TyperChoice) else metavar.upper()
+def _metavar(param: TyperOption | TyperArgument) -> str:
+    """Returns the placeholder without brackets and dots, which the synopsis adds where they apply."""
+    # Without an explicit one, each version of Typer makes another.
+    assert param.metavar, f"the parameter {param.name!r} has no metavar"
+    return param.metavar.removesuffix("...").strip("[]").removesuffix("...")
 
 
-def _takes(param: TyperOption | TyperArgument) -> Literal["nothing", "text", "file", "directory"]:
-    if isinstance(param, TyperOption) and (param.is_flag or param.count):
+def _takes(
+    param: TyperOption | TyperArgument, declaration: Declaration
+) -> Literal["nothing", "text", "file", "directory"]:
+    if declaration.type is bool:
         return "nothing"
-    metavar = (param.metavar or "").removesuffix("...").strip("[]")
-    if metavar in ("DIR", "DIRECTORY") or (isinstance(param.type, TyperPath) and not param.type.file_okay):
+    if _metavar(param) == "DIR":
         return "directory"
-    return "file" if metavar == "FILE" or isinstance(param.type, TyperPath | File) else "text"
+    return "file" if _metavar(param) == "FILE" or declaration.type is Path else "text"
 
 
 # Help texts

@@ -1,11 +1,14 @@
-"""`python -m pgcoord_cli` is `pgcoord`. It may be interrupted while it is still loading."""
+"""`python -m pgcoord_cli` is `pgcoord`."""
 
+import gc
 import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """The `pgcoord` program."""
+    """Runs the `pgcoord` program and exits. SIGINT while it is still being imported ends it with 130."""
+    # Imports create many objects and hardly any garbage. With fewer collections a command starts 2 % faster.
+    gc.set_threshold(10_000)
     try:
         from pgcoord_cli import cli
     except KeyboardInterrupt:

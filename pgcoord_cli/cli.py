@@ -14,9 +14,9 @@ from types import FrameType
 from typing import NoReturn
 
 import typer
-from typer._click.exceptions import ClickException, NoArgsIsHelpError
 
-from pgcoord_cli.commands.framework import RootGroup
+from pgcoord_cli.commands.framework import LazyGroup, NoCommandGiven, root_group
+from pgcoord_cli.commands.parameters import help_hint
 from pgcoord_cli.errors import PgcoordError, Termination, UsageError, interruption
 from pgcoord_cli.render import render_error
 from pgcoord_cli.settings import ColorMode, OutputFormat
@@ -56,12 +56,15 @@ _terminations: list[int] = []
 """Every SIGTERM that came. A list, because a handler may interrupt itself."""
 
 
-def root() -> RootGroup:
-    """The command tree. Modules of its groups are imported when a command of theirs is called."""
-    return RootGroup(
-        name="pgcoord", catalogue=CATALOGUE, help=HELP, no_args_is_help=True, rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )  # fmt: skip
+class Root(LazyGroup):
+    """The root of the command tree."""
+
+    catalogue = CATALOGUE
+
+
+def root() -> Root:
+    """Returns the command tree. The module of a group is imported when one of its commands is called."""
+    return root_group(Root, HELP)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -74,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
         return stop.exit_code
     except BrokenPipeError:
         return 0  # the reader of stdout is gone (`| head`): nothing is wrong, and nothing more can be said
-    except (ClickException, PgcoordError, KeyboardInterrupt, typer.Abort, OSError) as error:
+    except (typer.TyperException, PgcoordError, KeyboardInterrupt, typer.Abort, OSError) as error:
         with suppress(OSError):  # where nobody can be told, the exit code still says it
             _report(error, argv)
         return _failure(error).exit_code
@@ -82,8 +85,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _report(error: BaseException, argv: Sequence[str]) -> None:
     as_json = wants_json(argv)
-    if isinstance(error, NoArgsIsHelpError) and not as_json:
-        typer.echo(error.format_message(), err=True)
+    if isinstance(error, NoCommandGiven) and not as_json:
+        typer.echo(error.help, err=True)
     else:
         render_error(_failure(error), as_json=as_json, color=_wanted_color(argv))
 
@@ -91,18 +94,17 @@ def _report(error: BaseException, argv: Sequence[str]) -> None:
 def _failure(error: BaseException) -> PgcoordError:
     if isinstance(error, PgcoordError):
         return error
-    if isinstance(error, NoArgsIsHelpError):
-        return UsageError("no command was given", hint=f"see: {error.ctx.command_path} --help")
-    if isinstance(error, ClickException):
+    if isinstance(error, typer.TyperException):
         ctx = getattr(error, "ctx", None)
-        return UsageError(error.format_message(), hint=f"see: {ctx.command_path} --help" if ctx else None)
+        return UsageError(error.format_message(), hint=help_hint(ctx) if ctx else None)
     if isinstance(error, OSError):
         return PgcoordError(str(error) or type(error).__name__)
     return interruption(Termination() if _terminations else error)
 
 
-_OUTPUT_WORD = re.compile(r"--output(?:=(.*))?|-[a-zA-Z]*?o(.*)", re.DOTALL)
-_COLOR_WORD = re.compile(r"--color(?:=(.*))?", re.DOTALL)
+# Patterns are compiled when an error is reported, not at each start.
+_OUTPUT_WORD = r"--output(?:=(.*))?|-[a-zA-Z]*?o(.*)"
+_COLOR_WORD = r"--color(?:=(.*))?"
 
 
 def wants_json(argv: Sequence[str]) -> bool:
@@ -115,13 +117,13 @@ def _wanted_color(argv: Sequence[str]) -> ColorMode:
     return ColorMode(chosen) if chosen in tuple(ColorMode) else ColorMode.AUTO
 
 
-def _last_word(argv: Sequence[str], option: re.Pattern[str], variable: str) -> str:
+def _last_word(argv: Sequence[str], option: str, variable: str) -> str:
     """What was last given for an option, in the same word or in the one after it."""
     chosen = os.environ.get(variable, "")
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--":
             break
-        if found := option.fullmatch(word):
+        if found := re.fullmatch(option, word, re.DOTALL):
             chosen = next(filter(None, found.groups()), following)
     return chosen
 

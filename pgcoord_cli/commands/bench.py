@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from pgcoord_cli.commands.framework import PgcoordCommand, duration, output_of, progress_bar, single
+from pgcoord_cli.commands.framework import command, duration, output_of, progress_bar, single
 
 app = single("Measure the commit rate and latency of this database.")
 
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-@app.command("bench", cls=PgcoordCommand)
+@command(app, "bench")
 def bench(
     ctx: typer.Context,
     seconds: Annotated[str, typer.Option("--duration", metavar="DURATION", help="Length of the measurement.")] = "5s",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pgcoord_cli.commands.framework import PgcoordCommand, output_of, single
+from pgcoord_cli.commands.framework import command, output_of, single
 from pgcoord_cli.errors import PgcoordError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = single("Show commits, failover and flows on a temporary PostgreSQL server.")
 
 
-@app.command("demo", cls=PgcoordCommand)
+@command(app, "demo")
 def demo(
     ctx: typer.Context,
     keep: Annotated[

@@ -78,7 +78,9 @@ def _text_of(file: str) -> str:
 def show(
     ctx: typer.Context,
     flow_id: FlowId,
-    drawing: Annotated[Drawing, typer.Option("--format", help="Format of the drawing.")] = Drawing.TREE,
+    drawing: Annotated[
+        Drawing, typer.Option("--format", metavar="|".join(Drawing), help="Format of the drawing.")
+    ] = Drawing.TREE,
 ) -> None:
     """Draw a flow with the states of its executions.
 

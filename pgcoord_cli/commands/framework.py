@@ -1,39 +1,51 @@
 """What every command shares: global options that work in any place, groups that load when asked for.
 
 **Global options.** `pgcoord -o json leader status` and `pgcoord leader status -o json` mean the same. Each command
-and group carries the options of section "Global options" itself; whichever place gave a value last, wins. They
-are collected in the context and resolved, with the environment, into frozen Settings and a Presentation when a
+and group has the options of section "Global options"; of several values for one option the last counts. The
+values are collected in the context and resolved, with the environment, into frozen Settings and a Presentation when a
 command asks.
 
-**Lazy groups.** The root knows its groups by name and one line of help. A group's module is imported when one of its
-commands is called, so that `pgcoord --help` costs little more than Python and Typer.
+**Lazy groups.** The root has the names of its groups and one line of help for each. A group's module is imported when
+one of its commands is called, so that `pgcoord --help` costs little more than Python and Typer.
+
+**Public names.** Typer's own parser has no public names for contexts, commands and formatters. Only the classes of
+`typer.core` are subclassed, and what their methods get beside those is typed `Any`.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Annotated, Any
+from functools import cache, cached_property
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 from uuid import UUID
 
 import typer
-from typer._click.core import Command as ClickCommand
-from typer._click.core import Context as ClickContext
-from typer._click.core import Parameter
-from typer._click.formatting import HelpFormatter
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from pgcoord_cli import __version__
+from pgcoord_cli.commands.parameters import (
+    FLAG,
+    Declaration,
+    Parameter,
+    declarations,
+    help_hint,
+    help_record,
+    take_over_conversion,
+    usage_word,
+)
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.render import Output
 from pgcoord_cli.settings import (
     LONGEST_WAIT,
+    LogFormat,
     OutputFormat,
     Settings,
     parse_duration,
@@ -74,110 +86,205 @@ ENVIRONMENT = {
 }
 
 
-def _remember(ctx: ClickContext, param: Parameter, value: Any) -> Any:
+# Global options
+
+
+def _remember(ctx: Any, parameter: Parameter, value: Any) -> Any:
     if value not in (None, False):
-        ctx.find_root().meta.setdefault(_FLAGS, {})[param.name] = value
+        ctx.find_root().meta.setdefault(_FLAGS, {})[parameter.name] = value
     return value
 
 
-def _show_version(ctx: ClickContext, _param: Parameter, value: bool) -> None:
+def _show_version(ctx: Any, _parameter: Parameter, value: Any) -> None:
     if value and not ctx.resilient_parsing:
         typer.echo(f"pgcoord {__version__}")
         raise typer.Exit
 
 
-def global_options() -> list[TyperOption]:
-    """Fresh copies of the options that every command and group takes."""
+def _option(name: str, *short: str, **more: Any) -> inspect.Parameter:
+    """Declares a global option that takes text.
 
-    def option(*names: str, help: str, metavar: str | None = None, flag: bool = False) -> TyperOption:  # noqa: A002
-        return TyperOption(
-            param_decls=list(names), help=help, metavar=metavar, is_flag=flag, expose_value=False, callback=_remember
-        )
+    Text even where there are few values: they may come from the environment too, and are checked once for both.
+    """
+    option = typer.Option(name, *short, expose_value=False, **more)
+    return _declared(name, Annotated[str | None, option], None)
 
-    return [
-        option("--dsn", help="Connection string, URI or keywords. [PGCOORD_DSN, then libpq's own]", metavar="DSN"),
-        option("--schema", help="Schema that holds the cluster. [PGCOORD_SCHEMA, then pgcoord]", metavar="NAME"),
-        option("--output", "-o", help=f"{', '.join(OutputFormat)}. [PGCOORD_OUTPUT, then table]", metavar="FORMAT"),
-        option("--quiet", "-q", help="No talk on stderr unless something is wrong.", flag=True),
-        option("--verbose", "-v", help="Say more on stderr.", flag=True),
-        option("--color", help="auto, always or never. [PGCOORD_COLOR, then auto]", metavar="WHEN"),
-        option(
-            "--log-format",
+
+def _flag(name: str, *short: str, **more: Any) -> inspect.Parameter:
+    return _declared(name, Annotated[bool, typer.Option(name, *short, expose_value=False, **more)], False)
+
+
+def _declared(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    identifier = name.removeprefix("--").replace("-", "_")
+    return inspect.Parameter(identifier, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _global_signature() -> None:
+    pass
+
+
+# Declared as a signature, from which Typer makes the options: their constructor is not the same in all its versions.
+# Its annotations are objects, since Typer would evaluate text four times at each start.
+_global_signature.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        _option("--dsn", metavar="DSN", help="Connection string, URI or keywords. [PGCOORD_DSN, then libpq's own]"),
+        _option("--schema", metavar="NAME", help="Schema that holds the cluster. [PGCOORD_SCHEMA, then pgcoord]"),
+        _option("--output", "-o", metavar="FORMAT", help=f"{', '.join(OutputFormat)}. [PGCOORD_OUTPUT, then table]"),
+        _flag("--quiet", "-q", help="No talk on stderr unless something is wrong."),
+        _flag("--verbose", "-v", help="Say more on stderr."),
+        _option("--color", metavar="WHEN", help="auto, always or never. [PGCOORD_COLOR, then auto]"),
+        _option(
+            "--log-format", metavar="|".join(LogFormat),
             help="How log lines on stderr are written. [PGCOORD_LOG_FORMAT, then text]",
-            metavar="text|json",
         ),
-        TyperOption(
-            param_decls=["--version"], is_flag=True, is_eager=True, expose_value=False,
-            help="Print the version and exit.", callback=_show_version,
-        ),
-    ]  # fmt: skip
+        _flag("--version", is_eager=True, help="Print the version and exit."),
+    ]
+)  # fmt: skip
+
+_GLOBAL_DECLARATIONS = declarations(_global_signature)
+
+GLOBAL_NAMES = frozenset(_GLOBAL_DECLARATIONS)
 
 
-def _format_options(command: ClickCommand, ctx: ClickContext, formatter: HelpFormatter) -> None:
-    """Own options first, global ones in a section of their own."""
-    global_names = {option.name for option in global_options()}
-    sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Global options": []}
-    for param in command.get_params(ctx):
-        if record := param.get_help_record(ctx):
-            title = "Arguments" if param.param_type_name == "argument" else "Options"
-            sections["Global options" if param.name in global_names else title].append(record)
-    for title, records in sections.items():
-        if records:
-            with formatter.section(title):
-                formatter.write_dl(records)
+@cache
+def _global_options() -> list[Any]:
+    """Returns the global options, which all commands and groups share."""
+    app = typer.Typer(add_completion=False)
+    app.command()(_global_signature)
+    options: list[Any] = typer.main.get_command(app).params
+    for option in options:
+        option.callback = _show_version if option.name == "version" else _remember
+    return options
 
 
-class PgcoordCommand(TyperCommand):
-    """A command that also takes the global options."""
+# Commands and groups
+
+
+class NoCommandGiven(UsageError):
+    """The call ends with the name of a group; `help` is the help of that group."""
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__("no command was given", hint=help_hint(ctx))
+        self.help: str = ctx.get_help()
+
+
+class _Declared:
+    """What commands and groups have in common: parameters as `commands.parameters` converts and describes them."""
+
+    callback: Callable[..., Any] | None
+    params: list[Any]
+
+    def add_global_options(self) -> None:
+        """Appends the global options to the parameters of the command."""
+        self.params.extend(_global_options())
+
+    @cached_property
+    def _declarations(self) -> dict[str, Declaration]:
+        return _GLOBAL_DECLARATIONS | declarations(self.callback)
+
+    def declaration(self, parameter: Parameter) -> Declaration:
+        """Returns what the signature declares of a parameter; `--help` is a flag."""
+        return self._declarations.get(parameter.name or "", FLAG)
+
+    def take_over_conversion(self, parameters: list[Any]) -> list[Any]:
+        """Replaces Typer's conversion of the parameters, and returns them."""
+        for parameter in parameters:
+            take_over_conversion(parameter, self.declaration(parameter))
+        return parameters
+
+    def write_options(self, parameters: Sequence[Parameter], formatter: Any) -> None:
+        """Writes the parameters of the command first, the global options in a section of their own."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Global options": []}
+        for parameter in parameters:
+            if record := help_record(parameter, self.declaration(parameter)):
+                title = "Arguments" if isinstance(parameter, TyperArgument) else "Options"
+                sections["Global options" if parameter.name in GLOBAL_NAMES else title].append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class PgcoordCommand(_Declared, TyperCommand):
+    """A command, with the global options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.extend(global_options())
+        self.add_global_options()
 
-    def format_options(self, ctx: ClickContext, formatter: HelpFormatter) -> None:
-        _format_options(self, ctx, formatter)
+    def get_params(self, ctx: Any) -> list[Any]:
+        return self.take_over_conversion(super().get_params(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [each for each in self.params if isinstance(each, TyperArgument)]
+        return [*filter(None, [self.options_metavar]), *map(usage_word, arguments)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        self.write_options(self.get_params(ctx), formatter)
 
 
-class PgcoordGroup(TyperGroup):
-    """A group whose commands are PgcoordCommands and that also takes the global options itself."""
+class PgcoordGroup(_Declared, TyperGroup):
+    """A group of PgcoordCommands, with the global options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.extend(global_options())
+        self.add_global_options()
 
-    def format_options(self, ctx: ClickContext, formatter: HelpFormatter) -> None:
+    def get_params(self, ctx: Any) -> list[Any]:
+        return self.take_over_conversion(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and self.no_args_is_help and not ctx.resilient_parsing:
+            raise NoCommandGiven(ctx)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         self.format_commands(ctx, formatter)
-        _format_options(self, ctx, formatter)
+        self.write_options(self.get_params(ctx), formatter)
 
 
-class RootGroup(PgcoordGroup):
-    """The root: knows every noun by name and one line of help, and imports its module when it is called."""
+class LazyGroup(PgcoordGroup):
+    """The root: has every noun's name and one line of help, and imports its module when it is called."""
 
-    def __init__(self, *args: Any, catalogue: Mapping[str, str], **kwargs: Any) -> None:
+    catalogue: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.catalogue = catalogue
-        self.commands: dict[str, ClickCommand] = {
-            name: TyperCommand(name, help=line) for name, line in catalogue.items()
-        }
+        # Placeholders: Typer lists them, and suggests one for a name that is mistyped.
+        self.commands: dict[str, Any] = {name: TyperCommand(name, help=line) for name, line in self.catalogue.items()}
         self._loaded: set[str] = set()
 
-    def get_command(self, ctx: ClickContext, cmd_name: str) -> ClickCommand | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in self.catalogue and cmd_name not in self._loaded:
             module = importlib.import_module(f"pgcoord_cli.commands.{cmd_name}")
             self.commands[cmd_name] = typer.main.get_command(module.app)
             self._loaded.add(cmd_name)
         return self.commands.get(cmd_name)
 
-    def format_commands(self, ctx: ClickContext, formatter: HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(self.catalogue.items()))
 
 
+_HELP_OPTION = {"help_option_names": ["-h", "--help"]}
+
+Group = TypeVar("Group", bound=PgcoordGroup)
+
+
 def noun(help: str) -> typer.Typer:  # noqa: A002
     """The Typer app of one noun's file."""
+    return _group_app(PgcoordGroup, help)
+
+
+def root_group(cls: type[Group], help: str) -> Group:  # noqa: A002
+    """Returns the root of the command tree."""
+    return cast(Group, typer.main.get_command(_group_app(cls, help)))
+
+
+def _group_app(cls: type[PgcoordGroup], help: str) -> typer.Typer:  # noqa: A002
     app = typer.Typer(
-        cls=PgcoordGroup, help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        cls=cls, help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+        context_settings=_HELP_OPTION,
     )  # fmt: skip
     app.callback()(_keep_as_group)
     return app
@@ -190,15 +297,15 @@ def _keep_as_group() -> None:
 
 def single(help: str) -> typer.Typer:  # noqa: A002
     """The Typer app of a noun that is one command, like `demo`."""
-    return typer.Typer(
-        help=help, add_completion=False, rich_markup_mode=None,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )  # fmt: skip
+    return typer.Typer(help=help, add_completion=False, rich_markup_mode=None, context_settings=_HELP_OPTION)
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as `name` of `app`, with the global options."""
-    return app.command(name, cls=PgcoordCommand, context_settings={"help_option_names": ["-h", "--help"]})
+    return app.command(name, cls=PgcoordCommand, context_settings=_HELP_OPTION)
+
+
+# What commands begin with
 
 
 def settings_of(ctx: typer.Context, **overrides: Any) -> Settings:

@@ -47,7 +47,11 @@ def run(
     ] = "10s",
     beside: Annotated[
         list[Companion] | None,
-        typer.Option("--with", help="Work that this process does besides: dispatch completion events."),
+        typer.Option(
+            "--with",
+            metavar="|".join(Companion),
+            help="Work that this process does besides: dispatch completion events.",
+        ),
     ] = None,
 ) -> None:
     """Stand for election, and resolve commit requests while elected. Runs until SIGTERM or Ctrl-C.

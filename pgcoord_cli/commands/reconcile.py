@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pgcoord_cli.commands.framework import PgcoordCommand, duration, output_of, row_count, single, stop_on_signals
+from pgcoord_cli.commands.framework import command, duration, output_of, row_count, single, stop_on_signals
 from pgcoord_cli.errors import PgcoordError, UsageError
 from pgcoord_cli.settings import check_text
 
@@ -30,10 +30,12 @@ class Which(StrEnum):
     ALL = "all"
 
 
-@app.command("reconcile", cls=PgcoordCommand)
+@command(app, "reconcile")
 def reconcile(
     ctx: typer.Context,
-    which: Annotated[Which, typer.Argument(help="The reconciler to run.")] = Which.ALL,
+    which: Annotated[
+        Which, typer.Argument(metavar="WHICH", help=f"The reconciler to run: {', '.join(Which)}.")
+    ] = Which.ALL,
     batch_limit: Annotated[
         int,
         typer.Option("--batch-limit", metavar="N", min=1, callback=row_count("--batch-limit"), help="Rows per tick."),

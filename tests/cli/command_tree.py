@@ -1,29 +1,33 @@
-"""All commands that there are, as they are typed."""
+"""All commands, by the words that call them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from typer._click.core import Command, Context
-from typer.core import TyperGroup
+import typer
 
 from pgcoord_cli.cli import root
+from pgcoord_cli.commands.framework import PgcoordCommand, PgcoordGroup
+
+Command = PgcoordCommand | PgcoordGroup
 
 
-def walk(command: Command, words: tuple[str, ...], parent: Context | None = None) -> Iterator[tuple[str, Command]]:
-    """Every command below, with what is typed to call it."""
-    ctx = Context(command, parent=parent, info_name=words[-1])
-    if isinstance(command, TyperGroup):
+def walk(
+    command: Command, words: tuple[str, ...], parent: typer.Context | None = None
+) -> Iterator[tuple[str, Command]]:
+    """Yields every command below `command`, with the words that call it."""
+    ctx = typer.Context(command, parent=parent, info_name=words[-1])
+    if isinstance(command, PgcoordGroup):
         for name in command.list_commands(ctx):
             child = command.get_command(ctx, name)
-            assert child is not None
+            assert isinstance(child, Command)
             yield " ".join([*words, name]), child
             yield from walk(child, (*words, name), ctx)
 
 
 TREE = dict(walk(root(), ("pgcoord",)))
-LEAVES = {path: command for path, command in TREE.items() if not isinstance(command, TyperGroup)}
-"""Those that do something, and are no groups of others."""
+LEAVES = {path: command for path, command in TREE.items() if isinstance(command, PgcoordCommand)}
+"""The commands that are not groups of others."""
 
 NAMES = [path.removeprefix("pgcoord ") for path in LEAVES]
-"""The same, as everybody calls them."""
+"""The same, without the name of the program."""

@@ -6,20 +6,16 @@ import itertools
 import re
 import shlex
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import typer
-from typer._click.core import Command
-from typer._click.exceptions import ClickException
-from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from pgcoord_cli.cli import CATALOGUE, root
-from pgcoord_cli.commands.framework import global_options
+from pgcoord_cli.commands.framework import GLOBAL_NAMES, PgcoordCommand
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import resolve_presentation, resolve_settings
-from tests.cli.command_tree import LEAVES, TREE
-
-GLOBAL_NAMES = {option.name for option in global_options()}
+from tests.cli.command_tree import LEAVES, TREE, Command
 
 SEPARATORS = "();|&"
 
@@ -56,11 +52,9 @@ def calls(line: str) -> list[list[str]]:
 
 def parse(words: list[str]) -> None:
     """Does everything that a call does before the command's own function begins."""
-    ctx = root().make_context(words[0], words[1:])
-    while isinstance(ctx.command, TyperGroup):
-        name, command, rest = ctx.command.resolve_command(ctx, [*ctx._protected_args, *ctx.args])
-        assert command is not None
-        ctx = command.make_context(name, rest, parent=ctx)
+    with patch.object(PgcoordCommand, "invoke"):
+        ctx = root().make_context(words[0], words[1:])
+        ctx.command.invoke(ctx)
     flags = ctx.find_root().meta.get("pgcoord.flags", {})
     resolve_settings(flags, {})
     resolve_presentation(flags, {})
@@ -79,7 +73,20 @@ def test_every_command_has_an_example_of_itself(path: str) -> None:
 @pytest.mark.parametrize("path", TREE)
 def test_every_option_and_argument_has_help(path: str) -> None:
     own = [param for param in TREE[path].params if param.name not in GLOBAL_NAMES]
-    assert [param.name for param in own if not (isinstance(param, TyperOption | TyperArgument) and param.help)] == []
+    assert [param.name for param in own if not getattr(param, "help", None)] == []
+
+
+@pytest.mark.parametrize("path", TREE)
+def test_every_option_and_argument_with_a_value_has_a_metavar(path: str) -> None:
+    valued = [param for param in TREE[path].params if not getattr(param, "is_flag", False)]
+    assert [param.name for param in valued if not param.metavar] == []
+
+
+@pytest.mark.parametrize("path", TREE)
+def test_no_parameter_is_converted_by_typer(path: str) -> None:
+    command = TREE[path]
+    ctx = typer.Context(command, info_name=path, **command.context_settings)
+    assert [param.name for param in command.get_params(ctx) if "process_value" not in vars(param)] == []
 
 
 @pytest.mark.parametrize("path", LEAVES)
@@ -89,7 +96,7 @@ def test_every_example_can_be_parsed(path: str, tmp_path: Path, monkeypatch: pyt
         for words in calls(line):
             try:
                 parse(words)
-            except (ClickException, UsageError) as error:
+            except (typer.TyperException, UsageError) as error:
                 pytest.fail(f"{line}\n{error}")
             except typer.Exit:  # an example of --version or --help
                 pass
@@ -121,5 +128,5 @@ def test_calls_finds_the_calls_in_a_line_of_shell(line: str, expected: list[str]
     ["pgcoord migrate up --nosuch", "pgcoord migrate up 1", "pgcoord migrate up --to x", "pgcoord -o x migrate up"],
 )
 def test_parse_refuses_what_the_program_would_refuse(call: str) -> None:
-    with pytest.raises((ClickException, UsageError)):
+    with pytest.raises((typer.TyperException, UsageError)):
         parse(call.split())

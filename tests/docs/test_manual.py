@@ -23,7 +23,7 @@ from docs.generate import (
     write,
 )
 from pgcoord_cli.cli import CATALOGUE
-from pgcoord_cli.commands.framework import command, noun
+from pgcoord_cli.commands.framework import PgcoordGroup, command, noun
 from tests.needs import needs
 
 PAGES = sorted((REPOSITORY / "man").glob("*.1"))
@@ -48,29 +48,44 @@ def test_parameters_are_read_as_the_parser_takes_them() -> None:
 
     @command(app, "load")
     def load(
-        kind: Annotated[Color, typer.Argument(help="What kind.")],
+        kind: Annotated[Color, typer.Argument(metavar="KIND", help="What kind.")],
         files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="What.")] = None,
-        into: Annotated[Path, typer.Option("--into", "-d", file_okay=False, help="Where.")] = Path("x"),
+        into: Annotated[Path, typer.Option("--into", "-d", metavar="DIR", help="Where.")] = Path("x"),
         mode: Annotated[str, typer.Option("--mode", metavar="fast|slow", help="How.")] = "fast",
-        limit: Annotated[int, typer.Option("--limit", metavar="N", help="How many.")] = 5,
+        limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="How many.")] = 5,
         force: Annotated[bool, typer.Option("--force/--no-force", help="Really.")] = False,
         secret: Annotated[bool, typer.Option("--secret", hidden=True)] = False,
     ) -> None:
         """Load it."""
 
-    read = read_command(typer.main.get_command(app), ("pgcoord", "trial")).commands[0]
+    group = typer.main.get_command(app)
+    assert isinstance(group, PgcoordGroup)
+    read = read_command(group, ("pgcoord", "trial")).commands[0]
     assert (read.path, read.summary) == ("pgcoord trial load", "Load it.")
     assert read.arguments == (
         Parameter((), "KIND", "What kind.", "", ("red", "blue"), "text", required=True, repeats=False),
         Parameter((), "FILE", "What.", "", (), "file", required=False, repeats=True),
     )
     assert [(option.names, option.metavar, option.choices, option.takes) for option in read.options] == [
-        (("-d", "--into"), "DIRECTORY", (), "directory"),
+        (("-d", "--into"), "DIR", (), "directory"),
         (("--mode",), "fast|slow", ("fast", "slow"), "text"),
         (("--limit",), "N", (), "text"),
         (("--force", "--no-force"), "", (), "nothing"),
     ]
-    assert read.options[2].remark == "[default: 5]"
+    assert read.options[2].remark == "[default: 5; x>=1]"
+
+
+def test_a_parameter_without_a_metavar_is_refused() -> None:
+    app = noun("Trial.")
+
+    @command(app, "load")
+    def load(limit: Annotated[int, typer.Option("--limit", help="How many.")] = 5) -> None:
+        """Load it."""
+
+    group = typer.main.get_command(app)
+    assert isinstance(group, PgcoordGroup)
+    with pytest.raises(AssertionError, match="'limit' has no metavar"):
+        read_command(group, ("pgcoord", "trial"))
 
 
 def test_every_file_on_disk_is_what_the_tree_says() -> None:
