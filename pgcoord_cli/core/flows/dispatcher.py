@@ -8,18 +8,20 @@ run at once; each event is claimed by one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from threading import Thread
 from typing import Any
 
 from psycopg import Connection
 
+from pgcoord_cli.core.concurrency.supervisor import Supervisor
+from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.events.outbox import COMPLETION
 from pgcoord_cli.core.events.tail import Notice, Tail
 from pgcoord_cli.core.flows.dispatch import dispatch_all
 from pgcoord_cli.db.connection import mapped_errors
-from pgcoord_cli.errors import PgcoordError
+from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 from pgcoord_cli.settings import Settings
 
 EVENTS_A_TRANSACTION = 100
@@ -31,7 +33,10 @@ class CompletionDispatcher:
     def __init__(self, settings: Settings, on_error: Callable[[str], None]) -> None:
         self._settings = settings
         self._on_error = on_error
-        self._tail = Tail(settings, COMPLETION, report=self._on_notice)
+        self._wakeup = Wakeup()
+        self._stopping = False
+        self._supervisor = Supervisor(self._wakeup, lambda: self._stopping, self._on_trouble)
+        self._tail: Tail | None = None
         self._conn: Connection[Any] | None = None
 
     @contextmanager
@@ -42,32 +47,63 @@ class CompletionDispatcher:
         try:
             yield
         finally:
-            self._tail.stop()
+            self._stopping = True
+            self._wakeup.set()
+            if self._tail:
+                self._tail.stop()
             thread.join()
-            self._tail.close()
+            self._wakeup.close()
 
     def _run(self) -> None:
         try:
-            for batch in self._tail.batches():
-                ids = [event.event_id for event in batch.events]
-                # Short transactions: each holds its edge groups locked until it commits.
-                for start in range(0, len(ids), EVENTS_A_TRANSACTION):
-                    self._dispatch(ids[start : start + EVENTS_A_TRANSACTION])
-        except PgcoordError as error:
-            # Raised by the tail for an error that persists after a reconnect.
-            self._on_error(f"dispatch has stopped; only the reconciler dispatches events now: {error.message}")
+            self._supervisor.run(self._follow)
         finally:
             self._close()
 
+    def _follow(self) -> str | None:
+        """Follows the events until stopped; returns the error that ended a tail that cannot go on by itself."""
+        with closing(Tail(self._settings, COMPLETION, report=self._on_notice)) as self._tail:
+            if self._stopping:  # stopped before there was a tail to stop
+                return None
+            try:
+                for batch in self._tail.batches():
+                    self._supervisor.recovered()
+                    ids = [event.event_id for event in batch.events]
+                    # Short transactions: each holds its edge groups locked until it commits.
+                    for start in range(0, len(ids), EVENTS_A_TRANSACTION):
+                        self._dispatch(ids[start : start + EVENTS_A_TRANSACTION])
+            except PgcoordError as error:
+                return error.message
+        return None
+
+    def _on_trouble(self, trouble: str) -> None:
+        self._on_error(f"only the reconciler dispatches events until this passes: {trouble}")
+
     def _dispatch(self, ids: Sequence[int]) -> None:
         try:
-            with mapped_errors():
-                self._conn = self._conn or open_session(self._settings, "dispatch", writes=True)
-                dispatch_all(self._conn, ids)
-        except PgcoordError as error:
-            # The events keep no dispatch time, so skipping them here loses nothing.
-            self._on_error(f"{_count(ids)} left to the reconciler: {error.message}")
+            self._dispatch_once(ids)
+        except ConnectionFailed:
+            # After a restart of the server the connection is only found to be lost here: once more over a new one.
             self._close()
+            self._dispatch_again(ids)
+        except PgcoordError as error:
+            self._leave(ids, error)
+
+    def _dispatch_again(self, ids: Sequence[int]) -> None:
+        try:
+            self._dispatch_once(ids)
+        except PgcoordError as error:
+            self._leave(ids, error)
+
+    def _dispatch_once(self, ids: Sequence[int]) -> None:
+        with mapped_errors():
+            self._conn = self._conn or open_session(self._settings, "dispatch", writes=True)
+            dispatch_all(self._conn, ids)
+
+    def _leave(self, ids: Sequence[int], error: PgcoordError) -> None:
+        # The events keep no dispatch time, so that the reconciler finds them.
+        self._on_error(f"{_count(ids)} left to the reconciler: {error.message}")
+        self._close()
 
     def _close(self) -> None:
         if self._conn:

@@ -33,6 +33,7 @@ from psycopg import Connection
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.concurrency.process_group import ProcessGroup
+from pgcoord_cli.core.concurrency.supervisor import Supervisor
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.listener import listen
@@ -157,6 +158,8 @@ class SlotGroup:
     """What the slots of one worker share. With `once`, an idle slot waits for what another's command makes eligible."""
 
     def __init__(self) -> None:
+        self.has_worked = False
+        """Whether a slot has looked for work with success: from then on no trouble ends the worker (rule I17)."""
         self.failure: PgcoordError | None = None
         """The error that ends the worker."""
         self.exit_code = 0
@@ -210,6 +213,8 @@ class Slot:
         self._group = group
         self._wakeup = Wakeup()
         group.join(self._wakeup)
+        self._is_done = False
+        self._supervisor = Supervisor(self._wakeup, self._is_over, self._on_trouble, last=LONGEST_PAUSE)
         self._stopping = False
         self._terminating = False
 
@@ -221,21 +226,27 @@ class Slot:
 
     def run(self) -> None:
         """Claims and runs executions until stopped, and reconnects after each loss of the connection."""
-        backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
-        while not self._is_over():
-            try:
-                with closing(open_session(self._settings, "worker", writes=True)) as conn, mapped_errors():
-                    backoff.reset()
-                    self._work(conn)
-                    return
-            except PERMANENT_ERRORS as error:
+        self._supervisor.run(self._attempt)
+
+    def _attempt(self) -> str | None:
+        """Works over one connection; returns the trouble that ended it."""
+        try:
+            with closing(open_session(self._settings, "worker", writes=True)) as conn, mapped_errors():
+                self._work(conn)
+        except PgcoordError as error:
+            # What a retry does not mend ends the worker only before it has worked; later a right may be given back.
+            if isinstance(error, PERMANENT_ERRORS) and not self._group.has_worked:
                 self._group.fail(error)
-            except PgcoordError as error:
-                self._report(WorkEvent("trouble", "", None, None, error.message))
-                self._wakeup.wait(backoff.next_pause())
+                return ""
+            return error.message
+        self._is_done = True
+        return None
+
+    def _on_trouble(self, trouble: str) -> None:
+        self._report(WorkEvent("trouble", "", None, None, trouble))
 
     def _is_over(self) -> bool:
-        return self._stopping or self._group.failure is not None
+        return self._is_done or self._stopping or self._group.failure is not None
 
     def _work(self, conn: Connection[Any]) -> None:
         conn.execute(sql("session", "plan_once"))
@@ -246,6 +257,8 @@ class Slot:
             # Busy while it claims, too: a slot that has claimed but not yet started must keep the others waiting.
             with self._group.busy():
                 has_run = self._work_once(conn)
+            self._group.has_worked = True
+            self._supervisor.recovered()
             if has_run:
                 continue
             next_in = executions.seconds_to_next(conn, options.namespace, options.instance_tag)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import Connection
 
+from pgcoord_cli.core.concurrency.supervisor import Supervisor
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.listener import listen
@@ -31,9 +31,6 @@ from pgcoord_cli.db.connection import translate
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, Fenced, PgcoordError
 from pgcoord_cli.settings import Settings
-
-RECONNECT_SECONDS = 1.0
-"""Least time between the beginnings of two attempts to be elected."""
 
 STOP_SECONDS = 5.0
 """How long `stop` waits for the batch in hand."""
@@ -74,6 +71,7 @@ class Candidate:
         self._wakeup = Wakeup()
         self._abandon = Wakeup()
         self._stopping = False
+        self._supervisor = Supervisor(self._wakeup, lambda: self._stopping, self._on_trouble, self._on_recovery)
 
     def stop(self) -> None:
         """Asks `run` to finish the batch in hand, release the lease and return."""
@@ -88,32 +86,32 @@ class Candidate:
     def run(self) -> None:
         """Stands for election and leads, again and again, until stopped.
 
-        Raises PgcoordError for errors that a retry does not mend: an unsuitable server, a missing schema or right.
+        Raises PgcoordError when its first session is refused: an unsuitable server, a missing schema, no connection.
         """
         # The first session is only a check, so that its error ends the command instead of being retried (rule I17).
         open_session(self._settings, "leader run", writes=True).close()
-        failure: str | None = None
-        while not self._stopping:
-            if failure is None:
-                self._report("candidate", None, "waiting for the leader lock")
-            last_failure, failure = failure, None
-            began = time.monotonic()
-            try:
-                self._serve_one_term()
-            except ConnectionFailed as error:
-                failure = error.message
-            # The same failure is reported once, not at every attempt (rule I17).
-            if failure and failure != last_failure:
-                self._report("unreachable", None, failure)
-            self._pause_until(began + RECONNECT_SECONDS)
+        self._supervisor.run(self._attempt)
 
-    def _pause_until(self, moment: float) -> None:
-        """Blocks until a moment of the monotonic clock, so that a server that refuses is not asked without a pause."""
-        while not self._stopping and (seconds := moment - time.monotonic()) > 0:
-            self._wakeup.wait(seconds)  # in a loop: the keeper of the last term may have set the wake-up
+    def _attempt(self) -> str | None:
+        """Serves one term; returns the trouble that ended it early, "" if that has been reported."""
+        if not self._supervisor.is_in_trouble:
+            self._report("candidate", None, "waiting for the leader lock")
+        try:
+            return "" if self._serve_one_term() else None
+        except PgcoordError as error:
+            return error.message
 
-    def _serve_one_term(self) -> None:
-        """Waits to be elected, leads until the term ends, and reports how. Raises PgcoordError before an election."""
+    def _on_trouble(self, trouble: str) -> None:
+        self._report("unreachable", None, trouble)
+
+    def _on_recovery(self, attempts: int, seconds: float) -> None:
+        self._report("candidate", None, f"waiting for the leader lock, after {attempts} attempts in {seconds:.0f}s")
+
+    def _serve_one_term(self) -> bool:
+        """Waits to be elected, leads until the term ends, and reports how; returns True if an error ended it.
+
+        Raises PgcoordError before an election.
+        """
         keeper = LeaseKeeper(self._settings, self._node_id, self._ttl, self._wakeup)
         keeper.start()
         failure: tuple[str, str] | None = None
@@ -126,11 +124,16 @@ class Candidate:
             keeper.stop("failed" if failure else "released")
         if term:
             self._report_end(term, *(failure or _event_of(keeper.end_reason or "")))
+        return failure is not None
 
     def _await_election(self, keeper: LeaseKeeper) -> Term | None:
         """Waits for the keeper to be elected and returns the term; None when stopped. Raises the keeper's error."""
         while not self._stopping and keeper.term is None and keeper.end_reason is None:
+            if keeper.is_campaigning:
+                self._supervisor.recovered()
             self._wakeup.wait(channels.POLL_SECONDS)
+        if keeper.term:
+            self._supervisor.recovered()
         if isinstance(keeper.failure, PgcoordError):
             raise keeper.failure
         if keeper.end_reason and keeper.term is None:
@@ -150,7 +153,7 @@ class Candidate:
                 self._resolve(conn, keeper, term)
         except Fenced as error:
             return "fenced", error.message
-        except ConnectionFailed as error:
+        except PgcoordError as error:
             return "lost", error.message
         except psycopg.Error as error:
             return "lost", translate(error).message

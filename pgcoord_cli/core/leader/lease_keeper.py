@@ -95,6 +95,11 @@ class LeaseKeeper(threading.Thread):
 
     # -- called from the resolver's thread
 
+    @property
+    def is_campaigning(self) -> bool:
+        """Whether it is connected and stands for election."""
+        return self._standing.is_set()
+
     def is_trusted(self) -> bool:
         """Returns whether the present moment is in the trust window, so that the lease cannot have expired."""
         return self.end_reason is None and time.monotonic() < self._trusted_until

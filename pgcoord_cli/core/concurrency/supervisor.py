@@ -1,0 +1,84 @@
+"""Keeping a daemon alive: attempts that follow each other until the daemon is asked to stop (rule I17).
+
+An attempt is a stretch of the daemon's work: a candidacy and the term that it wins, a worker's session, a tick. When it
+ends in trouble, the same trouble is reported once, not at every attempt; the pause before the next attempt doubles up
+to `last` seconds while attempts fail early, and starts over after one that held for HEALTHY_SECONDS. Whether trouble
+passes (a restart, a cancelled statement, a locked table) or stays (a missing right, a renamed schema) makes no
+difference: somewhere a right may be given back. Only the very first session of a daemon may end it, which is left to
+the caller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from pgcoord_cli.core.concurrency.backoff import Backoff
+from pgcoord_cli.core.concurrency.wakeup import Wakeup
+
+HEALTHY_SECONDS = 10.0
+FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0
+
+
+class Supervisor:
+    """Runs attempts until `is_over`, which is asked before each one, and in a pause whenever `wakeup` is set.
+
+    `on_trouble` gets the text of trouble that differs from the one before, `on_recovery` the number of attempts that
+    failed and the seconds that they took.
+    """
+
+    def __init__(
+        self,
+        wakeup: Wakeup,
+        is_over: Callable[[], bool],
+        on_trouble: Callable[[str], None],
+        on_recovery: Callable[[int, float], None] = lambda _attempts, _seconds: None,
+        first: float = FIRST_PAUSE,
+        last: float = LAST_PAUSE,
+    ) -> None:
+        self._wakeup = wakeup
+        self._is_over = is_over
+        self._on_trouble = on_trouble
+        self._on_recovery = on_recovery
+        self._backoff = Backoff(first, last)
+        self._trouble: str | None = None
+        self._failed = 0
+        self._failing_since = 0.0
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """Whether the last attempt failed, and `recovered` has not been called since."""
+        return self._trouble is not None
+
+    def run(self, attempt: Callable[[], str | None]) -> None:
+        """Calls `attempt` until it is over. It returns what its trouble was, "" when it has reported that, or None."""
+        while not self._is_over():
+            began = time.monotonic()
+            trouble = attempt()
+            if trouble is None:
+                self.recovered()
+            else:
+                self._note(trouble, began)
+            if trouble is None or time.monotonic() - began >= HEALTHY_SECONDS:
+                self._backoff.reset()
+            self._pause(began)
+
+    def recovered(self) -> None:
+        """Reports the end of a trouble; an attempt that lasts calls this as soon as it works again."""
+        if self._trouble is not None:
+            self._on_recovery(self._failed, time.monotonic() - self._failing_since)
+        self._trouble, self._failed = None, 0
+
+    def _note(self, trouble: str, began: float) -> None:
+        if self._trouble is None:
+            self._failing_since = began
+        if trouble and trouble != self._trouble:
+            self._on_trouble(trouble)
+        self._trouble = trouble
+        self._failed += 1
+
+    def _pause(self, began: float) -> None:
+        """Blocks for the next pause, counted from the attempt's begin, so that none follows a long attempt."""
+        until = began + self._backoff.next_pause()
+        while not self._is_over() and (seconds := until - time.monotonic()) > 0:
+            self._wakeup.wait(seconds)  # in a loop, since a thread of the attempt may have set the wake-up
