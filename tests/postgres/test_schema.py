@@ -14,6 +14,7 @@ from psycopg.conninfo import make_conninfo
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import find_installation
 from pgcoord_cli.core.embedded.server import EmbeddedServer, temporary_server
+from pgcoord_cli.db.sqlfiles import sql_root
 from pgcoord_cli.errors import ServerUnavailable
 from pgcoord_cli.settings import Settings
 
@@ -67,3 +68,8 @@ def test_a_dump_keeps_function_bodies_as_they_are() -> None:
         "--\n-- Dumped by\n--\n\n\\restrict x\n\nSET a = 1;\nSELECT pg_catalog.set_config('search_path', '', false);\n"
     )
     assert dump_schema.normalised(f"{noise}CREATE FUNCTION f() {body}\n\n{noise}") == f"CREATE FUNCTION f() {body}"
+
+
+def test_migrations_are_ascii_since_a_database_may_have_any_encoding() -> None:
+    for path in (sql_root() / "migrations").iterdir():
+        assert path.read_text(encoding="utf-8").isascii(), path.name
