@@ -43,7 +43,7 @@ def require_own_backend(settings: Settings, pgconn: pq.abc.PGconn) -> None:
 
 
 def _has_own_backend(settings: Settings, pgconn: pq.abc.PGconn) -> bool:
-    ours = _ask(pgconn, sql("session", "backend"))
+    own_backend = _ask(pgconn, sql("session", "backend"))
     with ExitStack() as held:
         for _ in range(PROBES):
             try:
@@ -51,15 +51,15 @@ def _has_own_backend(settings: Settings, pgconn: pq.abc.PGconn) -> bool:
             except ConnectionFailed:
                 break  # no connection is free: in session mode the pool is full, and the earlier probes decide
             # The open transaction keeps the backend of this probe occupied while the next ones ask.
-            theirs = _ask(other.pgconn, "BEGIN; " + sql("session", "backend"))
-            if theirs is not None:
+            probe_backend = _ask(other.pgconn, "BEGIN; " + sql("session", "backend"))
+            if probe_backend is not None:
                 # A pooler would close a backend that comes back with a transaction open.
                 held.callback(_ask, other.pgconn, "COMMIT;")
-            if theirs is not None and theirs == ours:
+            if probe_backend is not None and probe_backend == own_backend:
                 return False
-            if _ask(pgconn, sql("session", "backend")) != ours:
+            if _ask(pgconn, sql("session", "backend")) != own_backend:
                 return False
-    return ours is not None
+    return own_backend is not None
 
 
 def _ask(pgconn: pq.abc.PGconn, text: str) -> bytes | None:

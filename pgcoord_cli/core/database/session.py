@@ -151,7 +151,7 @@ def _prepare(conn: Connection[Any], settings: Settings) -> Server:
     row = conn.execute(*_preparation(settings, conn.info.backend_pid)).fetchone()
     if row is not None and not row[1]:
         require_own_backend(settings, conn.pgconn)
-        # A pooler in session mode, or a proxy: the backend is ours under the pid that it gave itself.
+        # A pooler in session mode, or a proxy: the session has its own backend, under the pid that this gave.
         row = conn.execute(*_preparation(settings, row[0])).fetchone()
     return _server(row)
 
