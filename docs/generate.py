@@ -32,7 +32,8 @@ from typer.core import TyperArgument, TyperOption
 
 from pgcoord_cli import __version__
 from pgcoord_cli.cli import root
-from pgcoord_cli.commands.framework import ENVIRONMENT, EXIT_CODES, GLOBAL_NAMES, PgcoordCommand, PgcoordGroup
+from pgcoord_cli.commands.framework import ENVIRONMENT, EXIT_CODES, PgcoordCommand, PgcoordGroup
+from pgcoord_cli.commands.global_options import GLOBAL_NAMES
 from pgcoord_cli.commands.parameters import Declaration, option_names, remark
 from pgcoord_cli.settings import ColorMode, OutputFormat
 

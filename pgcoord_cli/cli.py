@@ -1,4 +1,4 @@
-"""The command tree, and the only place where an error becomes an exit code."""
+"""The command tree. All errors of a call are converted to an exit code and a message here, and only here."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CATALOGUE = {
 
 
 _terminations: list[int] = []
-"""Every SIGTERM that came. A list, because a handler may interrupt itself."""
+"""The SIGTERMs received. A list, since appending to it is atomic: a handler can be interrupted by the next signal."""
 
 
 class Root(LazyGroup):
@@ -68,7 +68,7 @@ def root() -> Root:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs one call and returns its exit code; every error ends here."""
+    """Runs one call and returns its exit code. Errors are reported, not raised."""
     try:
         with root().make_context("pgcoord", list(argv)) as ctx:
             ctx.command.invoke(ctx)
@@ -76,9 +76,9 @@ def run(argv: Sequence[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except BrokenPipeError:
-        return 0  # the reader of stdout is gone (`| head`): nothing is wrong, and nothing more can be said
+        return 0  # the reader has closed stdout (`| head`), which is no failure
     except (typer.TyperException, PgcoordError, KeyboardInterrupt, typer.Abort, OSError) as error:
-        with suppress(OSError):  # where nobody can be told, the exit code still says it
+        with suppress(OSError):  # stderr cannot be written: the exit code is all that is left
             _report(error, argv)
         return _failure(error).exit_code
 
@@ -108,7 +108,7 @@ _COLOR_WORD = r"--color(?:=(.*))?"
 
 
 def wants_json(argv: Sequence[str]) -> bool:
-    """Whether the call asks for JSON, as far as can be told even where its words could not be parsed."""
+    """Returns whether the call asks for JSON. Also for words that cannot be parsed, as far as possible."""
     return _last_word(argv, _OUTPUT_WORD, "PGCOORD_OUTPUT") in (OutputFormat.JSON, OutputFormat.JSONL)
 
 
@@ -118,7 +118,7 @@ def _wanted_color(argv: Sequence[str]) -> ColorMode:
 
 
 def _last_word(argv: Sequence[str], option: str, variable: str) -> str:
-    """What was last given for an option, in the same word or in the one after it."""
+    """Returns the last value of an option, in its own word or in the next, else that of the variable."""
     chosen = os.environ.get(variable, "")
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--":
@@ -129,12 +129,12 @@ def _last_word(argv: Sequence[str], option: str, variable: str) -> str:
 
 
 def main() -> NoReturn:
-    """The `pgcoord` program."""
+    """Runs the `pgcoord` program and exits."""
     _prepare_streams()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = run(sys.argv[1:])
-    except KeyboardInterrupt as again:  # while the first one was being answered
+    except KeyboardInterrupt as again:  # a second signal, while the first one was being handled
         code = _failure(again).exit_code
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -142,7 +142,7 @@ def main() -> NoReturn:
 
 
 def _prepare_streams() -> None:
-    """Has somewhere to write to where the caller closed stdout or stderr, and a way to write what is not text."""
+    """Opens /dev/null for a closed stdout or stderr, and has undecodable bytes written as escapes."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - open to the end
@@ -151,7 +151,7 @@ def _prepare_streams() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Does what Ctrl-C would do at this moment: asyncio cancels its main task then, and raises afterwards."""
+    """Handles SIGTERM like SIGINT: under asyncio, its handler cancels the main task; else Termination is raised."""
     _terminations.append(number)
     interrupt = signal.getsignal(signal.SIGINT)
     if callable(interrupt) and interrupt is not signal.default_int_handler:
@@ -161,11 +161,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _flush(code: int) -> int:
-    """Writes out what is left, and returns the exit code. A reader that is gone is no failure; a full disk is."""
+    """Flushes stdout and stderr, and returns the exit code. A closed pipe is no failure; a full disk is."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
+            # Python flushes again at exit; to /dev/null, so that it does not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if code == 0 and not isinstance(error, BrokenPipeError):
                 print(f"error: cannot write: {error.strerror}", file=sys.stderr)

@@ -1,9 +1,7 @@
-"""What every command shares: global options that work in any place, groups that load when asked for.
+"""The base of all commands: groups that are imported when they are called, and what commands begin with.
 
-**Global options.** `pgcoord -o json leader status` and `pgcoord leader status -o json` mean the same. Each command
-and group has the options of section "Global options"; of several values for one option the last counts. The
-values are collected in the context and resolved, with the environment, into frozen Settings and a Presentation when a
-command asks.
+**Parameters** are declared by the signature of a command's function (`commands.parameters`); the global options are
+added to them (`commands.global_options`).
 
 **Lazy groups.** The root has the names of its groups and one line of help for each. A group's module is imported when
 one of its commands is called, so that `pgcoord --help` costs little more than Python and Typer.
@@ -16,21 +14,20 @@ from __future__ import annotations
 
 import gc
 import importlib
-import inspect
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 from uuid import UUID
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from pgcoord_cli import __version__
+from pgcoord_cli.commands.global_options import GLOBAL_DECLARATIONS, GLOBAL_NAMES, flags_of, global_options
 from pgcoord_cli.commands.parameters import (
     FLAG,
     Declaration,
@@ -45,8 +42,6 @@ from pgcoord_cli.errors import UsageError
 from pgcoord_cli.render import Output
 from pgcoord_cli.settings import (
     LONGEST_WAIT,
-    LogFormat,
-    OutputFormat,
     Settings,
     parse_duration,
     resolve_presentation,
@@ -55,18 +50,16 @@ from pgcoord_cli.settings import (
 
 MAX_ROWS = 2**31 - 1
 
-_FLAGS = "pgcoord.flags"
-
 EXIT_CODES = {
-    0: "fine, or the asked condition is true",
+    0: "success, or the condition that was asked for holds",
     1: "failed",
-    2: "usage: a word of the call is wrong",
-    3: "the asked condition is false (no leader, pending migrations, no such key, unhealthy)",
+    2: "usage: an option, an argument or a variable is missing or invalid",
+    3: "the condition that was asked for does not hold (no leader, pending migrations, no such key, unhealthy)",
     4: "cannot connect",
-    5: "busy: a lock is held, or waiting for it timed out",
-    6: "fenced: another leadership has superseded this one",
+    5: "busy: another session holds a lock, or waiting for it timed out",
+    6: "fenced: a newer term or lease has superseded this one",
     7: "the schema is missing or unknown",
-    8: "the cursor has expired",
+    8: "the cursor has expired: events after it have been deleted",
     9: "unsuitable server: standby, transaction pooler, unsupported version",
     10: "outcome unknown: ask again with pgcoord commit show REQUEST_ID",
     124: "timed out",
@@ -74,87 +67,16 @@ EXIT_CODES = {
 }
 
 ENVIRONMENT = {
-    "PGCOORD_DSN": "connection string, where --dsn is not given; without both, libpq reads PGHOST, PGSERVICE, …",
-    "PGCOORD_SCHEMA": "schema, where --schema is not given",
-    "PGCOORD_OUTPUT": "output format, where --output is not given",
-    "PGCOORD_COLOR": "auto, always or never, where --color is not given; NO_COLOR is honoured too",
-    "PGCOORD_LOG_FORMAT": "text or json, where --log-format is not given",
-    "PGCOORD_DEV_DIR": "where pgcoord dev keeps its servers, instead of the user's data directory",
-    "PGCOORD_CONNECT_TIMEOUT": "longest wait for a connection (default PGCONNECT_TIMEOUT, or else 10s)",
-    "PGCOORD_STATEMENT_TIMEOUT": "longest run of one statement (default 30s)",
-    "PGCOORD_LOCK_TIMEOUT": "longest wait for a lock inside a statement (default 10s)",
+    "PGCOORD_DSN": "connection string, if --dsn is not given; without both, libpq reads PGHOST, PGSERVICE, …",
+    "PGCOORD_SCHEMA": "schema, if --schema is not given",
+    "PGCOORD_OUTPUT": "output format, if --output is not given",
+    "PGCOORD_COLOR": "auto, always or never, if --color is not given; with auto, NO_COLOR turns colours off",
+    "PGCOORD_LOG_FORMAT": "text or json, if --log-format is not given",
+    "PGCOORD_DEV_DIR": "directory of the servers of pgcoord dev, instead of the user's data directory",
+    "PGCOORD_CONNECT_TIMEOUT": "longest wait for a connection (default: PGCONNECT_TIMEOUT, else 10s)",
+    "PGCOORD_STATEMENT_TIMEOUT": "longest run of one statement (default: 30s)",
+    "PGCOORD_LOCK_TIMEOUT": "longest wait for a lock within a statement (default: 10s)",
 }
-
-
-# Global options
-
-
-def _remember(ctx: Any, parameter: Parameter, value: Any) -> Any:
-    if value not in (None, False):
-        ctx.find_root().meta.setdefault(_FLAGS, {})[parameter.name] = value
-    return value
-
-
-def _show_version(ctx: Any, _parameter: Parameter, value: Any) -> None:
-    if value and not ctx.resilient_parsing:
-        typer.echo(f"pgcoord {__version__}")
-        raise typer.Exit
-
-
-def _option(name: str, *short: str, **more: Any) -> inspect.Parameter:
-    """Declares a global option that takes text.
-
-    Text even where there are few values: they may come from the environment too, and are checked once for both.
-    """
-    option = typer.Option(name, *short, expose_value=False, **more)
-    return _declared(name, Annotated[str | None, option], None)
-
-
-def _flag(name: str, *short: str, **more: Any) -> inspect.Parameter:
-    return _declared(name, Annotated[bool, typer.Option(name, *short, expose_value=False, **more)], False)
-
-
-def _declared(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    identifier = name.removeprefix("--").replace("-", "_")
-    return inspect.Parameter(identifier, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-
-
-def _global_signature() -> None:
-    pass
-
-
-# Declared as a signature, from which Typer makes the options: their constructor is not the same in all its versions.
-# Its annotations are objects, since Typer would evaluate text four times at each start.
-_global_signature.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        _option("--dsn", metavar="DSN", help="Connection string, URI or keywords. [PGCOORD_DSN, then libpq's own]"),
-        _option("--schema", metavar="NAME", help="Schema that holds the cluster. [PGCOORD_SCHEMA, then pgcoord]"),
-        _option("--output", "-o", metavar="FORMAT", help=f"{', '.join(OutputFormat)}. [PGCOORD_OUTPUT, then table]"),
-        _flag("--quiet", "-q", help="No talk on stderr unless something is wrong."),
-        _flag("--verbose", "-v", help="Say more on stderr."),
-        _option("--color", metavar="WHEN", help="auto, always or never. [PGCOORD_COLOR, then auto]"),
-        _option(
-            "--log-format", metavar="|".join(LogFormat),
-            help="How log lines on stderr are written. [PGCOORD_LOG_FORMAT, then text]",
-        ),
-        _flag("--version", is_eager=True, help="Print the version and exit."),
-    ]
-)  # fmt: skip
-
-_GLOBAL_DECLARATIONS = declarations(_global_signature)
-
-GLOBAL_NAMES = frozenset(_GLOBAL_DECLARATIONS)
-
-
-@cache
-def _global_options() -> list[Any]:
-    """Returns the global options, which all commands and groups share."""
-    app = typer.Typer(add_completion=False)
-    app.command()(_global_signature)
-    options: list[Any] = typer.main.get_command(app).params
-    for option in options:
-        option.callback = _show_version if option.name == "version" else _remember
-    return options
 
 
 # Commands and groups
@@ -169,21 +91,21 @@ class NoCommandGiven(UsageError):
 
 
 class _Declared:
-    """What commands and groups have in common: parameters as `commands.parameters` converts and describes them."""
+    """Base of commands and groups: their parameters are converted and described by `commands.parameters`."""
 
     callback: Callable[..., Any] | None
     params: list[Any]
 
     def add_global_options(self) -> None:
         """Appends the global options to the parameters of the command."""
-        self.params.extend(_global_options())
+        self.params.extend(global_options())
 
     @cached_property
     def _declarations(self) -> dict[str, Declaration]:
-        return _GLOBAL_DECLARATIONS | declarations(self.callback)
+        return GLOBAL_DECLARATIONS | declarations(self.callback)
 
     def declaration(self, parameter: Parameter) -> Declaration:
-        """Returns what the signature declares of a parameter; `--help` is a flag."""
+        """Returns the declaration of a parameter in the signature, or that of a flag for `--help`."""
         return self._declarations.get(parameter.name or "", FLAG)
 
     def take_over_conversion(self, parameters: list[Any]) -> list[Any]:
@@ -193,7 +115,7 @@ class _Declared:
         return parameters
 
     def write_options(self, parameters: Sequence[Parameter], formatter: Any) -> None:
-        """Writes the parameters of the command first, the global options in a section of their own."""
+        """Writes the help of arguments, options and global options, each in its own section."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Global options": []}
         for parameter in parameters:
             if record := help_record(parameter, self.declaration(parameter)):
@@ -244,13 +166,13 @@ class PgcoordGroup(_Declared, TyperGroup):
 
 
 class LazyGroup(PgcoordGroup):
-    """The root: has every noun's name and one line of help, and imports its module when it is called."""
+    """A group with the names of its commands and a line of help for each; imports the module of one that is called."""
 
     catalogue: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Placeholders: Typer lists them, and suggests one for a name that is mistyped.
+        # Placeholders until a module is imported: Typer suggests their names for one that is mistyped.
         self.commands: dict[str, Any] = {name: TyperCommand(name, help=line) for name, line in self.catalogue.items()}
         self._loaded: set[str] = set()
 
@@ -272,12 +194,12 @@ Group = TypeVar("Group", bound=PgcoordGroup)
 
 
 def noun(help: str) -> typer.Typer:  # noqa: A002
-    """The Typer app of one noun's file."""
+    """Returns the Typer app of a noun that is a group of commands."""
     return _group_app(PgcoordGroup, help)
 
 
 def root_group(cls: type[Group], help: str) -> Group:  # noqa: A002
-    """Returns the root of the command tree."""
+    """Returns a new root of the command tree, of the given class."""
     return cast(Group, typer.main.get_command(_group_app(cls, help)))
 
 
@@ -296,7 +218,7 @@ def _keep_as_group() -> None:
 
 
 def single(help: str) -> typer.Typer:  # noqa: A002
-    """The Typer app of a noun that is one command, like `demo`."""
+    """Returns the Typer app of a noun that is one command, like `demo`."""
     return typer.Typer(help=help, add_completion=False, rich_markup_mode=None, context_settings=_HELP_OPTION)
 
 
@@ -309,23 +231,18 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Any]], Calla
 
 
 def settings_of(ctx: typer.Context, **overrides: Any) -> Settings:
-    """The frozen Settings of this call; `overrides` are the command's own last word."""
-    settings = resolve_settings(_flags(ctx), os.environ)
+    """Returns the Settings of this call, with the fields in `overrides` replaced. Raises UsageError."""
+    settings = resolve_settings(flags_of(ctx), os.environ)
     return replace(settings, **overrides) if overrides else settings
-
-
-def _flags(ctx: typer.Context) -> Mapping[str, Any]:
-    flags: Mapping[str, Any] = ctx.find_root().meta.get(_FLAGS, {})
-    return flags
 
 
 def output_of(ctx: typer.Context) -> tuple[Settings, Output]:
     """Returns the Settings and the Output of this call. Raises UsageError for a value that cannot be used."""
-    return settings_of(ctx), Output(resolve_presentation(_flags(ctx), os.environ))
+    return settings_of(ctx), Output(resolve_presentation(flags_of(ctx), os.environ))
 
 
 def identifier(text: str, argument: str, hint: str | None = None) -> UUID:
-    """The UUID that an argument has to be; UsageError otherwise."""
+    """Returns the UUID in `text`. Raises UsageError, which names `argument`, if it is none."""
     try:
         return UUID(text)
     except ValueError:
@@ -333,7 +250,7 @@ def identifier(text: str, argument: str, hint: str | None = None) -> UUID:
 
 
 def row_count(option: str) -> Callable[[int], int]:
-    """A Typer callback that refuses more rows than PostgreSQL counts in an integer."""
+    """Returns a Typer callback that raises UsageError for more rows than fit into an integer of PostgreSQL."""
 
     def check(rows: int) -> int:
         if rows > MAX_ROWS:
@@ -344,28 +261,31 @@ def row_count(option: str) -> Callable[[int], int]:
 
 
 Limit = Annotated[
-    int, typer.Option("--limit", metavar="N", min=1, callback=row_count("--limit"), help="At most so many.")
+    int, typer.Option("--limit", metavar="N", min=1, callback=row_count("--limit"), help="Most rows to list.")
 ]
 
 
 def duration(option: str, minimum: float = 0.0, longest: float = LONGEST_WAIT) -> Callable[[str | None], float | None]:
-    """A Typer callback that turns `10s` into seconds and refuses less than or equal to `minimum`, or over `longest`."""
+    """Returns a Typer callback that converts a text like `10s` to seconds.
+
+    It raises UsageError, which names `option`, unless the seconds are more than `minimum` and at most `longest`.
+    """
 
     def parse(text: str | None) -> float | None:
         if text is None:
             return None
         seconds = parse_duration(text, option, longest)
         if seconds <= minimum:
-            raise UsageError(f"{option}: {text!r} is too short; it has to be more than {minimum:g}s")
+            raise UsageError(f"{option}: {text!r} is too short; it must be more than {minimum:g}s")
         return seconds
 
     return parse
 
 
 def stop_on_signals(stop: Callable[[], None], times: int = 1) -> list[int]:
-    """Has the first SIGINT or SIGTERM, or as many as `times`, call `stop`; the next one breaks off at once.
+    """Installs handlers: each of the first `times` SIGINT or SIGTERM calls `stop`; the next one interrupts the command.
 
-    Returns the list that they are noted in.
+    Returns the list to which the handlers append the numbers of the signals.
     """
     received: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -383,9 +303,9 @@ def stop_on_signals(stop: Callable[[], None], times: int = 1) -> list[int]:
 
 
 def spare_the_collector() -> None:
-    """For a command that makes millions of small objects, none of them in cycles.
+    """Makes garbage collections rare, for a command that creates millions of small objects and no cycles of them.
 
-    To look for some in them, and in all that was imported, took a fifth of a tail's catch-up.
+    Collections over these objects and over all imported modules took a fifth of the time of a tail's catch-up.
     """
     gc.freeze()
     gc.set_threshold(20_000)
@@ -393,7 +313,7 @@ def spare_the_collector() -> None:
 
 @contextmanager
 def progress_bar(out: Output, title: str, total: float | None) -> Iterator[Callable[[float], None]]:
-    """Within the block, the yielded function advances a bar on stderr; it shows on terminals only, and not under -q."""
+    """Yields a function that advances a progress bar on stderr. Without a terminal, and with -q, there is no bar."""
     if out.quiet or not sys.stderr.isatty():
         yield lambda _amount: None
         return

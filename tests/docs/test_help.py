@@ -12,7 +12,8 @@ import pytest
 import typer
 
 from pgcoord_cli.cli import CATALOGUE, root
-from pgcoord_cli.commands.framework import GLOBAL_NAMES, PgcoordCommand
+from pgcoord_cli.commands.framework import PgcoordCommand
+from pgcoord_cli.commands.global_options import GLOBAL_NAMES, flags_of
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import resolve_presentation, resolve_settings
 from tests.cli.command_tree import LEAVES, TREE, Command
@@ -55,9 +56,8 @@ def parse(words: list[str]) -> None:
     with patch.object(PgcoordCommand, "invoke"):
         ctx = root().make_context(words[0], words[1:])
         ctx.command.invoke(ctx)
-    flags = ctx.find_root().meta.get("pgcoord.flags", {})
-    resolve_settings(flags, {})
-    resolve_presentation(flags, {})
+    resolve_settings(flags_of(ctx), {})
+    resolve_presentation(flags_of(ctx), {})
 
 
 @pytest.mark.parametrize("path", TREE)
