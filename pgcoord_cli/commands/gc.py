@@ -110,6 +110,9 @@ def _collect(
                 return time.monotonic() < ends_at
 
             document[table] = _collect_table(conn, table, retention, None if dry_run else batch_size, go_on)
+    for found in document.values():
+        if found.get("held_back") and not out.is_json:
+            out.warn(found["held_back"])
     is_something_done = any(found["deleted"] or found.get("orphaned") for found in document.values())
     if is_something_done or out.is_json or not out.quiet:
         out.document(document)

@@ -20,6 +20,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from psycopg import Connection
+from psycopg.sql import Identifier
 
 from pgcoord_cli.core.commits.requests import SHORTEST_RETENTION
 from pgcoord_cli.core.events.outbox import Outbox
@@ -31,6 +32,8 @@ DEFAULT_EVENT_RETENTION = 86_400.0
 """Seconds for which settled requests, and events, are kept."""
 
 DEFAULT_BATCH_SIZE = 1_000
+MOST_WRITERS = 3
+"""How many of the open transactions that keep events are named."""
 
 
 class Collected(NamedTuple):
@@ -52,7 +55,8 @@ class CollectedEvents(NamedTuple):
     """The result of a run on an outbox.
 
     `furthest_behind` is the subscription with the lowest position, if that is below the last event. `oldest_kept` is
-    the insertion time of the oldest event that is left.
+    the insertion time of the oldest event that is left. `held_back` tells which open transaction keeps events that are
+    old enough, and which right this role lacks if it cannot see the transaction's start; None: none does.
     """
 
     table: str
@@ -61,6 +65,7 @@ class CollectedEvents(NamedTuple):
     oldest_kept: datetime | None
     furthest_behind: str | None
     dry_run: bool
+    held_back: str | None
 
 
 Progress = Callable[[int], bool]
@@ -133,14 +138,37 @@ def collect_events(
         count, last_id, is_last = found or (0, 0, True)
         deleted += count
         batches += count > 0
-    return CollectedEvents(outbox.table, deleted, batches, *_oldest_event(conn, outbox), False)
+    held_back = _held_back(conn, outbox, older_than)
+    return CollectedEvents(outbox.table, deleted, batches, *_oldest_event(conn, outbox), False, held_back)
 
 
 def count_events(conn: Connection[Any], outbox: Outbox, older_than: float) -> CollectedEvents:
     """Counts what `collect_events` would delete at this moment."""
     row = conn.execute(sql("gc", f"count_{outbox.table}"), [older_than]).fetchone() or (0,)
-    return CollectedEvents(outbox.table, row[0], 0, *_oldest_event(conn, outbox), True)
+    held_back = _held_back(conn, outbox, older_than)
+    return CollectedEvents(outbox.table, row[0], 0, *_oldest_event(conn, outbox), True, held_back)
 
 
 def _oldest_event(conn: Connection[Any], outbox: Outbox) -> tuple[datetime | None, str | None]:
     return conn.execute(sql("gc", "oldest_event", outbox=outbox.table)).fetchone() or (None, None)
+
+
+def _held_back(conn: Connection[Any], outbox: Outbox, older_than: float) -> str | None:
+    """Describes the transactions that keep events of the outbox which are older than `older_than` seconds."""
+    writers = conn.execute(sql("gc", "blocking_writers", outbox=outbox.table), [older_than]).fetchall()
+    if not writers:
+        return None
+    names = ", ".join(_writer(*writer[:4]) for writer in writers[:MOST_WRITERS])
+    more = f" and {len(writers) - MOST_WRITERS} more" if len(writers) > MOST_WRITERS else ""
+    text = f"old {outbox.table} are kept: transactions that may still commit events are open: {names}{more}"
+    if any(pid is not None and since is None for pid, _, _, since, _ in writers):
+        own_role = Identifier(writers[0][4]).as_string()
+        text += f"; to see since when, the role needs: GRANT pg_read_all_stats TO {own_role}"
+    return text
+
+
+def _writer(pid: int | None, application: str | None, role: str | None, since: datetime | None) -> str:
+    if pid is None:
+        return "a prepared transaction (see pg_prepared_xacts)"
+    begin = f" since {since:%Y-%m-%d %H:%M:%S}Z" if since else ""
+    return f"{application or 'a session'} (pid {pid}, role {role}){begin}"

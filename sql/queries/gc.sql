@@ -129,3 +129,16 @@ SELECT count(*) AS deletable
                              WHERE committed_at_ms >= committed_before_ms OR event_id > passed_by_all
                                 OR dispatched_at_ms IS NULL),
                            9223372036854775807);
+
+-- name: blocking_writers
+-- The open transactions that keep events of an outbox older than a number of seconds, if there are such events: pid (null: a prepared transaction), application, role, and since when (null: this role may not see that).
+SELECT held.pid, activity.application_name AS application, activity.usename::text AS role, activity.xact_start AS since,
+       current_user::text AS own_role
+  FROM pg_locks AS held
+  LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
+ WHERE held.locktype = 'advisory' AND held.classid = {outbox_name}::regclass::oid AND held.objid = 0 AND held.objsubid = 2
+   AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND (activity.xact_start IS NULL OR activity.xact_start < clock_timestamp() - make_interval(secs => $1::double precision))
+   AND (SELECT to_timestamp(committed_at_ms / 1000.0) FROM {outbox} ORDER BY event_id LIMIT 1)
+       < clock_timestamp() - make_interval(secs => $1::double precision)
+ ORDER BY since NULLS FIRST, held.pid;

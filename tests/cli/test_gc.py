@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 if TYPE_CHECKING:
+    from pgcoord_cli.settings import Settings
     from tests.conftest import Call
 
 COLLECTED = {"table", "deleted", "batches", "orphaned", "oldest_kept", "dry_run"}
@@ -82,13 +85,18 @@ def test_i11_a_dry_run_changes_nothing_and_counts_what_a_run_deletes(call: Call,
     assert call("-o", "json").document["commit_requests"]["deleted"] == 4
 
 
-def test_a_dry_run_needs_no_right_to_change_anything(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_a_dry_run_needs_no_right_to_change_anything(
+    call: Call, settings: Settings, sql: psycopg.Connection[Any]
+) -> None:
     store(sql, "rejected", "1 day")
-    database = sql.info.dbname
-    sql.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
-    assert call("--dry-run", "-o", "json").document["commit_requests"]["deleted"] == 1
-    refused = call("-o", "json")
-    assert (refused.code, refused.error["code"]) == (9, "unsuitable_server")
+    role = f"reader_{uuid.uuid4().hex[:8]}"
+    sql.execute(f"CREATE ROLE {role} LOGIN")
+    sql.execute(f"GRANT USAGE ON SCHEMA pgcoord TO {role}")
+    sql.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA pgcoord TO {role}")
+    dsn = make_conninfo(settings.dsn, user=role)
+    assert call("--dry-run", "-o", "json", PGCOORD_DSN=dsn).document["commit_requests"]["deleted"] == 1
+    refused = call("-o", "json", PGCOORD_DSN=dsn)
+    assert (refused.code, refused.error["code"]) == (1, "permission_denied")
 
 
 def test_i11_the_retention_can_be_chosen_down_to_what_others_rely_on(call: Call, sql: psycopg.Connection[Any]) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Barrier
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import psycopg
@@ -25,6 +25,9 @@ from pgcoord_cli.core.gc import CollectedEvents, collect_events, count_events
 from pgcoord_cli.errors import CursorExpired
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT
+
+if TYPE_CHECKING:
+    from tests.conftest import Call
 
 HOUR, DAY = 3_600, 86_400
 
@@ -298,8 +301,41 @@ def test_i10_a_role_that_may_not_see_when_a_writer_began_deletes_nothing_meanwhi
     with command_session(operator, "gc", writes=True) as conn:
         with writer.transaction():
             write(writer, LEASE)
-            assert collect_events(conn, LEASE, HOUR, 10, always).deleted == 0
-        assert collect_events(conn, LEASE, HOUR, 10, always).deleted == 1
+            held = collect_events(conn, LEASE, HOUR, 10, always)
+            assert (held.deleted, count_events(conn, LEASE, HOUR).held_back) == (0, held.held_back)
+            assert f"(pid {writer.info.backend_pid}, role postgres)" in (held.held_back or "")
+            assert f"GRANT pg_read_all_stats TO {Identifier(role).as_string()}" in (held.held_back or "")
+        free = collect_events(conn, LEASE, HOUR, 10, always)
+        assert (free.deleted, free.held_back) == (1, None)
+
+
+def test_i15_a_role_that_sees_all_statistics_is_told_since_when_a_writer_keeps_events(
+    sql: Conn, writer: Conn, collect: Collect
+) -> None:
+    write(sql, LEASE, DAY)
+    with writer.transaction():
+        write(writer, LEASE)
+        assert (collect(LEASE).held_back, kept(sql, LEASE)) == (None, [])  # it began after the events
+        write(sql, LEASE)
+        held = collect(LEASE, older_than=NO_RETENTION).held_back or ""
+        assert f"(pid {writer.info.backend_pid}, role postgres) since " in held
+        assert "pg_read_all_stats" not in held
+
+
+@both
+def test_i15_gc_reports_what_an_unseen_writer_keeps_with_quiet_too(
+    settings: Settings, sql: Conn, writer: Conn, outbox: Outbox, call: Call
+) -> None:
+    role = f"operator_{uuid4().hex[:8]}"
+    sql.execute(SQL("CREATE ROLE {} LOGIN").format(Identifier(role)))
+    with command_session(settings, "migrate grant", writes=True) as conn:
+        grants.grant(conn, {"operator": [role]}, dry_run=False)
+    write(sql, outbox, 2 * DAY)
+    with writer.transaction():
+        write(writer, outbox)
+        answer = call("gc", "all", "-q", PGCOORD_DSN=make_conninfo(settings.dsn, user=role))
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (0, "", 1)
+    assert answer.err.startswith(f"old {outbox.table} are kept:")
 
 
 # -- up to undispatched events

@@ -145,6 +145,9 @@ EXPECTED = {
         "bigint, bigint, integer, bigint", "deleted bigint, last_id bigint, is_last boolean"
     ),
     "gc.oldest_event": Shape("", "oldest_kept timestamptz, furthest_behind text"),
+    "gc.blocking_writers": Shape(
+        "double precision", "pid integer, application text, role text, since timestamptz, own_role text"
+    ),
     "gc.count_lease_events": Shape("double precision", "deletable bigint"),
     "gc.count_completion_events": Shape("double precision", "deletable bigint"),
     "commits.enqueue": Shape(
