@@ -216,7 +216,7 @@ _pgcoord_command() {
     esac
 }
 
-# Sets `how` to the way compgen finds the values of the option or argument number $2 of the command $1.
+# Sets `how` to the arguments of compgen for the values of the option or argument number $2 of the command $1.
 _pgcoord_value() {
     case "$1 $2" in
         *' -o') how=(-W 'table plain json jsonl csv markdown') ;;
@@ -234,13 +234,13 @@ _pgcoord_value() {
     esac
 }
 
-# Fills COMPREPLY by `compgen "$@"`, whose lines may hold spaces.
+# Fills COMPREPLY with the lines of `compgen "$@"`, which may contain spaces.
 _pgcoord_reply() {
     local found
     while IFS= read -r found; do
         [[ -n $found ]] && COMPREPLY+=("$found")
     done <<<"$(compgen "$@")"
-    # Only readline can say that the words are file names, and only bash 4 can tell it so.
+    # From bash 4 on: readline then quotes the words as file names.
     [[ $1 == -W ]] || compopt -o filenames 2>/dev/null
 }
 
@@ -253,7 +253,7 @@ _pgcoord() {
     for ((index = 1; index < COMP_CWORD; index++)); do
         word=${COMP_WORDS[index]}
         if [[ $word == [=:]* ]]; then
-            # Bash cuts words at = and :, so the next word goes on with the last one.
+            # Bash splits words at = and :, so that the next word belongs to the last one.
             ((++index < COMP_CWORD)) && awaited=''
         elif [[ -n $awaited ]]; then
             awaited=''

@@ -173,8 +173,8 @@ function __pgcoord_takes_value
         'pgcoord bench --keys'
 end
 
-# Whether the words before the cursor name the command $argv[1], with the cursor at its argument number $argv[2].
-# Without a number, at any; with a third word, at that one or a later one.
+# True if the words before the cursor name the command $argv[1] and the cursor is at its argument number $argv[2].
+# Without a number, at any argument; with a third word, at that argument or a later one.
 function __pgcoord_at
     set -l path pgcoord
     set -l position 1

@@ -42,14 +42,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDERS = ("man", "completions")
 
 DOTS = "...\\&"
-"""Three dots at the end of a line, which roff would otherwise take for the end of a sentence."""
+"""Three dots, escaped: at the end of a line roff would take them for the end of a sentence."""
 
 NOTICE = "Written by docs/generate.py from the command tree. Change the commands and run it again."
 
 EVERYWHERE = GLOBAL_NAMES | {"help"}
 
 GLOBAL_CHOICES = {"output": tuple(OutputFormat), "color": tuple(ColorMode)}
-"""To the parser the global options are plain text, because their values may also come from the environment."""
+"""The values of global options. They are declared as text, since their values may also come from the environment."""
 
 
 # The tree
@@ -201,12 +201,12 @@ def _takes(
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a paragraph, each on one line."""
+    """Returns the sentences of a paragraph, each on one line."""
     return re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(text.split()))
 
 
 def _literal(block: str) -> tuple[str, tuple[str, ...]]:
-    """Heading and lines of a paragraph that is kept line by line; no lines where it is not such a paragraph."""
+    """Returns heading and lines of a paragraph that is kept line by line; no lines for any other paragraph."""
     if not block.startswith("\b\n"):
         return "", ()
     lines = block.splitlines()[1:]
@@ -222,13 +222,13 @@ def _is_examples(block: str) -> bool:
 
 
 def _escape(text: str) -> str:
-    """Text that roff prints as it stands, hyphens and quotes aside, which it may set in a typographer's way."""
+    """Returns the text in roff. Hyphens and quotes are left to roff, which may print typographic ones."""
     plain = text.replace("\\", "\\e")
     return "".join(char if char.isascii() else f"\\[u{ord(char):04X}]" for char in plain)
 
 
 def _exact(text: str) -> str:
-    """Text that can be copied into a shell."""
+    """Returns the text in roff, with hyphens and quotes in ASCII, so that it can be copied into a shell."""
     escaped = _escape(text)
     for char, roff in {"-": "\\-", "'": "\\(aq", "`": "\\(ga", "^": "\\(ha", "~": "\\(ti"}.items():
         escaped = escaped.replace(char, roff)
@@ -236,7 +236,7 @@ def _exact(text: str) -> str:
 
 
 def _guard(line: str) -> str:
-    """Keeps a line that starts with a dot or a quote from being taken for a macro."""
+    """Escapes a line that starts with a dot or a quote, which roff would take for a macro."""
     return f"\\&{line}" if line.startswith((".", "'")) else line
 
 
@@ -254,7 +254,7 @@ def _macro(name: str, *words: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text with what stands in backquotes bold, and with options that can be copied."""
+    """Returns the text in roff, with words in backquotes in bold, and with options that can be copied."""
     pieces = re.split(r"`([^`]+)`", text)
     pieces[1::2] = [_bold(code) for code in pieces[1::2]]
     pieces[::2] = [re.sub(r"(?<![\w-])-[\w-]+", lambda word: _exact(word[0]), _escape(piece)) for piece in pieces[::2]]
@@ -262,7 +262,7 @@ def _inline(text: str) -> str:
 
 
 def _prose(text: str) -> list[str]:
-    """Lines of a paragraph. Each sentence starts one, so that a small change of the text is a small change here."""
+    """Returns the lines of a paragraph. Each sentence starts a line, so that a change of it changes few lines."""
     return [
         _guard(line)
         for sentence in sentences(text)
@@ -288,7 +288,7 @@ def _placeholder(parameter: Parameter) -> str:
 
 
 def _synopsis(command: Command) -> list[str]:
-    """One hanging paragraph; the parts of an option stay on one line."""
+    """Returns the synopsis as one hanging paragraph; the parts of an option stay on one line."""
     parts = [_bold(command.path)]
     for parameter in (*command.arguments, *command.options):
         name = next((name for name in parameter.names if name.startswith("--")), "".join(parameter.names[:1]))
@@ -297,7 +297,7 @@ def _synopsis(command: Command) -> list[str]:
         part = part if parameter.required else f"[{part}]"
         parts.append(part + (DOTS if parameter.repeats and parameter.names else ""))
     if command.commands:
-        # \\: lets a long list be broken after any of its bars.
+        # \\: allows a line break after each bar of a long list.
         words_below = "|\\:".join(_bold(child.words[-1]) for child in command.commands)
         parts += [f"{{{words_below}}}", f"[{_italic('OPTION')}]{DOTS}"]
     return [".HP 4", *parts]
@@ -325,7 +325,7 @@ def _reference(command: Command) -> str:
 
 
 def _commands(program: Program, command: Command) -> list[str]:
-    """For the program its pages, for a group all that is to say of each command."""
+    """Returns the list of pages for the program, and the description of each command for a group."""
     lines: list[str] = []
     if command is program.root:
         for noun in command.commands:
@@ -345,7 +345,7 @@ def _options(program: Program, command: Command) -> list[str]:
 
 
 def _examples(program: Program, command: Command) -> list[str]:
-    """All of a noun; for the program the first one of each noun."""
+    """Returns the examples of a group, or the first one of each group for the program."""
     if command is program.root:
         firsts = (next((line for leaf in noun.walk() for line in leaf.examples), None) for noun in command.commands)
         return _verbatim([line for line in firsts if line])
@@ -358,7 +358,7 @@ def _see_also(program: Program, command: Command) -> list[str]:
 
 
 def page(program: Program, command: Command) -> str:
-    """The manual page of the program or of one noun."""
+    """Returns the manual page of the program or of one noun."""
     name = _page_name(command)
     sections = {
         "NAME": [f"{_exact(name)} \\-", *_prose(command.summary.removesuffix("."))],
@@ -371,7 +371,7 @@ def page(program: Program, command: Command) -> str:
         "ENVIRONMENT": _glossary(ENVIRONMENT.items()),
         "SEE ALSO": _see_also(program, command),
     }
-    # The date stays empty: a page has to be the same whenever it is written.
+    # The date is empty: the same tree must give the same page on any day.
     lines = [f'.\\" {NOTICE}', _macro("TH", name.upper(), "1", "", f"pgcoord {__version__}", "pgcoord manual")]
     for title, body in sections.items():
         if body:
@@ -383,9 +383,9 @@ def page(program: Program, command: Command) -> str:
 
 
 def _targets(program: Program) -> Iterator[tuple[str, str, Parameter]]:
-    """What can be filled in: the path of a command, the option or the position of the argument, the parameter.
+    """Yields what a value can be completed for: the path of a command, an option or argument position, the parameter.
 
-    The path of a global option is empty.
+    The path is empty for a global option.
     """
     for parameter in program.everywhere:
         yield from (("", name, parameter) for name in parameter.names)
@@ -397,7 +397,7 @@ def _targets(program: Program) -> Iterator[tuple[str, str, Parameter]]:
 
 
 def _quote(text: str, mark: str = "'\\''") -> str:
-    """`text` as one word of a POSIX shell; `mark` is how the shell writes a quote inside quotes."""
+    """Returns `text` as one word of a POSIX shell; `mark` is a quote within quotes in that shell."""
     return "'" + text.replace("'", mark) + "'"
 
 
@@ -408,13 +408,13 @@ def _names(parameters: Iterable[Parameter], *, valued: bool = False) -> str:
 # Bash
 
 BASH_WALK = """\
-# Fills COMPREPLY by `compgen "$@"`, whose lines may hold spaces.
+# Fills COMPREPLY with the lines of `compgen "$@"`, which may contain spaces.
 _pgcoord_reply() {
     local found
     while IFS= read -r found; do
         [[ -n $found ]] && COMPREPLY+=("$found")
     done <<<"$(compgen "$@")"
-    # Only readline can say that the words are file names, and only bash 4 can tell it so.
+    # From bash 4 on: readline then quotes the words as file names.
     [[ $1 == -W ]] || compopt -o filenames 2>/dev/null
 }
 
@@ -427,7 +427,7 @@ _pgcoord() {
     for ((index = 1; index < COMP_CWORD; index++)); do
         word=${COMP_WORDS[index]}
         if [[ $word == [=:]* ]]; then
-            # Bash cuts words at = and :, so the next word goes on with the last one.
+            # Bash splits words at = and :, so that the next word belongs to the last one.
             ((++index < COMP_CWORD)) && awaited=''
         elif [[ -n $awaited ]]; then
             awaited=''
@@ -468,7 +468,7 @@ complete -F _pgcoord pgcoord
 
 
 def bash(program: Program) -> str:
-    """The completion file of bash."""
+    """Returns the completion file of bash."""
     return "\n".join(
         [
             "# Completion of pgcoord in bash 3.2 and later.",
@@ -483,7 +483,7 @@ def bash(program: Program) -> str:
             "    esac",
             "}",
             "",
-            "# Sets `how` to the way compgen finds the values of the option or argument number $2 of the command $1.",
+            "# Sets `how` to the arguments of compgen for the values of the option or argument number $2 of the command $1.",
             "_pgcoord_value() {",
             '    case "$1 $2" in',
             *(arm for path, key, parameter in _targets(program) for arm in _bash_value(path, key, parameter)),
@@ -523,7 +523,7 @@ def _bash_value(path: str, key: str, parameter: Parameter) -> list[str]:
 
 
 def zsh(program: Program) -> str:
-    """The completion file of zsh."""
+    """Returns the completion file of zsh."""
     return "\n".join(
         [
             "#compdef pgcoord",
@@ -612,8 +612,8 @@ def _zsh_value(parameter: Parameter) -> str:
 # Fish
 
 FISH_WALK = """\
-# Whether the words before the cursor name the command $argv[1], with the cursor at its argument number $argv[2].
-# Without a number, at any; with a third word, at that one or a later one.
+# True if the words before the cursor name the command $argv[1] and the cursor is at its argument number $argv[2].
+# Without a number, at any argument; with a third word, at that argument or a later one.
 function __pgcoord_at
     set -l path pgcoord
     set -l position 1
@@ -646,7 +646,7 @@ end
 
 
 def fish(program: Program) -> str:
-    """The completion file of fish."""
+    """Returns the completion file of fish."""
     commands = [command.path for command in program.root.walk()][1:]
     valued = [
         f"{path} {key}".strip() for path, key, each in _targets(program) if each.names and each.takes != "nothing"
@@ -672,7 +672,7 @@ def _fish_quote(text: str) -> str:
 
 
 def _fish_test(name: str, words: Iterable[str]) -> list[str]:
-    """A function that is true where its arguments are one of the words."""
+    """Returns a function that is true if its arguments are one of the words."""
     body = " \\\n".join(['    contains -- "$argv"', *(f"        {_quote(each)}" for each in words)])
     return [f"function {name}", body, "end", ""]
 
@@ -709,7 +709,7 @@ def _fish_value(parameter: Parameter) -> str:
 
 
 def files() -> dict[str, str]:
-    """Path in the repository and text of each file that this script writes."""
+    """Returns path in the repository and text of each file that this script writes."""
     program = read_program()
     pages = {f"man/{_page_name(each)}.1": page(program, each) for each in (program.root, *program.root.commands)}
     return {
@@ -721,7 +721,7 @@ def files() -> dict[str, str]:
 
 
 def differences(expected: dict[str, str], repository: Path = REPOSITORY) -> list[str]:
-    """One line for each file that is not as it should be."""
+    """Returns a line for each file that differs from `expected`, is missing or is superfluous."""
     present = _present(repository)
     changed = {
         path for path in present & expected.keys() if (repository / path).read_bytes() != expected[path].encode()
@@ -736,7 +736,7 @@ def _present(repository: Path) -> set[str]:
 
 
 def write(expected: dict[str, str], repository: Path = REPOSITORY) -> None:
-    """Makes the two folders hold exactly these files."""
+    """Writes the files, and removes all others from the two directories."""
     for path in _present(repository) - expected.keys():
         (repository / path).unlink()
     for path, text in expected.items():
@@ -745,9 +745,11 @@ def write(expected: dict[str, str], repository: Path = REPOSITORY) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The script."""
+    """Runs the script and returns its exit code."""
     parser = argparse.ArgumentParser(description="Write man/ and completions/ from the command tree.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 and name each file that is not so")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; print each file that differs and exit 1 if there is one"
+    )
     if not parser.parse_args(argv).check:
         write(files())
         return 0

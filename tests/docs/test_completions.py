@@ -1,4 +1,4 @@
-"""The completions, in the shells themselves: bash always, zsh and fish where they are installed."""
+"""The completions, run in the shells: bash always, zsh and fish if they are installed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ exit 0
 
 
 def run(*words: str, cwd: Path | None = None) -> str:
-    # An empty PATH shows that a tab starts no other program.
+    # With an empty PATH, a completion that starts another program fails.
     program = shutil.which(words[0])
     assert program
     done = subprocess.run(
@@ -43,19 +43,19 @@ def run(*words: str, cwd: Path | None = None) -> str:
 
 
 def in_bash(*words: str, script: Path = COMPLETIONS / "pgcoord.bash", cwd: Path | None = None) -> list[str]:
-    """What bash offers for the last of the words, which are cut as bash cuts them."""
+    """Returns the words that bash offers for the last word. The words are split as bash splits them, at = and :."""
     call = run("bash", "--norc", "--noprofile", "-c", BASH_CALL, "bash", str(script), "pgcoord", *words, cwd=cwd)
     return call.splitlines()
 
 
 def in_fish(line: str, script: Path = COMPLETIONS / "pgcoord.fish", cwd: Path | None = None) -> list[str]:
-    """What fish offers at the end of the line, without the descriptions."""
+    """Returns the words that fish offers at the end of the line, without their descriptions."""
     call = ["fish", "--no-config", "-c", "source $argv[1]; complete -C $argv[2]", str(script), f"pgcoord {line}"]
     return [offer.split("\t")[0] for offer in run(*call, cwd=cwd).splitlines()]
 
 
 def trial_program() -> Program:
-    """A tree with every kind of parameter, whatever the real commands have today."""
+    """Returns a tree with every kind of parameter, independent of the real commands."""
 
     def parameter(*names: str, takes: str = "text", choices: tuple[str, ...] = (), repeats: bool = False) -> Parameter:
         return Parameter(names, "X", "It's a [thing]: $x.", "", choices, takes, required=False, repeats=repeats)  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def test_bash_offers_the_values_of_global_options_everywhere(before: tuple[str, 
     assert in_bash(*before, "--color", "a") == [mode for mode in ColorMode if mode.startswith("a")]
 
 
-def test_bash_offers_values_after_an_equals_sign_however_it_was_cut() -> None:
+def test_bash_offers_values_after_an_equals_sign_however_bash_splits_it() -> None:
     assert in_bash("--output", "=") == list(OutputFormat)
     assert in_bash("--output", "=", "js") == ["json", "jsonl"]
     assert in_bash("--output=js") == ["--output=json", "--output=jsonl"]
@@ -131,7 +131,7 @@ def test_bash_takes_no_value_of_an_option_for_a_command(before: tuple[str, ...])
     assert in_bash(*before, "migrate", "u") == ["up"]
 
 
-def test_bash_has_nothing_to_offer_for_free_text() -> None:
+def test_bash_offers_nothing_for_free_text() -> None:
     assert in_bash("--dsn", "") == []
     assert in_bash("--dsn", "postgresql", ":", "") == []
     assert in_bash("migrate", "up", "--to", "") == []
@@ -155,7 +155,7 @@ def test_bash_offers_values_and_files_for_arguments_and_options(folder: Path) ->
 
 
 @needs("zsh", "check the zsh completion")
-def test_zsh_can_read_its_completion() -> None:
+def test_zsh_parses_its_completion() -> None:
     assert run("zsh", "-f", "-n", str(COMPLETIONS / "_pgcoord")) == ""
 
 

@@ -1,4 +1,4 @@
-"""Examples in the documentation are run, and print what the documentation says they print."""
+"""Runs the examples of the documentation and compares their output with the documentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def blocks(document: str, language: str) -> list[str]:
-    """The fenced blocks of one language in a Markdown file."""
+    """Returns the fenced blocks of one language in a Markdown file."""
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
@@ -30,14 +30,14 @@ PROGRAMS = [
 ]
 
 
-def test_every_page_has_the_programs_that_it_promises() -> None:
+def test_every_page_has_its_programs() -> None:
     assert [document for document, _ in PROGRAMS] == [
         *["docs/client.md"] * 2, *["docs/tails.md"] * 2, "docs/locks.md", "docs/flows.md",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("document", "number"), PROGRAMS)
-def test_a_program_prints_what_its_page_says(
+def test_the_program_of_a_page_prints_the_output_on_the_page(
     document: str, number: int, settings: Settings, start_leader: StartLeader
 ) -> None:
     start_leader("A").wait_for("elected epoch")
@@ -51,7 +51,7 @@ def test_the_programs_of_the_readme_run(settings: Settings, start_leader: StartL
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/tails.md", "docs/locks.md", "docs/flows.md"])
-def test_a_program_in_the_documentation_uses_only_what_is_public(document: str) -> None:
+def test_programs_in_the_documentation_use_only_public_names(document: str) -> None:
     assert not re.search(r"pgcoord_cli\.core|`core\.", (ROOT / document).read_text())
     imported = [line for program in blocks(document, "python") for line in program.splitlines() if "pgcoord" in line]
     imports = [line for line in imported if line.startswith(("from ", "import "))]
@@ -63,7 +63,7 @@ def test_a_program_in_the_documentation_uses_only_what_is_public(document: str) 
 
 
 def run(program: str, settings: Settings) -> str:
-    """What a program prints, which has nothing to complain about."""
+    """Runs a program and returns its output; nothing may be on stderr."""
     done = subprocess.run(
         [sys.executable, "-c", program], env={"PGCOORD_DSN": settings.dsn}, capture_output=True, text=True, check=False
     )
@@ -71,11 +71,11 @@ def run(program: str, settings: Settings) -> str:
     return done.stdout
 
 
-def test_the_flow_file_of_the_page_is_the_one_that_is_there_to_try() -> None:
+def test_the_flow_file_of_the_page_is_docs_flow_yaml() -> None:
     assert blocks("docs/flows.md", "yaml") == [(ROOT / "docs/flow.yaml").read_text()]
 
 
-def test_the_flow_of_the_page_ends_as_the_page_says(cli: Cli) -> None:
+def test_the_flow_of_the_page_has_the_outcome_on_the_page(cli: Cli) -> None:
     (session,) = blocks("docs/flows.md", "console")
     shown = session.split("$ pgcoord flow show $FLOW\n")[1]
     flow = cli("flow", "create", "docs/flow.yaml", "-o", "plain").stdout.strip()

@@ -1,4 +1,4 @@
-"""No command without help, and no example that the parser would refuse."""
+"""Every command, option and argument has help, and the parser accepts every example."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def first_paragraph(command: Command) -> str:
 
 
 def examples(command: Command) -> list[str]:
-    """The lines of the Examples block, those that go on in the next one joined to it."""
+    """Returns the lines of the Examples block; lines that end in a backslash are joined with the next."""
     block = re.search(r"^\x08\nExamples:\n((?:  .*\n?)+)", command.help or "", re.MULTILINE)
     return [line.strip() for line in block[1].replace("\\\n", "").splitlines()] if block else []
 
 
 def calls(line: str) -> list[list[str]]:
-    """The calls of pgcoord in a line of shell. What the shell would put in is a 1."""
+    """Returns the calls of pgcoord in a line of shell. Variables and substitutions are replaced by 1."""
     found: list[list[str]] = []
     while inner := re.search(r"\$\(([^()]*)\)", line):
         found += calls(inner[1])
@@ -52,7 +52,7 @@ def calls(line: str) -> list[list[str]]:
 
 
 def parse(words: list[str]) -> None:
-    """Does everything that a call does before the command's own function begins."""
+    """Parses a call and resolves its settings. The function of the command is not called."""
     with patch.object(PgcoordCommand, "invoke"):
         ctx = root().make_context(words[0], words[1:])
         ctx.command.invoke(ctx)
@@ -61,7 +61,7 @@ def parse(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", TREE)
-def test_every_command_has_help_that_is_a_sentence(path: str) -> None:
+def test_the_help_of_every_command_begins_with_a_sentence(path: str) -> None:
     assert first_paragraph(TREE[path]).endswith(".")
 
 
@@ -103,7 +103,7 @@ def test_every_example_can_be_parsed(path: str, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("noun", CATALOGUE)
-def test_the_catalogue_says_what_the_noun_says_of_itself(noun: str) -> None:
+def test_the_catalogue_has_the_help_of_each_noun(noun: str) -> None:
     assert first_paragraph(TREE[f"pgcoord {noun}"]) == CATALOGUE[noun]
 
 
@@ -119,7 +119,7 @@ def test_the_catalogue_says_what_the_noun_says_of_itself(noun: str) -> None:
         ("cat < in | pgcoord kv set 'a|b' - >> log &", ["kv set a|b -"]),
     ],
 )
-def test_calls_finds_the_calls_in_a_line_of_shell(line: str, expected: list[str]) -> None:
+def test_calls_are_found_in_a_line_of_shell(line: str, expected: list[str]) -> None:
     assert [" ".join(words[1:]) for words in calls(line)] == expected
 
 
@@ -127,6 +127,6 @@ def test_calls_finds_the_calls_in_a_line_of_shell(line: str, expected: list[str]
     "call",
     ["pgcoord migrate up --nosuch", "pgcoord migrate up 1", "pgcoord migrate up --to x", "pgcoord -o x migrate up"],
 )
-def test_parse_refuses_what_the_program_would_refuse(call: str) -> None:
+def test_parse_refuses_invalid_calls(call: str) -> None:
     with pytest.raises((typer.TyperException, UsageError)):
         parse(call.split())

@@ -1,4 +1,4 @@
-"""The manual pages and completions on disk are what the command tree says, and the pages are sound roff."""
+"""The manual pages and completions in the repository equal the command tree, and the pages are valid roff."""
 
 from __future__ import annotations
 
@@ -88,20 +88,20 @@ def test_a_parameter_without_a_metavar_is_refused() -> None:
         read_command(group, ("pgcoord", "trial"))
 
 
-def test_every_file_on_disk_is_what_the_tree_says() -> None:
+def test_the_files_in_the_repository_equal_the_command_tree() -> None:
     assert differences(files()) == [], "run: python docs/generate.py"
 
 
-def test_there_is_a_page_for_the_program_and_for_topic() -> None:
+def test_the_program_and_each_noun_have_a_page() -> None:
     expected = {"man/pgcoord.1", *(f"man/pgcoord-{noun}.1" for noun in CATALOGUE)}
     assert {path for path in files() if path.startswith("man/")} == expected
 
 
-def test_files_are_the_same_whenever_they_are_written() -> None:
+def test_files_are_the_same_each_time() -> None:
     assert files() == files()
 
 
-def test_differences_names_each_file_that_is_not_as_it_should_be(tmp_path: Path) -> None:
+def test_differences_are_files_that_differ_are_missing_or_superfluous(tmp_path: Path) -> None:
     write({"man/same.1": "a\n", "man/changed.1": "a\n", "completions/old.fish": "a\n"}, tmp_path)
     expected = {"man/same.1": "a\n", "man/changed.1": "b\n", "man/new.1": "a\n"}
     assert differences(expected, tmp_path) == [
@@ -135,7 +135,7 @@ def test_options_and_examples_can_be_copied() -> None:
     assert "pgcoord try \\-\\-key \\(aqa\\(ga\\(ti\\(ha\\(aq" in lines
 
 
-def test_what_stands_in_backquotes_is_bold() -> None:
+def test_words_in_backquotes_are_bold() -> None:
     assert "Like \\fBpgcoord try \\-\\-key x\\fR, but not." in page_of(
         trial("Try it.", "Like `pgcoord try --key x`, but not.")
     )
@@ -146,20 +146,20 @@ def test_pages_are_plain_ascii() -> None:
     assert all(text.isascii() for path, text in files().items() if path.startswith("man/"))
 
 
-def test_paragraphs_kept_line_by_line_stay_so() -> None:
+def test_paragraphs_with_a_backspace_mark_keep_their_lines() -> None:
     lines = page_of(trial("Try it.", "\b\nStart here:\n  one    first\n    two  second"))
     start = lines.index("Start here:")
     assert lines[start + 1 : start + 6] == [".RS 4", ".nf", "one    first", "  two  second", ".fi"]
 
 
-def test_repeated_arguments_end_in_dots_that_end_no_sentence() -> None:
+def test_dots_after_a_repeated_argument_do_not_end_a_sentence() -> None:
     files_argument = Parameter((), "FILE", "What to read.", "", (), "file", required=True, repeats=True)
     assert "\\fIFILE\\fR...\\&" in page_of(trial("Try it.", arguments=(files_argument,)))
 
 
 @needs("groff", "check the manual pages with it")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_groff_finds_nothing_to_warn_of(path: Path) -> None:
+def test_groff_has_no_warnings(path: Path) -> None:
     done = subprocess.run(
         ["groff", "-man", "-Tutf8", "-ww", str(path)], capture_output=True, text=True, check=False, timeout=60
     )
@@ -168,7 +168,7 @@ def test_groff_finds_nothing_to_warn_of(path: Path) -> None:
 
 @needs("mandoc", "check the manual pages with it")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_mandoc_finds_nothing_to_warn_of_but_the_date(path: Path) -> None:
+def test_mandoc_has_no_warnings_except_for_the_date(path: Path) -> None:
     done = subprocess.run(["mandoc", "-T", "lint", str(path)], capture_output=True, text=True, check=False, timeout=60)
-    # A date would make the page differ from one release to the next where nothing of it changed.
+    # A date would change each page with each release.
     assert [line for line in done.stdout.splitlines() if "missing date" not in line] == []
