@@ -33,7 +33,7 @@ from pgcoord_cli.core.events.tail import (
     Batch,
     Filters,
     Notice,
-    ReportNotice,
+    OnNotice,
     StartPosition,
     Tail,
     ignore_notice,
@@ -98,7 +98,7 @@ class _Ended(NamedTuple):
 class _Handover:
     """What the tail's thread and the event loop share. The iterator is not part of it, so that it can be dropped."""
 
-    def __init__(self, report: ReportNotice) -> None:
+    def __init__(self, report: OnNotice) -> None:
         self.place = Place()
         self._report = report
         self._room = threading.Semaphore(BATCHES_AHEAD)
@@ -171,7 +171,7 @@ def tail_async(
     start: StartPosition = NOW,
     filters: Filters = EVERYTHING,
     follow: bool = True,
-    report: ReportNotice = ignore_notice,
+    report: OnNotice = ignore_notice,
 ) -> AsyncEventIterator[LeaseEvent]: ...
 
 
@@ -184,7 +184,7 @@ def tail_async(
     start: StartPosition = NOW,
     filters: Filters = EVERYTHING,
     follow: bool = True,
-    report: ReportNotice = ignore_notice,
+    report: OnNotice = ignore_notice,
 ) -> AsyncEventIterator[CompletionEvent]: ...
 
 
@@ -197,7 +197,7 @@ def tail_async(
     start: StartPosition = NOW,
     filters: Filters = EVERYTHING,
     follow: bool = True,
-    report: ReportNotice = ignore_notice,
+    report: OnNotice = ignore_notice,
 ) -> AsyncEventIterator[LeaseEvent | CompletionEvent]: ...
 
 
@@ -209,7 +209,7 @@ def tail_async(
     start: StartPosition = NOW,
     filters: Filters = EVERYTHING,
     follow: bool = True,
-    report: ReportNotice = ignore_notice,
+    report: OnNotice = ignore_notice,
 ) -> AsyncEventIterator[Any]:
     """Iterates over the events of an outbox, as `tail` does, without blocking the event loop.
 

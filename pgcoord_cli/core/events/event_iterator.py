@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.core.events.outbox import CompletionEvent, Event, LeaseEvent, outbox_named
-from pgcoord_cli.core.events.tail import EVERYTHING, NOW, Filters, ReportNotice, StartPosition, Tail, ignore_notice
+from pgcoord_cli.core.events.tail import EVERYTHING, NOW, Filters, OnNotice, StartPosition, Tail, ignore_notice
 from pgcoord_cli.settings import resolve_arguments
 
 E = TypeVar("E", bound=Event)
@@ -90,7 +90,7 @@ def tail(
     start: StartPosition = NOW,
     filters: Filters = EVERYTHING,
     follow: bool = True,
-    report: ReportNotice = ignore_notice,
+    report: OnNotice = ignore_notice,
 ) -> EventIterator[LeaseEvent]: ...
 
 
@@ -103,7 +103,7 @@ def tail(
     start: StartPosition = NOW,
     filters: Filters = EVERYTHING,
     follow: bool = True,
-    report: ReportNotice = ignore_notice,
+    report: OnNotice = ignore_notice,
 ) -> EventIterator[CompletionEvent]: ...
 
 
@@ -116,7 +116,7 @@ def tail(
     start: StartPosition = NOW,
     filters: Filters = EVERYTHING,
     follow: bool = True,
-    report: ReportNotice = ignore_notice,
+    report: OnNotice = ignore_notice,
 ) -> EventIterator[LeaseEvent | CompletionEvent]: ...
 
 
@@ -128,7 +128,7 @@ def tail(
     start: StartPosition = NOW,
     filters: Filters = EVERYTHING,
     follow: bool = True,
-    report: ReportNotice = ignore_notice,
+    report: OnNotice = ignore_notice,
 ) -> EventIterator[Any]:
     """Iterates over the events of an outbox, `lease` or `completion`, in ascending order, each at least once.
 

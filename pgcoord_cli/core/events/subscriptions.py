@@ -21,7 +21,7 @@ from pgcoord_cli.core.database.advisory_keys import lock_holder
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.core.events.outbox import OUTBOXES, Outbox
-from pgcoord_cli.core.events.tail import Notice, ReportNotice, ignore_notice
+from pgcoord_cli.core.events.tail import Notice, OnNotice, ignore_notice
 from pgcoord_cli.core.locks.ownership import Fence, draw_fence, subscription_lock, take_lock
 from pgcoord_cli.db.binary import int8
 from pgcoord_cli.db.connection import mapped_errors
@@ -40,7 +40,7 @@ ANSWER_TIMEOUT_SECONDS = 8.0
 class Subscription:
     """The owned checkpoint of one tail. Raises LockNotAcquired at once if the name has another owner."""
 
-    def __init__(self, settings: Settings, name: str, outbox: Outbox, report: ReportNotice = ignore_notice) -> None:
+    def __init__(self, settings: Settings, name: str, outbox: Outbox, report: OnNotice = ignore_notice) -> None:
         self._settings = settings
         self._report = report
         self._name = name
@@ -64,11 +64,13 @@ class Subscription:
         while True:
             try:
                 if self._conn.closed:
+                    # Draws a new fence, so a save that is still in flight on the lost connection is refused.
                     self._acquire()
                     self._report(Notice("connected", to_cursor(position), "the subscription is owned again"))
                 self._save(position)
                 return
             except ConnectionFailed as error:
+                # The save may have been committed; to repeat it is safe, since a position never goes back.
                 self._conn.close()
                 if self._stopping:
                     raise
@@ -174,6 +176,7 @@ def set_position(conn: Connection[Any], schema: str, name: str, position: int, *
     record = subscription_record(conn, schema, name)
     take_lock(conn, schema, name)
     _check_end(conn, record["outbox"], position)
+    # A new fence: an owner whose session was terminated may not know it, and must not save over this position.
     fence, before, _ = draw_fence(conn, name, None)
     if before is not None and position < before and not force:
         raise UsageError(

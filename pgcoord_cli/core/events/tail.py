@@ -202,7 +202,7 @@ class Notice(NamedTuple):
     holders: tuple[BlockingTransaction, ...] = ()
 
 
-ReportNotice = Callable[[Notice], None]
+OnNotice = Callable[[Notice], None]
 
 
 def ignore_notice(_notice: Notice) -> None:
@@ -221,7 +221,7 @@ class Tail:
         until: StartPosition | None = None,
         filters: Filters = EVERYTHING,
         follow: bool = True,
-        report: ReportNotice = ignore_notice,
+        report: OnNotice = ignore_notice,
     ) -> None:
         self._settings = settings
         self._outbox = outbox

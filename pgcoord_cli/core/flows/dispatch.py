@@ -65,6 +65,7 @@ def dispatch_all(conn: Connection[Any], event_ids: Sequence[int]) -> dict[int, i
             # One statement, hence one transaction on an autocommit connection: a retry finds nothing half done.
             return dict(conn.execute(sql("flows", "dispatch"), [list(event_ids)]).fetchall())
         except psycopg.Error as error:
+            # Any other error, such as a bad event or a lost connection, would come again.
             if error.sqlstate not in TRANSIENT or not remaining:
                 raise
         with closing(Wakeup()) as wakeup:

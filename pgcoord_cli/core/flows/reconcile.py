@@ -72,6 +72,7 @@ OnError = Callable[[int, str], None]
 def dependency(conn: Connection[Any], scope: Scope, on_error: OnError) -> Tick:
     """Dispatches stale undispatched events, the oldest first. Raises psycopg's error when the connection is lost."""
     bounds = [scope.stale_threshold_ms, scope.batch_limit, scope.namespace, scope.instance_tag]
+    # Read before the dispatches and without locks: what another session dispatches meanwhile counts as a no-op.
     events = [row[0] for row in conn.execute(sql("reconcile", "undispatched"), bounds)]
     # Counted only with a filter: without one it is zero, and the count would read the backlog once more.
     filtered = 0
@@ -101,6 +102,7 @@ def _dispatch_chunk(conn: Connection[Any], events: Sequence[int], on_error: OnEr
 
 
 def _note_failure(conn: Connection[Any], event: int, error: psycopg.Error, on_error: OnError) -> Tick:
+    # In its own transaction, since the one of the dispatch has rolled back.
     reason = error.diag.message_primary or type(error).__name__
     attempts, is_quarantined = conn.execute(
         sql("reconcile", "note_failure"), [event, reason, QUARANTINE_AFTER]
@@ -145,6 +147,7 @@ def list_quarantined(conn: Connection[Any]) -> list[dict[str, Any]]:
 
 def retry_quarantined(conn: Connection[Any], event_id: int | None) -> int:
     """Releases one event from quarantine, or all if None; returns how many. The next tick dispatches them."""
+    # Deletes the failure row, so that attempts and back-off start again from the beginning.
     return conn.execute(sql("reconcile", "retry"), [event_id]).rowcount
 
 

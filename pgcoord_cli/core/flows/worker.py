@@ -96,7 +96,7 @@ class WorkerOptions(NamedTuple):
     stdout: int | None = None
 
 
-ReportWork = Callable[[WorkEvent], None]
+OnWorkEvent = Callable[[WorkEvent], None]
 
 
 class ExitResult(NamedTuple):
@@ -116,7 +116,7 @@ def exit_result(status: int) -> ExitResult:
 class Worker:
     """Runs commands for executions. `run` blocks; `stop` may be called from a signal handler or another thread."""
 
-    def __init__(self, settings: Settings, options: WorkerOptions, report: ReportWork) -> None:
+    def __init__(self, settings: Settings, options: WorkerOptions, report: OnWorkEvent) -> None:
         self._group = SlotGroup()
         self._slots = [Slot(settings, options, report, self._group) for _ in range(options.concurrency)]
         self._dispatcher = (
@@ -131,6 +131,7 @@ class Worker:
 
     def stop(self) -> None:
         """Stops claiming. The second call also terminates the running commands."""
+        # Only flags and writes to pipes: a signal handler may interrupt a thread that holds any lock.
         self._stop_requests += 1
         for slot in self._slots:
             slot.stop(terminate=self._stop_requests > 1)
@@ -206,7 +207,7 @@ class SlotGroup:
 class Slot:
     """Runs one command at a time."""
 
-    def __init__(self, settings: Settings, options: WorkerOptions, report: ReportWork, group: SlotGroup) -> None:
+    def __init__(self, settings: Settings, options: WorkerOptions, report: OnWorkEvent, group: SlotGroup) -> None:
         self._settings = settings
         self._options = options
         self._report = report
@@ -261,7 +262,9 @@ class Slot:
             self._supervisor.recovered()
             if has_run:
                 continue
+            # Nothing notifies when a back-off ends, so the slot waits until then itself.
             next_in = executions.seconds_to_next(conn, options.namespace, options.instance_tag)
+            # Not yet while another slot is busy: its command may make executions eligible.
             if options.once and next_in is None and self._group.is_idle():
                 return
             # At most the poll interval: NOTIFY only wakes (rule I7).
@@ -341,6 +344,7 @@ class Slot:
                 except ConnectionFailed as error:
                     self._report_claim("trouble", claim, error.message)
                     self._wakeup.wait(backoff.next_pause())
+                    # A failure here shows again at the next attempt, which reports it.
                     with suppress(PgcoordError):
                         conn = opened.enter_context(closing(open_session(self._settings, "worker", writes=True)))
 
@@ -351,6 +355,7 @@ class Slot:
         elif executions.fail(conn, claim.execution_id, claim.lease_epoch, result.reason) == "eligible":
             self._report_claim("retried", claim, result.reason)
         else:
+            # Only of an execution that has failed: a retried attempt may still succeed.
             self._group.exit_code = result.exit_code
             self._report_claim("failed", claim, result.reason)
 
@@ -383,6 +388,7 @@ class ExecutionLeaseKeeper:
                 self.is_over = not self._open().fetch(sql("executions", "renew"), values)
         except PgcoordError as error:
             self.error = f"the lease could not be renewed: {error.message}"
+            # A late answer on this connection must not be taken for that of the next renewal.
             self.close()
             return False
         if self.is_over:
@@ -392,6 +398,7 @@ class ExecutionLeaseKeeper:
     def _open(self) -> Pipeline:
         if self._conn is None or self._pipeline is None:
             self._conn = open_session(self._settings, "worker", writes=True)
+            # A fraction of the lease, so that a second attempt fits in before END_AFTER.
             self._pipeline = Pipeline(self._conn, self._seconds * ANSWER_WITHIN)
         return self._pipeline
 
@@ -423,5 +430,6 @@ def execution_environment(claim: Claim) -> dict[str, str]:
 
 def dispatch_backlog(conn: Connection[Any]) -> None:
     """Dispatches undispatched events until a tick dispatches none; failures are left to the reconciler."""
+    # No threshold: nothing else may be dispatching the newest events, and the next claim needs them dispatched.
     while dependency(conn, Scope(stale_threshold_ms=0), lambda _event, _why: None).reconciled:
         pass

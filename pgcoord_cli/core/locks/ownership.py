@@ -95,8 +95,10 @@ def acquire_leadership(
             take_lock(conn, settings.schema, subscription_name)
             acquired = draw_fence(conn, subscription_name, None, timeout_seconds)
         except BaseException:
+            # Also at a KeyboardInterrupt: an open connection would keep the lock until the process ends.
             conn.close()
             raise
+    # Neither says whether the name has an owner, so both are raised as CoordinationError, never as LockNotAcquired.
     except psycopg.Error as error:
         raise CoordinationError(translate(error).message) from error
     except ConnectionFailed as error:
@@ -133,6 +135,7 @@ def take_lock(conn: Connection[Any], schema: str, name: str, wait_seconds: float
     if known != name:
         raise KeyCollision(f"{name!r} has the same 64-bit lock key as {known!r}", hint="choose another name")
     if not (_wait_for(conn, key, wait_seconds) if wait_seconds else _try(conn, key)):
+        # None if the lock was released after the attempt: the refusal stands, since nothing here retries.
         holder = lock_holder(conn, key) or "a session that has just ended"
         waited = f"; waited for {wait_seconds:g} s" if wait_seconds else ""
         raise LockNotAcquired(name, f"{name!r} is held by {holder}{waited}")
@@ -287,6 +290,7 @@ def break_lock(conn: Connection[Any], schema: str, name: str) -> LockHolder:
     Raises ConditionFalse if the lock is free.
     """
     holder = holder_of(conn, schema, name)
+    # By pid: if the lock has changed hands since, the former holder's session ends and the lock stays held.
     if not conn.execute(sql("locks", "end_session"), [holder.pid]).fetchone():
         raise Busy(
             f"{name!r} is held by {holder}, whose commit waits for a synchronous standby",

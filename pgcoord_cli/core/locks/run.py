@@ -75,6 +75,7 @@ class LockRun:
         options = self._options
         # statement_timeout would cut short the wait for the lock, which lock_timeout bounds.
         untimed = replace(self._settings, statement_timeout=0)
+        # PostgreSQL keeps 63 bytes of an application_name, and `pgcoord/` comes before this.
         with closing(open_session(untimed, f"lock {options.name}"[:50], writes=True)) as conn, mapped_errors():
             take_lock(conn, self._settings.schema, options.name, options.wait_seconds)
             environment = dict(os.environ)
@@ -132,7 +133,9 @@ class LockRun:
         poll = select.poll()
         for descriptor in (conn.fileno(), self._wakeup.fileno(), group.fileno()):
             poll.register(descriptor, select.POLLIN)
+        # POLLIN also reports the end of the connection, and the FATAL message that PostgreSQL sends before it.
         ready = {descriptor for descriptor, _ in poll.poll(HEARTBEAT_SECONDS * 1000)}
+        # Before the signals are passed on: one that arrives in between wakes the next poll.
         self._wakeup.clear()
         return not ready or conn.fileno() in ready
 
