@@ -36,6 +36,10 @@ SELECT pg_advisory_lock($1::bigint) IS NOT NULL AS is_taken;
 -- Sets the session's lock_timeout, in milliseconds.
 SELECT set_config('lock_timeout', $1::text, false) AS lock_timeout;
 
+-- name: check_client
+-- Has the server check once a second, while a statement runs, whether the client is still connected.
+SELECT set_config('client_connection_check_interval', '1s', false) AS client_connection_check_interval;
+
 -- name: heartbeat
 -- Checks that the session answers.
 SELECT true AS alive;

@@ -46,6 +46,7 @@ EXPECTED = {
     "locks.try_lock": Shape("bigint", "is_taken boolean"),
     "locks.wait_for_lock": Shape("bigint", "is_taken boolean"),
     "locks.set_lock_timeout": Shape("text", "lock_timeout text"),
+    "locks.check_client": Shape("", "client_connection_check_interval text"),
     "locks.heartbeat": Shape("", "alive boolean"),
     "locks.list": Shape(
         "",

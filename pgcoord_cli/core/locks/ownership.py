@@ -28,6 +28,7 @@ names with the same key are reported (KeyCollision) instead of excluding each ot
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -149,6 +150,10 @@ def _try(conn: Connection[Any], key: int) -> bool:
 def _wait_for(conn: Connection[Any], key: int, seconds: float) -> bool:
     # The session blocks in PostgreSQL's queue of the lock, which is first come, first served; nothing polls.
     conn.execute(sql("locks", "set_lock_timeout"), [str(max(1, round(seconds * 1000)))])
+    # An interrupt closes the connection without cancelling the statement (rule I16). The server has to find that out
+    # by itself, or the session would wait on, and for a moment take the lock, long after its client has gone.
+    with suppress(psycopg.errors.InvalidParameterValue):  # the server's operating system cannot report it
+        conn.execute(sql("locks", "check_client"))
     try:
         conn.execute(sql("locks", "wait_for_lock"), [key])
     except psycopg.errors.LockNotAvailable:
