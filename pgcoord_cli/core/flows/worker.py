@@ -140,7 +140,7 @@ class Worker:
         """Runs until stopped, or with `once` until no execution is eligible or in back-off.
 
         Returns the exit code of the command whose execution failed last, or 0. Raises the error of the first
-        connection, and any error that persists after a reconnect.
+        connection, and a permanent error before any slot has worked.
         """
         # Before any thread starts: a server that refuses the session is an error of the call, not of a slot.
         open_session(self._settings, "worker", writes=True).close()
@@ -230,12 +230,12 @@ class Slot:
         self._supervisor.run(self._attempt)
 
     def _attempt(self) -> str | None:
-        """Works over one connection; returns the trouble that ended it."""
+        """Works over one connection; returns the message of the error that ended it, "" if it ends the worker."""
         try:
             with closing(open_session(self._settings, "worker", writes=True)) as conn, mapped_errors():
                 self._work(conn)
         except PgcoordError as error:
-            # What a retry does not mend ends the worker only before it has worked; later a right may be given back.
+            # A permanent error ends the worker only before any slot has worked: later, a right may be granted again.
             if isinstance(error, PERMANENT_ERRORS) and not self._group.has_worked:
                 self._group.fail(error)
                 return ""
