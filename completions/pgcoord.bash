@@ -216,7 +216,7 @@ _pgcoord_command() {
     esac
 }
 
-# Sets `how` to the arguments of compgen for the values of the option or argument number $2 of the command $1.
+# Sets `how` to the arguments of compgen for the values of option or argument $2 of command $1.
 _pgcoord_value() {
     case "$1 $2" in
         *' -o') how=(-W 'table plain json jsonl csv markdown') ;;

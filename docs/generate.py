@@ -483,7 +483,7 @@ def bash(program: Program) -> str:
             "    esac",
             "}",
             "",
-            "# Sets `how` to the arguments of compgen for the values of the option or argument number $2 of the command $1.",
+            "# Sets `how` to the arguments of compgen for the values of option or argument $2 of command $1.",
             "_pgcoord_value() {",
             '    case "$1 $2" in',
             *(arm for path, key, parameter in _targets(program) for arm in _bash_value(path, key, parameter)),
