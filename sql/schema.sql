@@ -673,6 +673,7 @@ CREATE TABLE pgcoord.leader_lease (
     term_id uuid,
     last_term_id uuid,
     leader_addr text,
+    holds_lock boolean DEFAULT false NOT NULL,
     server_started_at timestamp with time zone,
     durable_version bigint DEFAULT 0 NOT NULL,
     conflict_floor bigint DEFAULT 0 NOT NULL,
@@ -694,6 +695,8 @@ COMMENT ON COLUMN pgcoord.leader_lease.epoch IS 'Number of the term that began l
 COMMENT ON COLUMN pgcoord.leader_lease.term_id IS 'Random id of the present term; null when the lease was released.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.last_term_id IS 'Id of the term that began last, kept when the lease is released: clients read under it.';
+
+COMMENT ON COLUMN pgcoord.leader_lease.holds_lock IS 'Whether the leader has the leader lock: only then does the end of its session free the lease.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.server_started_at IS 'Start time of the postmaster on which the term began; on a promoted standby or a restored copy it differs, and the lease is void.';
 

@@ -7,6 +7,7 @@ CREATE TABLE leader_lease (
     term_id           uuid,
     last_term_id      uuid,
     leader_addr       text,
+    holds_lock        boolean     NOT NULL DEFAULT false,
     server_started_at timestamptz,
     durable_version   bigint      NOT NULL DEFAULT 0,
     conflict_floor    bigint      NOT NULL DEFAULT 0,
@@ -25,6 +26,7 @@ COMMENT ON TABLE leader_lease IS 'The lease: leader, epoch, term, expiry, and th
 COMMENT ON COLUMN leader_lease.epoch IS 'Number of the term that began last; each takeover adds one.';
 COMMENT ON COLUMN leader_lease.term_id IS 'Random id of the present term; null when the lease was released.';
 COMMENT ON COLUMN leader_lease.last_term_id IS 'Id of the term that began last, kept when the lease is released: clients read under it.';
+COMMENT ON COLUMN leader_lease.holds_lock IS 'Whether the leader has the leader lock: only then does the end of its session free the lease.';
 COMMENT ON COLUMN leader_lease.server_started_at IS 'Start time of the postmaster on which the term began; on a promoted standby or a restored copy it differs, and the lease is void.';
 COMMENT ON COLUMN leader_lease.durable_version IS 'Version of the last committed transaction; 0 on a new database.';
 COMMENT ON COLUMN leader_lease.conflict_floor IS 'A request whose read version is below this is always too_old.';

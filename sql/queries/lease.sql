@@ -90,16 +90,18 @@ WITH previous AS (
            end_reason = CASE WHEN previous.expires_at <= previous.moment THEN 'expired' ELSE 'lost' END
       FROM previous
      WHERE history.term_id = previous.term_id AND history.ended_at IS NULL
-       AND ($3::boolean OR previous.expires_at <= previous.moment)
+       AND (($3::boolean AND previous.holds_lock) OR previous.expires_at <= previous.moment)
 ), taken AS (
     UPDATE leader_lease AS lease
        SET epoch = previous.epoch + 1, term_id = previous.new_term_id, last_term_id = previous.new_term_id,
-           leader_addr = $1::text, server_started_at = pg_postmaster_start_time(),
+           leader_addr = $1::text, holds_lock = $3::boolean, server_started_at = pg_postmaster_start_time(),
            acquired_at = previous.moment, renewed_at = previous.moment,
            expires_at = previous.moment + make_interval(secs => $2::double precision)
       FROM previous
      WHERE lease.id = previous.id
-       AND ($3::boolean OR previous.term_id IS NULL OR previous.expires_at <= previous.moment)
+       -- The lock tells of the end of a leader's session only if that leader had it. One that took an expired lease while a
+       -- frozen leader kept the lock does not, until it has got it (`renew`).
+       AND (($3::boolean AND previous.holds_lock) OR previous.term_id IS NULL OR previous.expires_at <= previous.moment)
     RETURNING lease.*
 ), opened AS (
     INSERT INTO leader_history (epoch, term_id, leader_addr, acquired_at, first_version)
@@ -110,10 +112,10 @@ SELECT epoch, term_id, durable_version, conflict_floor, window_start_id, queue_f
   FROM taken;
 
 -- name: renew
--- Extends the lease by its time to live ($3, seconds). No row: the lease has expired or another term has begun.
+-- Extends the lease by its time to live ($3, seconds), and notes whether its leader has got the leader lock ($4). No row: the lease has expired or another term has begun.
 UPDATE leader_lease
    SET renewed_at = clock_timestamp(),
-       expires_at = clock_timestamp() + make_interval(secs => $3::double precision)
+       expires_at = clock_timestamp() + make_interval(secs => $3::double precision), holds_lock = $4::boolean
  WHERE id = 1 AND epoch = $1::bigint AND term_id = $2::uuid AND expires_at > clock_timestamp()
 RETURNING step_down_epoch IS NOT DISTINCT FROM epoch AS asked_to_step_down,
           -- A renewal that a crash loses does no harm, but one that waited for a standby would keep the row locked.

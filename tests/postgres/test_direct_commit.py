@@ -27,7 +27,6 @@ from pgcoord_cli.core.kv.client import Database, Transaction, open_database
 from pgcoord_cli.core.kv.submissions import PendingCommit, Submitter
 from pgcoord_cli.core.leader import lease, resolver
 from pgcoord_cli.core.leader.lease import Term, read_lease
-from pgcoord_cli.core.leader.lease_keeper import mark_leader_session
 from pgcoord_cli.core.leader.resolver import Resolver
 from pgcoord_cli.db.callback_connection import Answer
 from pgcoord_cli.db.sqlfiles import sql as statement
@@ -68,7 +67,6 @@ def paths(sql: Sql) -> list[str]:
 @pytest.fixture
 def term(settings: Settings, leader_conn: Sql) -> Term:
     """Takes the lease, without a resolver."""
-    mark_leader_session(leader_conn, "pgcoord")
     term = lease.take_over(leader_conn, "pgcoord", "test", 600, lock_held=True)
     assert term
     return term

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -54,7 +55,7 @@ def take(conn: Conn, node_id: str = "a", ttl: float = 600, *, lock_held: bool = 
     return lease.take_over(conn, "pgcoord", node_id, ttl, lock_held=lock_held)
 
 
-def taken(conn: Conn, node_id: str = "a", ttl: float = 600, *, lock_held: bool = False) -> Term:
+def taken(conn: Conn, node_id: str = "a", ttl: float = 600, *, lock_held: bool = True) -> Term:
     term = take(conn, node_id, ttl, lock_held=lock_held)
     assert term
     return term
@@ -363,8 +364,7 @@ def test_a_keeper_waits_for_a_leader_that_holds_lock_and_lease(
     settings: Settings, conn: Conn, rival: Conn, sql: Conn
 ) -> None:
     leader_lock(conn)
-    mark_leader_session(conn, "pgcoord")
-    taken(conn, "leader", 600)
+    mark_leader_session(conn, "pgcoord", taken(conn, "leader", 600).term_id)
     mine = conn.info.backend_pid
     with keeper_of(settings, elected=False) as keeper:
         until(lambda: (pid := keeper_pid(sql)) and waits_for(sql, pid, mine))
@@ -393,14 +393,25 @@ def test_i16_a_keeper_stopped_during_its_takeover_completes_it_and_releases(
     assert ends(conn) == [(1, "keeper", "released")]
 
 
+def test_the_lock_of_a_frozen_leader_takes_no_lease_from_its_successor(conn: Conn, rival: Conn, sql: Conn) -> None:
+    """The successor took an expired lease without the lock; then the frozen leader's session ends, and frees it."""
+    assert take(conn, "frozen", 600, lock_held=True)
+    expire(sql)
+    successor = take(rival, "successor", 600, lock_held=False)
+    assert successor
+    assert take(conn, "candidate", 600, lock_held=True) is None
+    lease.renew(rival, successor, 600, lock_held=True)
+    assert take(conn, "candidate", 600, lock_held=True), "it has got the lock, and then its session has ended"
+
+
 def test_i2_a_keeper_terminates_the_sessions_of_a_leader_whose_lease_expired(
     settings: Settings, conn: Conn, rival: Conn, sql: Conn
 ) -> None:
     """They are frozen or cut off and may hold any lock: here, one on a table that the next leader needs."""
     leader_lock(conn)
+    term = taken(conn, "frozen", 600)
     for session in (conn, rival):
-        mark_leader_session(session, "pgcoord")
-    taken(conn, "frozen", 600)
+        mark_leader_session(session, "pgcoord", term.term_id)
     rival.execute("BEGIN")
     rival.execute("LOCK TABLE kv")
     expire(sql)
@@ -517,4 +528,5 @@ def open_files() -> int:
 
 def test_two_schemas_have_two_elections() -> None:
     assert lock_key("one", "election") != lock_key("two", "election")
-    assert session_key("one") != session_key("two") != lock_key("two", "election")
+    term_id = uuid4()
+    assert session_key("one", term_id) != session_key("two", term_id) != session_key("two", uuid4())

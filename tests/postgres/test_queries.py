@@ -228,7 +228,9 @@ EXPECTED = {
         "epoch bigint, term_id uuid, durable_version bigint, conflict_floor bigint, window_start_id bigint, "
         "queue_floor_id bigint, announced boolean",
     ),
-    "lease.renew": Shape("bigint, uuid, double precision", "asked_to_step_down boolean, synchronous_commit text"),
+    "lease.renew": Shape(
+        "bigint, uuid, double precision, boolean", "asked_to_step_down boolean, synchronous_commit text"
+    ),
     "lease.ask_to_step_down": Shape("text", "epoch bigint, leader_addr text, announced boolean"),
     "lease.raise_floors": Shape("bigint, uuid, bigint, bigint, bigint", "durable_version bigint"),
     "lease.history": Shape(

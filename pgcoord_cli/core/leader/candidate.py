@@ -144,7 +144,7 @@ class Candidate:
         """Resolves until stopped or until the term ends. Returns event and detail if an error ended it first."""
         try:
             with closing(open_session(self._unlimited_settings(), "leader run", writes=True)) as conn:
-                mark_leader_session(conn, self._settings.schema)
+                mark_leader_session(conn, self._settings.schema, term.term_id)
                 # With several hosts in the DSN, this connection may have reached another server than the keeper's.
                 lease.require_elected_here(conn, term)
                 conn.execute(sql("lease", "make_commits_durable"))

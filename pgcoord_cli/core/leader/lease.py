@@ -96,13 +96,13 @@ class Renewal(StrEnum):
     TERM_ENDED = "term ended"
 
 
-def renew(conn: Connection[Any], term: Term, ttl: float) -> Renewal:
-    """Makes the lease valid for `ttl` seconds from now on the server's clock.
+def renew(conn: Connection[Any], term: Term, ttl: float, *, lock_held: bool = True) -> Renewal:
+    """Makes the lease valid for `ttl` seconds from now on the server's clock; `lock_held`: the leader lock.
 
     Returns STEP_DOWN if it was extended and the leader has been asked to step down, and TERM_ENDED if the lease has
     expired or belongs to another term.
     """
-    row = conn.execute(sql("lease", "renew"), [term.epoch, term.term_id, ttl]).fetchone()
+    row = conn.execute(sql("lease", "renew"), [term.epoch, term.term_id, ttl, lock_held]).fetchone()
     # No row has this epoch and term and is unexpired by the server's clock. An expired lease is not extended, because
     # another candidate may be taking it over at this moment.
     if row is None:

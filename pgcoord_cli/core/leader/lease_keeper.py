@@ -35,6 +35,7 @@ import threading
 import time
 from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
 import psycopg
 from psycopg import Connection
@@ -191,9 +192,10 @@ class LeaseKeeper(threading.Thread):
     def _take_over(self) -> None:
         """Takes the lease over and sets `term`; leaves it None where the lease is held or its row stays locked."""
         if not self._locked:
-            if lease.read_lease(self._conn).held:
+            present = lease.read_lease(self._conn)
+            if present.held:
                 return
-            self._end_old_sessions()
+            self._end_sessions_of(present.term_id)
         set_lock_timeout(self._conn, self._ttl)
         sent_at = time.monotonic()  # before the statement is sent: the trust window begins here
         try:
@@ -206,15 +208,18 @@ class LeaseKeeper(threading.Thread):
             self._trusted_until = sent_at + self._ttl
             self.term = term
             self._wakeup.set()
-            mark_leader_session(self._conn, self._settings.schema)
+            mark_leader_session(self._conn, self._settings.schema, term.term_id)
 
-    def _end_old_sessions(self) -> None:
+    def _end_sessions_of(self, term_id: UUID | None) -> None:
         """Terminates the sessions of a leader that is frozen or cut off, so that their locks are released."""
+        if term_id is None:
+            return
         # Without pg_signal_backend this candidate takes over all the same; the old leader's locks remain until it ends.
         with suppress(psycopg.errors.InsufficientPrivilege):
             # Found by the lock that a leader's sessions share, not by the leader lock: another candidate may have
-            # got that one first. Only sessions that wait for their client: any other may be committing (rule I16).
-            key = session_key(self._settings.schema)
+            # got that one first. The key names the expired term, so that a leader that has been elected at this moment is
+            # not taken for it. Only sessions that wait for their client: any other may be committing (rule I16).
+            key = session_key(self._settings.schema, term_id)
             if self._conn.execute(sql("lease", "terminate_idle_leader_sessions"), [key]).fetchall():
                 self._locked = self._wait_for_lock(TERMINATION_SECONDS)
 
@@ -235,7 +240,7 @@ class LeaseKeeper(threading.Thread):
         """Renews the lease. Returns False if the term has ended, also by a step-down, after releasing the lease."""
         sent_at = time.monotonic()  # before the renewal is sent: the trust window begins here
         try:
-            found = lease.renew(self._conn, term, self._ttl)
+            found = lease.renew(self._conn, term, self._ttl, lock_held=self._locked)
         except psycopg.errors.LockNotAvailable:
             if self._on_locked_lease("the lease cannot be renewed"):
                 return self._renew(term)
@@ -293,11 +298,11 @@ def set_lock_timeout(conn: Connection[Any], seconds: float) -> None:
     conn.execute("SELECT set_config('lock_timeout', $1, false)", [str(max(1, round(seconds * 1000) + 1))])
 
 
-def session_key(schema: str) -> int:
-    """Returns the key of the lock that a leader's sessions share, by which its successor finds them."""
-    return lock_key(schema, "leader session")
+def session_key(schema: str, term_id: UUID) -> int:
+    """The advisory lock key that every session of a term's leader holds in shared mode."""
+    return lock_key(schema, f"leader session {term_id}")
 
 
-def mark_leader_session(conn: Connection[Any], schema: str) -> None:
-    """Takes the lock that a leader's sessions share, so that a successor can terminate the session if it is stuck."""
-    conn.execute(sql("lease", "share_session_lock"), [session_key(schema)])
+def mark_leader_session(conn: Connection[Any], schema: str, term_id: UUID) -> None:
+    """Marks a session as one of a term's leader, so that a successor finds it, should it stay with a lock."""
+    conn.execute(sql("lease", "share_session_lock"), [session_key(schema, term_id)])
