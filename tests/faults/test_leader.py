@@ -183,7 +183,7 @@ def test_i2_a_frozen_leader_is_replaced_when_its_lease_expires_and_writes_nothin
     old_sessions = leader_sessions(sql)
     assert len(old_sessions) == 2, "keeper and resolver"
     freeze_until_replaced(first, second)
-    assert not any_alive(sql, old_sessions)
+    until(lambda: not any_alive(sql, old_sessions))
     assert commit(settings, b"b") == 2
     before = written(sql)
     first.signal(signal.SIGCONT)
