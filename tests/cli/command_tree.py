@@ -1,4 +1,4 @@
-"""All commands, by the words that call them."""
+"""All commands, by their command lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Command = PgcoordCommand | PgcoordGroup
 def walk(
     command: Command, words: tuple[str, ...], parent: typer.Context | None = None
 ) -> Iterator[tuple[str, Command]]:
-    """Yields every command below `command`, with the words that call it."""
+    """Yields every command below `command`, with its command line."""
     ctx = typer.Context(command, parent=parent, info_name=words[-1])
     if isinstance(command, PgcoordGroup):
         for name in command.list_commands(ctx):
@@ -27,7 +27,7 @@ def walk(
 
 TREE = dict(walk(root(), ("pgcoord",)))
 LEAVES = {path: command for path, command in TREE.items() if isinstance(command, PgcoordCommand)}
-"""The commands that are not groups of others."""
+"""The commands that are not groups."""
 
 NAMES = [path.removeprefix("pgcoord ") for path in LEAVES]
 """The same, without the name of the program."""

@@ -1,4 +1,4 @@
-"""Wrong words in a call: exit 2, a message that names them, nothing done, no traceback, and never a password."""
+"""Invalid arguments: exit 2, a message that names them, no effect, no traceback, and never a password."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def assert_refused(answer: Answer, *said: str) -> None:
         assert text in answer.err
 
 
-# Words
+# Arguments
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def assert_refused(answer: Answer, *said: str) -> None:
         (("leader", "status", "--dsn", "host=\udcff"), ["--dsn: not UTF-8 text"]),
     ],
 )
-def test_a_wrong_word_is_named(words: tuple[str, ...], said: list[str], offline: Call) -> None:
+def test_an_invalid_argument_is_named(words: tuple[str, ...], said: list[str], offline: Call) -> None:
     assert_refused(offline(*words), *said)
 
 
 @pytest.mark.parametrize(
     "text", ["0", "0s", "0.5s", "999ms", "-5s", "", "soon", "10 s", "1s5", "5w", "1e3", "١s", "nan", "inf", "9" * 400]
 )
-def test_a_time_to_live_that_is_none_is_refused(text: str, offline: Call) -> None:
+def test_an_invalid_time_to_live_is_refused(text: str, offline: Call) -> None:
     assert_refused(offline("leader", "run", "--ttl", text), "--ttl")
 
 
@@ -88,12 +88,12 @@ def test_a_schema_that_needs_quotes_is_refused(schema: str, offline: Call) -> No
 
 
 @pytest.mark.parametrize("variable", ["CONNECT_TIMEOUT", "STATEMENT_TIMEOUT", "LOCK_TIMEOUT"])
-def test_a_wrong_variable_is_named(variable: str, offline: Call) -> None:
+def test_an_invalid_variable_is_named(variable: str, offline: Call) -> None:
     for text in ("soon", "-1s", "25d", "9" * 400):
         assert_refused(offline("leader", "status", **{f"PGCOORD_{variable}": text}), f"PGCOORD_{variable}: ")
 
 
-def test_variables_that_are_no_settings_are_passed_over(offline: Call) -> None:
+def test_variables_that_are_no_settings_are_ignored(offline: Call) -> None:
     assert offline("leader", "status", PGCOORD_DSN_SOURCE="me", PGCOORD_SCHEMA_GIVEN="1", PGCOORD_FOO="bar").code == 4
 
 
@@ -137,7 +137,7 @@ def test_a_malformed_connection_string_is_refused_without_its_password(dsn: str,
 
 
 @pytest.mark.parametrize("dsn", UNREACHABLE)
-def test_a_server_that_is_not_there_is_named_without_the_password(dsn: str, offline: Call) -> None:
+def test_an_unreachable_server_is_named_without_the_password(dsn: str, offline: Call) -> None:
     for words in (("leader", "status"), ("leader", "run"), ("kv", "set", "a", "b"), ("migrate", "up")):
         for output in ("table", "json"):
             failed = offline(*words, "-v", "-o", output, PGCOORD_DSN=dsn)
@@ -146,7 +146,7 @@ def test_a_server_that_is_not_there_is_named_without_the_password(dsn: str, offl
             assert SECRET not in shown(failed)
 
 
-def test_a_password_shows_in_no_failure_of_a_real_process(
+def test_no_error_of_a_real_process_shows_a_password(
     cli: Cli, settings: Settings, empty_settings: Settings, sql: psycopg.Connection[Any]
 ) -> None:
     stranger = f"stranger_{uuid.uuid4().hex[:8]}"

@@ -1,4 +1,4 @@
-"""`pgcoord commit`: what is in the queue, and what became of the rest."""
+"""`pgcoord commit`: pending requests, and the outcomes of settled ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def offline(offline: Call) -> Call:
 
 
 def store(sql: psycopg.Connection[Any], status: str, reason: str | None = None) -> uuid.UUID:
-    """Puts a request there; returns the id that its client made."""
+    """Inserts a request; returns its request id."""
     request_id = uuid.uuid4()
     sql.execute(
         """
@@ -44,7 +44,7 @@ def store(sql: psycopg.Connection[Any], status: str, reason: str | None = None) 
     return request_id
 
 
-def test_the_newest_come_first_and_no_more_than_asked_for(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_a_list_starts_with_the_newest_and_respects_the_limit(call: Call, sql: psycopg.Connection[Any]) -> None:
     ids = [str(store(sql, "pending")) for _ in range(25)]
     listed = call("list", "-o", "json").document
     assert [request["request_id"] for request in listed] == ids[:-21:-1]
@@ -53,7 +53,7 @@ def test_the_newest_come_first_and_no_more_than_asked_for(call: Call, sql: psyco
     assert len(call("list", "--limit", "2147483647", "-o", "jsonl").out.splitlines()) == 25
 
 
-def test_a_status_picks_its_requests(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_a_list_can_be_filtered_by_status(call: Call, sql: psycopg.Connection[Any]) -> None:
     stored = {status: str(store(sql, status)) for status in Status}
     for status, request_id in stored.items():
         (found,) = call("list", "--status", status, "-o", "json").document
@@ -61,14 +61,14 @@ def test_a_status_picks_its_requests(call: Call, sql: psycopg.Connection[Any]) -
     assert len(call("list", "-o", "json").document) == len(Status)
 
 
-def test_no_requests_is_no_failure(call: Call) -> None:
+def test_an_empty_list_is_a_success(call: Call) -> None:
     assert call("list") == (0, "", "no commit requests\n")
     assert call("list", "-q", "-o", "plain") == (0, "", "")
     assert call("list", "--status", "orphaned", "-o", "json") == (0, "[]\n", "")
     assert call("list", "-o", "csv").out == ",".join(COLUMNS) + "\n"
 
 
-def test_a_request_is_shown_whole_by_any_way_to_write_its_id(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_a_request_is_shown_for_every_notation_of_its_id(call: Call, sql: psycopg.Connection[Any]) -> None:
     request_id = store(sql, "committed")
     shown = call("show", str(request_id), "-o", "json").document
     assert shown.keys() == KEYS
@@ -78,12 +78,12 @@ def test_a_request_is_shown_whole_by_any_way_to_write_its_id(call: Call, sql: ps
     assert f"  request_id      {request_id}\n" in call("show", str(request_id)).out
 
 
-def test_a_pending_request_is_no_failure(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_a_pending_request_is_a_success(call: Call, sql: psycopg.Connection[Any]) -> None:
     shown = call("show", str(store(sql, "pending")), "-o", "json")
     assert (shown.code, shown.document["commit_version"], shown.document["resolved_at"]) == (0, None, None)
 
 
-def test_a_reason_is_whole_and_in_one_line(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_a_reason_is_complete_and_on_one_line(call: Call, sql: psycopg.Connection[Any]) -> None:
     reason = "not a payload:\n\x1b[31m" + "x" * 300
     request_id = str(store(sql, "rejected", reason))
     assert call("show", request_id, "-o", "json").document["reason"] == reason
@@ -116,7 +116,7 @@ def test_an_unknown_request_is_a_false_condition(call: Call) -> None:
         (("list", "--limit", "2147483648"), "--limit: 2147483648 is too many"),
     ],
 )
-def test_a_wrong_word_is_named_before_anything_is_asked_of_the_server(
+def test_an_invalid_argument_is_named_before_a_connection_is_opened(
     words: tuple[str, ...], named: str, offline: Call
 ) -> None:
     assert named in offline(*words, "-o", "json").refusal

@@ -1,4 +1,4 @@
-"""`pgcoord dev`, called as a person calls it: processes, exit codes, what is on stdout and what on stderr."""
+"""`pgcoord dev` as a process: exit codes, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root needs an accou
 
 @pytest.fixture
 def place(place: Path) -> Iterator[Path]:
-    """A PGCOORD_DEV_DIR, and no server left in it."""
+    """A PGCOORD_DEV_DIR; its servers are destroyed at the end."""
     yield place
     EmbeddedServer(place / "default").destroy()
 
 
 @pytest.fixture
 def run(place: Path) -> Run:
-    """Calls `pgcoord dev …` on the server in `place`, with nobody at the terminal."""
+    """Runs `pgcoord dev …` on the server in `place`, without a terminal."""
 
     def call(*words: str, directory: Path = place, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -71,13 +71,13 @@ def execute(dsn: str, statement: str) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs; one that only waits to be reaped does not."""
+    """Whether the process is running; a zombie is not."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
     return bool(state.strip()) and not state.startswith("Z")
 
 
 def kill(pid: int) -> None:
-    """kill -9; returns once the process is dead."""
+    """Sends SIGKILL; returns once the process has ended."""
     descriptor = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
     select.select([descriptor], [], [])
@@ -121,7 +121,7 @@ def test_data_outlives_down(run: Run) -> None:
     assert query(dsn, "SELECT answer FROM kept") == 42
 
 
-def test_no_migrate_leaves_the_schema_alone(run: Run) -> None:
+def test_no_migrate_applies_no_migration(run: Run) -> None:
     told = document(run("up", "--no-migrate", "-o", "json"))
     assert told["migrations_applied"] == 0
     assert query(told["dsn"], "SELECT to_regnamespace('pgcoord')") is None
@@ -197,7 +197,7 @@ def test_server_version_is_kept_and_not_changed(run: Run) -> None:
     assert query(told["dsn"], "SELECT current_setting('server_version_num')::int / 10000") == 16
 
 
-def test_destroy_without_yes_refuses_where_nobody_can_answer(run: Run, place: Path) -> None:
+def test_destroy_without_yes_is_refused_without_a_terminal(run: Run, place: Path) -> None:
     run("up", "--no-migrate")
     refused = run("down", "--destroy")
     assert refused.returncode == 2

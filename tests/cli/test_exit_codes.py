@@ -1,4 +1,4 @@
-"""Every call ends in an exit code that says what happened, and under `-o json` in one JSON document, failure or not."""
+"""Every call ends with the documented exit code, and under `-o json` with one JSON document, also on failure."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ ARGUMENTS = {
     "commit show": (REQUEST_ID,), "commit explain": (REQUEST_ID,),
     "migrate grant": ("--reader", "postgres", "--dry-run"), "dev up": ("--server-version", "9"),
 }  # fmt: skip
-"""What a command cannot do without. A new command needs a line here only if it takes arguments."""
+"""The required arguments of each command. A new command needs a line here only if it has some."""
 
 STREAMS = {"demo", "leader run", "kv export"}
-"""Commands that print a line for each thing that happens."""
+"""Commands that print a stream of records."""
 
 LEFT_OUT = {"bench", "leader step-down", "tail lease", "tail completion", "worker run", "lock run"}
-"""Commands that take long, leave the calls after them without a leader, or have nothing to print."""
+"""Commands that take long, end the leader that later calls need, or print nothing."""
 
 TAKES_ANY_WORDS = {"worker run", "lock run"}
 
@@ -53,7 +53,7 @@ CODES = {
     "execution revoke": 3, "execution renew": 3, "execution complete": 3, "execution fail": 3,
     "lock who": 3, "lock break": 3, "subscription show": 3, "subscription set": 3, "subscription reset": 3,
 }  # fmt: skip
-"""What the calls end in on a database with a leader; all others end in 0."""
+"""Exit codes of the calls on a database with a leader, where they are not 0."""
 
 LEADER_KEYS = {"held", "leader_addr", "epoch", "durable_version", "expires_at", "expires_in_seconds"}
 QUEUE_KEYS = {"pending", "oldest_pending_seconds"}
@@ -61,7 +61,7 @@ QUEUE_KEYS = {"pending", "oldest_pending_seconds"}
 
 @pytest.fixture
 def offline(offline: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
-    """The same, and `pgcoord dev` has a directory of the test's own."""
+    """The same, with a directory of the test for `pgcoord dev`."""
     monkeypatch.setenv("PGCOORD_DEV_DIR", str(tmp_path))
     return offline
 
@@ -103,14 +103,14 @@ def test_every_command_refuses_a_wrong_call_in_one_document(offline: Call) -> No
         assert_refused(offline(*words, "-o", "json"), " ".join(words), 2, "usage")
 
 
-def test_every_command_says_in_one_document_that_there_is_no_server(offline: Call) -> None:
+def test_every_command_reports_an_unreachable_server_in_one_document(offline: Call) -> None:
     for name, words in CALLS.items():
         if name not in NEED_NO_SERVER:
             refused = offline(*words, "-o", "json", "--dsn", "host=/nowhere")
             assert_refused(refused, name, 4, "cannot_connect")
 
 
-def test_every_way_to_ask_for_json_is_heard_where_the_call_cannot_be_parsed(
+def test_an_error_of_the_parser_is_json_for_every_way_to_request_json(
     offline: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for words in (
@@ -126,14 +126,14 @@ def test_every_way_to_ask_for_json_is_heard_where_the_call_cannot_be_parsed(
         assert_refused(offline(*line), " ".join(line), 2, "usage")
 
 
-def test_a_call_without_a_command_is_helped_on_stderr(offline: Call) -> None:
+def test_a_call_without_a_command_prints_help_to_stderr(offline: Call) -> None:
     for words in ((), ("kv",), ("leader",)):
         helped = offline(*words)
         assert (helped.code, helped.out) == (2, "")
         assert helped.err.startswith("Usage: pgcoord")
 
 
-# The status of the leader, as a runbook asks for it
+# The status of the leader, as a runbook queries it
 
 
 def test_the_status_is_one_document_in_every_state(
@@ -176,7 +176,7 @@ def subclasses(kind: type[PgcoordError]) -> Iterator[type[PgcoordError]]:
             yield from subclasses(child)
 
 
-def test_the_drawn_hierarchy_is_the_real_one() -> None:
+def test_the_hierarchy_in_the_docstring_is_that_of_the_classes() -> None:
     drawn = dict(re.findall(r"^ *[│├└─ ]*(\w+) +(\d*)", (errors.__doc__ or "").split("`code`")[0], re.MULTILINE))
     for kind in subclasses(PgcoordError):
         assert kind.__name__ in drawn
@@ -192,7 +192,7 @@ def test_every_exit_code_is_in_the_manual() -> None:
     assert {kind.exit_code for kind in subclasses(PgcoordError)} | {0} == told
 
 
-def test_every_kind_of_error_has_a_word_of_its_own() -> None:
+def test_every_error_class_has_its_own_code() -> None:
     words = [kind.__dict__["code"] for kind in subclasses(PgcoordError) if "code" in kind.__dict__]
     assert len(words) == len(set(words))
     assert all(re.fullmatch(r"[a-z_]+", word) for word in words)

@@ -1,4 +1,4 @@
-"""`pgcoord flow` and `pgcoord execution`: what they print, what they refuse, and that a lost lease changes nothing."""
+"""`pgcoord flow` and `pgcoord execution`: output, refusals, and that a lost lease changes nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Document = dict[str, Any]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str], str]:
-    """Writes a flow file; its path."""
+    """Writes a flow file; returns its path."""
 
     def write(text: str) -> str:
         (tmp_path / "flow.yaml").write_text(text)
@@ -67,7 +67,7 @@ Create = Callable[..., Document]
 
 @pytest.fixture
 def create(call: Call, write: Write) -> Create:
-    """Creates a flow from a text; what the command says."""
+    """Creates a flow from a text; returns the output."""
 
     def create(text: str = SINGLE) -> Document:
         answer = call("flow", "create", write(text), "-o", "json")
@@ -79,7 +79,7 @@ def create(call: Call, write: Write) -> Create:
 
 @pytest.fixture
 def claim(call: Call) -> Callable[..., Document]:
-    """Claims the oldest; what the command says."""
+    """Claims the oldest execution; returns the output."""
     return lambda *words: dict(call("execution", "claim", *words, "-o", "json").document)
 
 
@@ -93,7 +93,7 @@ def counted(sql: Conn) -> tuple[int, ...]:
 # -- create
 
 
-def test_a_file_is_created_whole(create: Create, sql: Conn) -> None:
+def test_a_flow_is_created_completely(create: Create, sql: Conn) -> None:
     created = create(DIAMOND)
     assert list(created["executions"]) == ["build", "test", "lint", "release"]
     assert counted(sql) == (1, 4, 4)
@@ -118,8 +118,8 @@ def test_json_is_read_from_standard_input(call: Call, monkeypatch: pytest.Monkey
     assert value(sql, "SELECT command FROM executions") == ["date"]
 
 
-def test_a_check_only_looks(offline: Call, write: Write) -> None:
-    answer = offline("flow", "create", write(DIAMOND), "--check")  # where there is no server
+def test_a_check_needs_no_server_and_creates_nothing(offline: Call, write: Write) -> None:
+    answer = offline("flow", "create", write(DIAMOND), "--check")  # an address without a server
     assert (answer.code, answer.out) == (0, "")
     assert "4 executions, 4 edges" in answer.err
     assert offline("flow", "create", write(DIAMOND), "--check", "-q").err == ""
@@ -137,7 +137,7 @@ def test_a_check_only_looks(offline: Call, write: Write) -> None:
         ("executions: [", 1, "invalid YAML"),
     ],
 )
-def test_a_wrong_file_is_refused_with_its_line(
+def test_an_invalid_file_is_refused_with_its_line(
     call: Call, write: Write, sql: Conn, text: str, line: int, complaint: str, check: list[str]
 ) -> None:
     file = write(text)
@@ -172,7 +172,7 @@ def test_a_flow_is_shown_as_a_tree(call: Call, create: Create) -> None:
     assert (shown.code, shown.out, shown.err) == (0, TREE, "")
 
 
-def test_a_tree_shows_who_runs_what_and_why_something_ended(call: Call, create: Create, claim: Claim) -> None:
+def test_a_tree_shows_owners_and_reasons(call: Call, create: Create, claim: Claim) -> None:
     flow_id = create("executions: [{name: a}, {name: b}]")["flow_id"]
     lost = claim()
     call("execution", "fail", lost["execution_id"], "--epoch", "1", "--reason", "disk full")
@@ -214,7 +214,7 @@ def test_flows_are_listed_newest_first(call: Call, create: Create, claim: Claim)
     assert [row["flow_id"] for row in deploys] == [first]
 
 
-def test_no_flows_are_no_failure(call: Call) -> None:
+def test_an_empty_list_of_flows_is_a_success(call: Call) -> None:
     assert call("flow", "list") == (0, "", "there are no flows\n")
     assert call("flow", "list", "-o", "json").document == []
 
@@ -241,7 +241,7 @@ EPOCH_VERBS = [f"execution {verb} --epoch 1" for verb in ("renew", "complete", "
 
 
 @pytest.mark.parametrize("words", ["flow show", "flow cancel", "execution show", "execution revoke", *EPOCH_VERBS])
-def test_what_is_no_uuid_is_refused_before_anything_is_asked(offline: Call, words: str) -> None:
+def test_an_invalid_uuid_is_refused_before_a_connection_is_opened(offline: Call, words: str) -> None:
     assert "is not a UUID" in offline(*words.split(), "6f1c", "-o", "json").refusal
 
 
@@ -256,7 +256,7 @@ def test_nothing_to_claim_is_a_false_condition(call: Call, create: Create, claim
     assert (answer.code, answer.error["message"]) == (3, "no execution is eligible")
 
 
-def test_a_claim_says_what_a_worker_needs(call: Call, create: Create, claim: Claim) -> None:
+def test_a_claim_prints_what_a_worker_needs(call: Call, create: Create, claim: Claim) -> None:
     created = create(DIAMOND)
     claimed = claim("--owner", "me", "--lease", "5m")
     told = {name: claimed[name] for name in ("execution_id", "flow_id", "name", "command", "attempt", "lease_epoch")}
@@ -291,14 +291,14 @@ def test_a_failed_attempt_is_repeated_until_the_last(call: Call, create: Create,
     create("executions: [{name: a, max_attempts: 2}]")
     states = []
     for epoch in ("1", "2"):
-        sql.execute("UPDATE executions SET eligible_from = '-infinity'")  # no back-off
+        sql.execute("UPDATE executions SET eligible_from = '-infinity'")  # no backoff
         failed = call("execution", "fail", claim()["execution_id"], "--epoch", epoch, "--reason", "no", "-o", "json")
         states.append(failed.document["state"])
     assert states == ["eligible", "failed"]
     assert value(sql, "SELECT reason FROM executions") == "no"
 
 
-def test_a_revoked_execution_is_for_the_next_one_to_claim(call: Call, create: Create, claim: Claim) -> None:
+def test_a_revoked_execution_can_be_claimed_again(call: Call, create: Create, claim: Claim) -> None:
     create()
     execution_id = claim()["execution_id"]
     revoked = call("execution", "revoke", execution_id, "-o", "json")
@@ -313,7 +313,7 @@ ENDINGS = ["renew", "complete", "fail"]
 
 @pytest.mark.parametrize("verb", ENDINGS)
 @pytest.mark.parametrize("is_claimed_again", [False, True])
-def test_i9_a_lease_that_was_taken_away_changes_nothing(
+def test_i9_a_lost_lease_changes_nothing(
     call: Call, create: Create, claim: Claim, sql: Conn, verb: str, is_claimed_again: bool
 ) -> None:
     create(DIAMOND)
@@ -328,7 +328,7 @@ def test_i9_a_lease_that_was_taken_away_changes_nothing(
 
 
 @pytest.mark.parametrize("verb", ENDINGS)
-def test_i9_an_execution_that_has_ended_stays_as_it_ended(
+def test_i9_an_execution_that_has_ended_does_not_change(
     call: Call, create: Create, claim: Claim, sql: Conn, verb: str
 ) -> None:
     create()

@@ -1,4 +1,4 @@
-"""`pgcoord gc`: what it says, when it is silent, and what it refuses."""
+"""`pgcoord gc`: its output, when it is silent, and what it refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def offline(offline: Call) -> Call:
 
 
 def store(sql: psycopg.Connection[Any], status: str, age: str, number: int = 1) -> None:
-    """Puts requests there that were made, and settled unless they are pending, so long ago."""
+    """Inserts requests that were created, and settled unless pending, a given time ago."""
     sql.execute(
         """
         INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, created_at, resolved_at)
@@ -40,7 +40,7 @@ def stored(sql: psycopg.Connection[Any]) -> list[Any]:
     return sql.execute("SELECT * FROM commit_requests ORDER BY id").fetchall()
 
 
-def test_the_document_says_what_was_deleted_and_what_is_left(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_the_document_has_what_was_deleted_and_what_is_kept(call: Call, sql: psycopg.Connection[Any]) -> None:
     store(sql, "conflict", "11 minutes", 5)
     store(sql, "conflict", "9 minutes")
     collected = call("--batch-size", "2", "-o", "json").document["commit_requests"]
@@ -53,13 +53,11 @@ def test_the_document_says_what_was_deleted_and_what_is_left(call: Call, sql: ps
 
 
 def time_of(sql: psycopg.Connection[Any], text: str) -> Any:
-    """A time that was printed, as the server reads it."""
+    """Parses a printed time on the server."""
     return sql.execute("SELECT %s::timestamptz", [text]).fetchall()[0][0]
 
 
-def test_quiet_is_silent_when_nothing_was_done_and_speaks_when_something_was(
-    call: Call, sql: psycopg.Connection[Any]
-) -> None:
+def test_quiet_prints_only_when_something_was_done(call: Call, sql: psycopg.Connection[Any]) -> None:
     store(sql, "pending", "1 day")
     assert call("-q") == (0, "", "")
     store(sql, "too_old", "1 day")
@@ -99,7 +97,7 @@ def test_a_dry_run_needs_no_right_to_change_anything(
     assert (refused.code, refused.error["code"]) == (1, "permission_denied")
 
 
-def test_i11_the_retention_can_be_chosen_down_to_what_others_rely_on(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_i11_the_retention_has_a_minimum(call: Call, sql: psycopg.Connection[Any]) -> None:
     for age in ("50 seconds", "70 seconds", "2 hours", "40 days"):
         store(sql, "conflict", age)
     deleted = {
@@ -116,7 +114,7 @@ def test_no_batch_begins_after_the_longest_runtime(call: Call, sql: psycopg.Conn
     assert len(stored(sql)) == 3
 
 
-def test_verbose_tells_of_every_batch_on_stderr(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_verbose_reports_every_batch_on_stderr(call: Call, sql: psycopg.Connection[Any]) -> None:
     store(sql, "conflict", "1 day", 4)
     told = call("-v", "--batch-size", "2", "-o", "json")
     assert told.err.splitlines() == [f"commit_requests: {deleted} deleted" for deleted in (0, 2, 4)]
@@ -140,7 +138,7 @@ def test_verbose_tells_of_every_batch_on_stderr(call: Call, sql: psycopg.Connect
         (("--max-runtime", "25d"), "--max-runtime: '25d' is too long"),
     ],
 )
-def test_a_wrong_word_is_named_before_anything_is_asked_of_the_server(
+def test_an_invalid_argument_is_named_before_a_connection_is_opened(
     words: tuple[str, ...], named: str, offline: Call
 ) -> None:
     assert named in offline(*words, "-o", "json").refusal

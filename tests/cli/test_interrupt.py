@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at the worst moments: 130 and 143, no traceback, and nothing half-written."""
+"""Ctrl-C and SIGTERM at critical moments: 130 and 143, no traceback, and no partial output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Session = psycopg.Connection[Any]
 
 @pytest.fixture
 def leader(start_leader: StartLeader) -> LeaderProcess:
-    """A leader that has been elected, and whose lease outlasts the test."""
+    """An elected leader whose lease outlasts the test."""
     started = start_leader("n1", "--ttl", "60s")
     started.wait_for("elected epoch 1")
     return started
@@ -44,7 +44,7 @@ def until(sql: Session, condition: str) -> None:
 
 
 def session(name: str, condition: str = "true") -> str:
-    """That there is a session of that command in the test's database which fulfils a condition."""
+    """A condition: a session of that command in the database of the test fulfils `where`."""
     return (
         "EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()"
         f" AND application_name = 'pgcoord/{name}' AND {condition})"
@@ -52,13 +52,13 @@ def session(name: str, condition: str = "true") -> str:
 
 
 def freeze(leader: LeaderProcess) -> None:
-    """Stops the process; returns when it stands still."""
+    """Stops the process by SIGSTOP; returns when it is stopped."""
     leader.signal(signal.SIGSTOP)
     os.waitid(os.P_PID, leader.process.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def ending(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr, which have to be free of tracebacks."""
+    """Returns exit code, stdout and stderr; fails if there is a traceback."""
     out, err = process.communicate(timeout=TIMEOUT)
     assert "Traceback" not in out + err
     assert "Exception ignored" not in err
@@ -85,7 +85,7 @@ def test_a_leader_releases_its_lease(
 
 
 @both
-def test_a_candidate_that_waits_gives_up(
+def test_a_waiting_candidate_ends(
     number: signal.Signals, code: int, word: str, leader: LeaderProcess, start_program: StartProgram, sql: Session
 ) -> None:
     candidate = start_program("leader", "run", "--node-id", "n2", "-o", "json")
@@ -99,7 +99,7 @@ def test_a_candidate_that_waits_gives_up(
 
 
 @both
-def test_a_second_signal_breaks_off_at_once(
+def test_a_second_signal_exits_at_once(
     number: signal.Signals, code: int, word: str, start_program: StartProgram, sql: Session, settings: Settings
 ) -> None:
     candidate = start_program("leader", "run", "--ttl", "60s", "-o", "json")
@@ -133,7 +133,7 @@ def test_i3_nothing_is_enqueued_by_a_write_that_still_waits_for_a_leader(
 
 
 @both
-def test_i3_a_write_that_waits_for_its_outcome_never_says_that_it_did_not_happen(
+def test_i3_an_interrupted_write_never_reports_that_it_did_not_happen(
     number: signal.Signals, code: int, word: str, start_program: StartProgram, sql: Session, leader: LeaderProcess
 ) -> None:
     freeze(leader)
@@ -152,7 +152,7 @@ def test_i3_a_write_that_waits_for_its_outcome_never_says_that_it_did_not_happen
 
 @pytest.fixture
 def held_up(sql: Session) -> Iterator[None]:
-    """Ten old requests. Whoever deletes the sixth waits for this test, until it lets go."""
+    """Ten old requests. A delete of the sixth waits for a lock that the test holds until it releases it."""
     sql.execute(
         """
         INSERT INTO commit_requests (request_id, epoch, read_version, payload, status, resolved_at)
@@ -179,7 +179,7 @@ def held_up(sql: Session) -> Iterator[None]:
 
 @both
 @pytest.mark.usefixtures("held_up")
-def test_i11_the_batches_that_are_done_stay_and_the_rest_is_untouched(
+def test_i11_finished_batches_stay_and_the_rest_is_not_deleted(
     number: signal.Signals, code: int, word: str, start_program: StartProgram, sql: Session
 ) -> None:
     collecting = start_program("gc", "commit-requests", "--batch-size", "2", "-o", "json")
@@ -187,7 +187,7 @@ def test_i11_the_batches_that_are_done_stay_and_the_rest_is_untouched(
     collecting.send_signal(number)
     ended, out, err = ending(collecting)
     assert (ended, json.loads(out)["error"]["code"], err) == (code, word, "")
-    # The statement ended with the program: nothing goes on in its name, and nobody has to wait for it.
+    # The statement ended with the program: no session continues it, and no other has to wait for it.
     until(sql, f"NOT {session('gc')}")
     assert [row[0] for row in sql.execute("SELECT id FROM commit_requests ORDER BY id")] == [5, 6, 7, 8, 9, 10]
     sql.execute("SELECT pg_advisory_unlock_all()")
@@ -199,7 +199,7 @@ def test_i11_the_batches_that_are_done_stay_and_the_rest_is_untouched(
 def test_i16_ctrl_c_ends_a_command_whose_server_does_not_answer_and_cancels_nothing(
     start_program: StartProgram, sql: Session
 ) -> None:
-    """What is cancelled may be a commit that waits for a standby; a closed socket does not end that wait."""
+    """A cancelled statement may be a commit that waits for a standby; a closed socket does not end that wait."""
     collecting = start_program("gc", "commit-requests")
     until(sql, session("gc", "wait_event = 'advisory'"))
     backend = sql.execute("SELECT pid FROM pg_stat_activity WHERE wait_event = 'advisory'").fetchall()[0][0]
@@ -213,7 +213,7 @@ def test_i16_ctrl_c_ends_a_command_whose_server_does_not_answer_and_cancels_noth
     until(sql, f"NOT {session('gc')}")
 
 
-def test_ctrl_c_while_the_program_is_still_loading_ends_it_without_a_word() -> None:
+def test_ctrl_c_during_imports_ends_the_program_silently() -> None:
     interrupted_while_loading = (
         "import signal, sys\n"
         "class Finder:\n"

@@ -1,4 +1,4 @@
-"""`pgcoord kv`: keys and values in and out, as text and as hexadecimal, with and without a leader."""
+"""`pgcoord kv`: keys and values as text and as hexadecimal, with and without a leader."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.conftest import Call, Cli, LeaderProcess, StartLeader
 
 AWKWARD = 'two lines:\n\t"quoted", with | and é✓😀\u00a0\u200d'
-"""Text that every format has to quote in its own way."""
+"""Text that each format quotes differently."""
 
 
 @pytest.fixture
@@ -31,20 +31,20 @@ def offline(offline: Call) -> Call:
 
 @pytest.fixture
 def leader(start_leader: StartLeader) -> LeaderProcess:
-    """A leader that has been elected, and whose lease outlasts a test that freezes it."""
+    """An elected leader whose lease outlasts a test that freezes it."""
     started = start_leader("n1", "--ttl", "60s")
     started.wait_for("elected epoch 1")
     return started
 
 
 def store(sql: psycopg.Connection[Any], entries: dict[bytes, bytes]) -> None:
-    """Puts data there without a leader."""
+    """Inserts data without a leader."""
     with sql.cursor() as cursor:
         cursor.executemany("INSERT INTO kv VALUES (%s, %s)", list(entries.items()))
 
 
 def freeze(leader: LeaderProcess) -> None:
-    """Stops the process; returns when it stands still."""
+    """Stops the process by SIGSTOP; returns when it is stopped."""
     leader.signal(signal.SIGSTOP)
     os.waitid(os.P_PID, leader.process.pid, os.WSTOPPED | os.WNOWAIT)
 
@@ -57,7 +57,7 @@ def queue(sql: psycopg.Connection[Any]) -> list[Any]:
 
 
 @pytest.mark.usefixtures("leader")
-def test_i5_writes_are_read_back_at_the_versions_that_were_printed(call: Call) -> None:
+def test_i5_writes_are_read_back_at_the_printed_versions(call: Call) -> None:
     assert call("set", "greeting", "hello", "-o", "json").document == {"key": "greeting", "version": 1}
     assert call("set", "00FF", "cafe", "--hex", "-o", "json").document == {"key": "00FF", "version": 2}
     assert call("set", "", "", "-o", "plain").out == "3\n"
@@ -83,7 +83,7 @@ def test_the_longest_key_and_value_are_written_and_read_back(call: Call) -> None
 
 
 @pytest.mark.usefixtures("leader")
-def test_what_was_written_through_a_shell_comes_back_byte_for_byte(cli: Cli) -> None:
+def test_values_written_through_a_shell_are_read_back_byte_for_byte(cli: Cli) -> None:
     assert cli("kv", "set", AWKWARD, AWKWARD).returncode == 0
     assert cli("kv", "get", AWKWARD, "-o", "plain").stdout == AWKWARD + "\n"
 
@@ -91,9 +91,7 @@ def test_what_was_written_through_a_shell_comes_back_byte_for_byte(cli: Cli) -> 
 # Reading
 
 
-def test_bytes_that_are_not_text_are_shown_as_hexadecimal_and_said_to_be(
-    call: Call, sql: psycopg.Connection[Any]
-) -> None:
+def test_bytes_that_are_not_text_are_shown_as_hexadecimal(call: Call, sql: psycopg.Connection[Any]) -> None:
     store(sql, {b"\x00\xff": b"text", b"bell": b"\x07", b"latin": b"\xe9", b"plain": b"text", b"del": b"\x7f"})
     assert call("get", "00ff", "--hex", "-o", "json").document["value"] == b"text".hex()
     for key, shown in {"bell": "07", "latin": "e9", "del": "7f"}.items():
@@ -114,7 +112,7 @@ def test_a_missing_key_is_a_false_condition_in_every_format(call: Call) -> None:
         assert call("get", "nokey", "-o", output) == (3, "", "error: there is no key 'nokey'\n")
 
 
-def test_plain_prints_just_the_value(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_plain_prints_the_value_only(call: Call, sql: psycopg.Connection[Any]) -> None:
     store(sql, {b"text": b"  two words ", b"empty": b"", b"binary": b"\x00\x01", b"lines": b"a\nb\n"})
     assert call("get", "text", "-o", "plain").out == "  two words \n"
     assert call("get", "empty", "-o", "plain").out == "\n"
@@ -123,7 +121,7 @@ def test_plain_prints_just_the_value(call: Call, sql: psycopg.Connection[Any]) -
     assert call("get", b"lines".hex(), "--hex", "-o", "plain").out == b"a\nb\n".hex() + "\n"
 
 
-def test_lines_tabs_quotes_and_unicode_come_through_in_every_format(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_lines_tabs_quotes_and_unicode_are_kept_in_every_format(call: Call, sql: psycopg.Connection[Any]) -> None:
     store(sql, {b"a": AWKWARD.encode(), b"b": b"x" * 300})
     assert [entry["value"] for entry in call("range", "-o", "json").document] == [AWKWARD, "x" * 300]
     lines = call("range", "-o", "jsonl").out.splitlines()
@@ -160,7 +158,7 @@ def test_a_range_is_half_open_ordered_and_limited(call: Call, sql: psycopg.Conne
     assert keys("62", "6261", "--hex") == ["62"]
 
 
-def test_an_empty_range_says_so_and_keeps_stdout_for_data(call: Call) -> None:
+def test_an_empty_range_is_reported_on_stderr(call: Call) -> None:
     assert call("range") == (0, "", "no keys in this range at version 0\n")
     assert call("range", "-q") == (0, "", "")
     assert call("range", "-o", "csv").out == "key,value,encoding\n"
@@ -198,14 +196,14 @@ def test_an_empty_range_says_so_and_keeps_stdout_for_data(call: Call) -> None:
         (("get",), "KEY"),
     ],
 )
-def test_a_wrong_word_is_named_before_anything_is_asked_of_the_server(
+def test_an_invalid_argument_is_named_before_a_connection_is_opened(
     words: tuple[str, ...], named: str, offline: Call
 ) -> None:
     assert named in offline(*words, "-o", "json").refusal
 
 
-def test_words_that_are_not_utf_8_are_refused_and_shown_as_escapes(cli: Cli) -> None:
-    refused = cli("kv", "get", "a\udcff", "-o", "json")  # the byte ff, as subprocess hands it over
+def test_arguments_that_are_not_utf_8_are_refused_and_shown_as_escapes(cli: Cli) -> None:
+    refused = cli("kv", "get", "a\udcff", "-o", "json")  # the byte ff, as subprocess passes it
     assert (refused.returncode, json.loads(refused.stdout)["error"]["message"]) == (2, "KEY: not UTF-8 text")
     refused = cli("kv", "get", "a", "b\udcff", "-o", "json")
     assert refused.returncode == 2
@@ -215,7 +213,7 @@ def test_words_that_are_not_utf_8_are_refused_and_shown_as_escapes(cli: Cli) -> 
 # Without a leader
 
 
-def test_nothing_is_enqueued_where_nobody_leads(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_nothing_is_enqueued_without_a_leader(call: Call, sql: psycopg.Connection[Any]) -> None:
     for words in (("set", "a", "b"), ("clear", "a")):
         refused = call(*words, "--timeout", "50ms", "-o", "json")
         assert (refused.code, refused.error["code"]) == (3, "no_leader")
@@ -223,7 +221,7 @@ def test_nothing_is_enqueued_where_nobody_leads(call: Call, sql: psycopg.Connect
     assert queue(sql) == []
 
 
-def test_i3_a_commit_that_a_frozen_leader_leaves_open_is_unknown_and_can_be_asked_for(
+def test_i3_a_commit_under_a_frozen_leader_is_unknown_and_can_be_queried(
     call: Call, cli: Cli, leader: LeaderProcess, sql: psycopg.Connection[Any]
 ) -> None:
     freeze(leader)

@@ -1,4 +1,4 @@
-"""`pgcoord leader status`: what it says as leaderships come and go, once and while watching."""
+"""`pgcoord leader status` as terms begin and end, once and with --watch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 FOREVER = "24d"
-"""An interval at which a watch would not look again by itself."""
+"""An interval longer than the test, so that only notifications cause documents."""
 
 
 @dataclass
 class Watch:
-    """A `pgcoord leader status --watch` in a process of its own, and the lines that it prints."""
+    """A process of `pgcoord leader status --watch`, and the lines that it prints."""
 
     process: subprocess.Popen[str]
     _lines: Queue[str] = field(default_factory=Queue)
@@ -47,20 +47,20 @@ class Watch:
             self._lines.put(line)
 
     def line(self) -> str:
-        """The next line; fails when none comes in time."""
+        """Returns the next line; fails after a timeout."""
         try:
             return self._lines.get(timeout=TIMEOUT)
         except Empty:
             raise AssertionError("nothing more was printed") from None
 
     def until(self, *, held: bool) -> Any:
-        """The next document that says so; each line has to be one whole document."""
+        """Returns the next document that fulfils the condition; each line has to be one complete document."""
         while (document := json.loads(self.line()))["leader"]["held"] is not held:
             pass
         return document
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Sends a signal; returns the exit code and what is on stderr."""
+        """Sends a signal; returns the exit code and stderr."""
         self.process.send_signal(number)
         assert self.process.stderr
         return self.process.wait(TIMEOUT), self.process.stderr.read()
@@ -71,7 +71,7 @@ StartWatch = Callable[..., Watch]
 
 @pytest.fixture
 def watch(settings: Settings) -> Iterator[StartWatch]:
-    """Starts a watch; ends those that are left."""
+    """Starts watches; ends those that still run at the end of the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*words: str) -> Watch:
@@ -99,7 +99,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def hold(sql: psycopg.Connection[Any], expires_in: str) -> None:
-    """Gives the lease to nobody in particular."""
+    """Stores a lease of a leader that does not exist."""
     sql.execute(
         """
         UPDATE leader_lease
@@ -114,7 +114,7 @@ def hold(sql: psycopg.Connection[Any], expires_in: str) -> None:
 # Once
 
 
-def test_a_lease_counts_until_it_runs_out(cli: Cli, sql: psycopg.Connection[Any]) -> None:
+def test_a_lease_is_held_until_it_expires(cli: Cli, sql: psycopg.Connection[Any]) -> None:
     hold(sql, "1 hour")
     sql.execute(
         """
@@ -152,7 +152,7 @@ datetime.datetime = Shifted
 
 
 @pytest.mark.parametrize("seconds", [-86_400, 86_400])
-def test_i12_the_clock_of_the_client_decides_nothing(
+def test_i12_the_clock_of_the_client_has_no_effect(
     seconds: int, cli: Cli, sql: psycopg.Connection[Any], tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(CLOCK.format(seconds=seconds))
@@ -176,7 +176,7 @@ def test_i12_the_clock_of_the_client_decides_nothing(
 # Watching
 
 
-def test_a_watch_tells_of_every_change_of_leadership_by_itself(watch: StartWatch, start_leader: StartLeader) -> None:
+def test_a_watch_reports_every_change_of_the_leader(watch: StartWatch, start_leader: StartLeader) -> None:
     watching = watch("--interval", FOREVER, "-o", "json")
     watching.until(held=False)
     leader = start_leader("west-1")
@@ -187,7 +187,7 @@ def test_a_watch_tells_of_every_change_of_leadership_by_itself(watch: StartWatch
     assert watching.end(signal.SIGINT) == (130, "")
 
 
-def test_a_watch_looks_again_once_in_an_interval(watch: StartWatch, sql: psycopg.Connection[Any]) -> None:
+def test_a_watch_reports_after_every_interval(watch: StartWatch, sql: psycopg.Connection[Any]) -> None:
     watching = watch("--interval", "10ms", "-o", "json")
     watching.until(held=False)
     hold(sql, "1 hour")  # without a notification
@@ -195,7 +195,7 @@ def test_a_watch_looks_again_once_in_an_interval(watch: StartWatch, sql: psycopg
     assert watching.end(signal.SIGTERM) == (143, "")
 
 
-def test_a_watch_for_people_prints_one_status_below_the_other(watch: StartWatch) -> None:
+def test_a_watch_in_table_format_prints_one_status_after_the_other(watch: StartWatch) -> None:
     watching = watch("--interval", "10ms")
     seen = [watching.line() for _ in range(60)]
     assert sum("leader_addr" in line for line in seen) > 1
@@ -203,7 +203,7 @@ def test_a_watch_for_people_prints_one_status_below_the_other(watch: StartWatch)
     assert watching.end(signal.SIGINT) == (130, "")
 
 
-def test_a_watch_whose_reader_is_gone_ends_quietly(settings: Settings) -> None:
+def test_a_watch_whose_reader_has_closed_the_pipe_ends_silently(settings: Settings) -> None:
     for words in ("", " -o json"):
         line = f"{sys.executable} -m pgcoord_cli leader status --watch --interval 10ms{words} | head -1"
         done = subprocess.run(
@@ -214,7 +214,7 @@ def test_a_watch_whose_reader_is_gone_ends_quietly(settings: Settings) -> None:
         assert len(done.stdout.splitlines()) == 1
 
 
-def test_a_watch_on_a_terminal_stays_in_its_place(settings: Settings) -> None:
+def test_a_watch_on_a_terminal_redraws_in_place(settings: Settings) -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "pgcoord_cli", "leader", "status", "--watch", "--interval", "10ms"],
@@ -225,14 +225,14 @@ def test_a_watch_on_a_terminal_stays_in_its_place(settings: Settings) -> None:
     while shown.count(b"\x1b[2J\x1b[H") < 3:
         shown += os.read(ours, 65_536)
     process.send_signal(signal.SIGINT)
-    with suppress(OSError):  # how Linux says that the other end is closed
+    with suppress(OSError):  # Linux reports so that the other end is closed
         while os.read(ours, 65_536):
             pass
     assert process.wait(TIMEOUT) == 130
     os.close(ours)
 
 
-def test_a_watch_whose_server_goes_away_says_so(watch: StartWatch, sql: psycopg.Connection[Any]) -> None:
+def test_a_watch_reports_a_lost_server(watch: StartWatch, sql: psycopg.Connection[Any]) -> None:
     watching = watch("--interval", FOREVER, "-o", "json")
     watching.until(held=False)
     deadline = time.monotonic() + TIMEOUT

@@ -1,4 +1,4 @@
-"""`pgcoord lock`: a command under a lock, what it ends with, and what operators see and do."""
+"""`pgcoord lock`: commands under a lock and their exit codes, listing and breaking of locks."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ TELL = ("--", "sh", "-c", "echo it ran")
 
 @pytest.fixture
 def start(settings: Settings) -> Iterator[StartLock]:
-    """Starts `pgcoord lock run`; ends those that are left when the test is over."""
+    """Starts `pgcoord lock run`; ends the processes that still run at the end of the test."""
     with lock_starter(lambda: settings) as starter:
         yield starter
 
 
 @pytest.fixture
 def holder(settings: Settings) -> Iterator[Ownership]:
-    """Somebody who holds the lock `nightly`."""
+    """An owner of the lock `nightly`."""
     with acquire_leadership(settings.dsn, "nightly") as owner:
         yield owner
 
 
 @pytest.fixture
 def holder_pid(sql: Sql, holder: Ownership) -> int:
-    """The session of that holder."""
+    """The pid of its session."""
     return int(value(sql, "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/leadership'"))
 
 
-# -- what it ends with
+# -- exit codes
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_options_behind_the_dashes_are_the_commands_own(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("command", "reason"), [("./no-such-command", "No such file or directory"), ("/etc/passwd", "Permission denied")]
 )
-def test_a_command_that_cannot_be_started_is_told_and_frees_the_lock(
+def test_a_command_that_cannot_be_started_is_reported_and_the_lock_released(
     command: str, reason: str, cli: Cli, sql: Sql
 ) -> None:
     done = cli("lock", "run", "nightly", "--", command)
@@ -94,11 +94,11 @@ def test_a_lock_is_free_again_when_its_command_has_ended(cli: Cli) -> None:
         ["nightly", "--conflict-exit-code", "256", *TELL], ["nightly", "--kill-grace", "-1s", *TELL],
     ],
 )  # fmt: skip
-def test_words_that_mean_nothing_are_refused(words: list[str], offline: Call) -> None:
+def test_invalid_arguments_are_refused(words: list[str], offline: Call) -> None:
     assert offline("lock", "run", *words).code == 2
 
 
-# -- when somebody else has it
+# -- a lock that is held
 
 
 def test_a_lock_that_is_held_is_refused_and_the_holder_named(cli: Cli, holder_pid: int) -> None:
@@ -112,7 +112,7 @@ def test_other_names_are_free(cli: Cli, holder: Ownership) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 75])
-def test_a_conflict_ends_with_the_code_that_was_asked_for(code: int, cli: Cli, holder: Ownership) -> None:
+def test_a_conflict_ends_with_the_chosen_exit_code(code: int, cli: Cli, holder: Ownership) -> None:
     words = ("lock", "run", "nightly", "--conflict-exit-code", str(code))
     told = cli(*words, *TELL)
     assert (told.returncode, told.stdout) == (code, "")
@@ -121,7 +121,7 @@ def test_a_conflict_ends_with_the_code_that_was_asked_for(code: int, cli: Cli, h
     assert (silent.returncode, silent.stdout, silent.stderr) == (code, "", "")
 
 
-def test_the_code_for_a_conflict_is_not_one_for_trouble(offline: Call) -> None:
+def test_the_exit_code_for_a_conflict_is_not_used_for_errors(offline: Call) -> None:
     answer = offline("lock", "run", "nightly", "--conflict-exit-code", "0", "-q", *TELL)
     assert (answer.code, answer.out) == (4, "")
     assert "cannot connect" in answer.err
@@ -130,7 +130,7 @@ def test_the_code_for_a_conflict_is_not_one_for_trouble(offline: Call) -> None:
 def test_the_example_that_cron_runs_on_two_machines_at_once(start: StartLock, cli: Cli, sql: Sql) -> None:
     collect = ("--", sys.executable, "-m", "pgcoord_cli", "gc", "all")
     with sql.transaction():
-        # So that the first one's work takes until the second one has come.
+        # The work of the first run lasts until the second one has started.
         sql.execute("LOCK TABLE commit_requests IN ACCESS EXCLUSIVE MODE")
         first = start("nightly", *collect)
         until(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'"))
@@ -145,8 +145,8 @@ def test_the_example_that_cron_runs_on_two_machines_at_once(start: StartLock, cl
 # -- waiting
 
 
-def test_who_waits_gets_the_lock_when_it_is_given_back(start: StartLock, sql: Sql, holder: Ownership) -> None:
-    """PostgreSQL itself keeps the waiter, as pg_locks shows."""
+def test_a_waiter_gets_the_lock_when_it_is_released(start: StartLock, sql: Sql, holder: Ownership) -> None:
+    """The waiter is in PostgreSQL's own queue, as pg_locks shows."""
     waiter = start("nightly", "--wait", "24h", *TELL)
     until_waiting(sql)
     assert not waiter.stdout.is_waiting()
@@ -154,7 +154,7 @@ def test_who_waits_gets_the_lock_when_it_is_given_back(start: StartLock, sql: Sq
     assert waiter.ended() == (0, ["it ran\n"], "")
 
 
-def test_all_who_wait_get_the_lock_one_after_the_other(start: StartLock, sql: Sql, holder: Ownership) -> None:
+def test_all_waiters_get_the_lock_one_after_the_other(start: StartLock, sql: Sql, holder: Ownership) -> None:
     waiters = [start("nightly", "--wait", "24h", "--fence", "--", "sh", "-c", "echo $PGCOORD_FENCE") for _ in range(3)]
     until_waiting(sql, 3)
     holder.release()
@@ -162,19 +162,19 @@ def test_all_who_wait_get_the_lock_one_after_the_other(start: StartLock, sql: Sq
     assert sorted((code, *lines) for code, lines, _ in ended) == [(0, f"{number}\n") for number in (2, 3, 4)]
 
 
-def test_who_has_waited_long_enough_is_told_who_holds_it(cli: Cli, sql: Sql, holder_pid: int) -> None:
+def test_a_wait_that_times_out_names_the_holder(cli: Cli, sql: Sql, holder_pid: int) -> None:
     done = cli("lock", "run", "nightly", "--wait", "100ms", *TELL)
     assert (done.returncode, done.stdout) == (5, "")
     assert f"held by pid {holder_pid} " in done.stderr
 
 
-def test_a_wait_may_be_longer_than_a_statement_may_otherwise_take(cli: Cli, holder: Ownership) -> None:
+def test_a_wait_may_exceed_the_statement_timeout(cli: Cli, holder: Ownership) -> None:
     done = cli("lock", "run", "nightly", "--wait", "500ms", *TELL, env={"PGCOORD_STATEMENT_TIMEOUT": "50ms"})
     assert done.returncode == 5, "not 124"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_who_is_told_to_stop_waiting_leaves_no_waiter_behind(
+def test_a_wait_that_is_interrupted_leaves_no_waiter_behind(
     number: signal.Signals, code: int, start: StartLock, sql: Sql, holder: Ownership
 ) -> None:
     waiter = start("nightly", "--wait", "24h", *TELL)
@@ -194,12 +194,12 @@ def test_each_run_gets_a_greater_fence(cli: Cli) -> None:
     assert numbers == [1, 2, 3]
 
 
-def test_without_fence_there_is_none(cli: Cli, sql: Sql) -> None:
+def test_without_the_option_there_is_no_fence(cli: Cli, sql: Sql) -> None:
     assert cli("lock", "run", "nightly", "--", "sh", "-c", "echo ${PGCOORD_FENCE-none}").stdout == "none\n"
     assert value(sql, "SELECT count(*) FROM subscriptions") == 0
 
 
-# -- looking
+# -- list and who
 
 
 def test_a_list_shows_holders_and_waiters(
@@ -219,13 +219,13 @@ def test_a_list_shows_holders_and_waiters(
     assert all(lock["since"].startswith("20") for lock in locks)
 
 
-def test_a_list_of_nothing_says_so(call: Call) -> None:
+def test_an_empty_list_is_reported(call: Call) -> None:
     assert call("lock", "list", "-o", "table") == (0, "", "no lock is held\n")
     assert call("lock", "list", "-o", "json").document == []
 
 
 def test_a_lock_of_others_is_not_listed(call: Call, sql: Sql, settings: Settings) -> None:
-    """Neither one that has no name here, nor one of another database."""
+    """Neither a lock without a name in this schema, nor one of another database."""
     key = subscription_lock("pgcoord", "nightly")
     elsewhere = psycopg.conninfo.make_conninfo(settings.dsn, dbname="postgres")
     with acquire_leadership(settings.dsn, "nightly"):
@@ -238,13 +238,13 @@ def test_a_lock_of_others_is_not_listed(call: Call, sql: Sql, settings: Settings
         assert call("lock", "who", "nightly").code == 3
 
 
-def test_who_holds_a_lock(call: Call, holder_pid: int) -> None:
+def test_who_shows_the_holder_of_a_lock(call: Call, holder_pid: int) -> None:
     found = call("lock", "who", "nightly", "-o", "json").document
     assert (found["name"], found["pid"], found["application"]) == ("nightly", holder_pid, "pgcoord/leadership")
 
 
 @pytest.mark.parametrize("words", [("who",), ("break", "--yes"), ("break",)], ids=" ".join)
-def test_a_lock_that_nobody_holds_is_exit_code_3(words: tuple[str, ...], call: Call) -> None:
+def test_a_lock_without_a_holder_is_exit_code_3(words: tuple[str, ...], call: Call) -> None:
     answer = call("lock", *words, "nightly", "-o", "json")
     assert (answer.code, answer.error["message"]) == (3, "lock 'nightly' is free")
 
@@ -253,7 +253,7 @@ def test_a_lock_that_nobody_holds_is_exit_code_3(words: tuple[str, ...], call: C
 
 
 def is_there(sql: Sql, pid: int) -> Any:
-    """Whether that session has not ended."""
+    """Whether that session exists."""
     return value(sql, "SELECT count(*) FROM pg_stat_activity WHERE pid = %s", pid)
 
 
@@ -273,7 +273,7 @@ def test_breaking_a_lock_ends_the_command_that_runs_under_it(call: Call, start: 
     assert "lock 'nightly' is lost: " in err
 
 
-def test_without_a_terminal_a_lock_is_not_broken_unasked(cli: Cli, sql: Sql, holder_pid: int) -> None:
+def test_without_a_terminal_a_lock_is_not_broken_without_yes(cli: Cli, sql: Sql, holder_pid: int) -> None:
     done = cli("lock", "break", "nightly", stdin="nightly\n")
     assert done.returncode == 2
     assert "add --yes" in done.stderr
@@ -298,7 +298,7 @@ def test_at_a_terminal_the_name_has_to_be_typed(
     until(lambda: is_there(sql, holder_pid) == sessions)
 
 
-def test_a_lock_list_reads_as_a_table(call: Call, holder_pid: int) -> None:
+def test_a_lock_list_is_a_table(call: Call, holder_pid: int) -> None:
     lines = call("lock", "list", "-o", "plain").out.splitlines()
     assert len(lines) == 1
     assert lines[0].split("\t")[0] == "nightly"

@@ -1,4 +1,4 @@
-"""`pgcoord migrate`, and what every other command says of a schema that it cannot work on."""
+"""`pgcoord migrate`, and the errors of every other command on an unsuitable schema."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NEED_A_SCHEMA = {
     "subscription reset": ("name", "--force"),
     "tail lease": ("--no-follow",), "tail completion": ("--no-follow",),
 }  # fmt: skip
-"""Every command that works on a schema, with the arguments it cannot do without."""
+"""Every command that works on a schema, with its required arguments."""
 
 NEED_NONE = {"migrate sql", "dev up", "dev down", "dev dsn", "dev status", "demo"}
 
@@ -69,7 +69,7 @@ def connect(settings: Settings, **options: Any) -> psycopg.Connection[Any]:
 
 
 def as_new_role(settings: Settings, *grants: str) -> Settings:
-    """The database as a new role sees it that has been granted what the statements say, `ROLE` being its name."""
+    """Settings of a new role, after the statements have been executed with its name for `ROLE`."""
     role = f"role_{uuid.uuid4().hex[:8]}"
     with connect(settings) as conn:
         conn.execute(f"CREATE ROLE {role} LOGIN")
@@ -79,7 +79,7 @@ def as_new_role(settings: Settings, *grants: str) -> Settings:
 
 
 def picture(settings: Settings) -> dict[str, Any]:
-    """Everything in the schema: the rows of each table, and who may do what."""
+    """Everything in the schema: the rows of each table, and the privileges."""
     with connect(settings) as conn:
         tables = conn.execute("SELECT tablename FROM pg_tables WHERE schemaname = %s", [settings.schema]).fetchall()
         rows = {table: conn.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for (table,) in tables}
@@ -103,9 +103,7 @@ def codes(call: Call, settings: Settings, *words: str, without: set[str] | None 
     return {name: call(settings, *name.split(), *more, *words).code for name, more in commands.items()}
 
 
-def test_i14_every_command_on_an_unmigrated_database_names_the_one_that_mends_it(
-    call: Call, empty_settings: Settings
-) -> None:
+def test_i14_every_command_on_an_unmigrated_database_names_the_repair(call: Call, empty_settings: Settings) -> None:
     looking = {"migrate status", "migrate up"}
     assert set(codes(call, empty_settings, without=looking).values()) == {7}
     for name, more in NEED_A_SCHEMA.items():
@@ -115,7 +113,7 @@ def test_i14_every_command_on_an_unmigrated_database_names_the_one_that_mends_it
     assert picture(empty_settings) == {"rights": []}
 
 
-def test_i14_every_command_on_an_older_schema_names_the_one_that_mends_it(call: Call, empty_settings: Settings) -> None:
+def test_i14_every_command_on_an_older_schema_names_the_repair(call: Call, empty_settings: Settings) -> None:
     assert call(empty_settings, "migrate", "up", "--to", "1").code == 0
     before = picture(empty_settings)
     looking = {"migrate status", "migrate up", "migrate verify"}
@@ -182,7 +180,7 @@ def add_newer_migration(settings: Settings, *, breaking: bool) -> None:
         conn.execute("INSERT INTO schema_migrations VALUES (9001, 'new', 'x', now(), 'x', 1, %s)", [breaking])
 
 
-def test_i14_a_mistyped_schema_is_told_from_an_unmigrated_one(call: Call, settings: Settings) -> None:
+def test_i14_a_mistyped_schema_is_distinguished_from_an_unmigrated_one(call: Call, settings: Settings) -> None:
     looking = {"migrate status", "migrate up"}
     assert set(codes(call, settings, "--schema", "pgcrood", without=looking).values()) == {2}
     error = call(settings, "kv", "set", "key", "value", "--schema", "pgcrood", "-o", "json").document["error"]
@@ -205,14 +203,14 @@ def test_a_name_that_cannot_be_a_schema_is_refused(name: str, call: Call) -> Non
     answer = call(nowhere, "migrate", "up", "--schema", name)
     assert answer.code == 2
     assert answer.err.startswith(f"error: --schema: {name!r} cannot be a pgcoord schema\nhint: use up to 40 ")
-    if name:  # an empty variable is one that is not set
+    if name:  # an empty variable counts as not set
         answer = call(nowhere, "migrate", "up", PGCOORD_SCHEMA=name)
         assert answer.code == 2
         assert answer.err.startswith(f"error: PGCOORD_SCHEMA: {name!r} cannot be a pgcoord schema\n")
 
 
 @pytest.mark.parametrize("name", ["s" * 40, "order"])
-def test_a_name_that_can_be_a_schema_serves(name: str, call: Call, empty_settings: Settings) -> None:
+def test_a_name_that_can_be_a_schema_is_accepted(name: str, call: Call, empty_settings: Settings) -> None:
     assert call(empty_settings, "migrate", "up", "--schema", name).code == 0
     assert call(empty_settings, "migrate", "status", "--check", "--schema", name).code == 0
     assert call(empty_settings, "gc", "commit-requests", "--schema", name).code == 0
@@ -221,7 +219,7 @@ def test_a_name_that_can_be_a_schema_serves(name: str, call: Call, empty_setting
 # up
 
 
-def test_up_says_what_it_applied_and_then_that_nothing_is_left(call: Call, empty_settings: Settings) -> None:
+def test_up_lists_what_it_applied_and_then_that_the_schema_is_up_to_date(call: Call, empty_settings: Settings) -> None:
     first = call(empty_settings, "migrate", "up", "-o", "json")
     assert first.document == [{"version": file.version, "name": file.name, "state": "applied"} for file in FILES]
     assert first.err.splitlines() == [f"applied {file.version:04}_{file.name}" for file in FILES]
@@ -238,7 +236,7 @@ def test_up_says_what_it_applied_and_then_that_nothing_is_left(call: Call, empty
         (("--lock-timeout", "-1s"), "--lock-timeout"),
     ],
 )  # fmt: skip
-def test_up_refuses_a_wrong_word_and_names_its_option(
+def test_up_refuses_an_invalid_argument_and_names_its_option(
     words: tuple[str, ...], named: str, call: Call, empty_settings: Settings
 ) -> None:
     for more in ((), ("--dry-run",)):
@@ -248,7 +246,7 @@ def test_up_refuses_a_wrong_word_and_names_its_option(
     assert picture(empty_settings) == {"rights": []}
 
 
-def test_up_names_the_run_that_it_waits_for_and_gives_up_in_time(cli: Cli, empty_settings: Settings) -> None:
+def test_up_names_the_run_that_it_waits_for_and_times_out(cli: Cli, empty_settings: Settings) -> None:
     with connect(empty_settings, application_name="deploy job 7") as other:
         other.execute("SELECT pg_advisory_lock(%s)", [lock_key("pgcoord", "migrate")])
         holder = f"pid {other.info.backend_pid} (deploy job 7, local) since "
@@ -267,7 +265,7 @@ def test_up_names_the_run_that_it_waits_for_and_gives_up_in_time(cli: Cli, empty
 # --dry-run
 
 
-def test_a_dry_run_needs_no_more_than_the_right_to_look(call: Call, empty_settings: Settings) -> None:
+def test_a_dry_run_needs_the_right_to_read_only(call: Call, empty_settings: Settings) -> None:
     upgrade(empty_settings, to=1)
     looker = as_new_role(
         empty_settings, "GRANT USAGE ON SCHEMA pgcoord TO ROLE", "GRANT SELECT ON schema_migrations TO ROLE"
@@ -281,12 +279,12 @@ def test_a_dry_run_needs_no_more_than_the_right_to_look(call: Call, empty_settin
     assert picture(empty_settings) == before
 
 
-def test_a_dry_run_works_where_nothing_may_be_done_at_all(call: Call, empty_settings: Settings) -> None:
-    nobody = as_new_role(empty_settings)
-    planned = call(nobody, "migrate", "up", "--dry-run", "-o", "json")
+def test_a_dry_run_needs_no_rights_on_an_empty_database(call: Call, empty_settings: Settings) -> None:
+    role = as_new_role(empty_settings)
+    planned = call(role, "migrate", "up", "--dry-run", "-o", "json")
     assert [each["version"] for each in planned.document] == [file.version for file in FILES]
-    assert call(nobody, "migrate", "up", "--dry-run", "--to", "1", "-o", "plain").out == "1\tleader\tpending\n"
-    refused = call(nobody, "migrate", "up", "-o", "json")
+    assert call(role, "migrate", "up", "--dry-run", "--to", "1", "-o", "plain").out == "1\tleader\tpending\n"
+    refused = call(role, "migrate", "up", "-o", "json")
     assert (refused.code, refused.document["error"]["code"]) == (1, "permission_denied")
     assert picture(empty_settings) == {"rights": []}
 
@@ -298,7 +296,7 @@ def test_i15_a_default_of_read_only_transactions_has_no_effect(call: Call, empty
     assert call(empty_settings, "migrate", "status", "--check").code == 0
 
 
-def test_a_role_that_may_not_even_look_is_told_so(call: Call, settings: Settings) -> None:
+def test_a_role_without_the_right_to_read_is_refused(call: Call, settings: Settings) -> None:
     error = call(as_new_role(settings), "migrate", "up", "--dry-run", "-o", "json").document["error"]
     assert error["code"] == "permission_denied"
     assert error["message"] == "permission denied for schema pgcoord"
@@ -332,7 +330,7 @@ def test_status_lists_every_migration(call: Call, empty_settings: Settings) -> N
     assert call(empty_settings, "migrate", "status", "-o", "csv").out.splitlines()[0] == ",".join(STATES_COLUMNS)
 
 
-def test_verify_counts_what_it_found(call: Call, settings: Settings) -> None:
+def test_verify_counts_the_migrations(call: Call, settings: Settings) -> None:
     answer = call(settings, "migrate", "verify", "-o", "json")
     assert answer.code == 0
     assert answer.document == {"schema": "pgcoord", "verified": len(FILES), "pending": 0, "unknown": 0}
@@ -364,7 +362,7 @@ def psql(settings: Settings, script: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("schema", ["pgcoord", "order"])
-def test_the_printed_script_makes_the_same_schema(schema: str, call: Call, empty_settings: Settings) -> None:
+def test_the_printed_script_creates_the_same_schema(schema: str, call: Call, empty_settings: Settings) -> None:
     nowhere = Settings(dsn="host=/nowhere")
     script = call(nowhere, "migrate", "sql", "--schema", schema)
     assert (script.code, script.err) == (0, "")
@@ -405,7 +403,7 @@ def test_the_printed_script_ends_at_the_first_error_and_up_goes_on_from_there(
     assert call(empty_settings, "migrate", "up", "-o", "plain").out.splitlines()[0] == "2\tcommits\tapplied"
 
 
-def test_the_printed_script_stops_where_it_is_told(call: Call) -> None:
+def test_the_printed_script_stops_at_the_given_migration(call: Call) -> None:
     answer = call(Settings(), "migrate", "sql", "--to", "1")
     assert "CREATE TABLE leader_lease" in answer.out
     assert "CREATE TABLE kv" not in answer.out

@@ -1,4 +1,4 @@
-"""What an operator does with a cluster that runs: bulk data, explanations, stepping down, fences for scripts."""
+"""Operation of a running cluster: bulk data, explanations, stepping down, fences for scripts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def lines_of(count: int) -> str:
-    """That many records as `kv load` reads them, the last one binary."""
+    """Returns `count` lines as `kv load` reads them, the last one binary."""
     records: list[dict[str, str]] = [{"key": f"k{number:03}", "value": f"v{number}"} for number in range(count - 1)]
     records.append({"key": "fe01", "value": "fe", "encoding": "hex"})
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def test_what_was_exported_is_loaded_again_as_it_was(
+def test_an_export_is_loaded_without_a_difference(
     cli: Cli, start_leader: StartLeader, tmp_path: Path, sql: psycopg.Connection[Any]
 ) -> None:
     start_leader("A").wait_for("elected epoch")
@@ -48,7 +48,7 @@ def test_what_was_exported_is_loaded_again_as_it_was(
 
 
 def durable_version(sql: psycopg.Connection[Any]) -> int:
-    """The durable version."""
+    """Returns the durable version."""
     (version,) = sql.execute("SELECT durable_version FROM leader_lease").fetchone() or (0,)
     return int(version)
 
@@ -64,19 +64,19 @@ def test_a_load_does_not_guess_at_an_encoding(
     assert sql.execute("SELECT count(*) FROM kv").fetchone() == (0,)
 
 
-def test_a_load_that_was_broken_off_goes_on_behind_its_last_commit(
+def test_an_aborted_load_resumes_after_its_last_commit(
     cli: Cli, start_leader: StartLeader, tmp_path: Path, sql: psycopg.Connection[Any]
 ) -> None:
     start_leader("A").wait_for("elected epoch")
     good, file = lines_of(20), tmp_path / "data.jsonl"
-    # The twelfth line cannot be read: one batch of ten is committed, and the progress with it.
+    # The twelfth line cannot be decoded: one batch of ten is committed, with its progress.
     broken = good.splitlines(keepends=True)
     broken[11] = "{}\n"
     file.write_text("".join(broken))
     refused = cli("kv", "load", str(file), "--batch-size", "10")
     assert refused.returncode == 2
     assert "line 12" in refused.stderr
-    sql.execute("DELETE FROM kv WHERE key = 'k000'")  # what is before the stored progress is not written again
+    sql.execute("DELETE FROM kv WHERE key = 'k000'")  # lines before the stored progress are not written again
     again = cli("kv", "load", str(file), "--batch-size", "10")
     assert re.search(r"line 2 after byte \d+: not a JSON object", again.stderr)
     assert sql.execute("SELECT count(*) FROM kv WHERE key < '\\xff'").fetchone() == (9,)
@@ -89,7 +89,7 @@ def test_additions_add_up_and_may_be_negative(cli: Cli, start_leader: StartLeade
     assert cli("kv", "get", "visits", "--integer", "-o", "plain").stdout == "5\n"
 
 
-def test_a_conflict_is_explained_by_the_commit_that_it_lost_to(
+def test_a_conflict_is_explained_by_the_commit_that_caused_it(
     cli: Cli, start_leader: StartLeader, settings: Settings, sql: psycopg.Connection[Any]
 ) -> None:
     start_leader("A").wait_for("elected epoch")
@@ -113,9 +113,7 @@ def test_a_conflict_is_explained_by_the_commit_that_it_lost_to(
     assert explained["request"]["epoch"] == 1
 
 
-def test_a_leader_that_steps_down_hands_over_to_the_standby_and_the_history_tells(
-    cli: Cli, start_leader: StartLeader
-) -> None:
+def test_a_leader_that_steps_down_hands_over_and_the_history_records_it(cli: Cli, start_leader: StartLeader) -> None:
     start_leader("A", "--ttl", "60s").wait_for("elected epoch 1")
     standby = start_leader("B", "--ttl", "60s")
     standby.wait_for("candidate:")
@@ -127,7 +125,7 @@ def test_a_leader_that_steps_down_hands_over_to_the_standby_and_the_history_tell
     assert cli("kv", "set", "after", "it").returncode == 0
 
 
-def test_i2_an_epoch_is_asserted_only_while_it_leads(cli: Cli, start_leader: StartLeader) -> None:
+def test_i2_an_epoch_is_asserted_only_during_its_term(cli: Cli, start_leader: StartLeader) -> None:
     leader = start_leader("A")
     leader.wait_for("elected epoch 1")
     assert cli("leader", "assert", "--epoch", "1").returncode == 0
@@ -164,7 +162,7 @@ def test_a_leader_that_renews_but_does_not_drain_is_unhealthy(
     assert "pending for 6" in document["health"]["reason"]
 
 
-def test_the_bench_measures_and_leaves_nothing_behind(
+def test_the_benchmark_measures_and_removes_its_keys(
     cli: Cli, start_leader: StartLeader, sql: psycopg.Connection[Any]
 ) -> None:
     start_leader("A").wait_for("elected epoch")

@@ -1,4 +1,4 @@
-"""What is written where: six formats, colour, terminals and pipes, and what a call loads to write it."""
+"""Output: six formats, colour, terminals and pipes, and the modules that a call imports for it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def stored(sql: psycopg.Connection[Any]) -> None:
 
 
 def environment(settings: Settings, **variables: str) -> Environment:
-    """What a person has in a terminal."""
+    """The environment of a terminal session."""
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -69,7 +69,7 @@ def environment(settings: Settings, **variables: str) -> Environment:
 
 
 def on_terminal(words: tuple[str, ...], columns: int, env: Environment) -> str:
-    """What `pgcoord …` shows on a terminal of that width: stdout and stderr, as they come."""
+    """Returns what `pgcoord …` writes to a terminal of that width: stdout and stderr, interleaved."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     process = subprocess.Popen(
@@ -80,7 +80,7 @@ def on_terminal(words: tuple[str, ...], columns: int, env: Environment) -> str:
     try:
         while chunk := os.read(ours, 65_536):
             shown += chunk
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # Linux reports so that the other end is closed
         pass
     os.close(ours)
     process.wait()
@@ -131,7 +131,7 @@ def test_times_are_iso_8601_in_utc_for_programs(call: Call, sql: psycopg.Connect
     assert "2026-07-01 00:00:00.500Z" in call("migrate", "status").out
 
 
-def test_an_unknown_format_is_refused_by_the_name_of_where_it_came_from(call: Call) -> None:
+def test_an_unknown_format_is_refused_with_its_source(call: Call) -> None:
     for words in (("-o", "xml"), ("--output", "JSON"), ("-o", ""), ("--output=yaml",)):
         refused = call("leader", "status", *words)
         assert (refused.code, refused.out) == (2, "")
@@ -167,14 +167,14 @@ def test_flags_win_over_the_environment_and_that_over_the_defaults(call: Call, s
     assert call("kv", "range", PGCOORD_COLOR="sometimes").code == 2
 
 
-def test_verbose_and_quiet_are_for_stderr_alone(call: Call) -> None:
+def test_verbose_and_quiet_affect_stderr_only(call: Call) -> None:
     plain = call("gc", "commit-requests")
     assert (plain.code, plain.err) == (0, "")
     assert call("gc", "commit-requests", "-v") == (0, plain.out, "commit_requests: 0 deleted\n")
     assert call("commit", "list", "-v", "-q") == (0, "", "")
 
 
-def test_the_version_is_said_wherever_it_is_asked_for(call: Call) -> None:
+def test_the_version_is_printed_in_every_place_of_the_option(call: Call) -> None:
     for words in (("--version",), ("kv", "--version"), ("kv", "get", "--version")):
         assert re.fullmatch(r"pgcoord \d+\.\d+\.\d+\n", call(*words).out)
 
@@ -193,7 +193,7 @@ def test_a_pipe_is_neither_coloured_nor_truncated(call: Call) -> None:
 
 
 @pytest.mark.usefixtures("stored")
-def test_colour_is_what_was_asked_for(call: Call) -> None:
+def test_colour_follows_the_option(call: Call) -> None:
     document, listing, refused = ("gc", "commit-requests", "--dry-run"), ("kv", "range"), ("kv", "get", "nokey")
     for words in (document, listing):
         colored = call(*words, "--color", "always").out
@@ -210,7 +210,7 @@ def test_colour_is_what_was_asked_for(call: Call) -> None:
 
 
 @pytest.mark.usefixtures("stored")
-def test_what_a_terminal_would_act_on_is_shown_as_an_escape(call: Call, sql: psycopg.Connection[Any]) -> None:
+def test_control_characters_are_shown_as_escapes(call: Call, sql: psycopg.Connection[Any]) -> None:
     sql.execute("UPDATE leader_lease SET leader_addr = E'a\\nb\\x1b[2J|\\u202e'")
     for output in (OutputFormat.TABLE, OutputFormat.PLAIN, OutputFormat.MARKDOWN):
         out = call("leader", "status", "-o", output).out
@@ -220,7 +220,7 @@ def test_what_a_terminal_would_act_on_is_shown_as_an_escape(call: Call, sql: psy
 
 
 @pytest.mark.parametrize("output", ["csv", "plain", "markdown", "table"])
-def test_what_has_parts_is_shown_as_json(output: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nested_values_are_shown_as_json(output: str, capsys: pytest.CaptureFixture[str]) -> None:
     document = {"executions": [{"id": UUID(int=7), "at": datetime(2026, 1, 31, tzinfo=UTC)}], "rates": [1, 2]}
     Output(Presentation(output=OutputFormat(output), color=ColorMode.NEVER)).document(document)
     shown = capsys.readouterr().out
@@ -233,7 +233,7 @@ def test_what_has_parts_is_shown_as_json(output: str, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "words", [("kv", "load", "-"), ("flow", "create", "-"), ("dev", "down", "--destroy"), ("lock", "break", "nobody")]
 )
-def test_a_closed_stdin_is_no_traceback(words: tuple[str, ...], settings: Settings, tmp_path: Path) -> None:
+def test_a_closed_stdin_causes_no_traceback(words: tuple[str, ...], settings: Settings, tmp_path: Path) -> None:
     command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "pgcoord_cli", *words]
     variables = environment(settings) | {"PGCOORD_DEV_DIR": str(tmp_path)}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
@@ -243,7 +243,7 @@ def test_a_closed_stdin_is_no_traceback(words: tuple[str, ...], settings: Settin
 
 @pytest.mark.usefixtures("stored")
 @pytest.mark.parametrize("words", ["leader status", "--help", "kv range --limit 9999 -o jsonl"])
-def test_a_reader_that_is_gone_is_no_failure(words: str, settings: Settings, sql: psycopg.Connection[Any]) -> None:
+def test_a_closed_pipe_is_no_failure(words: str, settings: Settings, sql: psycopg.Connection[Any]) -> None:
     sql.execute("INSERT INTO kv SELECT int4send(n), %s FROM generate_series(1, 3000) AS n", [LONG.encode()])
     reader, writer = os.pipe()
     os.close(reader)
@@ -255,7 +255,7 @@ def test_a_reader_that_is_gone_is_no_failure(words: str, settings: Settings, sql
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_reader_that_goes_after_the_first_line_is_no_failure(
+def test_a_pipe_that_is_closed_after_the_first_line_is_no_failure(
     settings: Settings, sql: psycopg.Connection[Any]
 ) -> None:
     sql.execute("INSERT INTO kv SELECT int4send(n), %s FROM generate_series(1, 3000) AS n", [LONG.encode()])
@@ -264,7 +264,7 @@ def test_a_reader_that_goes_after_the_first_line_is_no_failure(
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_full_disk_and_a_closed_stdout_are_no_traceback(settings: Settings) -> None:
+def test_a_full_disk_and_a_closed_stdout_cause_no_traceback(settings: Settings) -> None:
     pgcoord = f"{sys.executable} -m pgcoord_cli"
     for line, code, said in (
         (f"{pgcoord} migrate status > /dev/full", 1, "No space left on device"),
@@ -281,7 +281,7 @@ def test_a_full_disk_and_a_closed_stdout_are_no_traceback(settings: Settings) ->
         assert said in done.stderr
 
 
-def test_json_is_json_where_the_locale_is_not_unicode(
+def test_json_is_valid_in_a_locale_without_unicode(
     call: Call, settings: Settings, sql: psycopg.Connection[Any]
 ) -> None:
     sql.execute("INSERT INTO kv VALUES ('key', 'é✓😀')")
@@ -300,7 +300,7 @@ def test_json_is_json_where_the_locale_is_not_unicode(
 
 @pytest.mark.usefixtures("stored")
 @pytest.mark.parametrize("columns", [80, 200])
-def test_a_terminal_is_coloured_and_what_is_too_long_is_wrapped(columns: int, settings: Settings) -> None:
+def test_output_to_a_terminal_is_coloured_and_wrapped(columns: int, settings: Settings) -> None:
     env = environment(settings)
     status = on_terminal(("leader", "status"), columns, env)
     assert "\x1b[1mleader\x1b[0m" in status
@@ -317,7 +317,7 @@ def test_a_terminal_is_coloured_and_what_is_too_long_is_wrapped(columns: int, se
 
 
 @pytest.mark.usefixtures("stored")
-def test_a_terminal_without_colour_is_laid_out_the_same(settings: Settings) -> None:
+def test_output_without_colour_has_the_same_layout(settings: Settings) -> None:
     env = environment(settings)
     assert "\x1b" not in on_terminal(("leader", "status"), 80, env | {"NO_COLOR": "1"})
     assert "\x1b" not in on_terminal(("leader", "status", "--color", "never"), 80, env)
@@ -328,7 +328,7 @@ def test_a_terminal_without_colour_is_laid_out_the_same(settings: Settings) -> N
     assert "\x1b" not in on_terminal(("leader", "status"), 80, env | {"TERM": "dumb"})
 
 
-# What a call loads
+# What a call imports
 
 SCRIPT = """
 import sys
@@ -340,7 +340,7 @@ finally:
 """
 
 
-# Some versions of Typer load it for the conversion of each parameter; it takes longer than all else of a call.
+# Some versions of Typer import it to convert each parameter; that takes longer than the rest of a call.
 PYDANTIC = {"pydantic", "pydantic_core"}
 
 
@@ -350,11 +350,11 @@ PYDANTIC = {"pydantic", "pydantic_core"}
         (("--help",), PYDANTIC | {"psycopg", "rich", "tabulate", "asyncio", "msgpack", "pgcoord_cli.commands.kv"}),
         (("leader", "--help"), PYDANTIC | {"psycopg", "rich", "tabulate", "asyncio", "msgpack"}),
         (("--version",), PYDANTIC | {"psycopg", "rich", "tabulate", "asyncio"}),
-        # psycopg itself loads asyncio.
+        # psycopg itself imports asyncio.
         (("leader", "status"), PYDANTIC | {"rich", "tabulate", "msgpack", "pgcoord_cli.core.kv.client"}),
         (("leader", "status", "-o", "json"), PYDANTIC | {"rich", "tabulate", "msgpack", "pgcoord_cli.core.kv.client"}),
         (("kv", "get", "key", "-o", "plain"), PYDANTIC | {"rich", "tabulate", "pgcoord_cli.core.kv.client"}),
-        # Every kind of parameter: numbers and lists of them, choices, paths, flags, words, wrong and missing ones.
+        # Every kind of parameter: numbers and lists of them, choices, paths, flags, texts, invalid and missing ones.
         (("leader", "history", "--limit", "5", "-q"), PYDANTIC),
         (("tail", "lease", "--partition", "1", "--cursor-file", "/nowhere/cursor", "--no-follow"), PYDANTIC),
         (("flow", "show", "x", "--format", "dot"), PYDANTIC),

@@ -1,4 +1,4 @@
-"""`pgcoord reconcile`: what a tick reports, when it is silent, what it cannot repair, and how its loop ends."""
+"""`pgcoord reconcile`: the report of a tick, silence, failed dispatches, and the end of its loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOW = ["--stale-threshold-ms", "0"]
 
 @pytest.fixture
 def reconcile(call: Call) -> Call:
-    """`pgcoord reconcile …` in this process, for which no event is too young."""
+    """Runs `pgcoord reconcile …` in this process, with a threshold of 0 ms."""
     return partial(call, "reconcile", *NOW)
 
 
@@ -43,7 +43,7 @@ def make(settings: Settings, sql: Conn) -> Iterator[Make]:
 
 
 def break_dispatch(sql: Conn, flow: Flow, name: str) -> None:
-    """Has whatever would count towards that execution fail."""
+    """Makes every dispatch that would count an edge into that execution fail."""
     sql.execute(
         f"""
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -63,7 +63,7 @@ def mend_dispatch(sql: Conn) -> None:
 
 @pytest.fixture
 def broken(make: Make, sql: Conn) -> tuple[Flow, int]:
-    """Two pairs whose first has ended, and the event that cannot be carried on: that of a."""
+    """Two pairs of executions, the first of each ended; and the event whose dispatch fails, that of a."""
     flow = make(plan("a b c d", "a>c b>d"))
     break_dispatch(sql, flow, "c")
     event = flow.end("a")
@@ -73,14 +73,14 @@ def broken(make: Make, sql: Conn) -> tuple[Flow, int]:
 
 @pytest.fixture
 def quarantined(broken: tuple[Flow, int], reconcile: Call, sql: Conn) -> tuple[Flow, int]:
-    """The same, after as many attempts as there are."""
+    """The same, after the last attempt."""
     for _ in range(QUARANTINE_AFTER):
         assert reconcile("dependency").code == 1
         sql.execute("UPDATE dispatch_failures SET retry_at = '-infinity'")  # no pause
     return broken
 
 
-# -- what it reports
+# -- reports
 
 
 def test_a_tick_reports_on_every_reconciler_in_json(reconcile: Call) -> None:
@@ -89,7 +89,7 @@ def test_a_tick_reports_on_every_reconciler_in_json(reconcile: Call) -> None:
     assert all(list(tick) == KEYS and tick == NOTHING for tick in document.values())
 
 
-def test_i9_a_tick_repairs_what_was_left_behind(reconcile: Call, make: Make, sql: Conn) -> None:
+def test_i9_a_tick_dispatches_what_a_crash_left_behind(reconcile: Call, make: Make, sql: Conn) -> None:
     flow = make(plan("a b c", "a>b"))
     flow.end("a")
     flow.claim("c")
@@ -111,13 +111,13 @@ def test_one_reconciler_can_be_named(reconcile: Call, make: Make, sql: Conn, whi
     assert (flow.state("c") == "eligible") == (which == "lease-expiry")
 
 
-def test_people_get_a_row_for_each(reconcile: Call) -> None:
+def test_a_table_has_a_row_for_each_reconciler(reconcile: Call) -> None:
     assert reconcile("-o", "csv").out.splitlines() == [
         ",".join(["reconciler", *KEYS]), *(f"{name},0,0,0,0,0" for name in RECONCILERS),
     ]  # fmt: skip
 
 
-def test_quiet_is_silent_when_nothing_was_done_and_speaks_when_something_was(reconcile: Call, make: Make) -> None:
+def test_quiet_prints_only_when_something_was_done(reconcile: Call, make: Make) -> None:
     assert reconcile("-q") == (0, "", "")
     make(plan("a b", "a>b")).end("a")
     answer = reconcile("-q")
@@ -125,7 +125,7 @@ def test_quiet_is_silent_when_nothing_was_done_and_speaks_when_something_was(rec
     assert "dependency" in answer.out
 
 
-def test_i12_a_young_event_is_left_alone(call: Call, make: Make, sql: Conn) -> None:
+def test_i12_a_young_event_is_not_dispatched(call: Call, make: Make, sql: Conn) -> None:
     flow = make(plan("a b", "a>b"))
     flow.end("a")
     assert call("reconcile", "dependency", "--stale-threshold-ms", "3600000", "-o", "json").document == {
@@ -134,7 +134,7 @@ def test_i12_a_young_event_is_left_alone(call: Call, make: Make, sql: Conn) -> N
     assert flow.state("b") == "blocked"
 
 
-def test_filters_leave_out_and_count_what_is_not_theirs(reconcile: Call, make: Make) -> None:
+def test_filters_leave_out_other_events_and_count_them(reconcile: Call, make: Make) -> None:
     mine = make(plan("a b", "a>b", namespace="mine", tag="v1"))
     others = [make(plan("a b", "a>b", namespace="mine", tag="v2")), make(plan("a b", "a>b"))]
     for flow in (mine, *others):
@@ -144,7 +144,7 @@ def test_filters_leave_out_and_count_what_is_not_theirs(reconcile: Call, make: M
     assert [flow.state("b") for flow in (mine, *others)] == ["eligible", "blocked", "blocked"]
 
 
-def test_the_batch_limit_bounds_a_tick_and_drain_goes_on_until_nothing_is_left(reconcile: Call, make: Make) -> None:
+def test_the_batch_limit_bounds_a_tick_and_drain_repeats_until_nothing_is_left(reconcile: Call, make: Make) -> None:
     flow = make(plan("a b c"))
     for name in ("a", "b", "c"):
         flow.end(name)
@@ -153,7 +153,7 @@ def test_the_batch_limit_bounds_a_tick_and_drain_goes_on_until_nothing_is_left(r
     assert reconcile(*limited, "--drain").document["dependency"] == NOTHING | {"scanned": 2, "reconciled": 2}
 
 
-def test_drain_brings_a_cascade_to_its_end(reconcile: Call, make: Make) -> None:
+def test_drain_dispatches_a_cascade_to_its_end(reconcile: Call, make: Make) -> None:
     flow = make(chain(5))
     flow.end("n0", "failed")
     assert reconcile("--drain", "-o", "json").document["dependency"]["reconciled"] == 6
@@ -161,10 +161,10 @@ def test_drain_brings_a_cascade_to_its_end(reconcile: Call, make: Make) -> None:
     assert flow.undispatched() == []
 
 
-# -- what it cannot repair
+# -- failed dispatches
 
 
-def test_what_cannot_be_repaired_is_told_and_the_others_go_on(reconcile: Call, broken: tuple[Flow, int]) -> None:
+def test_a_failing_event_is_reported_and_the_others_are_dispatched(reconcile: Call, broken: tuple[Flow, int]) -> None:
     flow, event = broken
     answer = reconcile("-o", "json")
     assert answer.code == 1
@@ -173,12 +173,12 @@ def test_what_cannot_be_repaired_is_told_and_the_others_go_on(reconcile: Call, b
     assert flow.states() == {"a": "success", "b": "success", "c": "blocked", "d": "eligible"}
 
 
-def test_errors_are_told_under_quiet_too(reconcile: Call, broken: tuple[Flow, int]) -> None:
+def test_errors_are_reported_under_quiet_too(reconcile: Call, broken: tuple[Flow, int]) -> None:
     answer = reconcile("-q")
     assert (answer.code, "this group is broken" in answer.err) == (1, True)
 
 
-def test_drain_ends_although_something_cannot_be_repaired(reconcile: Call, broken: tuple[Flow, int]) -> None:
+def test_drain_ends_although_an_event_fails(reconcile: Call, broken: tuple[Flow, int]) -> None:
     flow, _ = broken
     answer = reconcile("--drain", "-o", "json")
     assert (answer.code, answer.document["dependency"]["errors"]) == (1, 1)
@@ -191,7 +191,7 @@ def test_nothing_is_quarantined_at_first(reconcile: Call, broken: tuple[Flow, in
     assert reconcile("--list-quarantined") == (0, "", "no event is quarantined\n")
 
 
-def test_what_fails_again_and_again_is_quarantined_and_listed(reconcile: Call, quarantined: tuple[Flow, int]) -> None:
+def test_an_event_that_keeps_failing_is_quarantined_and_listed(reconcile: Call, quarantined: tuple[Flow, int]) -> None:
     flow, event = quarantined
     assert reconcile("-q") == (0, "", "")
     (row,) = reconcile("--list-quarantined", "-o", "json").document
@@ -200,7 +200,7 @@ def test_what_fails_again_and_again_is_quarantined_and_listed(reconcile: Call, q
 
 
 @pytest.mark.parametrize("by_id", [False, True], ids=["all", "by id"])
-def test_what_is_quarantined_is_tried_again_when_asked(
+def test_a_quarantined_event_is_retried_on_request(
     reconcile: Call, quarantined: tuple[Flow, int], sql: Conn, by_id: bool
 ) -> None:
     flow, event = quarantined
@@ -208,7 +208,7 @@ def test_what_is_quarantined_is_tried_again_when_asked(
     assert reconcile("--retry", str(event + 1), "-o", "json").document == {"retried": 0}
     assert reconcile("dependency", "-o", "json").document["dependency"] == NOTHING
     assert reconcile("--retry", str(event) if by_id else "all", "-o", "json").document == {"retried": 1}
-    assert flow.state("c") == "blocked"  # it is only asked for
+    assert flow.state("c") == "blocked"  # only requested
     assert reconcile("dependency", "-o", "json").document["dependency"]["reconciled"] == 1
     assert flow.state("c") == "eligible"
 
@@ -220,16 +220,16 @@ def test_retry_takes_an_id_or_all(reconcile: Call, word: str) -> None:
 
 @pytest.mark.parametrize("words", [["nobody"], ["--batch-limit", "0"], ["--stale-threshold-ms", "-1"],
                                    ["--loop", "--interval", "0s"], ["--interval", "soon"]])  # fmt: skip
-def test_wrong_words_are_refused(offline: Call, words: list[str]) -> None:
+def test_invalid_options_are_refused(offline: Call, words: list[str]) -> None:
     assert offline("reconcile", *words, "-o", "json").refusal
 
 
-# -- for ever
+# -- the loop
 
 
 @contextmanager
 def loop(settings: Settings, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Lines]]:
-    """A `pgcoord reconcile --loop -o json` in a process of its own, and its lines."""
+    """A process of `pgcoord reconcile --loop -o json`, and its lines."""
     with subprocess.Popen(
         [sys.executable, "-m", "pgcoord_cli", "reconcile", "--loop", "-o", "json", *NOW, *words],
         env=environment(settings.dsn), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -258,7 +258,7 @@ def test_a_loop_ends_on_a_signal_in_the_middle_of_its_interval(
         assert process.wait(TIMEOUT) == code
 
 
-def test_a_loop_ticks_again_and_again(settings: Settings, make: Make) -> None:
+def test_a_loop_ticks_repeatedly(settings: Settings, make: Make) -> None:
     with loop(settings, "--interval", "10ms") as (process, lines):
         next(ticks(lines))
         flow = make(plan("a b", "a>b"))
@@ -269,8 +269,8 @@ def test_a_loop_ticks_again_and_again(settings: Settings, make: Make) -> None:
         assert process.wait(TIMEOUT) == 143
 
 
-def test_i17_a_loop_outlives_its_connection(settings: Settings, make: Make, sql: Conn) -> None:
-    """A tick waits for a lock, and its session is ended meanwhile; the next tick has another."""
+def test_i17_a_loop_survives_a_lost_connection(settings: Settings, make: Make, sql: Conn) -> None:
+    """A tick waits for a lock, and its session is terminated meanwhile; the next tick has a new session."""
     flow = make(plan("a b", "a>b"))
     flow.end("a")
     waiting = """SELECT pid FROM pg_stat_activity WHERE application_name = 'pgcoord/reconcile'
@@ -286,13 +286,13 @@ def test_i17_a_loop_outlives_its_connection(settings: Settings, make: Make, sql:
         assert process.wait(TIMEOUT) == 143
 
 
-def test_nothing_is_changed_by_looking(reconcile: Call, quarantined: tuple[Flow, int], sql: Conn) -> None:
+def test_listing_changes_nothing(reconcile: Call, quarantined: tuple[Flow, int], sql: Conn) -> None:
     before = everything(sql)
     reconcile("--list-quarantined")
     assert everything(sql) == before
 
 
-def test_an_execution_whose_lease_runs_is_left_alone(reconcile: Call, make: Make) -> None:
+def test_an_execution_with_a_valid_lease_is_not_changed(reconcile: Call, make: Make) -> None:
     flow = make(plan("a"))
     claim = flow.claim("a")
     assert reconcile("lease-expiry", "-o", "json").document["lease-expiry"] == NOTHING

@@ -1,4 +1,4 @@
-"""`pgcoord subscription`: where checkpoints stand, and moving them."""
+"""`pgcoord subscription`: showing and moving checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def mailer(sql: Sql) -> list[int]:
-    """The ids of five lease events; the subscription `mailer` has dealt with two of them."""
+    """The ids of five lease events; the position of the subscription `mailer` is the second."""
     ids = add(sql, 5)
     subscribe(sql, "mailer", "lease_events", ids[1])
     return ids
@@ -30,13 +30,13 @@ def mailer(sql: Sql) -> list[int]:
 
 @pytest.fixture
 def owner(settings: Settings, mailer: list[int]) -> Iterator[Ownership]:
-    """Whoever owns that subscription."""
+    """The owner of that subscription."""
     with acquire_leadership(settings.dsn, "mailer") as one:
         yield one
 
 
 def subscribe(sql: Sql, name: str, outbox: str | None, position: int | None) -> None:
-    """Puts a subscription there that nobody owns."""
+    """Inserts a subscription without an owner."""
     sql.execute(
         "INSERT INTO subscriptions (subscription_name, outbox, last_position, fence) VALUES (%s, %s, %s, 3)",
         [name, outbox, position],
@@ -44,14 +44,14 @@ def subscribe(sql: Sql, name: str, outbox: str | None, position: int | None) -> 
 
 
 def position(sql: Sql) -> Any:
-    """Where `mailer` stands."""
+    """Returns the position of `mailer`."""
     return value(sql, "SELECT last_position FROM subscriptions WHERE subscription_name = 'mailer'")
 
 
-# -- looking
+# -- list and show
 
 
-def test_a_list_shows_how_many_events_lie_ahead_of_each(call: Call, sql: Sql, mailer: list[int]) -> None:
+def test_a_list_shows_the_lag_of_each(call: Call, sql: Sql, mailer: list[int]) -> None:
     completions = add(sql, 2, "completion_events")
     subscribe(sql, "at the end", "lease_events", mailer[-1])
     subscribe(sql, "new", "completion_events", None)
@@ -75,12 +75,12 @@ def test_the_lag_grows_with_the_outbox_of_the_subscription_only(call: Call, sql:
         assert listed["lag"] == expected
 
 
-def test_a_list_of_nothing_says_so(call: Call) -> None:
+def test_an_empty_list_is_reported(call: Call) -> None:
     assert call("subscription", "list", "-o", "table") == (0, "", "there are no subscriptions\n")
     assert call("subscription", "list", "-o", "json").document == []
 
 
-def test_a_subscription_is_shown_with_whoever_owns_it(call: Call, settings: Settings, mailer: list[int]) -> None:
+def test_a_subscription_is_shown_with_its_owner(call: Call, settings: Settings, mailer: list[int]) -> None:
     shown = call("subscription", "show", "mailer", "-o", "json").document
     assert (shown["last_position"], shown["lag"], shown["owner"]) == (mailer[1], 3, None)
     with acquire_leadership(settings.dsn, "mailer"):
@@ -90,14 +90,14 @@ def test_a_subscription_is_shown_with_whoever_owns_it(call: Call, settings: Sett
 
 
 @pytest.mark.parametrize("words", [("show",), ("set", "7"), ("reset", "--force")], ids=" ".join)
-def test_where_there_is_no_subscription_the_exit_code_is_3(words: tuple[str, ...], call: Call, sql: Sql) -> None:
+def test_an_unknown_subscription_is_exit_code_3(words: tuple[str, ...], call: Call, sql: Sql) -> None:
     verb, *rest = words
     answer = call("subscription", verb, "mailer", *rest, "-o", "json")
     assert (answer.code, answer.error["message"]) == (3, "there is no subscription 'mailer'")
     assert value(sql, "SELECT count(*) FROM subscriptions") == 0
 
 
-# -- moving
+# -- set
 
 
 def test_a_checkpoint_is_set_forward_by_event_id_or_cursor(call: Call, sql: Sql, mailer: list[int]) -> None:
@@ -119,7 +119,7 @@ def test_a_checkpoint_goes_back_by_force_only(call: Call, sql: Sql, mailer: list
 
 
 def test_a_checkpoint_is_not_set_beyond_the_end_of_its_outbox(call: Call, sql: Sql, mailer: list[int]) -> None:
-    """There it would look as if nothing waited."""
+    """Its lag would be zero, although events follow."""
     end = mailer[-1]
     assert call("subscription", "set", "mailer", str(end)).code == 0
     refused = call("subscription", "set", "mailer", str(end + 1), "--force")
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_not_set_beyond_the_end_of_its_outbox(call: Call, sql: S
     assert call("subscription", "show", "mailer", "-o", "json").document["last_position"] == end
 
 
-def test_a_checkpoint_that_has_stood_nowhere_is_set_without_force(call: Call, sql: Sql) -> None:
+def test_a_checkpoint_without_a_position_is_set_without_force(call: Call, sql: Sql) -> None:
     subscribe(sql, "mailer", "lease_events", None)
     assert call("subscription", "set", "mailer", "0", "-o", "json").document["before"] is None
     assert position(sql) == 0
@@ -141,7 +141,7 @@ def test_what_is_neither_a_cursor_nor_an_id_is_refused(text: str, offline: Call)
 
 
 @pytest.mark.parametrize("words", [("set", "9"), ("set", "0", "--force"), ("reset", "--force")], ids=" ".join)
-def test_a_subscription_that_somebody_owns_is_left_alone(
+def test_a_subscription_with_an_owner_is_not_changed(
     words: tuple[str, ...], call: Call, sql: Sql, owner: Ownership, mailer: list[int]
 ) -> None:
     verb, *rest = words
@@ -152,7 +152,7 @@ def test_a_subscription_that_somebody_owns_is_left_alone(
     assert value(sql, "SELECT fence FROM subscriptions") == owner.fence
 
 
-def test_i13_setting_a_checkpoint_fences_an_owner_that_does_not_know_its_end(
+def test_i13_setting_a_checkpoint_fences_an_owner_that_has_not_noticed_its_end(
     call: Call, sql: Sql, owner: Ownership, settings: Settings
 ) -> None:
     end_holder(sql)
@@ -162,10 +162,10 @@ def test_i13_setting_a_checkpoint_fences_an_owner_that_does_not_know_its_end(
     assert position(sql) == 0
 
 
-# -- forgetting
+# -- reset
 
 
-def test_a_subscription_is_forgotten_by_force_only(call: Call, sql: Sql, mailer: list[int]) -> None:
+def test_a_subscription_is_reset_by_force_only(call: Call, sql: Sql, mailer: list[int]) -> None:
     assert "cannot be restored" in call("subscription", "reset", "mailer", "-o", "json").refusal
     assert position(sql) == mailer[1]
     answer = call("subscription", "reset", "mailer", "--force", "-o", "json")
@@ -175,7 +175,7 @@ def test_a_subscription_is_forgotten_by_force_only(call: Call, sql: Sql, mailer:
     assert call("subscription", "show", "mailer").code == 3
 
 
-def test_only_the_one_that_is_named_is_moved_or_forgotten(call: Call, sql: Sql, mailer: list[int]) -> None:
+def test_only_the_named_subscription_is_set_or_reset(call: Call, sql: Sql, mailer: list[int]) -> None:
     subscribe(sql, "billing", "lease_events", mailer[0])
     assert call("subscription", "set", "billing", str(mailer[4])).code == 0
     assert call("subscription", "reset", "billing", "--force").code == 0
@@ -185,7 +185,7 @@ def test_only_the_one_that_is_named_is_moved_or_forgotten(call: Call, sql: Sql, 
 def test_i13_an_owner_before_a_reset_saves_nothing_after_it(
     call: Call, sql: Sql, owner: Ownership, settings: Settings
 ) -> None:
-    """The owners that come after it must not draw the number that an old one has."""
+    """Later owners must not draw the fence of an earlier one."""
     end_holder(sql)
     assert call("subscription", "reset", "mailer", "--force").code == 0
     with psycopg.connect(settings.dsn) as service:

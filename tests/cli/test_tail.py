@@ -1,4 +1,4 @@
-"""`pgcoord tail` as its users run it: what it prints, where it starts and ends, and what it leaves behind."""
+"""`pgcoord tail` as a process: its output, where it starts and ends, and the positions that it stores."""
 
 from __future__ import annotations
 
@@ -55,37 +55,37 @@ Show = Callable[..., list[Record]]
 
 @pytest.fixture
 def start(request: pytest.FixtureRequest) -> Iterator[StartTail]:
-    """Starts `pgcoord tail …` on the test's database."""
+    """Starts `pgcoord tail …` on the database of the test."""
     with tail_starter(partial(request.getfixturevalue, "settings")) as starter:
         yield starter
 
 
 @pytest.fixture
 def tail(call: Call) -> Callable[..., Answer]:
-    """`pgcoord tail lease … --no-follow -o json` in this process."""
+    """Runs `pgcoord tail lease … --no-follow -o json` in this process."""
     return lambda *words: call("tail", "lease", "--no-follow", "-o", "json", *words)
 
 
 @pytest.fixture
 def show(tail: Callable[..., Answer]) -> Show:
-    """The records that it prints."""
+    """Returns the records that it prints."""
     return lambda *words: records(tail(*words))
 
 
 @pytest.fixture
 def refused(offline: Call) -> Callable[..., str]:
-    """What a tail says that is refused for its words, before anything is asked of a server."""
+    """Returns the message of a tail that is refused before a connection is opened."""
     return lambda *words: offline("tail", "lease", *words, "-o", "json").refusal
 
 
 def records(answer: Answer) -> list[Record]:
-    """The objects of a stream that ended well, one a line."""
+    """Returns the objects of a stream that ended successfully, one per line."""
     assert answer.code == 0, answer
     return parsed(answer.out)
 
 
 def parsed(text: str) -> list[Record]:
-    # Not splitlines, which would cut at U+2028 too.
+    # Not splitlines, which splits at U+2028 too.
     return [json.loads(line) for line in text.removesuffix("\n").split("\n") if text]
 
 
@@ -97,7 +97,7 @@ def cursor(position: int) -> str:
     return f"02{position:016x}"
 
 
-# -- what a line looks like
+# -- the format of a line
 
 
 @pytest.mark.parametrize("output", ["json", "jsonl"])
@@ -122,14 +122,14 @@ def test_completions_have_an_outcome_and_a_flow(call: Call, sql: Sql) -> None:
 
 
 def odd_event(sql: Sql) -> Record:
-    """An event with texts that every format has to do something about."""
+    """An event with texts that every format has to quote or escape."""
     texts: Record = dict.fromkeys(("execution_id", "lease_id", "event_type", "namespace", "instance_tag"), ODD)
     add(sql, **texts)
     return texts
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_json_brings_back_every_character_whatever_the_encoding(cli: Cli, sql: Sql, encoding: str) -> None:
+def test_json_keeps_every_character_in_every_encoding(cli: Cli, sql: Sql, encoding: str) -> None:
     texts = odd_event(sql)
     done = cli(
         "tail", "lease", "--from-start", "--no-follow", "-o", "json",
@@ -139,7 +139,7 @@ def test_json_brings_back_every_character_whatever_the_encoding(cli: Cli, sql: S
     assert {name: event[name] for name in texts} == texts
 
 
-def test_csv_has_a_header_and_brings_back_every_character(call: Call, sql: Sql) -> None:
+def test_csv_has_a_header_and_keeps_every_character(call: Call, sql: Sql) -> None:
     texts = odd_event(sql)
     add(sql, **BARE)
     printed = call("tail", "lease", "--from-start", "--no-follow", "-o", "csv")
@@ -176,7 +176,7 @@ def test_plain_lines_are_fields_between_tabs(call: Call, sql: Sql) -> None:
     assert odd.split("\t")[-2:] == ["a\\tb\\nc", "-"]
 
 
-def test_lines_for_people_show_the_time_the_cursor_and_what_is_known(call: Call, sql: Sql) -> None:
+def test_a_table_line_shows_the_time_the_cursor_and_the_attributes(call: Call, sql: Sql) -> None:
     add(sql, **FULL)
     add(sql, **BARE)
     full, bare = call("tail", "lease", "--from-start", "--no-follow").out.splitlines()
@@ -187,7 +187,7 @@ def test_lines_for_people_show_the_time_the_cursor_and_what_is_known(call: Call,
     assert bare.split() == ["1970-01-01", "00:00:00.000Z", cursor(2), "expired", EXECUTION, "partition=0"]
 
 
-def test_lines_for_people_are_coloured_where_that_is_asked_for_and_never_obey_an_event(call: Call, sql: Sql) -> None:
+def test_a_table_line_is_coloured_on_request_and_escapes_control_characters(call: Call, sql: Sql) -> None:
     add(sql, event_type="revoked", execution_id="\x1b[2Jgone", occurred_at_ms=2**62)
     words = ("tail", "lease", "--from-start", "--no-follow")
     assert "\x1b" not in call(*words).out
@@ -211,15 +211,15 @@ def test_a_line_reaches_a_pipe_at_once(start: StartTail, sql: Sql, output: str) 
 # -- where it starts and ends
 
 
-def test_by_default_it_shows_what_comes_from_now_on(start: StartTail, sql: Sql) -> None:
+def test_the_default_is_to_start_now(start: StartTail, sql: Sql) -> None:
     add(sql, 3)
     tail = start("lease", "-o", "json")
     until_asleep(sql)
     assert add(sql, 2) == tail.ids(2)
 
 
-def test_i10_from_now_shows_what_was_under_way(start: StartTail, sql: Sql, settings: Settings) -> None:
-    """Its id is below the last that was drawn when the tail started; it was not to be seen yet."""
+def test_i10_a_start_now_includes_uncommitted_events(start: StartTail, sql: Sql, settings: Settings) -> None:
+    """Its id is below the last one drawn when the tail started, and it was not visible yet."""
     with psycopg.connect(settings.dsn) as writer:
         under_way = add(writer)
         before = add(sql)
@@ -231,7 +231,7 @@ def test_i10_from_now_shows_what_was_under_way(start: StartTail, sql: Sql, setti
     assert tail.ids(2) == under_way + after
 
 
-def test_no_follow_ends_when_everything_has_been_shown(show: Show, sql: Sql) -> None:
+def test_no_follow_ends_after_the_stored_events(show: Show, sql: Sql) -> None:
     assert show("--from-start") == []
     assert ids(show("--from-start")) == []
     first = add(sql, 2)
@@ -252,7 +252,7 @@ def test_i10_resuming_from_every_printed_cursor_leaves_no_gap_and_no_duplicate(s
 
 
 def at_hours(sql: Sql) -> list[int]:
-    """Events of one, two, three, four and five o'clock on some day in the past."""
+    """Events at one, two, three, four and five o'clock on a day in the past."""
     moments = [datetime(2026, 1, 31, hour, tzinfo=UTC) for hour in range(1, 6)]
     return [add(sql, committed_at_ms=round(moment.timestamp() * 1000))[0] for moment in moments]
 
@@ -284,7 +284,7 @@ def test_parts_of_the_past(show: Show, sql: Sql) -> None:
     assert {words: [hour_of[event_id] for event_id in ids(show(*words))] for words in PARTS} == PARTS
 
 
-def test_since_so_long_ago_goes_by_the_clock_of_the_server(show: Show, sql: Sql) -> None:
+def test_i12_a_duration_for_since_is_measured_by_the_clock_of_the_server(show: Show, sql: Sql) -> None:
     milliseconds = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
     old, young = (value(sql, f"SELECT {milliseconds}") - minutes * 60_000 for minutes in (20, 5))
     add(sql, committed_at_ms=old)
@@ -302,7 +302,7 @@ def test_a_following_tail_ends_at_its_end(start: StartTail, sql: Sql, end: tuple
     assert (code, [json.loads(line)["event_id"] for line in lines]) == (0, [2, 3])
 
 
-def test_an_end_that_was_rolled_back_is_an_end(start: StartTail, sql: Sql) -> None:
+def test_an_end_at_a_rolled_back_id_ends_the_tail(start: StartTail, sql: Sql) -> None:
     shown = add(sql, 2)
     (end,) = add_and_roll_back(sql)
     add(sql)
@@ -316,7 +316,7 @@ def test_an_end_that_was_rolled_back_is_an_end(start: StartTail, sql: Sql) -> No
 
 @pytest.fixture
 def labelled(sql: Sql) -> None:
-    """Events 1 to 6, each with other labels."""
+    """Events 1 to 6, each with other attributes."""
     add(sql, partition_key=1, namespace="a", instance_tag="x", event_type="acquired")
     add(sql, partition_key=2, namespace="b", instance_tag="y", event_type="renewed")
     add(sql, partition_key=3, namespace="a", instance_tag="y", event_type="expired")
@@ -345,7 +345,7 @@ FILTERED = {
 
 
 @pytest.mark.usefixtures("labelled")
-def test_filters_pass_what_fits_all_of_them(show: Show) -> None:
+def test_events_must_match_all_filters(show: Show) -> None:
     assert {words: ids(show("--from-start", *words)) for words in FILTERED} == FILTERED
 
 
@@ -357,13 +357,13 @@ def test_completions_are_filtered_by_outcome(call: Call, sql: Sql) -> None:
 
 
 @pytest.mark.usefixtures("labelled")
-def test_the_cursor_goes_past_what_is_filtered_out(show: Show, tmp_path: Path) -> None:
+def test_the_cursor_passes_filtered_events(show: Show, tmp_path: Path) -> None:
     file = tmp_path / "cursor"
     assert show("--from-start", "--namespace", "nobody", "--cursor-file", str(file)) == []
     assert file.read_text() == f"{cursor(6)}\n"
 
 
-# -- signals, and readers that leave
+# -- signals, and readers that close the pipe
 
 both = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
@@ -402,7 +402,7 @@ def test_i10_a_signal_in_a_backlog_leaves_whole_lines_and_the_cursor_of_the_last
 
 
 @both
-def test_with_a_checkpoint_the_same_call_resumes(
+def test_with_a_checkpoint_the_same_command_resumes(
     number: signal.Signals, code: int, start: StartTail, sql: Sql, tmp_path: Path
 ) -> None:
     words = ("lease", "--from-start", "-o", "json", "--cursor-file", str(tmp_path / "cursor"))
@@ -414,14 +414,14 @@ def test_with_a_checkpoint_the_same_call_resumes(
     assert add(sql, 2) == start(*words).ids(2)
 
 
-def test_quiet_is_quiet_about_how_to_resume(start: StartTail, sql: Sql) -> None:
+def test_quiet_suppresses_the_note_on_how_to_resume(start: StartTail, sql: Sql) -> None:
     tail = start("lease", "--from-start", "-q")
     until_asleep(sql)
     assert tail.end(signal.SIGTERM) == (143, [], "")
 
 
 def run_piped(settings: Settings, words: str, reader: str) -> tuple[int, str, str]:
-    """`pgcoord tail … | reader` in a shell: the tail's exit code, the reader's output, and what both said."""
+    """Runs `pgcoord tail … | reader` in a shell: the tail's exit code, the reader's stdout, and stderr of both."""
     script = f'{sys.executable} -m pgcoord_cli tail {words} | {reader}; exit "${{PIPESTATUS[0]}}"'
     done = subprocess.run(
         ["bash", "-c", script], env=environment(settings.dsn), capture_output=True, text=True, timeout=TIMEOUT,
@@ -432,14 +432,14 @@ def run_piped(settings: Settings, words: str, reader: str) -> tuple[int, str, st
 
 @pytest.mark.parametrize("output", ["table", "json"])
 @pytest.mark.parametrize("number", [1, 5_000], ids=["and no further event ever comes", "of many"])
-def test_head_ends_it_quietly(settings: Settings, sql: Sql, number: int, output: str) -> None:
+def test_head_ends_the_tail_silently(settings: Settings, sql: Sql, number: int, output: str) -> None:
     add(sql, number)
     code, out, err = run_piped(settings, f"lease --from-start -o {output}", "head -1")
     assert (code, out.count("\n"), err) == (0, 1, "")
     assert cursor(1) in out
 
 
-def test_a_reader_that_reads_nothing_at_all_ends_it_quietly(settings: Settings) -> None:
+def test_a_reader_that_reads_nothing_ends_the_tail_silently(settings: Settings) -> None:
     assert run_piped(settings, "lease --from-start", "true") == (0, "", "")
 
 
@@ -448,13 +448,13 @@ def test_a_reader_that_reads_nothing_at_all_ends_it_quietly(settings: Settings) 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Where a cursor can be kept."""
+    """The path of a cursor file."""
     return tmp_path / "a place" / "cursor"
 
 
 @pytest.fixture(params=["--cursor-file", "--subscription"])
 def checkpoint(request: pytest.FixtureRequest, file: Path) -> tuple[str, str]:
-    """The words of one of the two ways to keep a cursor."""
+    """The options for one of the two ways to store a cursor."""
     file.parent.mkdir()
     return request.param, str(file) if request.param == "--cursor-file" else "importer é"
 
@@ -470,7 +470,7 @@ def test_i10_a_checkpoint_resumes_after_the_last_event_shown(checkpoint: tuple[s
     assert add(sql, 2) == ids(show(*checkpoint)), "without --from-start, it does not begin with now again"
 
 
-def test_a_checkpoint_goes_before_where_the_call_says_to_start(
+def test_a_checkpoint_takes_precedence_over_the_start_options(
     checkpoint: tuple[str, str], show: Show, sql: Sql
 ) -> None:
     add(sql, 4)
@@ -479,7 +479,7 @@ def test_a_checkpoint_goes_before_where_the_call_says_to_start(
     assert ids(show("--since", "1d", *checkpoint)) == []
 
 
-def test_from_now_is_remembered_before_anything_comes(checkpoint: tuple[str, str], show: Show, sql: Sql) -> None:
+def test_a_start_now_is_saved_before_the_first_event(checkpoint: tuple[str, str], show: Show, sql: Sql) -> None:
     add(sql, 2)
     assert show(*checkpoint) == []
     assert add(sql, 2) == ids(show(*checkpoint))
@@ -488,7 +488,7 @@ def test_from_now_is_remembered_before_anything_comes(checkpoint: tuple[str, str
 def test_i10_a_checkpoint_is_never_ahead_of_what_was_written(
     checkpoint: tuple[str, str], start: StartTail, sql: Sql, call: Call
 ) -> None:
-    """Killed in the middle of a backlog, where the pipe holds some of a batch: no cursor is beyond the last line."""
+    """Killed during a backlog, when the pipe holds a part of a batch: no cursor is beyond the last line."""
     everything = add(sql, 20_000)
     words = ("--from-start", "-o", "json", *checkpoint)
     shown: set[int] = set()
@@ -507,7 +507,7 @@ def test_i10_a_checkpoint_is_never_ahead_of_what_was_written(
 
 
 def test_a_cursor_file_is_replaced_and_never_changed(show: Show, sql: Sql, file: Path) -> None:
-    """Somebody who has the old one open goes on seeing a whole cursor."""
+    """A process that has the old file open still reads a complete cursor."""
     file.parent.mkdir()
     file.write_text(f"{cursor(0)}\n")
     add(sql, 3)
@@ -518,7 +518,7 @@ def test_a_cursor_file_is_replaced_and_never_changed(show: Show, sql: Sql, file:
     assert list(file.parent.iterdir()) == [file], "nothing else is left there"
 
 
-def test_an_empty_cursor_file_is_one_that_is_not_there_yet(show: Show, sql: Sql, file: Path) -> None:
+def test_an_empty_cursor_file_counts_as_missing(show: Show, sql: Sql, file: Path) -> None:
     file.parent.mkdir()
     file.touch()
     add(sql, 2)
@@ -526,7 +526,7 @@ def test_an_empty_cursor_file_is_one_that_is_not_there_yet(show: Show, sql: Sql,
 
 
 @pytest.mark.parametrize("content", ["garbage", "02", cursor(1)[:-1], f"{cursor(1)}\n{cursor(2)}", "\ufeff\0é"])
-def test_a_malformed_cursor_file_is_named_and_left_alone(content: str, offline: Call, file: Path) -> None:
+def test_a_malformed_cursor_file_is_named_and_not_changed(content: str, offline: Call, file: Path) -> None:
     file.parent.mkdir()
     file.write_text(content)
     answer = offline("tail", "lease", "--cursor-file", str(file), "-o", "json")
@@ -535,7 +535,7 @@ def test_a_malformed_cursor_file_is_named_and_left_alone(content: str, offline: 
     assert file.read_text() == content
 
 
-def test_a_cursor_file_that_cannot_be_kept_ends_the_tail_before_anything_is_shown(
+def test_a_cursor_file_that_cannot_be_written_ends_the_tail_before_the_first_event(
     tail: Callable[..., Answer], sql: Sql, file: Path
 ) -> None:
     add(sql)
@@ -544,7 +544,7 @@ def test_a_cursor_file_that_cannot_be_kept_ends_the_tail_before_anything_is_show
     assert answer.error["message"] == f"--cursor-file: cannot write {str(file)!r}: No such file or directory"
 
 
-def test_a_second_tail_of_a_subscription_is_told_who_holds_it(
+def test_a_second_tail_of_a_subscription_names_the_holder(
     start: StartTail, sql: Sql, tail: Callable[..., Answer]
 ) -> None:
     first = start("lease", "--subscription", "mailer", "-o", "json")
@@ -566,7 +566,7 @@ def test_a_subscription_belongs_to_one_outbox(call: Call, sql: Sql) -> None:
     assert sql.execute("SELECT outbox, last_position FROM subscriptions").fetchall() == before
 
 
-# -- words that are refused
+# -- refused arguments
 
 
 @pytest.mark.parametrize(
@@ -582,26 +582,26 @@ def test_a_subscription_belongs_to_one_outbox(call: Call, sql: Sql) -> None:
         (("--since", "0xff"), "--since: '0xff' is not a duration"),
     ],
 )
-def test_a_wrong_word_is_named(words: tuple[str, ...], message: str, refused: Callable[..., str]) -> None:
+def test_an_invalid_argument_is_named(words: tuple[str, ...], message: str, refused: Callable[..., str]) -> None:
     assert refused(*words) == message
 
 
 @pytest.mark.parametrize("words", [("--max", "0"), ("--max", "x"), ("--partition", "x"), ("--max-lag", "-1")])
-def test_a_number_that_is_none_is_named(words: tuple[str, ...], refused: Callable[..., str]) -> None:
+def test_an_invalid_number_is_named(words: tuple[str, ...], refused: Callable[..., str]) -> None:
     assert words[0] in refused(*words)
 
 
 @pytest.mark.parametrize("words", [("--subscription", ""), ("--subscription", "x" * 201)])
-def test_a_subscription_has_a_name(words: tuple[str, ...], refused: Callable[..., str]) -> None:
+def test_an_empty_subscription_name_is_refused(words: tuple[str, ...], refused: Callable[..., str]) -> None:
     assert refused(*words) == "--subscription: a name must have 1 to 200 characters, none of them a null byte"
 
 
-def test_what_is_no_utf_8_is_refused(refused: Callable[..., str]) -> None:
+def test_arguments_that_are_not_utf_8_are_refused(refused: Callable[..., str]) -> None:
     for option in ("--namespace", "--instance-tag", "--event-type", "--subscription"):
         assert option in refused(option, "a\udcff")
 
 
-# -- cursors that lead nowhere
+# -- invalid and expired cursors
 
 
 @pytest.mark.parametrize(
@@ -651,7 +651,7 @@ def test_i21_a_subscription_ahead_of_the_head_is_refused(tail: Callable[..., Ans
 
 
 def collected(sql: Sql, call: Call) -> list[int]:
-    """Ten events of which gc has taken the older six; those that are left."""
+    """The ids that are left of ten events after gc has deleted the first six."""
     add(sql, 6, committed_at_ms=0)
     left = add(sql, 4)
     document = call("gc", "lease-events", "-o", "json").document
@@ -659,7 +659,7 @@ def collected(sql: Sql, call: Call) -> list[int]:
     return left
 
 
-def test_i10_a_cursor_older_than_what_gc_kept_is_told_where_to_resume(
+def test_i10_an_expired_cursor_is_refused_with_one_to_resume_from(
     tail: Callable[..., Answer], show: Show, sql: Sql, call: Call
 ) -> None:
     left = collected(sql, call)
@@ -672,10 +672,10 @@ def test_i10_a_cursor_older_than_what_gc_kept_is_told_where_to_resume(
         assert ids(show(*resume)) == left
 
 
-def test_a_stored_cursor_that_is_too_old_is_moved_as_the_hint_says(
+def test_an_expired_stored_cursor_is_moved_as_the_hint_says(
     tail: Callable[..., Answer], show: Show, sql: Sql, call: Call, tmp_path: Path
 ) -> None:
-    """It goes before --from, so that --from is no way out."""
+    """It takes precedence over --from, so that --from does not help."""
     file = tmp_path / "lease.cursor"
     file.write_text(cursor(3))
     left = collected(sql, call)
@@ -692,26 +692,26 @@ def test_a_stored_cursor_that_is_too_old_is_moved_as_the_hint_says(
 
 
 @pytest.mark.parametrize("option", ["--from", "--since", "--until"])
-def test_an_empty_cursor_or_time_is_not_taken_for_none(option: str, tail: Callable[..., Answer]) -> None:
+def test_an_empty_cursor_or_time_does_not_count_as_missing(option: str, tail: Callable[..., Answer]) -> None:
     answer = tail(option, "")
     assert answer.code == 2
     assert option in answer.error["message"]
 
 
-def test_a_kind_that_nobody_knows_is_wondered_at(call: Call) -> None:
+def test_a_filter_for_an_unknown_kind_causes_a_warning(call: Call) -> None:
     answer = call("tail", "lease", "--event-type", "gone", "--no-follow")
     assert answer.code == 0
     assert "'gone' is not a known kind of event (acquired, expired" in answer.err
 
 
-def test_i10_what_is_kept_can_be_read_from_its_start(show: Show, sql: Sql, call: Call) -> None:
+def test_i10_the_stored_events_can_be_read_from_the_start(show: Show, sql: Sql, call: Call) -> None:
     left = collected(sql, call)
     assert ids(show("--from-start")) == left
     assert ids(show("--since", "36500d")) == left
     assert ids(show("--from", cursor(6))) == left
 
 
-def test_i10_a_checkpoint_older_than_what_gc_kept_is_an_error_too(
+def test_i10_an_expired_checkpoint_is_refused_too(
     tail: Callable[..., Answer], sql: Sql, call: Call, tmp_path: Path
 ) -> None:
     collected(sql, call)
@@ -737,7 +737,7 @@ def test_without_a_server_it_cannot_connect(offline: Call) -> None:
     assert (answer.code, answer.error["code"], answer.err) == (4, "cannot_connect", "")
 
 
-# -- events that are not what they should be
+# -- malformed events
 
 
 def test_an_unknown_kind_is_delivered_with_one_warning_each(tail: Callable[..., Answer], sql: Sql) -> None:
@@ -773,13 +773,13 @@ def test_an_execution_id_that_is_no_uuid_is_delivered_with_one_warning(tail: Cal
 
 @pytest.fixture
 def writer(settings: Settings) -> Iterator[Sql]:
-    """A service in whose transaction an event waits for its commit."""
+    """A service with an open transaction that has inserted an event."""
     with psycopg.connect(settings.dsn, application_name="slow service") as conn:
         add(conn)
         yield conn
 
 
-def test_i10_who_holds_a_tail_up_is_named_on_stderr(start: StartTail, sql: Sql, writer: Sql) -> None:
+def test_i10_the_transactions_that_hold_a_tail_up_are_named_on_stderr(start: StartTail, sql: Sql, writer: Sql) -> None:
     add(sql)
     tail = start("lease", "--from-start", "-o", "plain")
     said = tail.message("held up")
@@ -792,7 +792,7 @@ def test_i10_who_holds_a_tail_up_is_named_on_stderr(start: StartTail, sql: Sql, 
     assert [tail.line().split("\t")[0] for _ in range(2)] == ["1", "2"]
 
 
-def test_i10_who_holds_a_tail_up_is_a_record_in_json(start: StartTail, sql: Sql, writer: Sql) -> None:
+def test_i10_the_transactions_that_hold_a_tail_up_are_a_record_in_json(start: StartTail, sql: Sql, writer: Sql) -> None:
     add(sql)
     tail = start("lease", "--from-start", "-o", "json")
     held = json.loads(tail.line())
@@ -807,7 +807,7 @@ def test_i10_who_holds_a_tail_up_is_a_record_in_json(start: StartTail, sql: Sql,
     assert tail.end(signal.SIGTERM)[0] == 143
 
 
-def test_i10_without_following_it_ends_before_what_is_held_up_and_says_so(show: Show, sql: Sql, writer: Sql) -> None:
+def test_i10_without_following_it_ends_before_a_held_up_event_and_reports_it(show: Show, sql: Sql, writer: Sql) -> None:
     add(sql)
     (held,) = show("--from-start")
     assert (held["type"], held["held_event_id"]) == ("held_up", 1)
@@ -815,8 +815,8 @@ def test_i10_without_following_it_ends_before_what_is_held_up_and_says_so(show: 
     assert ids(show("--from-start")) == [1, 2]
 
 
-def test_i10_from_now_steps_over_nothing_that_is_held_up(show: Show, sql: Sql, writer: Sql, tmp_path: Path) -> None:
-    """The tail ends while the event waits for its commit; the next one, with the same cursor, shows it."""
+def test_i10_a_start_now_skips_no_held_up_event(show: Show, sql: Sql, writer: Sql, tmp_path: Path) -> None:
+    """The tail ends while the event is uncommitted; the next one, with the same cursor, prints it."""
     words = ("--cursor-file", str(tmp_path / "cursor"))
     add(sql)
     assert ids(show(*words)) == []
@@ -827,7 +827,7 @@ def test_i10_from_now_steps_over_nothing_that_is_held_up(show: Show, sql: Sql, w
 def test_i10_a_gap_that_is_filled_before_a_full_batch_hides_no_event_behind_it(
     start: StartTail, sql: Sql, writer: Sql
 ) -> None:
-    """With the gap filled, the next reading ends one event short of what was in sight before."""
+    """With the gap filled, the next reading ends one event before the last one visible earlier."""
     add(sql, BATCH_LIMIT)
     everything = range(1, BATCH_LIMIT + 2)
     tail = start("lease", "--from-start", "-o", "json", "--until", cursor(everything[-1]))
@@ -842,11 +842,11 @@ def test_i10_a_gap_that_is_filled_before_a_full_batch_hides_no_event_behind_it(
 
 @pytest.fixture
 def lag(call: Call) -> Callable[..., Answer]:
-    """`pgcoord tail lease --lag -o json`."""
+    """Runs `pgcoord tail lease --lag -o json`."""
     return lambda *words: call("tail", "lease", "--lag", "-o", "json", *words)
 
 
-def test_lag_says_how_far_behind_a_cursor_is(lag: Callable[..., Answer], sql: Sql) -> None:
+def test_lag_counts_the_events_after_a_cursor(lag: Callable[..., Answer], sql: Sql) -> None:
     add(sql, 3)
     add_and_roll_back(sql, 2)
     add(sql, 2)
@@ -870,7 +870,7 @@ def test_lag_is_measured_from_a_checkpoint_that_may_be_in_use(
     assert tail.ids(3) == [3, 4, 5]
 
 
-def test_lag_names_who_holds_a_tail_up(lag: Callable[..., Answer], sql: Sql, writer: Sql) -> None:
+def test_lag_names_the_transactions_that_hold_a_tail_up(lag: Callable[..., Answer], sql: Sql, writer: Sql) -> None:
     add(sql)
     measured = lag("--from", cursor(0)).document
     assert (measured["lag"], measured["head"]) == (1, cursor(2))
@@ -878,7 +878,7 @@ def test_lag_names_who_holds_a_tail_up(lag: Callable[..., Answer], sql: Sql, wri
     assert (measured["holder"]["pid"], measured["holder"]["application"]) == (writer.info.backend_pid, "slow service")
 
 
-def test_lag_exits_3_when_more_events_wait_than_are_allowed(lag: Callable[..., Answer], sql: Sql) -> None:
+def test_a_lag_above_the_maximum_is_exit_code_3(lag: Callable[..., Answer], sql: Sql) -> None:
     add(sql, 3)
     for most, code in (("0", 3), ("2", 3), ("3", 0), ("4", 0)):
         answer = lag("--from", cursor(0), "--max-lag", most)
@@ -892,13 +892,13 @@ def test_lag_without_a_cursor_is_refused(lag: Callable[..., Answer], tmp_path: P
     assert lag("--subscription", "none").refusal == "--subscription: there is no subscription 'none'"
 
 
-def test_lag_of_a_cursor_that_leads_nowhere(lag: Callable[..., Answer], sql: Sql, call: Call) -> None:
+def test_lag_of_an_invalid_cursor_is_refused(lag: Callable[..., Answer], sql: Sql, call: Call) -> None:
     collected(sql, call)
     assert (lag("--from", cursor(2)).code, lag("--from", cursor(11)).code) == (8, 2)
     assert "is not a cursor" in lag("--from", "2").refusal
 
 
-def test_lag_for_people_is_a_line_each(call: Call, sql: Sql) -> None:
+def test_lag_in_table_format_has_one_line_per_field(call: Call, sql: Sql) -> None:
     add(sql, 2)
     lines = call("tail", "lease", "--lag", "--from", cursor(1)).out.splitlines()
     assert [line.split() for line in lines] == [
@@ -909,9 +909,7 @@ def test_lag_for_people_is_a_line_each(call: Call, sql: Sql) -> None:
 # -- garbage collection of events
 
 
-def test_gc_of_lease_events_keeps_the_young_and_what_a_subscription_has_not_passed(
-    call: Call, show: Show, sql: Sql
-) -> None:
+def test_gc_of_lease_events_keeps_young_events_and_those_after_a_subscription(call: Call, show: Show, sql: Sql) -> None:
     add(sql, 5, committed_at_ms=0)
     young = add(sql)
     show("--from-start", "--subscription", "slow", "--max", "3")
@@ -934,7 +932,7 @@ def test_gc_of_completion_events_ends_at_the_first_that_was_not_dispatched(call:
     assert sql.execute("SELECT event_id FROM completion_events ORDER BY event_id").fetchall() == [(2,), (3,)]
 
 
-def test_i10_completions_that_gc_left_behind_do_not_break_a_tail_since_then(call: Call, sql: Sql) -> None:
+def test_i10_completions_that_gc_kept_do_not_break_a_tail_with_since(call: Call, sql: Sql) -> None:
     for dispatched in (1, None, 1):
         add(sql, table="completion_events", committed_at_ms=0, dispatched_at_ms=dispatched)
     young = add(sql, table="completion_events")
