@@ -1,6 +1,6 @@
 """Fixtures for all tests: a PostgreSQL database of their own, and the program as its users run it.
 
-One temporary server serves a session (`--server-version 15|16|18` selects the version); every test gets a database of
+One temporary server serves a session (`--server-version 15|16|17|18` selects it); every test gets a database of
 its own, copied from a migrated template. Tests that stop or break a server start their own (`own_server`).
 """
 
@@ -39,7 +39,7 @@ from tests.kept_servers import PLUGIN, KeptServers, new_server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--server-version", type=int, default=18, choices=(15, 16, 18), help="PostgreSQL to test on")
+    parser.addoption("--server-version", type=int, default=18, choices=(15, 16, 17, 18), help="PostgreSQL to test on")
     parser.addoption(
         "--keep-server",
         action="store_true",
