@@ -400,7 +400,7 @@ BEGIN
        AND durable_version = version_before AND expires_at > clock_timestamp()
        AND server_started_at = pg_postmaster_start_time();
     IF NOT FOUND THEN
-        -- Tells a direct commit of the same term, after which the batch is resolved anew, from the end of the term.
+        -- Distinguishes a direct commit of the same term, after which the batch is resolved again, from the end of the term.
         PERFORM FROM leader_lease
           WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
             AND durable_version > version_before AND expires_at > clock_timestamp()
@@ -785,7 +785,7 @@ COMMENT ON COLUMN pgcoord.subscriptions.last_position IS 'The id of the last eve
 
 COMMENT ON COLUMN pgcoord.subscriptions.fence IS 'Grows with every acquisition of the lock; a save under an older fence is refused.';
 
-COMMENT ON COLUMN pgcoord.subscriptions.fence_id IS 'Drawn at random with each fence: after a failover that lost data the number alone may be given out again.';
+COMMENT ON COLUMN pgcoord.subscriptions.fence_id IS 'Random id, drawn with each fence: after a failover that lost data, the number alone can occur twice.';
 
 ALTER TABLE ONLY pgcoord.commit_requests
     ADD CONSTRAINT commit_requests_pkey PRIMARY KEY (id);

@@ -109,7 +109,7 @@ BEGIN
        AND durable_version = version_before AND expires_at > clock_timestamp()
        AND server_started_at = pg_postmaster_start_time();
     IF NOT FOUND THEN
-        -- Tells a direct commit of the same term, after which the batch is resolved anew, from the end of the term.
+        -- Distinguishes a direct commit of the same term, after which the batch is resolved again, from the end of the term.
         PERFORM FROM leader_lease
           WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
             AND durable_version > version_before AND expires_at > clock_timestamp()

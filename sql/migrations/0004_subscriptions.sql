@@ -13,7 +13,7 @@ CREATE TABLE subscriptions (
 COMMENT ON TABLE subscriptions IS 'The checkpoint of each subscription; only the owner of its lock moves it, and a save moves it forward only.';
 COMMENT ON COLUMN subscriptions.last_position IS 'The id of the last event that was processed; null: no position has been saved.';
 COMMENT ON COLUMN subscriptions.outbox IS 'The table whose event ids the position refers to; null: positions of the application''s own.';
-COMMENT ON COLUMN subscriptions.fence_id IS 'Drawn at random with each fence: after a failover that lost data the number alone may be given out again.';
+COMMENT ON COLUMN subscriptions.fence_id IS 'Random id, drawn with each fence: after a failover that lost data, the number alone can occur twice.';
 COMMENT ON COLUMN subscriptions.fence IS 'Grows with every acquisition of the lock; a save under an older fence is refused.';
 
 -- Returns how far garbage collection of an outbox may go. Events inserted before `committed_before_ms` (milliseconds

@@ -23,7 +23,7 @@ SELECT count(*) AS orphaned, coalesce(max(id), $1::bigint) AS last_id FROM orpha
 
 -- name: delete_requests
 -- Deletes one batch of settled requests older than a number of seconds, oldest first; returns how many and the last id.
-WITH doomed AS (
+WITH deletable AS (
     SELECT id
       FROM commit_requests
      WHERE id > $1::bigint AND status <> 'pending'
@@ -32,7 +32,7 @@ WITH doomed AS (
      LIMIT $3::integer
        FOR UPDATE SKIP LOCKED -- rows that another session has locked are left to a later run
 ), deleted AS (
-    DELETE FROM commit_requests USING doomed WHERE commit_requests.id = doomed.id RETURNING commit_requests.id
+    DELETE FROM commit_requests USING deletable WHERE commit_requests.id = deletable.id RETURNING commit_requests.id
 )
 SELECT count(*) AS deleted, coalesce(max(id), $1::bigint) AS last_id FROM deleted;
 
@@ -59,7 +59,7 @@ WITH oldest AS MATERIALIZED (
      WHERE event_id > $1::bigint
      ORDER BY event_id
      LIMIT $3::integer
-), doomed AS (
+), deletable AS (
     SELECT event_id
       FROM lease_events
      WHERE event_id IN (SELECT event_id FROM oldest WHERE is_over)
@@ -68,10 +68,10 @@ WITH oldest AS MATERIALIZED (
 ), raised AS (
     -- In the same transaction: a cursor below the floor is refused as expired, so no event may go before the floor rises.
     UPDATE outbox_floors
-       SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM doomed))
-     WHERE outbox = 'lease_events' AND EXISTS (SELECT FROM doomed)
+       SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM deletable))
+     WHERE outbox = 'lease_events' AND EXISTS (SELECT FROM deletable)
 ), deleted AS (
-    DELETE FROM lease_events USING doomed WHERE lease_events.event_id = doomed.event_id RETURNING 1
+    DELETE FROM lease_events USING deletable WHERE lease_events.event_id = deletable.event_id RETURNING 1
 )
 SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bigint) AS last_id,
        count(*) < $3::integer OR NOT bool_and(is_over) AS is_last
@@ -86,7 +86,7 @@ WITH oldest AS MATERIALIZED (
      WHERE event_id > $1::bigint
      ORDER BY event_id
      LIMIT $3::integer
-), doomed AS (
+), deletable AS (
     SELECT event_id
       FROM completion_events
      WHERE event_id IN (SELECT event_id FROM oldest WHERE is_over)
@@ -95,10 +95,10 @@ WITH oldest AS MATERIALIZED (
 ), raised AS (
     -- In the same transaction: a cursor below the floor is refused as expired, so no event may go before the floor rises.
     UPDATE outbox_floors
-       SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM doomed))
-     WHERE outbox = 'completion_events' AND EXISTS (SELECT FROM doomed)
+       SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM deletable))
+     WHERE outbox = 'completion_events' AND EXISTS (SELECT FROM deletable)
 ), deleted AS (
-    DELETE FROM completion_events USING doomed WHERE completion_events.event_id = doomed.event_id RETURNING 1
+    DELETE FROM completion_events USING deletable WHERE completion_events.event_id = deletable.event_id RETURNING 1
 )
 SELECT (SELECT count(*) FROM deleted) AS deleted, coalesce(max(event_id), $1::bigint) AS last_id,
        count(*) < $3::integer OR NOT bool_and(is_over) AS is_last

@@ -99,8 +99,8 @@ WITH previous AS (
            expires_at = previous.moment + make_interval(secs => $2::double precision)
       FROM previous
      WHERE lease.id = previous.id
-       -- The lock tells of the end of a leader's session only if that leader had it. One that took an expired lease while a
-       -- frozen leader kept the lock does not, until it has got it (`renew`).
+       -- The lock shows the end of a leader's session only if that leader held it. A leader that took an expired lease while
+       -- a frozen one kept the lock does not hold it until `renew` has recorded that it does.
        AND (($3::boolean AND previous.holds_lock) OR previous.term_id IS NULL OR previous.expires_at <= previous.moment)
     RETURNING lease.*
 ), opened AS (

@@ -54,7 +54,7 @@ SELECT pg_catalog.pg_backend_pid() AS backend_pid,
                 -- May be set by superusers only. With any other value foreign keys do not cascade.
                 ('session_replication_role', 'origin')
               ) AS pinned (name, value)
-             -- What this server does not know, or already has, is left alone.
+             -- Settings that this server does not have (null), or that have the value already, are not set.
              WHERE pg_catalog.current_setting(pinned.name, true) OPERATOR(pg_catalog.<>) pinned.value
                AND (pinned.name OPERATOR(pg_catalog.<>) 'session_replication_role'
                     OR pg_catalog.has_parameter_privilege(pinned.name, 'SET')))
