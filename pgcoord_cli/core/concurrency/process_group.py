@@ -40,7 +40,7 @@ class ProcessGroup:
         return self._ended.fileno()
 
     def wait(self, wakeup: Wakeup, seconds: float) -> None:
-        """Waits until the command has ended, somebody sets the wakeup, or the time is up."""
+        """Blocks until the command has ended, the wake-up is set, or the time is up."""
         poll = select.poll()
         poll.register(self._ended.fileno(), select.POLLIN)
         poll.register(wakeup.fileno(), select.POLLIN)

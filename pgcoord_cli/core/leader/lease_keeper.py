@@ -217,7 +217,7 @@ class LeaseKeeper(threading.Thread):
         # Without pg_signal_backend this candidate takes over all the same; the old leader's locks remain until it ends.
         with suppress(psycopg.errors.InsufficientPrivilege):
             # Found by the lock that a leader's sessions share, not by the leader lock: another candidate may have
-            # got that one first. The key names the expired term, so that a leader that has been elected at this moment is
+            # got that one first. The key names the expired term, so that a leader that is elected at this moment is
             # not taken for it. Only sessions that wait for their client: any other may be committing (rule I16).
             key = session_key(self._settings.schema, term_id)
             if self._conn.execute(sql("lease", "terminate_idle_leader_sessions"), [key]).fetchall():
