@@ -7,11 +7,30 @@ CREATE FUNCTION pgcoord.announce_events() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
     AS $$
+DECLARE
+    holder text;
 BEGIN
-    -- The function returns void, never null: it is called in an expression, since PERFORM would run a query, which
-    -- costs several times as much.
-    IF pg_advisory_xact_lock_shared(TG_RELID::integer, 0) IS NULL THEN
-        RETURN NULL;
+    -- Writers share the lock, so it is free unless a session took it exclusively by number, as any role can that may
+    -- connect to the database (docs/security.md). In a condition the call is evaluated as an expression; PERFORM would run
+    -- a query, which costs several times as much.
+    IF NOT pg_try_advisory_xact_lock_shared(TG_RELID::integer, 0) THEN
+        SELECT string_agg(format('pid %s (%s, role %s)', held.pid, activity.application_name, activity.usename), ', ')
+          INTO holder
+          FROM pg_locks AS held
+          LEFT JOIN pg_stat_activity AS activity ON activity.pid = held.pid
+         WHERE held.locktype = 'advisory' AND held.classid = TG_RELID AND held.objid = 0 AND held.objsubid = 2
+           AND held.mode = 'ExclusiveLock' AND held.granted
+           AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database());
+        holder := format('the lock of the writers of %s is held by %s', TG_TABLE_NAME,
+                         coalesce(holder, 'another session'));
+        RAISE WARNING USING MESSAGE = 'waiting: ' || holder;
+        BEGIN
+            PERFORM pg_advisory_xact_lock_shared(TG_RELID::integer, 0);
+        EXCEPTION WHEN lock_not_available THEN
+            RAISE lock_not_available USING
+                MESSAGE = holder,
+                HINT = 'pg_terminate_backend ends that session; it needs the rights of pg_signal_backend.';
+        END;
     END IF;
     -- pgcoord.notify = off is for transactions that will be prepared: PostgreSQL does not prepare one that has
     -- notified.

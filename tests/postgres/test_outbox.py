@@ -577,3 +577,29 @@ def test_two_schemas_in_one_database_share_neither_wakeups_nor_locks(
     assert here.received() == []
     assert there.received() == [(sql.info.backend_pid, "")]
     assert append(sql, outbox) == 1
+
+
+@pytest.mark.parametrize("outbox", ["lease_events", "completion_events"])
+def test_i18_an_insert_that_a_foreign_lock_holds_up_names_its_holder(
+    outbox: str, settings: Settings, sql: psycopg.Connection[Any]
+) -> None:
+    role = f"stranger_{uuid4().hex[:8]}"
+    sql.execute(f"CREATE ROLE {role} LOGIN".encode())
+    warnings: list[str] = []
+    column = "event_type" if outbox == "lease_events" else "outcome"
+    insert = f"INSERT INTO pgcoord.{outbox} (execution_id, {column}) VALUES (gen_random_uuid(), 'x')"
+    with (
+        psycopg.connect(make_conninfo(settings.dsn, user=role), autocommit=True) as stranger,
+        psycopg.connect(settings.dsn, autocommit=True, options="-c lock_timeout=1") as writer,
+    ):
+        writer.add_notice_handler(lambda notice: warnings.append(notice.message_primary or ""))
+        oid = value(sql, "SELECT %s::regclass::oid::integer", f"pgcoord.{outbox}")
+        stranger.execute("SELECT pg_advisory_lock(%s, 0)", [oid])
+        holder = f"held by pid {stranger.info.backend_pid} (, role {role})"
+        with pytest.raises(psycopg.errors.LockNotAvailable) as refused:
+            writer.execute(insert.encode())
+        assert holder in (refused.value.diag.message_primary or "")
+        assert [holder in warning for warning in warnings] == [True]
+        stranger.execute("SELECT pg_advisory_unlock_all()")
+        assert writer.execute(insert.encode()).rowcount == 1
+    assert len(warnings) == 1
