@@ -15,6 +15,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL, Identifier, Literal
 
 from pgcoord_cli.core.database.session import open_session, open_session_async
+from pgcoord_cli.core.events.outbox import append_completion_event, append_lease_event
 from pgcoord_cli.core.locks.ownership import acquire_leadership
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, value
@@ -205,6 +206,26 @@ def test_i15_the_sessions_of_the_library_pin_their_settings(settings: Settings, 
         with closing(open_session(settings, "test", writes=True)) as conn:
             found.append(conn.execute(ASK, [list(PINNED)]).fetchall())
     assert [[row[0] for row in rows] for rows in found] == [list(PINNED.values())] * 3
+
+
+def test_i15_a_connection_of_the_caller_works_under_any_setting_and_keeps_it(
+    settings: Settings, sql: psycopg.Connection[Any]
+) -> None:
+    writable = HOSTILE | {"default_transaction_read_only": "off"}
+    with given(by_database, settings, sql, writable), acquire_leadership(settings.dsn, "name") as owner:
+        with psycopg.connect(settings.dsn) as conn:
+            before = all_settings(conn)
+            append_completion_event(conn, uuid.uuid4(), "success", instance_tag="a\\'b")
+            append_lease_event(conn, "a\\'b", "acquired")
+            owner.checkpoint.save(7, conn)
+            assert all_settings(conn) >= before  # plpgsql, loaded by the trigger, has added settings of its own
+        assert owner.checkpoint.load() == 7
+    assert sql.execute("SELECT instance_tag FROM completion_events").fetchall() == [("a\\'b",)]
+    assert sql.execute("SELECT execution_id FROM lease_events").fetchall() == [("a\\'b",)]
+
+
+def all_settings(conn: psycopg.Connection[Any]) -> set[tuple[str, str]]:
+    return set(conn.execute("SELECT name, setting FROM pg_catalog.pg_settings"))
 
 
 @pytest.mark.parametrize("name", ["idle_session_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"])
