@@ -123,6 +123,15 @@ def test_i14_on_a_standby_commands_read_and_change_nothing(
     assert everything(primary.dsn) == before
 
 
+def test_i15_on_a_standby_a_default_of_serializable_transactions_has_no_effect(
+    call: Call, primary: EmbeddedServer, installation: Installation
+) -> None:
+    with standby_of(primary, installation) as standby:
+        dsn = make_conninfo(standby.dsn, options="-c default_transaction_isolation=serializable")
+        assert call("kv", "get", "key", "-o", "plain", "--dsn", dsn).out == "value\n"
+        asyncio.run(open_and_close(Settings(dsn=dsn), writes=False))
+
+
 async def open_and_close(settings: Settings, *, writes: bool) -> None:
     await (await session.open_session_async(settings, "test", writes=writes)).close()
 

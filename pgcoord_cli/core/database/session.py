@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from psycopg import AsyncConnection, Connection, RawCursor
+from psycopg import AsyncConnection, Connection, IsolationLevel, RawCursor, errors
 from psycopg.rows import tuple_row
 
 from pgcoord_cli.core.database.migrations import check_ledger, migrate_command, read_ledger, read_ledger_async
@@ -107,7 +107,13 @@ async def open_session_async(settings: Settings, command: str, *, writes: bool) 
 
 
 async def _make_ready(conn: AsyncConnection[Any], settings: Settings, *, writes: bool) -> None:
-    row = await (await conn.execute(*_preparation(settings, conn.info.backend_pid))).fetchone()
+    try:
+        row = await (await conn.execute(*_preparation(settings, conn.info.backend_pid))).fetchone()
+    except errors.FeatureNotSupported:  # see _prepare
+        await conn.set_isolation_level(IsolationLevel.READ_COMMITTED)
+        async with conn.transaction():
+            row = await (await conn.execute(*_preparation(settings, conn.info.backend_pid))).fetchone()
+        await conn.set_isolation_level(None)
     if row is not None and not row[1]:
         # In a thread, because the check opens connections and blocks until they answer.
         await asyncio.to_thread(require_own_backend, settings, conn.pgconn)
@@ -148,7 +154,14 @@ def open_bare_session(settings: Settings, command: str) -> tuple[Connection[Any]
 def _prepare(conn: Connection[Any], settings: Settings) -> Server:
     # The statement sets nothing if the backend has another pid than the server announced: then there may be a pooler
     # between, and settings would stay behind with a backend that other clients use (rule I14).
-    row = conn.execute(*_preparation(settings, conn.info.backend_pid)).fetchone()
+    try:
+        row = conn.execute(*_preparation(settings, conn.info.backend_pid)).fetchone()
+    except errors.FeatureNotSupported:
+        # A standby refuses every statement where default_transaction_isolation is serializable.
+        conn.isolation_level = IsolationLevel.READ_COMMITTED
+        with conn.transaction():
+            row = conn.execute(*_preparation(settings, conn.info.backend_pid)).fetchone()
+        conn.isolation_level = None
     if row is not None and not row[1]:
         require_own_backend(settings, conn.pgconn)
         # A pooler in session mode, or a proxy: the session has its own backend, under the pid that this gave.
