@@ -25,6 +25,7 @@
     ├── SchemaMissing           7   not migrated, or not migrated far enough
     ├── SchemaUnknown           7   has a breaking migration of a newer pgcoord
     ├── CursorExpired           8   older than the events that garbage collection kept
+    │   └── HistoryChanged          ids have been given out again since the cursor was stored
     ├── UnsuitableServer        9   a standby, a transaction pooler, an unsupported version
     ├── OutcomeUnknown         10   the commit may or may not have happened; ask again
     ├── TimedOut              124   a deadline passed
@@ -205,6 +206,13 @@ class CursorExpired(PgcoordError):
     code = "cursor_expired"
     exit_code = 8
     resume_at = ""
+    resume_reason = "resume at the oldest event that is kept"
+
+
+class HistoryChanged(CursorExpired):
+    """The cursor belongs to another history of the outbox: after a restore, a truncation or a loss of commits."""
+
+    code = "history_changed"
 
 
 class UnsuitableServer(PgcoordError):

@@ -60,7 +60,11 @@ BEGIN
      WHERE held.locktype = 'advisory' AND held.classid = outbox_name::regclass::oid AND held.objid = 0
        AND held.objsubid = 2
        AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database());
-    SELECT min(last_position) INTO passed_by_all FROM subscriptions WHERE outbox = outbox_name;
+    -- The event at the lowest position stays: a tail that resumes there compares it.
+    SELECT min(coalesce((passed ->> 'event_id')::bigint, last_position)) - 1
+      INTO passed_by_all
+      FROM subscriptions
+     WHERE outbox = outbox_name;
 END
 $$;
 
@@ -293,6 +297,20 @@ BEGIN
      WHERE execution_id = id;
     DELETE FROM execution_leases WHERE execution_id = id;
     RETURN 'eligible';
+END
+$$;
+
+CREATE FUNCTION pgcoord.follow_truncation() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path TO 'pgcoord', 'pg_temp'
+    AS $$
+BEGIN
+    UPDATE outbox_floors
+       SET collected_through = coalesce(
+               pg_sequence_last_value(pg_get_serial_sequence(TG_TABLE_NAME, 'event_id')::regclass), 0),
+           execution_id = NULL, committed_at_ms = NULL
+     WHERE outbox = TG_TABLE_NAME;
+    RETURN NULL;
 END
 $$;
 
@@ -772,10 +790,12 @@ COMMENT ON TABLE pgcoord.lock_names IS 'The name that each advisory lock key bel
 
 CREATE TABLE pgcoord.outbox_floors (
     outbox text NOT NULL,
-    collected_through bigint DEFAULT 0 NOT NULL
+    collected_through bigint DEFAULT 0 NOT NULL,
+    execution_id text,
+    committed_at_ms bigint
 );
 
-COMMENT ON TABLE pgcoord.outbox_floors IS 'The highest event id that garbage collection has deleted from each outbox.';
+COMMENT ON TABLE pgcoord.outbox_floors IS 'The last event that garbage collection has deleted from each outbox: its id and identity; null: unknown.';
 
 CREATE TABLE pgcoord.schema_migrations (
     version integer NOT NULL,
@@ -793,6 +813,8 @@ CREATE TABLE pgcoord.subscriptions (
     last_position bigint,
     fence bigint DEFAULT 0 NOT NULL,
     fence_id uuid,
+    passed jsonb,
+    filters jsonb,
     updated_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
 
@@ -805,6 +827,10 @@ COMMENT ON COLUMN pgcoord.subscriptions.last_position IS 'The id of the last eve
 COMMENT ON COLUMN pgcoord.subscriptions.fence IS 'Grows with every acquisition of the lock; a save under an older fence is refused.';
 
 COMMENT ON COLUMN pgcoord.subscriptions.fence_id IS 'Random id, drawn with each fence: after a failover that lost data, the number alone can occur twice.';
+
+COMMENT ON COLUMN pgcoord.subscriptions.passed IS 'The last event that was passed: event_id, execution_id, committed_at_ms. Tells whether the position belongs to this history of the outbox; null: unknown.';
+
+COMMENT ON COLUMN pgcoord.subscriptions.filters IS 'The filters of the tail that began the subscription.';
 
 ALTER TABLE ONLY pgcoord.commit_requests
     ADD CONSTRAINT commit_requests_pkey PRIMARY KEY (id);
@@ -881,6 +907,10 @@ ALTER TABLE pgcoord.completion_events ENABLE ALWAYS TRIGGER announce;
 CREATE TRIGGER announce BEFORE INSERT ON pgcoord.lease_events FOR EACH STATEMENT EXECUTE FUNCTION pgcoord.announce_events();
 
 ALTER TABLE pgcoord.lease_events ENABLE ALWAYS TRIGGER announce;
+
+CREATE TRIGGER follow_truncation AFTER TRUNCATE ON pgcoord.completion_events FOR EACH STATEMENT EXECUTE FUNCTION pgcoord.follow_truncation();
+
+CREATE TRIGGER follow_truncation AFTER TRUNCATE ON pgcoord.lease_events FOR EACH STATEMENT EXECUTE FUNCTION pgcoord.follow_truncation();
 
 ALTER TABLE ONLY pgcoord.dispatch_failures
     ADD CONSTRAINT dispatch_failures_event_id_fkey FOREIGN KEY (event_id) REFERENCES pgcoord.completion_events(event_id) ON DELETE CASCADE;

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 import typer
 
 from pgcoord_cli.commands.framework import command, noun, output_of, spare_the_collector, stop_on_signals
-from pgcoord_cli.errors import ConditionFalse, CursorExpired, UsageError
+from pgcoord_cli.errors import ConditionFalse, CursorExpired, HistoryChanged, UsageError
 from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.core.events.outbox import Event, Outbox
-    from pgcoord_cli.core.events.tail import Notice, StartPosition, Tail
+    from pgcoord_cli.core.events.tail import Filters, Notice, StartPosition, Tail
     from pgcoord_cli.render import Output
 
 DIGIT = b"\0"
@@ -29,6 +30,11 @@ DIGIT = b"\0"
 
 DIGITS_MARKED = bytes.maketrans(b"0123456789abcdefABCDEF", DIGIT * 22)
 SHAPE_OF_UUID = b"-".join(DIGIT * length for length in (8, 4, 4, 4, 12)) + b"\n"
+
+UNCHECKED = (
+    "nothing is known of the event at the stored cursor, so it cannot be checked that the cursor belongs to this "
+    "history of the database; from now on it is"
+)
 
 app = noun("Follow an event outbox from a cursor on, without missing an event.")
 
@@ -93,11 +99,14 @@ class Call(NamedTuple):
 class PositionStore(Protocol):
     """Stores the position of a tail: a cursor file or a subscription."""
 
+    passed: PassedEvent | None
+    """The last event passed before the position that was loaded; None: not known."""
+
     def load(self) -> int | None:
         """Returns the stored position, or None if there is none."""
 
-    def save(self, position: int) -> None:
-        """Stores the position."""
+    def save(self, position: int, passed: PassedEvent | None = None) -> None:
+        """Stores the position and the last event passed."""
 
     def stop(self) -> None:
         """Aborts a save that waits for a lost connection."""
@@ -177,10 +186,13 @@ def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
     checkpoint = _open_checkpoint(settings, out, outbox, call)
     try:
         position = checkpoint.load() if checkpoint else None
-        with closing(_make_tail(settings, out, outbox, call, position)) as tail:
+        passed = checkpoint.passed if checkpoint else None
+        if position and passed is None:
+            out.warn(UNCHECKED)
+        with closing(_make_tail(settings, out, outbox, call, position, passed)) as tail:
             _follow(tail, out, outbox, call, checkpoint)
     except CursorExpired as error:
-        error.hint = _resume_hint(call, error.resume_at) or error.hint
+        error.hint = _resume_hint(call, error) or error.hint
         raise
     finally:
         if checkpoint:
@@ -194,12 +206,13 @@ def _warn_of_unknown_kinds(out: Output, outbox: Outbox, kinds: list[str]) -> Non
             out.warn(f"{kind!r} is not a known kind of event ({', '.join(sorted(outbox.kinds))})")
 
 
-def _resume_hint(call: Call, cursor: str) -> str | None:
+def _resume_hint(call: Call, error: CursorExpired) -> str | None:
     """Returns how to move a stored cursor, which takes precedence over --from; None without one."""
     if call.subscription is not None:
-        return f"resume at the oldest event that is kept: pgcoord subscription set {call.subscription} {cursor}"
+        force = " --force" if isinstance(error, HistoryChanged) else ""
+        return f"{error.resume_reason}: pgcoord subscription set {call.subscription} {error.resume_at}{force}"
     if call.cursor_file:
-        return f"resume at the oldest event that is kept: write {cursor} into {call.cursor_file}"
+        return f"{error.resume_reason}: write {error.resume_at} into {call.cursor_file}"
     return None
 
 
@@ -233,22 +246,27 @@ def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call
     if call.subscription is not None:
         check_text(call.subscription, "--subscription")
         name = check_name(call.subscription, "--subscription")
-        return Subscription(settings, name, outbox, lambda notice: _report(out, notice))
+        return Subscription(settings, name, outbox, lambda notice: _report(out, notice), filters=_filters(call))
     return None
 
 
-def _make_tail(settings: Settings, out: Output, outbox: Outbox, call: Call, position: int | None) -> Tail:
-    from pgcoord_cli.core.events.tail import Filters, StartPosition, Tail
+def _filters(call: Call) -> Filters:
+    from pgcoord_cli.core.events.tail import Filters
 
-    filters = Filters(
-        frozenset(call.partitions), frozenset(call.namespaces), frozenset(call.instance_tags), frozenset(call.kinds)
-    )
+    return Filters(call.partitions, call.namespaces, call.instance_tags, call.kinds)
+
+
+def _make_tail(
+    settings: Settings, out: Output, outbox: Outbox, call: Call, position: int | None, passed: PassedEvent | None
+) -> Tail:
+    from pgcoord_cli.core.events.tail import StartPosition, Tail
+
     return Tail(
         settings,
         outbox,
-        start=_start(call) if position is None else StartPosition.position(position),
+        start=_start(call) if position is None else StartPosition.position(position, passed),
         until=None if call.until is None else _until(call.until),
-        filters=filters,
+        filters=_filters(call),
         follow=not call.no_follow,
         report=lambda notice: _report(out, notice),
     )
@@ -292,6 +310,7 @@ def _moment(text: str, option: str) -> datetime | timedelta:
 
 def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: PositionStore | None) -> None:
     """Writes each batch and then saves its position, so that a saved position has been written."""
+    from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.render.events import EventStream
 
     stream, checks = EventStream(out, outbox.noun), EventChecks(out, outbox)
@@ -308,13 +327,13 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Pos
     left = call.most
     position = None
     for batch in tail.batches():
-        events, position = batch.events[:left], batch.position
+        events, position, passed = batch.events[:left], batch.position, batch.passed
         if left is not None and len(events) == left and events:
-            position = events[-1].event_id
+            position, passed = events[-1].event_id, PassedEvent.of(events[-1])
         checks.warn_of(events)
         stream.write(events)
         if checkpoint:
-            checkpoint.save(position)
+            checkpoint.save(position, passed)
         if left is not None and (left := left - len(events)) == 0:
             break
     if received:
@@ -399,27 +418,28 @@ def _show_lag(settings: Settings, out: Output, outbox: Outbox, call: Call) -> No
     from pgcoord_cli.core.events.tail import lag_document
 
     with session.command_session(settings, "tail", writes=False) as conn:
-        document = lag_document(conn, outbox, _given_position(conn, outbox, call))
+        document = lag_document(conn, outbox, *_given_position(conn, outbox, call))
     out.document(document)
     if call.max_lag is not None and document["lag"] > call.max_lag:
         raise ConditionFalse(f"the lag of {document['lag']} events exceeds {call.max_lag}", answered=True)
 
 
-def _given_position(conn: Any, outbox: Outbox, call: Call) -> int:
+def _given_position(conn: Any, outbox: Outbox, call: Call) -> tuple[int, PassedEvent | None]:
     from pgcoord_cli.core.events import subscriptions
     from pgcoord_cli.core.events.cursor import from_cursor
     from pgcoord_cli.core.events.cursor_file import CursorFile
 
     if call.from_cursor is not None:
-        return from_cursor(call.from_cursor, "--from")
-    position = None
+        return from_cursor(call.from_cursor, "--from"), None
+    position = passed = None
     if call.subscription is not None:
-        position = subscriptions.checkpoint(conn, call.subscription, outbox)
+        position, passed = subscriptions.checkpoint(conn, call.subscription, outbox)
     elif call.cursor_file:
-        position = CursorFile(call.cursor_file).load()
+        file = CursorFile(call.cursor_file)
+        position, passed = file.load(), file.passed
     if position is None:
         raise UsageError(
             "--lag needs a cursor to count from",
             hint="give --from CURSOR, --cursor-file FILE or --subscription NAME",
         )
-    return position
+    return position, passed

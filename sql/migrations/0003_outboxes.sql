@@ -39,10 +39,12 @@ COMMENT ON COLUMN completion_events.dispatched_at_ms IS 'When the event was disp
 
 CREATE TABLE outbox_floors (
     outbox            text   PRIMARY KEY,
-    collected_through bigint NOT NULL DEFAULT 0
+    collected_through bigint NOT NULL DEFAULT 0,
+    execution_id      text,
+    committed_at_ms   bigint
 );
 
-COMMENT ON TABLE outbox_floors IS 'The highest event id that garbage collection has deleted from each outbox.';
+COMMENT ON TABLE outbox_floors IS 'The last event that garbage collection has deleted from each outbox: its id and identity; null: unknown.';
 
 INSERT INTO outbox_floors (outbox) VALUES ('lease_events'), ('completion_events');
 
@@ -105,3 +107,24 @@ CREATE TRIGGER announce BEFORE INSERT ON completion_events FOR EACH STATEMENT EX
 -- events. Apply workers of logical replication fire no statement triggers, so they must not write to an outbox.
 ALTER TABLE lease_events ENABLE ALWAYS TRIGGER announce;
 ALTER TABLE completion_events ENABLE ALWAYS TRIGGER announce;
+
+-- A tail compares a position with the last id that has been drawn.
+GRANT SELECT ON SEQUENCE lease_events_event_id_seq, completion_events_event_id_seq TO PUBLIC;
+
+-- Everything up to the last id is gone after TRUNCATE. With RESTART IDENTITY no id has been drawn by then: the floor
+-- falls to 0, since new events would otherwise come below it, and tails would not deliver them.
+CREATE FUNCTION follow_truncation() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    UPDATE outbox_floors
+       SET collected_through = coalesce(
+               pg_sequence_last_value(pg_get_serial_sequence(TG_TABLE_NAME, 'event_id')::regclass), 0),
+           execution_id = NULL, committed_at_ms = NULL
+     WHERE outbox = TG_TABLE_NAME;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER follow_truncation AFTER TRUNCATE ON lease_events
+    FOR EACH STATEMENT EXECUTE FUNCTION follow_truncation();
+CREATE TRIGGER follow_truncation AFTER TRUNCATE ON completion_events
+    FOR EACH STATEMENT EXECUTE FUNCTION follow_truncation();

@@ -7,19 +7,23 @@ CREATE TABLE subscriptions (
     last_position     bigint,
     fence             bigint      NOT NULL DEFAULT 0,
     fence_id          uuid,
+    passed            jsonb,
+    filters           jsonb,
     updated_at        timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
 COMMENT ON TABLE subscriptions IS 'The checkpoint of each subscription; only the owner of its lock moves it, and a save moves it forward only.';
 COMMENT ON COLUMN subscriptions.last_position IS 'The id of the last event that was processed; null: no position has been saved.';
 COMMENT ON COLUMN subscriptions.outbox IS 'The table whose event ids the position refers to; null: positions of the application''s own.';
+COMMENT ON COLUMN subscriptions.passed IS 'The last event that was passed: event_id, execution_id, committed_at_ms. Tells whether the position belongs to this history of the outbox; null: unknown.';
+COMMENT ON COLUMN subscriptions.filters IS 'The filters of the tail that began the subscription.';
 COMMENT ON COLUMN subscriptions.fence_id IS 'Random id, drawn with each fence: after a failover that lost data, the number alone can occur twice.';
 COMMENT ON COLUMN subscriptions.fence IS 'Grows with every acquisition of the lock; a save under an older fence is refused.';
 
 -- Returns how far garbage collection of an outbox may go. Events inserted before `committed_before_ms` (milliseconds
 -- since 1970) are older than `older_than` seconds, and no open transaction can still commit an event with a lower id:
--- it drew its ids after it began. Events up to `passed_by_all` have been passed by every subscription of this outbox;
--- null: it has none.
+-- it drew its ids after it began. Events up to `passed_by_all` lie before the last event that each subscription of this
+-- outbox has passed; null: it has none.
 CREATE FUNCTION collection_bound(
     outbox_name text, older_than double precision, OUT committed_before_ms bigint, OUT passed_by_all bigint
 ) LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
@@ -36,6 +40,10 @@ BEGIN
      WHERE held.locktype = 'advisory' AND held.classid = outbox_name::regclass::oid AND held.objid = 0
        AND held.objsubid = 2
        AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database());
-    SELECT min(last_position) INTO passed_by_all FROM subscriptions WHERE outbox = outbox_name;
+    -- The event at the lowest position stays: a tail that resumes there compares it.
+    SELECT min(coalesce((passed ->> 'event_id')::bigint, last_position)) - 1
+      INTO passed_by_all
+      FROM subscriptions
+     WHERE outbox = outbox_name;
 END
 $$;

@@ -60,7 +60,7 @@ WITH oldest AS MATERIALIZED (
      ORDER BY event_id
      LIMIT $3::integer
 ), deletable AS (
-    SELECT event_id
+    SELECT event_id, execution_id, committed_at_ms
       FROM lease_events
      WHERE event_id IN (SELECT event_id FROM oldest WHERE is_over)
        AND event_id < coalesce((SELECT min(event_id) FROM oldest WHERE NOT is_over), 9223372036854775807)
@@ -68,8 +68,9 @@ WITH oldest AS MATERIALIZED (
 ), raised AS (
     -- In the same transaction: a cursor below the floor is refused as expired, so no event may go before the floor rises.
     UPDATE outbox_floors
-       SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM deletable))
-     WHERE outbox = 'lease_events' AND EXISTS (SELECT FROM deletable)
+       SET collected_through = last.event_id, execution_id = last.execution_id, committed_at_ms = last.committed_at_ms
+      FROM (SELECT event_id, execution_id, committed_at_ms FROM deletable ORDER BY event_id DESC LIMIT 1) AS last
+     WHERE outbox = 'lease_events' AND last.event_id > collected_through
 ), deleted AS (
     DELETE FROM lease_events USING deletable WHERE lease_events.event_id = deletable.event_id RETURNING 1
 )
@@ -87,7 +88,7 @@ WITH oldest AS MATERIALIZED (
      ORDER BY event_id
      LIMIT $3::integer
 ), deletable AS (
-    SELECT event_id
+    SELECT event_id, execution_id, committed_at_ms
       FROM completion_events
      WHERE event_id IN (SELECT event_id FROM oldest WHERE is_over)
        AND event_id < coalesce((SELECT min(event_id) FROM oldest WHERE NOT is_over), 9223372036854775807)
@@ -95,8 +96,9 @@ WITH oldest AS MATERIALIZED (
 ), raised AS (
     -- In the same transaction: a cursor below the floor is refused as expired, so no event may go before the floor rises.
     UPDATE outbox_floors
-       SET collected_through = greatest(collected_through, (SELECT max(event_id) FROM deletable))
-     WHERE outbox = 'completion_events' AND EXISTS (SELECT FROM deletable)
+       SET collected_through = last.event_id, execution_id = last.execution_id, committed_at_ms = last.committed_at_ms
+      FROM (SELECT event_id, execution_id, committed_at_ms FROM deletable ORDER BY event_id DESC LIMIT 1) AS last
+     WHERE outbox = 'completion_events' AND last.event_id > collected_through
 ), deleted AS (
     DELETE FROM completion_events USING deletable WHERE completion_events.event_id = deletable.event_id RETURNING 1
 )

@@ -29,7 +29,7 @@ SELECT format(template, current_schema(), $1::text) AS statement
     (4, 'GRANT INSERT (partition_key, execution_id, flow_id, outcome, namespace, instance_tag, occurred_at_ms) '
         'ON %1$I.completion_events TO %2$I'),
     (5, 'GRANT SELECT (event_id) ON %1$I.lease_events, %1$I.completion_events TO %2$I'),
-    (6, 'GRANT INSERT (subscription_name, outbox, fence, fence_id), UPDATE ON %1$I.subscriptions TO %2$I'),
+    (6, 'GRANT INSERT (subscription_name, outbox, fence, fence_id, filters), UPDATE ON %1$I.subscriptions TO %2$I'),
     (7, 'GRANT INSERT ON %1$I.lock_names TO %2$I'),
     (8, 'GRANT EXECUTE ON FUNCTION %1$I.commit_directly TO %2$I')
   ) AS grants (position, template)

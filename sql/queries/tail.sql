@@ -39,6 +39,39 @@ SELECT greatest((SELECT max(event_id) FROM {outbox}), collected_through) AS head
   FROM outbox_floors
  WHERE outbox = {outbox_name};
 
+-- name: place
+-- The bounds of an outbox, the last id drawn, and the identity of the event of an id: as stored, or as noted when it was collected. A null id: no identity.
+SELECT greatest((SELECT max(event_id) FROM {outbox}), floors.collected_through) AS head, floors.collected_through,
+       coalesce(pg_sequence_last_value(pg_get_serial_sequence({outbox_name}, 'event_id')::regclass), 0) AS drawn_through,
+       CASE WHEN event.event_id IS NULL AND floors.collected_through = $1::bigint THEN floors.execution_id
+            ELSE event.execution_id::text END AS execution_id,
+       CASE WHEN event.event_id IS NULL AND floors.collected_through = $1::bigint THEN floors.committed_at_ms
+            ELSE event.committed_at_ms END AS committed_at_ms
+  FROM outbox_floors AS floors
+  LEFT JOIN {outbox} AS event ON event.event_id = $1::bigint
+ WHERE floors.outbox = {outbox_name};
+
+-- name: last_passed
+-- The last event up to a position, or the last one collected if none of these is stored.
+SELECT event_id, execution_id, committed_at_ms
+  FROM ((SELECT event_id, execution_id::text, committed_at_ms
+           FROM {outbox} WHERE event_id <= $1::bigint ORDER BY event_id DESC LIMIT 1)
+        UNION ALL
+        SELECT collected_through, execution_id, committed_at_ms
+          FROM outbox_floors
+         WHERE outbox = {outbox_name} AND collected_through <= $1::bigint AND execution_id IS NOT NULL) AS passed
+ ORDER BY event_id DESC
+ LIMIT 1;
+
+-- name: resume_after_loss
+-- The id of the last event before the first one inserted after a time in milliseconds since 1970; the floor, if there is none.
+SELECT greatest((SELECT max(event_id) FROM {outbox}
+                  WHERE event_id < coalesce((SELECT event_id FROM {outbox} WHERE committed_at_ms > $1::bigint
+                                              ORDER BY event_id LIMIT 1), 9223372036854775807)),
+                collected_through) AS event_id
+  FROM outbox_floors
+ WHERE outbox = {outbox_name};
+
 -- name: blocking_transactions
 -- The open transactions that may still commit events of an outbox: session or prepared transaction, and since when.
 SELECT held.pid, coalesce(activity.application_name, prepared.gid) AS application,

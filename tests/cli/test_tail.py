@@ -635,19 +635,19 @@ def test_an_invalid_cursor_is_refused_as_an_end_too(text: str, why: str, offline
     assert answer.error["hint"].endswith(f"like {cursor(42)}")
 
 
-def test_i21_a_cursor_ahead_of_the_head_is_refused(tail: Callable[..., Answer], sql: Sql) -> None:
-    assert tail("--from", cursor(1)).refusal == f"cursor {cursor(1)} is ahead of the outbox, which ends at {cursor(0)}"
+def test_i21_a_cursor_ahead_of_the_last_id_is_refused(tail: Callable[..., Answer], sql: Sql) -> None:
     add(sql, 3)
     ahead = tail("--from", cursor(4))
-    assert ahead.refusal == f"cursor {cursor(4)} is ahead of the outbox, which ends at {cursor(3)}"
-    assert "another outbox or database" in ahead.error["hint"]
+    assert (ahead.code, ahead.error["code"]) == (8, "history_changed")
+    assert f"cursor {cursor(4)} is ahead of the outbox, whose last id is {cursor(3)}" in ahead.error["message"]
+    assert "another outbox or database" in ahead.error["message"]
     assert tail("--from", cursor(3)) == (0, "", "")
 
 
-def test_i21_a_subscription_ahead_of_the_head_is_refused(tail: Callable[..., Answer], sql: Sql) -> None:
+def test_i21_a_subscription_ahead_of_the_last_id_is_refused(tail: Callable[..., Answer], sql: Sql) -> None:
     assert tail("--subscription", "s").code == 0
     sql.execute("UPDATE subscriptions SET last_position = 7")
-    assert f"cursor {cursor(7)} is ahead" in tail("--subscription", "s").refusal
+    assert f"cursor {cursor(7)} is ahead" in tail("--subscription", "s").error["message"]
 
 
 def collected(sql: Sql, call: Call) -> list[int]:

@@ -132,12 +132,21 @@ EXPECTED = {
     "tail.cancel_wakeups": Shape("text, bigint", "wake_until bigint"),
     "tail.bounds": Shape("", "head bigint, collected_through bigint"),
     "tail.blocking_transactions": Shape("text", "pid integer, application text, since timestamptz"),
+    "tail.place": Shape(
+        "bigint",
+        "head bigint, collected_through bigint, drawn_through bigint, execution_id text, committed_at_ms bigint",
+    ),
+    "tail.last_passed": Shape("bigint", "event_id bigint, execution_id text, committed_at_ms bigint"),
+    "tail.resume_after_loss": Shape("bigint", "event_id bigint"),
     "tail.gaps": Shape("bigint, bigint", "first_id bigint, last_id bigint"),
     "tail.first_at": Shape("bigint", "event_id bigint"),
     "tail.count": Shape("bigint", "events bigint"),
-    "subscriptions.acquire": Shape("text, text", "fence bigint, fence_id uuid, last_position bigint, outbox text"),
-    "subscriptions.save": Shape("text, bigint, bigint, uuid", "is_saved boolean"),
-    "subscriptions.checkpoint": Shape("text", "outbox text, last_position bigint"),
+    "subscriptions.acquire": Shape(
+        "text, text, text",
+        "fence bigint, fence_id uuid, last_position bigint, outbox text, passed text, filters text",
+    ),
+    "subscriptions.save": Shape("text, bigint, bigint, uuid, text", "is_saved boolean"),
+    "subscriptions.checkpoint": Shape("text", "outbox text, last_position bigint, passed text"),
     "gc.event_bound": Shape("text, double precision", "committed_before_ms bigint, passed_by_all bigint"),
     "gc.delete_lease_events": Shape(
         "bigint, bigint, integer, bigint", "deleted bigint, last_id bigint, is_last boolean"

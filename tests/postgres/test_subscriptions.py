@@ -258,9 +258,9 @@ def reader(settings: Settings) -> Iterator[Conn]:
 
 def test_the_position_of_an_owned_subscription_can_be_read(acquire: Owners, reader: Conn) -> None:
     owner = acquire()
-    assert checkpoint(reader, "mailer", LEASE) is None
+    assert checkpoint(reader, "mailer", LEASE) == (None, None)
     owner.save(3)
-    assert checkpoint(reader, "mailer", LEASE) == 3
+    assert checkpoint(reader, "mailer", LEASE) == (3, None)
     with pytest.raises(UsageError, match="not of completion_events"):
         checkpoint(reader, "mailer", COMPLETION)
     with pytest.raises(UsageError, match="there is no subscription 'Mailer'"):

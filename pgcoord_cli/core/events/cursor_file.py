@@ -1,6 +1,7 @@
 """A cursor kept in a file, from which the next reader of the outbox resumes.
 
-The file holds one cursor and a line feed. `save` replaces it atomically: it writes a temporary file in the same
+The file holds the cursor in its first line, and the identity of the last event passed, as JSON, in its second; files of
+one line are read too. `save` replaces it atomically: it writes a temporary file in the same
 directory, flushes that to disk and renames it over the old one. A crash at any moment leaves the old cursor or the new
 one. A reader that saves after it has processed an event therefore processes each event at least once.
 """
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pgcoord_cli.core.events.cursor import from_cursor, to_cursor
+from pgcoord_cli.core.events.history import PassedEvent
 from pgcoord_cli.errors import PgcoordError
 
 
@@ -20,6 +22,7 @@ class CursorFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.passed: PassedEvent | None = None
 
     def load(self) -> int | None:
         """Returns the position in the file, or None if there is no file or it is empty.
@@ -33,21 +36,27 @@ class CursorFile:
             return None
         except OSError as error:
             raise PgcoordError(f"--cursor-file: cannot read {str(self._path)!r}: {error.strerror}") from None
-        return from_cursor(text, f"--cursor-file {self._path}") if text.strip() else None
+        if not text.strip():
+            return None
+        first, _, second = text.strip().partition("\n")
+        self.passed = PassedEvent.from_json(second)
+        return from_cursor(first, f"--cursor-file {self._path}")
 
-    def save(self, position: int) -> None:
+    def save(self, position: int, passed: PassedEvent | None = None) -> None:
         """Replaces the cursor. Raises PgcoordError, with the operating system's reason, if that fails."""
         # In the same directory, since a rename is atomic within one file system only; one name for each process.
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            self._replace(temporary, position)
+            self._replace(temporary, position, passed)
         except OSError as error:
             raise PgcoordError(f"--cursor-file: cannot write {str(self._path)!r}: {error.strerror}") from None
 
-    def _replace(self, temporary: Path, position: int) -> None:
+    def _replace(self, temporary: Path, position: int, passed: PassedEvent | None) -> None:
         try:
-            with temporary.open("w", encoding="ascii") as file:
+            with temporary.open("w", encoding="utf-8") as file:
                 file.write(f"{to_cursor(position)}\n")
+                if passed:
+                    file.write(f"{passed.to_json()}\n")
                 file.flush()
                 # Before the rename: otherwise a crash of the machine could leave the new name with no contents.
                 os.fsync(file.fileno())

@@ -10,6 +10,7 @@ means nothing in the other.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from psycopg import Connection
@@ -20,9 +21,10 @@ from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.advisory_keys import lock_holder
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.events.cursor import to_cursor
+from pgcoord_cli.core.events.history import PassedEvent, check_history
 from pgcoord_cli.core.events.outbox import OUTBOXES, Outbox
-from pgcoord_cli.core.events.tail import Notice, OnNotice, ignore_notice
-from pgcoord_cli.core.locks.ownership import Fence, draw_fence, subscription_lock, take_lock
+from pgcoord_cli.core.events.tail import Filters, Notice, OnNotice, ignore_notice
+from pgcoord_cli.core.locks.ownership import Acquisition, Fence, draw_fence, subscription_lock, take_lock
 from pgcoord_cli.db.binary import int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
@@ -40,13 +42,23 @@ ANSWER_TIMEOUT_SECONDS = 8.0
 class Subscription:
     """The owned checkpoint of one tail. Raises LockNotAcquired at once if the name has another owner."""
 
-    def __init__(self, settings: Settings, name: str, outbox: Outbox, report: OnNotice = ignore_notice) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        outbox: Outbox,
+        report: OnNotice = ignore_notice,
+        *,
+        filters: Filters | None = None,
+    ) -> None:
         self._settings = settings
         self._report = report
         self._name = name
         self._outbox = outbox
         self._wakeup = Wakeup()
         self._stopping = False
+        self._filters = None if filters is None else json.dumps(filters.document(), ensure_ascii=False)
+        self.passed: PassedEvent | None = None
         self._backend_pid: int | None = None
         self._acquire()
 
@@ -54,11 +66,13 @@ class Subscription:
         """Returns the position at the last acquisition, or None if none has been saved."""
         return self._position
 
-    def save(self, position: int) -> None:
-        """Saves `position`. If the connection is lost, reconnects, takes the lock again and repeats until it is saved.
+    def save(self, position: int, passed: PassedEvent | None = None) -> None:
+        """Saves `position`, with the last event passed.
 
-        Raises LockNotAcquired or Fenced if another owner has acquired the name meanwhile; ConnectionFailed after
-        `stop`.
+        If the connection is lost, reconnects, takes the lock again and repeats until it is saved.
+
+        Raises LockNotAcquired or Fenced if another owner has acquired the name meanwhile; HistoryChanged if the new
+        connection leads to another history; ConnectionFailed after `stop`.
         """
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while True:
@@ -66,8 +80,10 @@ class Subscription:
                 if self._conn.closed:
                     # Draws a new fence, so a save that is still in flight on the lost connection is refused.
                     self._acquire()
+                    # A failover may have led to another history, in which the position means other events.
+                    check_history(self._conn, self._outbox, position, passed)
                     self._report(Notice("connected", to_cursor(position), "the subscription is owned again"))
-                self._save(position)
+                self._save(position, passed)
                 return
             except ConnectionFailed as error:
                 # The save may have been committed; to repeat it is safe, since a position never goes back.
@@ -92,7 +108,7 @@ class Subscription:
         try:
             with mapped_errors():
                 self._take_lock()
-                self._fence, self._position = self._draw_fence()
+                self._fence = self._draw_fence()
                 self._pipeline = Pipeline(self._conn, ANSWER_TIMEOUT_SECONDS)
         except BaseException:
             self._conn.close()
@@ -111,13 +127,35 @@ class Subscription:
                 self._conn.execute(sql("locks", "end_session"), [holder.pid])
             raise ConnectionFailed(f"the lost session of subscription {self._name!r} still held its lock") from None
 
-    def _draw_fence(self) -> tuple[Fence, int | None]:
-        acquired = draw_fence(self._conn, self._name, self._outbox.table)
+    def _draw_fence(self) -> Fence:
+        acquired = draw_fence(self._conn, self._name, self._outbox.table, filters=self._filters)
         check_outbox(self._name, acquired.outbox, self._outbox)
-        return acquired.fence, acquired.position
+        self._position = acquired.position
+        self.passed = PassedEvent.from_json(acquired.passed or "")
+        self._compare_filters(acquired)
+        return acquired.fence
 
-    def _save(self, position: int) -> None:
-        values = [self._name.encode(), int8(self._fence.number), int8(position), self._fence.fence_id.bytes]
+    def _compare_filters(self, acquired: Acquisition) -> None:
+        """Reports once that the subscription was begun with other filters."""
+        given, self._filters = self._filters, None
+        if given and acquired.filters and json.loads(given) != json.loads(acquired.filters):
+            self._report(
+                Notice(
+                    "filters_changed",
+                    to_cursor(acquired.position or 0),
+                    f"subscription {self._name!r} began with the filters {acquired.filters}, and goes on with {given}; "
+                    "events before this cursor that only the new filters pass are not delivered",
+                )
+            )
+
+    def _save(self, position: int, passed: PassedEvent | None) -> None:
+        values = [
+            self._name.encode(),
+            int8(self._fence.number),
+            int8(position),
+            self._fence.fence_id.bytes,
+            passed.to_json().encode() if passed else None,
+        ]
         with mapped_errors():
             save = sql("subscriptions", "save", schema=self._settings.schema)
             (is_saved,) = self._pipeline.fetch(save, values)[0]
@@ -127,17 +165,20 @@ class Subscription:
             )
 
 
-def checkpoint(conn: Connection[Any], name: str, outbox: Outbox) -> int | None:
-    """Returns the position of a subscription, owned or not. Raises UsageError if there is none for this outbox."""
+def checkpoint(conn: Connection[Any], name: str, outbox: Outbox) -> tuple[int | None, PassedEvent | None]:
+    """Returns the position of a subscription, owned or not, and the last event passed.
+
+    Raises UsageError if there is none for this outbox.
+    """
     row = conn.execute(sql("subscriptions", "checkpoint"), [name]).fetchone()
     if row is None:
         raise UsageError(
             f"--subscription: there is no subscription {name!r}",
             hint="the first tail with that name creates it; see: pgcoord subscription list",
         )
-    table, position = row
+    table, position, passed = row
     check_outbox(name, table, outbox)
-    return None if position is None else int(position)
+    return position, PassedEvent.from_json(passed or "")
 
 
 def check_outbox(name: str, table: str | None, outbox: Outbox) -> None:
@@ -177,7 +218,7 @@ def set_position(conn: Connection[Any], schema: str, name: str, position: int, *
     take_lock(conn, schema, name)
     _check_end(conn, record["outbox"], position)
     # A new fence: an owner whose session was terminated may not know it, and must not save over this position.
-    fence, before, _ = draw_fence(conn, name, None)
+    fence, before, *_ = draw_fence(conn, name, None)
     if before is not None and position < before and not force:
         raise UsageError(
             f"subscription {name!r} is at {to_cursor(before)}, and {to_cursor(position)} is before that",
@@ -199,5 +240,5 @@ def remove(conn: Connection[Any], schema: str, name: str) -> None:
     """Clears the position of a subscription without an owner. Raises LockNotAcquired and ConditionFalse."""
     subscription_record(conn, schema, name)
     take_lock(conn, schema, name)
-    fence, _, _ = draw_fence(conn, name, None)
+    fence, *_ = draw_fence(conn, name, None)
     conn.execute(sql("subscriptions", "remove"), [name, fence.number, fence.fence_id])

@@ -33,10 +33,11 @@ event of that time on.
 **Lost connections** and failed statements close the connection. The tail reports it, backs off, reconnects and
 continues from its position. An error of the first connection is raised instead.
 
-**A crash of the server** loses what had not reached its disk: ids that were drawn and rolled back, and, where writers
-commit with `synchronous_commit = off`, events that have been delivered. The sequence hands those ids out again. A tail
-therefore never advances beyond the highest visible id. When it reconnects it forgets which ids above its position were
-visible; if the outbox now ends before its position, it reports that and moves back to the end of the outbox.
+**A loss.** A crash of the server, a failover or a restore may take events away that have been delivered, and the
+sequence hands their ids out again. A tail therefore never advances beyond the highest visible id, and remembers the
+identity of the last event that it has passed. When it starts, when it reconnects, and when the outbox ends before its
+position, it compares that (`core.events.history`), and raises HistoryChanged if the outbox has another event there.
+When it reconnects it also forgets which ids above its position were visible.
 
 **Garbage collection** raises the floor of the outbox in the transaction that deletes. A tail at a gap compares its
 position with the floor before it passes the gap, so that it does not take deleted events for rolled-back ones: it
@@ -61,6 +62,7 @@ from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.channels import POLL_SECONDS
 from pgcoord_cli.core.events.cursor import from_cursor, to_cursor
+from pgcoord_cli.core.events.history import PassedEvent, check_history, expired
 from pgcoord_cli.core.events.outbox import Event, Outbox
 from pgcoord_cli.core.events.tail_connection import (
     BlockingTransaction,
@@ -108,6 +110,7 @@ class StartPosition(NamedTuple):
 
     how: str
     value: int = 0
+    passed: PassedEvent | None = None
 
     @classmethod
     def now(cls) -> StartPosition:
@@ -120,9 +123,9 @@ class StartPosition(NamedTuple):
         return cls("beginning")
 
     @classmethod
-    def position(cls, event_id: int) -> StartPosition:
-        """The first event after this id."""
-        return cls("position", event_id)
+    def position(cls, event_id: int, passed: PassedEvent | None = None) -> StartPosition:
+        """The first event after this id. `passed`, the last event up to it, tells whether that is still the same."""
+        return cls("position", event_id, passed)
 
     @classmethod
     def cursor(cls, cursor: str) -> StartPosition:
@@ -158,6 +161,10 @@ class Filters:
                 raise UsageError(f"filters: {each.name}={values!r} is not a set", hint=f"write {{{values!r}}}")
             object.__setattr__(self, each.name, frozenset(values))
 
+    def document(self) -> dict[str, list[Any]]:
+        """Returns the filters that are set, as JSON holds them."""
+        return {each.name: sorted(values) for each in fields(self) if (values := getattr(self, each.name))}
+
     def passes(self, event: Event) -> bool:
         """Returns whether the event passes every filter."""
         return (
@@ -183,14 +190,18 @@ class Step(Enum):
 
 
 class Batch(NamedTuple):
-    """Events in ascending order, and the position after them, which also passes filtered and rolled-back ids."""
+    """Events in ascending order, and the position after them, which also passes filtered and rolled-back ids.
+
+    `passed` is the last event up to the position, delivered or filtered out; None if the outbox never had one.
+    """
 
     events: list[Event]
     position: int
+    passed: PassedEvent | None = None
 
 
 class Notice(NamedTuple):
-    """A report of a tail: `disconnected`, `connected` or `held_up`, with the cursor at that moment.
+    """A report of a tail: `disconnected`, `connected`, `filters_changed` or `held_up`, with the cursor at that moment.
 
     `held_event_id` and `holders`, the transactions that may still commit that event, are those of `held_up`.
     """
@@ -232,6 +243,7 @@ class Tail:
         self._report = report
         self._wakeup = Wakeup()
         self._watermark: Watermark | None = None
+        self._passed = start.passed
         self._end: int | None = None
         self._stop_at: int | None = None
         self._visible_at_start = VisibleAtStart(0, [])
@@ -265,9 +277,12 @@ class Tail:
                 with closing(TailConnection(self._settings, self._outbox, self._wakeup)) as connection:
                     if self._watermark is None:
                         self._watermark = self._begin(connection)
-                        yield Batch([], self._watermark.position)
+                        yield Batch([], self._watermark.position, self._passed)
                     else:
-                        self._notify("connected", self._check_after_crash(connection, self._watermark.position))
+                        connection.check_history(self._watermark.position, self._passed)
+                        # The server may also have lost ids above the position that the old watermark had seen.
+                        self._watermark = Watermark(self._watermark.position)
+                        self._notify("connected", "connected again")
                     backoff.reset()
                     yield from self._read_on(connection, self._watermark)
                     return
@@ -278,23 +293,13 @@ class Tail:
                 self._notify("disconnected", error.message)
             self._wakeup.wait(backoff.next_pause())
 
-    def _check_after_crash(self, connection: TailConnection, position: int) -> str:
-        """Moves back to the end of the outbox if that lies before `position`; returns the message to report."""
-        head = connection.bounds().head
-        # A new Watermark: the server may also have lost ids above the position that the old one had seen.
-        self._watermark = Watermark(min(head, position))
-        if head >= position:
-            return "connected again"
-        return (
-            f"connected again; the server lost the events up to {position} in a crash, "
-            "and new events will get their ids"
-        )
-
     # -- start and end
 
     def _begin(self, connection: TailConnection) -> Watermark:
         bounds = connection.bounds()
         position = self._resolve_start(connection, bounds)
+        if self._passed is None:
+            self._passed = connection.last_passed(position)
         if self._until:
             self._end = self._resolve_end(connection, self._until, bounds)
         ends = [self._end, None if self._follow else bounds.head]
@@ -302,11 +307,11 @@ class Tail:
         return Watermark(position)
 
     def _resolve_start(self, connection: TailConnection, bounds: Bounds) -> int:
-        how, value = self._start
+        how, value, passed = self._start
         if how == "beginning":
             return bounds.collected_through
         if how == "position":
-            check_position(value, bounds)
+            connection.check_history(value, passed)
             return value
         first = connection.first_at(value) if how == "time" else None
         position = bounds.head if first is None else first - 1
@@ -328,6 +333,8 @@ class Tail:
         step, limit = Step.CATCH_UP, BATCH_LIMIT
         while not self._stopping:
             reading = self._read(connection, watermark.position, step, limit)
+            if reading.bounds and reading.bounds.head < watermark.position:
+                connection.check_history(watermark.position, self._passed)
             batch = self._advance(watermark, reading)
             # Reads at a gap repeat; events beyond it would be fetched again each time and thrown away.
             limit = GAP_LIMIT if watermark.is_at_gap and batch is None else BATCH_LIMIT
@@ -394,7 +401,10 @@ class Tail:
             return None
         # Events beyond the end are not delivered, so their ids must not count as passed either.
         position = watermark.position if self._end is None else min(watermark.position, max(before, self._end))
-        return Batch(self._select(reading.events[:count]), position)
+        passed = bisect_right(reading.events, position, hi=count, key=lambda event: event.event_id)
+        if passed:
+            self._passed = PassedEvent.of(reading.events[passed - 1])
+        return Batch(self._select(reading.events[:count]), position, self._passed)
 
     def _select(self, events: list[Event]) -> list[Event]:
         # Without filters and past the start, the common case in a catch-up, no event needs to be looked at.
@@ -491,35 +501,16 @@ class StallDetector:
         return begun
 
 
-def check_position(position: int, bounds: Bounds) -> None:
-    """Raises UsageError if `position` is beyond the last event, CursorExpired if events after it were deleted."""
-    if position > bounds.head:
-        raise UsageError(
-            f"cursor {to_cursor(position)} is ahead of the outbox, which ends at {to_cursor(bounds.head)}",
-            hint="is it a cursor of another outbox or database?",
-        )
-    if position < bounds.collected_through:
-        raise expired(position, bounds.collected_through)
-
-
-def expired(position: int, collected_through: int) -> CursorExpired:
-    """Returns the error for a position whose next events have been deleted; `resume_at` is the first valid cursor."""
-    error = CursorExpired(
-        f"garbage collection has deleted events after cursor {to_cursor(position)}",
-        hint=f"resume at the oldest event that is kept: --from {to_cursor(collected_through)}",
-    )
-    error.resume_at = to_cursor(collected_through)
-    return error
-
-
-def lag_document(conn: Connection[Any], outbox: Outbox, position: int) -> dict[str, Any]:
+def lag_document(
+    conn: Connection[Any], outbox: Outbox, position: int, passed: PassedEvent | None = None
+) -> dict[str, Any]:
     """Returns how far `position` is behind: the number of events after it, the last cursor, the oldest open writer.
 
-    Raises what `check_position` raises.
+    Raises what `check_history` raises.
     """
     with mapped_errors():
         bounds = Bounds(*(conn.execute(sql("tail", "bounds", outbox=outbox.table)).fetchone() or (0, 0)))
-        check_position(position, bounds)
+        check_history(conn, outbox, position, passed)
         (waiting,) = conn.execute(sql("tail", "count", outbox=outbox.table), [position]).fetchone() or (0,)
     holders = [holder._asdict() for holder in list_blocking_transactions(conn, outbox)]
     return {

@@ -21,6 +21,7 @@ from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.listener import listen
 from pgcoord_cli.core.database.session import open_session
+from pgcoord_cli.core.events.history import PassedEvent, check_history, last_passed
 from pgcoord_cli.core.events.outbox import Event, Outbox
 from pgcoord_cli.db.binary import int4, int8
 from pgcoord_cli.db.connection import mapped_errors
@@ -182,6 +183,14 @@ class TailConnection:
     def bounds(self) -> Bounds:
         """Returns the bounds of the outbox at this moment."""
         return Bounds(*self._run([self._bounds()])[0][0])
+
+    def check_history(self, position: int, passed: PassedEvent | None) -> None:
+        """Raises HistoryChanged or CursorExpired if a tail cannot go on from `position`."""
+        check_history(self._conn, self._outbox, position, passed)
+
+    def last_passed(self, position: int) -> PassedEvent | None:
+        """Returns the last event up to `position`, or None."""
+        return last_passed(self._conn, self._outbox, position)
 
     def gaps_before(self, position: int, depth: int) -> list[tuple[int, int]]:
         """Returns the gaps in the last `depth` ids up to `position` that an open transaction may still fill.

@@ -169,22 +169,30 @@ class Fence(NamedTuple):
 
 
 class Acquisition(NamedTuple):
-    """A fence, and what the row of the name holds: the last position, and the outbox that this counts in."""
+    """A fence, and what the row of the name holds: the last position, the outbox that this counts in, and, as JSON, the
+    last event passed and the filters of the tail that began it."""
 
     fence: Fence
     position: int | None
     outbox: str | None
+    passed: str | None
+    filters: str | None
 
 
 def draw_fence(
-    conn: Connection[Any], name: str, outbox: str | None, timeout_seconds: float = FENCE_SECONDS
+    conn: Connection[Any],
+    name: str,
+    outbox: str | None,
+    timeout_seconds: float = FENCE_SECONDS,
+    *,
+    filters: str | None = None,
 ) -> Acquisition:
     """Draws the next fence of a name, durably; returns it with the position. The caller holds the lock of the name.
 
     Raises ConnectionFailed, with the connection closed, if that is not confirmed within `timeout_seconds`.
     """
     encoding = conn.info.encoding
-    values = [name.encode(encoding), None if outbox is None else outbox.encode(encoding)]
+    values = [None if text is None else text.encode(encoding) for text in (name, outbox, filters)]
     warnings: list[str] = []
 
     def note(notice: psycopg.errors.Diagnostic) -> None:
@@ -204,8 +212,8 @@ def draw_fence(
         conn.remove_notice_handler(note)
     if warnings:
         raise Unconfirmed("the server stopped waiting for synchronous replication")
-    number, fence_id, position, table = rows[0]
-    return Acquisition(Fence(number, fence_id), position, table)
+    number, fence_id, *rest = rows[0]
+    return Acquisition(Fence(number, fence_id), *rest)
 
 
 class Ownership:
@@ -258,7 +266,7 @@ class Checkpoint:
         """
         statement = sql("subscriptions", "save", schema=self._schema)
         row = self._execute(
-            conn or self._conn, statement, [self._name, self._fence.number, position, self._fence.fence_id]
+            conn or self._conn, statement, [self._name, self._fence.number, position, self._fence.fence_id, None]
         )
         if not (row and row[0]):
             raise Fenced(
