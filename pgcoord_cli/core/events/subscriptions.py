@@ -81,7 +81,8 @@ class Subscription:
                     # Draws a new fence, so a save that is still in flight on the lost connection is refused.
                     self._acquire()
                     # A failover may have led to another history, in which the position means other events.
-                    check_history(self._conn, self._outbox, position, passed)
+                    if passed:
+                        check_history(self._conn, self._outbox, position, passed)
                     self._report(Notice("connected", to_cursor(position), "the subscription is owned again"))
                 self._save(position, passed)
                 return
