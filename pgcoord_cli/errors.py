@@ -29,6 +29,8 @@
     ├── UnsuitableServer        9   a standby, a transaction pooler, an unsupported version
     ├── OutcomeUnknown         10   the commit may or may not have happened; ask again
     ├── TimedOut              124   a deadline passed
+    ├── CommandNotExecutable  126   a command of the caller may not be executed
+    ├── CommandNotFound       127   a command of the caller does not exist
     ├── Interrupted           130   Ctrl-C, or an unanswered question
     └── Terminated            143   SIGTERM
 
@@ -227,6 +229,20 @@ class OutcomeUnknown(PgcoordError):
 
     code = "outcome_unknown"
     exit_code = 10
+
+
+class CommandNotExecutable(PgcoordError):
+    """A command of the caller may not be executed."""
+
+    code = "command_not_executable"
+    exit_code = 126
+
+
+class CommandNotFound(PgcoordError):
+    """A command of the caller does not exist."""
+
+    code = "command_not_found"
+    exit_code = 127
 
 
 class TimedOut(PgcoordError):

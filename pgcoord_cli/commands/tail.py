@@ -18,7 +18,7 @@ from pgcoord_cli.errors import ConditionFalse, CursorExpired, HistoryChanged, Us
 from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_duration
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.core.events.outbox import Event, Outbox
@@ -76,6 +76,22 @@ MaxLag = Annotated[
     int | None, typer.Option("--max-lag", metavar="N", min=0, help="With --lag: exit 3 if there are more events.")
 ]
 
+Exec = Annotated[
+    bool, typer.Option("--exec", help="Run CMD for each event, which is on its stdin; exit code 0 moves the position.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch", metavar="N", min=1, help="With --exec: at most N events for each run.")
+]
+Attempts = Annotated[
+    int | None,
+    typer.Option(
+        "--attempts", metavar="N", min=1, help="With --exec: exit after N failed runs in a row. [default: no limit]"
+    ),
+]
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- CMD...]", help="With --exec: the command and its arguments.")
+]
+
 
 class Call(NamedTuple):
     """The options of one call, which both commands share."""
@@ -94,6 +110,10 @@ class Call(NamedTuple):
     subscription: str | None
     lag: bool
     max_lag: int | None
+    exec_: bool
+    batch: int | None
+    attempts: int | None
+    words: list[str]
 
 
 class PositionStore(Protocol):
@@ -120,23 +140,31 @@ LEASE_HELP = """Follow the lease events: acquired, renewed, expired, reclaimed, 
 Each event is printed at least once, in order. A lost connection is replaced. Ctrl-C and SIGTERM finish the current
 batch and print how to resume. A stored cursor (--cursor-file, --subscription) takes precedence over --from.
 
+Through a pipe, the stored cursor tells what was written into the pipe, not what its reader has handled: a reader that
+crashes loses what it had not handled. --exec runs CMD for each event, or each --batch, with JSON lines on its stdin,
+and moves the cursor when CMD exits with 0; until then CMD is run again, so that it gets each event at least once.
+
 \b
 Examples:
   pgcoord tail lease
   pgcoord tail lease --from-start --no-follow -o jsonl > leases.jsonl
   pgcoord tail lease --since 10m --event-type expired --event-type reclaimed
-  pgcoord tail lease --cursor-file /var/lib/app/lease.cursor -o jsonl | app-import
+  pgcoord tail lease --cursor-file /var/lib/app/lease.cursor --exec --batch 100 -- app-import
   pgcoord tail lease --lag --subscription importer --max-lag 1000
 """
 
 COMPLETION_HELP = """Follow the completion events: success, failed, cancelled, skipped. One line each, with its cursor.
+
+Through a pipe, the stored cursor tells what was written into the pipe, not what its reader has handled: a reader that
+crashes loses what it had not handled. --exec runs CMD for each event, or each --batch, with JSON lines on its stdin,
+and moves the cursor when CMD exits with 0; until then CMD is run again, so that it gets each event at least once.
 
 \b
 Examples:
   pgcoord tail completion
   pgcoord tail completion --from 02000000000000002a --max 10 -o json
   pgcoord tail completion --namespace deploys --outcome failed
-  pgcoord tail completion --subscription mailer --from-start -o jsonl | send-mails
+  pgcoord tail completion --subscription mailer --from-start --exec -- send-mail
   pgcoord tail completion --lag --cursor-file mailer.cursor
 """
 
@@ -160,12 +188,17 @@ def _register(name: str, kind_option: str, metavar: str, text: str) -> None:
         subscription: SubscriptionOption = None,
         lag: Lag = False,
         max_lag: MaxLag = None,
+        exec_: Exec = False,
+        batch: BatchSize = None,
+        attempts: Attempts = None,
+        words: Words = None,
     ) -> None:
         from pgcoord_cli.core.events.outbox import OUTBOXES
 
         _tail(ctx, OUTBOXES[name], Call(
             from_cursor, from_start, since, until, most, no_follow, partition or [], namespace or [],
-            instance_tag or [], kind or [], cursor_file, subscription, lag, max_lag,
+            instance_tag or [], kind or [], cursor_file, subscription, lag, max_lag, exec_, batch, attempts,
+            words or [],
         ))  # fmt: skip
 
     follow.__doc__ = text
@@ -190,7 +223,10 @@ def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
         if position and passed is None:
             out.warn(UNCHECKED)
         with closing(_make_tail(settings, out, outbox, call, position, passed)) as tail:
-            _follow(tail, out, outbox, call, checkpoint)
+            if call.exec_ and checkpoint:
+                _follow_with_command(tail, out, outbox, call, checkpoint)
+            else:
+                _follow(tail, out, outbox, call, checkpoint)
     except CursorExpired as error:
         error.hint = _resume_hint(call, error) or error.hint
         raise
@@ -226,6 +262,7 @@ def _check(call: Call) -> None:
         )
     if call.max_lag is not None and not call.lag:
         raise UsageError("--max-lag requires --lag")
+    _check_exec(call)
     filters = {
         "--namespace": call.namespaces,
         "--instance-tag": call.instance_tags,
@@ -234,6 +271,23 @@ def _check(call: Call) -> None:
     for option, values in filters.items():
         for value in values:
             check_text(value, option)
+
+
+def _check_exec(call: Call) -> None:
+    if not call.exec_:
+        given = {"--batch": call.batch, "--attempts": call.attempts, "CMD": call.words or None}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"{' and '.join(unused)} requires --exec", hint="write: --exec -- CMD...")
+        return
+    if not call.words:
+        raise UsageError("--exec needs a command", hint="write: --exec -- CMD...")
+    if call.lag:
+        raise UsageError("--exec and --lag exclude each other")
+    if not call.cursor_file and call.subscription is None:
+        raise UsageError(
+            "--exec needs a place to store the position",
+            hint="give --subscription NAME or --cursor-file FILE: the next tail has to know what was handled",
+        )
 
 
 def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call) -> PositionStore | None:
@@ -246,7 +300,7 @@ def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call
     if call.subscription is not None:
         check_text(call.subscription, "--subscription")
         name = check_name(call.subscription, "--subscription")
-        return Subscription(settings, name, outbox, lambda notice: _report(out, notice), filters=_filters(call))
+        return Subscription(settings, name, outbox, lambda notice: _report(out, notice, call), filters=_filters(call))
     return None
 
 
@@ -268,7 +322,7 @@ def _make_tail(
         until=None if call.until is None else _until(call.until),
         filters=_filters(call),
         follow=not call.no_follow,
-        report=lambda notice: _report(out, notice),
+        report=lambda notice: _report(out, notice, call),
     )
 
 
@@ -341,6 +395,46 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Pos
         raise typer.Exit(128 + received[0])
 
 
+def _follow_with_command(tail: Tail, out: Output, outbox: Outbox, call: Call, store: PositionStore) -> None:
+    """Runs the command for each batch and saves the position once the command has handled it."""
+    from pgcoord_cli.core.events.delivery import Delivery
+    from pgcoord_cli.core.events.history import PassedEvent
+    from pgcoord_cli.render.events import json_line_maker
+
+    line, checks = json_line_maker(outbox.noun), EventChecks(out, outbox)
+
+    def stop() -> None:
+        tail.stop()
+        store.stop()
+        delivery.signal(received[-1])
+
+    with closing(Delivery(call.words, call.attempts, out.warn)) as delivery:
+        received = stop_on_signals(stop)
+        left = call.most
+        for batch in tail.batches():
+            events = batch.events[:left]
+            checks.warn_of(events)
+            for part in _parts(events, call.batch or 1):
+                if code := delivery.deliver([line(event) for event in part]):
+                    out.warn(f"{call.words[0]} exited with {code}; the position stays before event {part[0].event_id}")
+                    raise typer.Exit(code)
+                if code is None:
+                    out.note("stopped; the same command resumes here")
+                    raise typer.Exit(128 + received[0])
+                store.save(part[-1].event_id, PassedEvent.of(part[-1]))
+            if left is not None and (left := left - len(events)) == 0:
+                break
+            store.save(batch.position, batch.passed)
+        if received:
+            out.note("stopped; the same command resumes here")
+            raise typer.Exit(128 + received[0])
+
+
+def _parts(events: list[Event], size: int) -> Iterator[list[Event]]:
+    for first in range(0, len(events), size):
+        yield events[first : first + size]
+
+
 def _stop_without_reader(tail: Tail) -> None:
     """Stops the tail when the reader of stdout closes its pipe (`| head`), even if no event arrives."""
     from pgcoord_cli.render.events import watch_reader
@@ -359,9 +453,9 @@ def _note_how_to_resume(out: Output, outbox: Outbox, call: Call, position: int |
         out.note(f"stopped; resume with: pgcoord tail {outbox.noun} --from {to_cursor(position)}")
 
 
-def _report(out: Output, notice: Notice) -> None:
+def _report(out: Output, notice: Notice, call: Call) -> None:
     line = f"{notice.type.replace('_', ' ')} at {notice.cursor}: {notice.message}"
-    if out.is_json:
+    if out.is_json and not call.exec_:  # under --exec, stdout belongs to the command
         record = notice._asdict()
         if notice.held_event_id is None:
             record = {name: record[name] for name in ("type", "cursor", "message")}

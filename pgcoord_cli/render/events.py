@@ -94,6 +94,11 @@ class EventStream:
         yield link.removesuffix("_id"), getattr(event, link)
 
 
+def json_line_maker(noun: str) -> Callable[[Any], str]:
+    """Returns the function from an event of an outbox to the line that `-o jsonl` prints of it."""
+    return _json_maker(COLUMNS[noun], encode_basestring)
+
+
 def watch_reader(gone: Callable[[], None]) -> None:
     """Blocks until the reader of stdout has closed its end of the pipe, then calls `gone`."""
     poll = select.poll()

@@ -19,9 +19,17 @@ GRACE_SECONDS = 10.0
 class ProcessGroup:
     """A command and its descendants. Raises OSError when the command cannot be started."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], stdout: int | None = None) -> None:
-        """`stdout` is the descriptor that it writes to; None: this process's own."""
-        self._child = subprocess.Popen(command, env=dict(environment), stdout=stdout, start_new_session=True)
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        stdout: int | None = None,
+        stdin: int | None = None,
+    ) -> None:
+        """`stdout` and `stdin` are descriptors of the command; None: this process's own."""
+        self._child = subprocess.Popen(
+            command, env=dict(environment), stdin=stdin, stdout=stdout, start_new_session=True
+        )
         self._ended = Wakeup()
         self._reaper = Thread(target=self._reap, daemon=True)
         self._reaper.start()
