@@ -142,12 +142,12 @@ _pgcoord_command() {
             commands='lease completion'
             ;;
         'pgcoord tail lease')
-            options="--from --from-start --since --until --max --no-follow --partition --namespace --instance-tag --event-type --cursor-file --subscription --lag --max-lag $options"
-            valued="--from --since --until --max --partition --namespace --instance-tag --event-type --cursor-file --subscription --max-lag $valued"
+            options="--from --from-start --since --until --max --no-follow --partition --namespace --instance-tag --event-type --cursor-file --subscription --lag --max-lag --exec --batch --attempts $options"
+            valued="--from --since --until --max --partition --namespace --instance-tag --event-type --cursor-file --subscription --max-lag --batch --attempts $valued"
             ;;
         'pgcoord tail completion')
-            options="--from --from-start --since --until --max --no-follow --partition --namespace --instance-tag --outcome --cursor-file --subscription --lag --max-lag $options"
-            valued="--from --since --until --max --partition --namespace --instance-tag --outcome --cursor-file --subscription --max-lag $valued"
+            options="--from --from-start --since --until --max --no-follow --partition --namespace --instance-tag --outcome --cursor-file --subscription --lag --max-lag --exec --batch --attempts $options"
+            valued="--from --since --until --max --partition --namespace --instance-tag --outcome --cursor-file --subscription --max-lag --batch --attempts $valued"
             ;;
         'pgcoord lock')
             commands='run list who break'

@@ -137,6 +137,8 @@ function __pgcoord_takes_value
         'pgcoord tail lease --cursor-file' \
         'pgcoord tail lease --subscription' \
         'pgcoord tail lease --max-lag' \
+        'pgcoord tail lease --batch' \
+        'pgcoord tail lease --attempts' \
         'pgcoord tail completion --from' \
         'pgcoord tail completion --since' \
         'pgcoord tail completion --until' \
@@ -148,6 +150,8 @@ function __pgcoord_takes_value
         'pgcoord tail completion --cursor-file' \
         'pgcoord tail completion --subscription' \
         'pgcoord tail completion --max-lag' \
+        'pgcoord tail completion --batch' \
+        'pgcoord tail completion --attempts' \
         'pgcoord lock run --wait' \
         'pgcoord lock run --conflict-exit-code' \
         'pgcoord lock run --kill-grace' \
@@ -347,6 +351,9 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l cursor-file -r -F 
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l subscription -r -f -d 'Resume from the checkpoint NAME in the database, and save it there.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l lag -d 'Only print the number of events after the given cursor.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l max-lag -r -f -d 'With --lag: exit 3 if there are more events.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l exec -d 'Run CMD for each event, which is on its stdin; exit code 0 moves the position.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l batch -r -f -d 'With --exec: at most N events for each run.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail lease'" -l attempts -r -f -d 'With --exec: exit after N failed runs in a row. [default: no limit]'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l from -r -f -d 'Start after this cursor. [default: from now on]'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l from-start -d 'Start at the oldest event that is stored.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l since -r -f -d 'Start at the first event inserted this long ago (10m) or at this time.'
@@ -361,6 +368,9 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l cursor-file -
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l subscription -r -f -d 'Resume from the checkpoint NAME in the database, and save it there.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l lag -d 'Only print the number of events after the given cursor.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l max-lag -r -f -d 'With --lag: exit 3 if there are more events.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l exec -d 'Run CMD for each event, which is on its stdin; exit code 0 moves the position.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l batch -r -f -d 'With --exec: at most N events for each run.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord tail completion'" -l attempts -r -f -d 'With --exec: exit after N failed runs in a row. [default: no limit]'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord lock'" -a 'run' -d 'Run a command while holding a lock, so that at most one runs at a time, across machines.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord lock'" -a 'list' -d 'List the sessions that hold locks, and those that wait for them.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord lock'" -a 'who' -d 'Show the session that holds a lock; exit 3 if none does.'
