@@ -18,7 +18,6 @@ import typer
 from pgcoord_cli.commands.framework import LazyGroup, NoCommandGiven, root_group
 from pgcoord_cli.commands.parameters import help_hint
 from pgcoord_cli.errors import PgcoordError, Termination, UsageError, interruption
-from pgcoord_cli.render import render_error
 from pgcoord_cli.settings import ColorMode, OutputFormat
 
 HELP = """Coordination kept in PostgreSQL, and the operations command for it.
@@ -84,6 +83,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _report(error: BaseException, argv: Sequence[str]) -> None:
+    from pgcoord_cli.render import render_error
+
     as_json = wants_json(argv)
     if isinstance(error, NoCommandGiven) and not as_json:
         typer.echo(error.help, err=True)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
 from uuid import UUID
 
 import typer
@@ -39,7 +39,6 @@ from pgcoord_cli.commands.parameters import (
     usage_word,
 )
 from pgcoord_cli.errors import UsageError
-from pgcoord_cli.render import Output
 from pgcoord_cli.settings import (
     LONGEST_WAIT,
     Settings,
@@ -47,6 +46,9 @@ from pgcoord_cli.settings import (
     resolve_presentation,
     resolve_settings,
 )
+
+if TYPE_CHECKING:
+    from pgcoord_cli.render import Output
 
 MAX_ROWS = 2**31 - 1
 
@@ -238,6 +240,8 @@ def settings_of(ctx: typer.Context, **overrides: Any) -> Settings:
 
 def output_of(ctx: typer.Context) -> tuple[Settings, Output]:
     """Returns the Settings and the Output of this call. Raises UsageError for a value that cannot be used."""
+    from pgcoord_cli.render import Output
+
     return settings_of(ctx), Output(resolve_presentation(flags_of(ctx), os.environ))
 
 

@@ -342,14 +342,15 @@ finally:
 
 # Some versions of Typer import it to convert each parameter; that takes longer than the rest of a call.
 PYDANTIC = {"pydantic", "pydantic_core"}
+HEAVY = PYDANTIC | {"psycopg", "rich", "tabulate", "asyncio", "msgpack", "pgcoord_cli.render"}
 
 
 @pytest.mark.parametrize(
     ("words", "unwanted"),
     [
-        (("--help",), PYDANTIC | {"psycopg", "rich", "tabulate", "asyncio", "msgpack", "pgcoord_cli.commands.kv"}),
-        (("leader", "--help"), PYDANTIC | {"psycopg", "rich", "tabulate", "asyncio", "msgpack"}),
-        (("--version",), PYDANTIC | {"psycopg", "rich", "tabulate", "asyncio"}),
+        (("--help",), HEAVY | {"pgcoord_cli.commands.kv"}),
+        (("leader", "--help"), HEAVY),
+        (("--version",), HEAVY),
         # psycopg itself imports asyncio.
         (("leader", "status"), PYDANTIC | {"rich", "tabulate", "msgpack", "pgcoord_cli.core.kv.client"}),
         (("leader", "status", "-o", "json"), PYDANTIC | {"rich", "tabulate", "msgpack", "pgcoord_cli.core.kv.client"}),
