@@ -80,16 +80,21 @@ def run(argv: Sequence[str]) -> int:
         with suppress(OSError):  # stderr cannot be written: the exit code is all that is left
             _report(error, argv)
         return _failure(error).exit_code
+    finally:
+        if "pgcoord_cli.render.log" in sys.modules:  # not loaded by a call that ended before its command began
+            from pgcoord_cli.render.log import stop_logging
+
+            stop_logging()
 
 
 def _report(error: BaseException, argv: Sequence[str]) -> None:
-    from pgcoord_cli.render import render_error
-
     as_json = wants_json(argv)
     if isinstance(error, NoCommandGiven) and not as_json:
         typer.echo(error.help, err=True)
-    else:
-        render_error(_failure(error), as_json=as_json, color=_wanted_color(argv))
+        return
+    from pgcoord_cli.render.log import report_failure  # loads logging, which a call that succeeds may not need
+
+    report_failure(_failure(error), as_json=as_json, color=_wanted_color(argv))
 
 
 def _failure(error: BaseException) -> PgcoordError:

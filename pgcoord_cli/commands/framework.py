@@ -238,11 +238,18 @@ def settings_of(ctx: typer.Context, **overrides: Any) -> Settings:
     return replace(settings, **overrides) if overrides else settings
 
 
-def output_of(ctx: typer.Context) -> tuple[Settings, Output]:
-    """Returns the Settings and the Output of this call. Raises UsageError for a value that cannot be used."""
-    from pgcoord_cli.render import Output
+def output_of(ctx: typer.Context, *, is_daemon: bool = False) -> tuple[Settings, Output]:
+    """Returns the Settings and the Output of this call, and configures logging for it.
 
-    return settings_of(ctx), Output(resolve_presentation(flags_of(ctx), os.environ))
+    Raises UsageError for a value that cannot be used.
+    """
+    from pgcoord_cli.render import Output
+    from pgcoord_cli.render.log import configure_logging
+
+    presentation = resolve_presentation(flags_of(ctx), os.environ)
+    # Before the settings are read, so that their error, too, is logged in the form that was asked for.
+    configure_logging(presentation, is_daemon=is_daemon)
+    return settings_of(ctx), Output(presentation)
 
 
 def identifier(text: str, argument: str, hint: str | None = None) -> UUID:

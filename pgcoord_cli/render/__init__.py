@@ -216,9 +216,12 @@ def plain_scalar(value: Any) -> str:
     return _for_json(value)
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Returns JSON with times in ISO 8601 UTC and other types as text; in ASCII if stdout is not encoded in Unicode."""
-    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+def to_json(value: Any, indent: int | None = None, stream: TextIO | None = None) -> str:
+    """Returns JSON with times in ISO 8601 UTC and other types as text.
+
+    It is in ASCII unless the stream that it is written to (None: stdout) is encoded in Unicode.
+    """
+    is_unicode = ((stream or sys.stdout).encoding or "").lower().startswith("utf")
     return json.dumps(value, indent=indent, ensure_ascii=not is_unicode, default=_for_json)
 
 
