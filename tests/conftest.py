@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -296,9 +297,10 @@ class LeaderProcess:
 
     def wait_for(self, text: str) -> str:
         """Returns the next line on stderr that contains `text`; fails after TIMEOUT without one."""
+        deadline = time.monotonic() + TIMEOUT
         while True:
             try:
-                line = self._lines.get(timeout=TIMEOUT)
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except Empty:
                 raise AssertionError(f"{self.node_id} did not write {text!r}; it wrote {self.written}") from None
             self.written.append(line)

@@ -69,7 +69,7 @@ def run(
     from pgcoord_cli.core.leader.candidate import Candidate, default_node_id
     from pgcoord_cli.core.leader.lease import MIN_TTL
 
-    settings, out = output_of(ctx)
+    settings, out = output_of(ctx, is_daemon=True)
     check_text(node_id, "--node-id")
     seconds = duration("--ttl", minimum=MIN_TTL - 0.001)(ttl) or 0
     candidate = Candidate(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
@@ -89,14 +89,8 @@ def _companions(settings: Settings, out: Output, beside: Sequence[Companion]) ->
 
 
 def _report(out: Output, event: CandidateEvent) -> None:
-    epoch = "" if event.epoch is None else f" epoch {event.epoch}"
-    line = f"{event.node_id}: {event.event}{epoch}: {event.detail}"
-    if out.is_json:
-        out.record(event._asdict(), line)
-    elif event.event in ("fenced", "lost", "unreachable"):
-        out.warn(line)
-    else:
-        out.note(line)
+    if out.is_json:  # in every format the same is logged on stderr
+        out.next_document(event._asdict())
 
 
 @command(app, "status")

@@ -88,7 +88,7 @@ def test_a_leader_releases_its_lease(
 def test_a_waiting_candidate_ends(
     number: signal.Signals, code: int, word: str, leader: LeaderProcess, start_program: StartProgram, sql: Session
 ) -> None:
-    candidate = start_program("leader", "run", "--node-id", "n2", "-o", "json")
+    candidate = start_program("leader", "run", "--node-id", "n2", "-o", "json", "-q")
     until(sql, session("leader keeper", "wait_event_type = 'Lock'"))
     candidate.send_signal(number)
     ended, out, err = ending(candidate)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import pytest
 
-from pgcoord_cli.core.concurrency import supervisor
+from pgcoord_cli.core.concurrency import outage, supervisor
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.supervisor import HEALTHY_SECONDS, Supervisor
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
+
+LOG = "pgcoord.tried"
 
 DOWN, REFUSED = "connection refused", "too many clients"
 
@@ -38,8 +42,9 @@ class Attempts:
         self._clock = clock
         self._ends = list(ends)
         wakeup = Wakeup()
+        logged = Outage(logging.getLogger(LOG), "unreachable", "connected")
         self._supervisor = Supervisor(
-            wakeup, lambda: not self._ends, self.reports.append, self._on_recovery, first=1, last=8
+            wakeup, lambda: not self._ends, self.reports.append, self._on_recovery, logged, first=1, last=8
         )
         wakeup.close()
         self._supervisor._wakeup = clock  # type: ignore[assignment]
@@ -59,6 +64,7 @@ class Attempts:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(supervisor, "time", clock)
+    monkeypatch.setattr(outage, "time", clock)
     monkeypatch.setattr(random, "uniform", lambda _low, high: high)
     return clock
 
@@ -82,3 +88,14 @@ def test_i17_trouble_that_was_reported_already_makes_pauses_grow_but_is_not_repo
     attempts = Attempts(clock, (0, ""), (0, ""), (0, DOWN))
     assert attempts.began == pytest.approx([0, 1, 3])
     assert attempts.reports == [DOWN]
+
+
+def test_i17_trouble_is_logged_once_and_its_end_with_all_attempts(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, LOG)
+    Attempts(clock, (0, ""), (0, DOWN), (0, DOWN), (0, None), (0, None))
+    assert [record.message for record in caplog.records] == [
+        f"unreachable: {DOWN}",
+        "connected again, after 3 attempts over 7.0s",
+    ]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 
 HEALTHY_SECONDS = 10.0
@@ -24,7 +25,7 @@ class Supervisor:
     """Runs attempts until `is_over`, which is asked before each one, and in a pause whenever `wakeup` is set.
 
     `on_trouble` gets the text of trouble that differs from the one before, `on_recovery` the number of attempts that
-    failed and the seconds that they took.
+    failed and the seconds that they took. `outage` logs both, and may be shared with other supervisors.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Supervisor:
         is_over: Callable[[], bool],
         on_trouble: Callable[[str], None],
         on_recovery: Callable[[int, float], None] = lambda _attempts, _seconds: None,
+        outage: Outage | None = None,
         first: float = FIRST_PAUSE,
         last: float = LAST_PAUSE,
     ) -> None:
@@ -40,6 +42,7 @@ class Supervisor:
         self._is_over = is_over
         self._on_trouble = on_trouble
         self._on_recovery = on_recovery
+        self._outage = outage
         self._backoff = Backoff(first, last)
         self._trouble: str | None = None
         self._failed = 0
@@ -66,12 +69,16 @@ class Supervisor:
     def recovered(self) -> None:
         """Reports the end of a trouble; an attempt that lasts calls this as soon as it works again."""
         if self._trouble is not None:
+            if self._outage:
+                self._outage.ended(source=self)
             self._on_recovery(self._failed, time.monotonic() - self._failing_since)
         self._trouble, self._failed = None, 0
 
     def _note(self, trouble: str, began: float) -> None:
         if self._trouble is None:
             self._failing_since = began
+        if self._outage:
+            self._outage.failed(trouble, source=self) if trouble else self._outage.counted(source=self)
         if trouble and trouble != self._trouble:
             self._on_trouble(trouble)
         self._trouble = trouble

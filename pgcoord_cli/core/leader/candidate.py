@@ -7,6 +7,7 @@ it is stopped: it finishes the batch in hand and releases the lease.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import Connection
 
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.supervisor import Supervisor
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
@@ -31,6 +33,8 @@ from pgcoord_cli.db.connection import translate
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, Fenced, PgcoordError
 from pgcoord_cli.settings import Settings
+
+_log = logging.getLogger("pgcoord.candidate")
 
 STOP_SECONDS = 5.0
 """How long `stop` waits for the batch in hand."""
@@ -50,6 +54,8 @@ class CandidateEvent(NamedTuple):
 
 
 OnCandidateEvent = Callable[[CandidateEvent], None]
+
+WAITING = "waiting for the leader lock"
 
 
 def default_node_id() -> str:
@@ -71,7 +77,10 @@ class Candidate:
         self._wakeup = Wakeup()
         self._abandon = Wakeup()
         self._stopping = False
-        self._supervisor = Supervisor(self._wakeup, lambda: self._stopping, self._on_trouble, self._on_recovery)
+        outage = Outage(_log, f"{node_id}: unreachable", f"{node_id}: candidate: {WAITING}", node=node_id)
+        self._supervisor = Supervisor(
+            self._wakeup, lambda: self._stopping, self._on_trouble, self._on_recovery, outage
+        )  # fmt: skip
 
     def stop(self) -> None:
         """Asks `run` to finish the batch in hand, release the lease and return."""
@@ -95,17 +104,18 @@ class Candidate:
     def _attempt(self) -> str | None:
         """Serves one term; returns the trouble that ended it early, "" if that has been reported."""
         if not self._supervisor.is_in_trouble:
-            self._report("candidate", None, "waiting for the leader lock")
+            self._report("candidate", None, WAITING)
         try:
             return "" if self._serve_one_term() else None
         except PgcoordError as error:
             return error.message
 
     def _on_trouble(self, trouble: str) -> None:
-        self._report("unreachable", None, trouble)
+        self._on_event(CandidateEvent("unreachable", self._node_id, None, trouble))
 
     def _on_recovery(self, attempts: int, seconds: float) -> None:
-        self._report("candidate", None, f"waiting for the leader lock, after {attempts} attempts in {seconds:.0f}s")
+        detail = f"{WAITING}, after {attempts} attempts in {seconds:.0f}s"
+        self._on_event(CandidateEvent("candidate", self._node_id, None, detail))
 
     def _serve_one_term(self) -> bool:
         """Waits to be elected, leads until the term ends, and reports how; returns True if an error ended it.
@@ -178,19 +188,31 @@ class Candidate:
         commits, leadership = channels.commits(self._settings.schema), channels.leadership(self._settings.schema)
         notifications = listen(conn, (commits, leadership), self._wakeup)
         resolver = Resolver(conn, term, self._abandon.fileno())
+        distrust = self._distrust(term)
         while not self._stopping and keeper.end_reason is None:
             # The keeper sets the wake-up when the term ends, so that this wait ends too.
             notified = notifications.wait(0 if resolver.has_more else channels.POLL_SECONDS)
             if leadership in notified:
                 keeper.renew_now()  # the lease was taken, or a step-down requested
             if keeper.is_trusted():
+                distrust.ended()
                 resolver.resolve_batch(expected=commits in notified)
             elif keeper.end_reason is None:
                 # Outside the trust window: this process was frozen, or renewals are delayed. No batch is started
                 # until the keeper has renewed the lease or has found that the term has ended.
+                distrust.failed("the lease was not renewed in time")
                 self._wakeup.wait(self._ttl / RENEWALS_PER_TTL)
 
+    def _distrust(self, term: Term) -> Outage:
+        """Returns what logs that this leader is outside its trust window."""
+        node = self._node_id
+        return Outage(_log, f"{node}: no batch is started", f"{node}: batches are started", node=node, epoch=term.epoch)
+
     def _report(self, event: str, epoch: int | None, detail: str) -> None:
+        in_epoch = "" if epoch is None else f" epoch {epoch}"
+        level = logging.WARNING if event in ("fenced", "lost") else logging.INFO
+        fields = {"event": event, "node": self._node_id, "epoch": epoch}
+        _log.log(level, "%s: %s%s: %s", self._node_id, event, in_epoch, detail, extra=fields)
         self._on_event(CandidateEvent(event, self._node_id, epoch, detail))
 
 
