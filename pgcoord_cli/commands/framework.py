@@ -65,6 +65,8 @@ EXIT_CODES = {
     9: "unsuitable server: standby, transaction pooler, unsupported version",
     10: "outcome unknown: ask again with pgcoord commit show REQUEST_ID",
     124: "timed out",
+    126: "a command given to pgcoord cannot be executed",
+    127: "a command given to pgcoord was not found",
     130: "interrupted (Ctrl-C); 143 when terminated",
 }
 

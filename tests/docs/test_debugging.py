@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 
-ONE_TEST = "tests/postgres/test_gc.py::test_an_empty_table_is_fine"
+ONE_TEST = "tests/postgres/test_gc.py::test_a_run_on_an_empty_table_deletes_nothing"
 
 
 def test_a_kept_server_stays_with_its_databases_and_log_until_it_is_ended() -> None:
