@@ -40,7 +40,9 @@ class CursorFile:
             return None
         first, _, second = text.strip().partition("\n")
         self.passed = PassedEvent.from_json(second)
-        return from_cursor(first, f"--cursor-file {self._path}")
+        # A second line that is no identity makes it some other file, which must not be replaced.
+        cursor = text if second and self.passed is None else first
+        return from_cursor(cursor, f"--cursor-file {self._path}")
 
     def save(self, position: int, passed: PassedEvent | None = None) -> None:
         """Replaces the cursor. Raises PgcoordError, with the operating system's reason, if that fails."""
