@@ -20,7 +20,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from pgcoord_cli.errors import PgcoordError
+from pgcoord_cli.errors import PgcoordError, UsageError
 from pgcoord_cli.render import is_colored, paint, render_error, scalar, to_json
 from pgcoord_cli.settings import ColorMode, LogFormat, Presentation
 
@@ -71,7 +71,8 @@ def report_failure(error: PgcoordError, *, as_json: bool, color: ColorMode) -> N
 
     With `as_json` a daemon does both: its stdout and its stderr are often kept in different places.
     """
-    is_daemon = any(handler.is_daemon for handler in _handlers())
+    # A usage error is for the person who typed the call: the daemon has not begun.
+    is_daemon = not isinstance(error, UsageError) and any(handler.is_daemon for handler in _handlers())
     if is_daemon:
         _log_failure(error)
     if not is_daemon or (as_json and not error.answered):

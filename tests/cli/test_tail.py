@@ -917,7 +917,9 @@ def test_gc_of_lease_events_keeps_young_events_and_those_after_a_subscription(ca
     assert kept_back.keys() == {
         "table", "deleted", "batches", "oldest_kept", "furthest_behind", "dry_run", "held_back",
     }  # fmt: skip
-    assert (kept_back["deleted"], kept_back["batches"], kept_back["furthest_behind"]) == (2, 1, "slow"), "it keeps the third"
+    assert (kept_back["deleted"], kept_back["batches"], kept_back["furthest_behind"]) == (2, 1, "slow"), (
+        "it keeps the third"
+    )
     show("--subscription", "slow")
     assert call("gc", "lease-events", "--dry-run", "-o", "json").document["lease_events"]["deleted"] == 3
     rest = call("gc", "lease-events", "-o", "json").document["lease_events"]
