@@ -104,7 +104,7 @@ class Candidate:
     def _attempt(self) -> str | None:
         """Serves one term; returns the trouble that ended it early, "" if that has been reported."""
         if not self._supervisor.is_in_trouble:
-            self._report("candidate", None, WAITING)
+            self._on_event(CandidateEvent("candidate", self._node_id, None, WAITING))
         try:
             return "" if self._serve_one_term() else None
         except PgcoordError as error:
@@ -138,12 +138,14 @@ class Candidate:
 
     def _await_election(self, keeper: LeaseKeeper) -> Term | None:
         """Waits for the keeper to be elected and returns the term; None when stopped. Raises the keeper's error."""
-        while not self._stopping and keeper.term is None and keeper.end_reason is None:
-            if keeper.is_campaigning:
-                self._supervisor.recovered()
-            self._wakeup.wait(channels.POLL_SECONDS)
-        if keeper.term:
-            self._supervisor.recovered()
+        is_over = is_campaigning = False
+        while not is_over:
+            is_over = self._stopping or keeper.term is not None or keeper.end_reason is not None
+            if not is_campaigning and (keeper.is_campaigning or keeper.term):
+                is_campaigning = True
+                self._log_campaign()
+            if not is_over:
+                self._wakeup.wait(channels.POLL_SECONDS)
         if isinstance(keeper.failure, PgcoordError):
             raise keeper.failure
         if keeper.end_reason and keeper.term is None:
@@ -208,12 +210,21 @@ class Candidate:
         node = self._node_id
         return Outage(_log, f"{node}: no batch is started", f"{node}: batches are started", node=node, epoch=term.epoch)
 
+    def _log_campaign(self) -> None:
+        """Logs that this node is a candidate, once it is connected: as the end of an outage if there was one."""
+        if not self._supervisor.is_in_trouble:
+            self._log_event("candidate", None, WAITING)
+        self._supervisor.recovered()
+
     def _report(self, event: str, epoch: int | None, detail: str) -> None:
+        self._log_event(event, epoch, detail)
+        self._on_event(CandidateEvent(event, self._node_id, epoch, detail))
+
+    def _log_event(self, event: str, epoch: int | None, detail: str) -> None:
         in_epoch = "" if epoch is None else f" epoch {epoch}"
         level = logging.WARNING if event in ("fenced", "lost") else logging.INFO
         fields = {"event": event, "node": self._node_id, "epoch": epoch}
         _log.log(level, "%s: %s%s: %s", self._node_id, event, in_epoch, detail, extra=fields)
-        self._on_event(CandidateEvent(event, self._node_id, epoch, detail))
 
 
 def _event_of(end_reason: str) -> tuple[str, str]:

@@ -164,6 +164,7 @@ class LeaseKeeper(threading.Thread):
 
     def _stand_for_election(self) -> None:
         self._standing.set()
+        self._wakeup.set()
         try:
             while self.term is None and not self._stopping.is_set():
                 # No longer than the lease is valid: a frozen leader keeps the lock, but its lease expires.
