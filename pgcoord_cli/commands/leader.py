@@ -75,21 +75,21 @@ def run(
     candidate = Candidate(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
     received = stop_on_signals(candidate.stop)
     spare_the_collector()
-    with _companions(settings, out, beside or []):
+    with _companions(settings, beside or []):
         candidate.run()
     raise typer.Exit(128 + received[0] if received else 0)
 
 
-def _companions(settings: Settings, out: Output, beside: Sequence[Companion]) -> AbstractContextManager[None]:
+def _companions(settings: Settings, beside: Sequence[Companion]) -> AbstractContextManager[None]:
     if Companion.DISPATCH not in beside:
         return nullcontext()
     from pgcoord_cli.core.flows.dispatcher import CompletionDispatcher
 
-    return CompletionDispatcher(settings, lambda trouble: out.warn(f"dispatch: {trouble}")).running()
+    return CompletionDispatcher(settings, lambda _trouble: None).running()  # they are logged
 
 
 def _report(out: Output, event: CandidateEvent) -> None:
-    if out.is_json:  # in every format the same is logged on stderr
+    if out.is_json:  # in every format, the log on stderr tells the same
         out.next_document(event._asdict())
 
 

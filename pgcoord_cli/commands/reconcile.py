@@ -13,6 +13,8 @@ from pgcoord_cli.errors import PgcoordError, UsageError
 from pgcoord_cli.settings import check_text
 
 if TYPE_CHECKING:
+    from logging import Logger
+
     from pgcoord_cli.core.flows.reconcile import Scope, Tick
     from pgcoord_cli.render import Output
     from pgcoord_cli.settings import Settings
@@ -86,7 +88,7 @@ def reconcile(
     """
     from pgcoord_cli.core.flows.reconcile import Scope
 
-    settings, out = output_of(ctx)
+    settings, out = output_of(ctx, is_daemon=loop)
     for option, text in (("--namespace", namespace), ("--instance-tag", instance_tag)):
         check_text(text, option)
     seconds = duration("--interval")(interval) or 0
@@ -97,48 +99,48 @@ def reconcile(
     elif loop:
         _loop(settings, out, which, Scope(batch_limit, stale_threshold_ms, namespace, instance_tag), seconds)
     else:
-        ticks = _tick(
-            settings, out, which, Scope(batch_limit, stale_threshold_ms, namespace, instance_tag), drain=drain
-        )
+        ticks = _tick(settings, which, Scope(batch_limit, stale_threshold_ms, namespace, instance_tag), drain=drain)
         if any(tick.reconciled or tick.errors for tick in ticks.values()) or out.is_json or not out.quiet:
             _show(out, ticks)
         if errors := sum(tick.errors for tick in ticks.values()):
             raise PgcoordError(f"{errors} events could not be dispatched; the reasons are on stderr", answered=True)
 
 
-def _tick(settings: Settings, out: Output, which: Which, scope: Scope, *, drain: bool) -> dict[str, Tick]:
+def _tick(settings: Settings, which: Which, scope: Scope, *, drain: bool) -> dict[str, Tick]:
     """Runs one tick of each reconciler; with `drain`, repeats until a tick changes nothing. Returns the sums."""
     from pgcoord_cli.core.database import session
-    from pgcoord_cli.core.flows.reconcile import RECONCILERS, Tick
-
-    def on_error(event: int, why: str) -> None:
-        out.warn(f"event {event}: {why}")
+    from pgcoord_cli.core.flows.reconcile import RECONCILERS, Tick, ignore_error
 
     wanted = RECONCILERS if which == Which.ALL else {which.value: RECONCILERS[which.value]}
     totals = dict.fromkeys(wanted, Tick())
     with session.command_session(settings, "reconcile", writes=True) as conn:
         while True:
-            ticks = {name: run(conn, scope, on_error) for name, run in wanted.items()}
+            ticks = {name: run(conn, scope, ignore_error) for name, run in wanted.items()}
             totals = {name: totals[name] + tick for name, tick in ticks.items()}
             if not drain or not any(tick.reconciled for tick in ticks.values()):
                 return totals
 
 
 def _loop(settings: Settings, out: Output, which: Which, scope: Scope, seconds: float) -> None:
+    import logging
+
+    from pgcoord_cli.core.concurrency.outage import Outage
     from pgcoord_cli.core.concurrency.wakeup import Wakeup
     from pgcoord_cli.errors import ConnectionFailed
 
+    log = logging.getLogger("pgcoord.reconcile")
+    outage = Outage(log, "no tick", "ticking")
     with closing(Wakeup()) as wakeup:
         received = stop_on_signals(wakeup.set)
         while not received:
             try:
-                ticks = _tick(settings, out, which, scope, drain=False)
+                ticks = _tick(settings, which, scope, drain=False)
+                outage.ended()
                 if out.is_json:
                     out.next_document({name: tick._asdict() for name, tick in ticks.items()})
-                else:
-                    _say(out, ticks)
+                _log_ticks(log, ticks)
             except ConnectionFailed as error:
-                out.warn(error.message)
+                outage.failed(error.message)
             if not received:
                 wakeup.wait(seconds)
     raise typer.Exit(128 + received[0])
@@ -152,10 +154,11 @@ def _show(out: Output, ticks: dict[str, Tick]) -> None:
         out.rows(list(records[0]), records)
 
 
-def _say(out: Output, ticks: dict[str, Tick]) -> None:
+def _log_ticks(log: Logger, ticks: dict[str, Tick]) -> None:
     for name, tick in ticks.items():
         if tick.reconciled or tick.errors:
-            out.note(f"{name}: {tick.reconciled} reconciled, {tick.errors} errors")
+            fields = tick._asdict() | {"reconciler": name}
+            log.info("%s: %d reconciled, %d errors", name, tick.reconciled, tick.errors, extra=fields)
 
 
 def _list_quarantined(settings: Settings, out: Output) -> None:

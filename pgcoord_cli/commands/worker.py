@@ -58,7 +58,7 @@ def run(
     from pgcoord_cli.core.flows.worker import Worker, WorkerOptions
     from pgcoord_cli.core.leader.candidate import default_node_id
 
-    settings, out = output_of(ctx)
+    settings, out = output_of(ctx, is_daemon=True)
     for option, text in (("--owner", owner), ("--namespace", namespace), ("--instance-tag", instance_tag)):
         check_text(text, option)
     seconds = duration("--lease")(lease) or 0
@@ -75,11 +75,5 @@ def run(
 
 
 def _report(out: Output, event: WorkEvent) -> None:
-    attempt = f" attempt {event.attempt}" if event.attempt and event.attempt > 1 else ""
-    line = ": ".join(filter(None, [f"{event.name}{attempt}", event.event.replace("_", " "), event.detail]))
-    if out.is_json:
-        out.record(event._asdict(), line)
-    elif event.event in ("failed", "lost", "trouble"):
-        out.warn(line)
-    else:
-        out.note(line)
+    if out.is_json:  # in every format, the log on stderr tells the same
+        out.next_document(event._asdict())

@@ -168,7 +168,7 @@ def test_the_worker_command_runs_for_executions_without_their_own(start: StartWo
 
 def test_with_json_the_output_of_commands_is_separate_from_the_events(start: StartWorker, make: Make) -> None:
     make("own>below", own="echo hello", below="true")
-    code, stdout, stderr = start("--once", "-o", "json").ended()
+    code, stdout, stderr = start("--once", "-o", "json", "-q").ended()
     assert code == 0
     assert [json.loads(line)["event"] for line in stdout] == ["started", "succeeded"] * 2
     assert stderr == "hello\n"

@@ -284,6 +284,17 @@ def test_quarantined_events_are_listed_with_their_error(quarantined: Flow, conn:
     }  # fmt: skip
 
 
+def test_a_failed_dispatch_is_logged_as_a_warning_and_a_quarantine_as_an_error(
+    quarantined: Flow, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = quarantined.event("b")
+    levels = ["WARNING"] * (QUARANTINE_AFTER - 1) + ["ERROR"]
+    records = [record for record in caplog.get_records("setup") if record.name == "pgcoord.reconcile"]
+    assert [record.levelname for record in records] == levels
+    assert [vars(record)["event_id"] for record in records] == [bad] * QUARANTINE_AFTER
+    assert records[-1].message == f"event {bad}: spoiled on purpose (attempt {QUARANTINE_AFTER}, quarantined)"
+
+
 @pytest.mark.parametrize("is_named", [True, False], ids=["one", "all"])
 def test_quarantined_events_can_be_retried(quarantined: Flow, conn: Conn, sql: Conn, is_named: bool) -> None:
     bad = quarantined.event("b")

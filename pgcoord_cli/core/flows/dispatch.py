@@ -17,6 +17,7 @@ Any number of events can be dispatched in one transaction, at little more cost t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from psycopg import Connection
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.db.sqlfiles import sql
+
+_log = logging.getLogger("pgcoord.dispatch")
 
 TRIES = 4
 """Attempts at one transaction, the first included."""
@@ -68,6 +71,7 @@ def dispatch_all(conn: Connection[Any], event_ids: Sequence[int]) -> dict[int, i
             # Any other error, such as a bad event or a lost connection, would come again.
             if error.sqlstate not in TRANSIENT or not remaining:
                 raise
+            _log.debug("dispatch is tried again: %s", error.diag.message_primary, extra={"event_ids": list(event_ids)})
         with closing(Wakeup()) as wakeup:
             wakeup.wait(backoff.next_pause())
     raise AssertionError

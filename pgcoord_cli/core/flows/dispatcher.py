@@ -7,6 +7,7 @@ run at once; each event is claimed by one of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from threading import Thread
@@ -14,6 +15,7 @@ from typing import Any
 
 from psycopg import Connection
 
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.supervisor import Supervisor
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.session import open_session
@@ -23,6 +25,8 @@ from pgcoord_cli.core.flows.dispatch import dispatch_all
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 from pgcoord_cli.settings import Settings
+
+_log = logging.getLogger("pgcoord.dispatch")
 
 EVENTS_A_TRANSACTION = 100
 
@@ -35,7 +39,9 @@ class CompletionDispatcher:
         self._on_error = on_error
         self._wakeup = Wakeup()
         self._stopping = False
-        self._supervisor = Supervisor(self._wakeup, lambda: self._stopping, self._on_trouble)
+        outage = Outage(_log, "only the reconciler dispatches events until this passes", "following the events")
+        self._supervisor = Supervisor(self._wakeup, lambda: self._stopping, self._on_trouble, outage=outage)
+        self._failures = Outage(_log, "events are left to the reconciler", "events are dispatched")
         self._tail: Tail | None = None
         self._conn: Connection[Any] | None = None
 
@@ -99,9 +105,11 @@ class CompletionDispatcher:
         with mapped_errors():
             self._conn = self._conn or open_session(self._settings, "dispatch", writes=True)
             dispatch_all(self._conn, ids)
+        self._failures.ended()
 
     def _leave(self, ids: Sequence[int], error: PgcoordError) -> None:
         # The events keep no dispatch time, so that the reconciler finds them.
+        self._failures.failed(error.message, event_ids=list(ids))
         self._on_error(f"{_count(ids)} left to the reconciler: {error.message}")
         self._close()
 

@@ -15,6 +15,7 @@ Each skips rows that another transaction has locked, and returns how many rows i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from pgcoord_cli.core.flows.dispatch import dispatch_all
 from pgcoord_cli.core.gc import DEFAULT_RETENTION, orphan_batch
 from pgcoord_cli.db.connection import is_connection_lost
 from pgcoord_cli.db.sqlfiles import sql
+
+_log = logging.getLogger("pgcoord.reconcile")
 
 EVENTS_A_TRANSACTION = 100
 QUARANTINE_AFTER = 8
@@ -66,7 +69,11 @@ class Tick(NamedTuple):
 
 
 OnError = Callable[[int, str], None]
-"""Called with the id of an event that could not be dispatched, and the reason."""
+"""Called with the id of an event that could not be dispatched, and the reason; both are logged, too."""
+
+
+def ignore_error(_event: int, _why: str) -> None:
+    """The OnError of a caller to which the log is enough."""
 
 
 def dependency(conn: Connection[Any], scope: Scope, on_error: OnError) -> Tick:
@@ -107,7 +114,10 @@ def _note_failure(conn: Connection[Any], event: int, error: psycopg.Error, on_er
     attempts, is_quarantined = conn.execute(
         sql("reconcile", "note_failure"), [event, reason, QUARANTINE_AFTER]
     ).fetchone() or (0, False)
-    on_error(event, f"{reason} (attempt {attempts}{', quarantined' if is_quarantined else ''})")
+    why = f"{reason} (attempt {attempts}{', quarantined' if is_quarantined else ''})"
+    level = logging.ERROR if is_quarantined else logging.WARNING
+    _log.log(level, "event %d: %s", event, why, extra={"event_id": event, "attempts": attempts})
+    on_error(event, why)
     return Tick(errors=1)
 
 

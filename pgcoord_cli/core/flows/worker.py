@@ -20,6 +20,7 @@ second request terminates the commands; their executions become eligible again.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ import psycopg
 from psycopg import Connection
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.process_group import ProcessGroup
 from pgcoord_cli.core.concurrency.supervisor import Supervisor
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
@@ -41,13 +43,15 @@ from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.flows import executions
 from pgcoord_cli.core.flows.dispatcher import CompletionDispatcher
 from pgcoord_cli.core.flows.executions import Claim
-from pgcoord_cli.core.flows.reconcile import Scope, dependency
+from pgcoord_cli.core.flows.reconcile import Scope, dependency, ignore_error
 from pgcoord_cli.db.binary import float8, int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import PERMANENT_ERRORS, ConditionFalse, ConnectionFailed, Fenced, PgcoordError
 from pgcoord_cli.settings import Settings
+
+_log = logging.getLogger("pgcoord.worker")
 
 RENEW_AFTER = 1 / 3
 """The part of a lease after which it is renewed."""
@@ -165,6 +169,8 @@ class SlotGroup:
         """The error that ends the worker."""
         self.exit_code = 0
         """Of the command whose execution failed last."""
+        self.outage = Outage(_log, "interrupted", "working")
+        """Shared, so that a lost server is not logged once by each slot."""
         self._wakeups: list[Wakeup] = []
         self._mutex = Lock()
         self._busy = 0
@@ -215,7 +221,9 @@ class Slot:
         self._wakeup = Wakeup()
         group.join(self._wakeup)
         self._is_done = False
-        self._supervisor = Supervisor(self._wakeup, self._is_over, self._on_trouble, last=LONGEST_PAUSE)
+        self._supervisor = Supervisor(
+            self._wakeup, self._is_over, self._on_trouble, outage=group.outage, last=LONGEST_PAUSE
+        )
         self._stopping = False
         self._terminating = False
 
@@ -336,13 +344,16 @@ class Slot:
                 try:
                     with mapped_errors():
                         self._end_execution(claim, result, conn)
+                    self._group.outage.ended(source=claim.lease_id)
                     return
                 except (Fenced, ConditionFalse) as error:
                     # Also if an earlier attempt succeeded and only its answer was lost: the execution has ended then.
+                    self._group.outage.ended(source=claim.lease_id)
                     self._report_claim("lost", claim, error.message)
                     return
                 except ConnectionFailed as error:
-                    self._report_claim("trouble", claim, error.message)
+                    self._group.outage.failed(error.message, source=claim.lease_id, **_fields(claim))
+                    self._report(_event("trouble", claim, error.message))
                     self._wakeup.wait(backoff.next_pause())
                     # A failure here shows again at the next attempt, which reports it.
                     with suppress(PgcoordError):
@@ -360,7 +371,20 @@ class Slot:
             self._report_claim("failed", claim, result.reason)
 
     def _report_claim(self, event: str, claim: Claim, detail: str) -> None:
-        self._report(WorkEvent(event, claim.name, str(claim.execution_id), claim.attempt, detail))
+        level = logging.WARNING if event in ("failed", "lost") else logging.INFO
+        attempt = f" attempt {claim.attempt}" if claim.attempt > 1 else ""
+        line = ": ".join(filter(None, [f"{claim.name}{attempt}", event.replace("_", " "), detail]))
+        _log.log(level, "%s", line, extra=_fields(claim) | {"event": event})
+        self._report(_event(event, claim, detail))
+
+
+def _event(event: str, claim: Claim, detail: str) -> WorkEvent:
+    return WorkEvent(event, claim.name, str(claim.execution_id), claim.attempt, detail)
+
+
+def _fields(claim: Claim) -> dict[str, Any]:
+    """Returns the fields of log records about an execution."""
+    return {"execution": str(claim.execution_id), "execution_name": claim.name, "attempt": claim.attempt}
 
 
 class ExecutionLeaseKeeper:
@@ -388,6 +412,7 @@ class ExecutionLeaseKeeper:
                 self.is_over = not self._open().fetch(sql("executions", "renew"), values)
         except PgcoordError as error:
             self.error = f"the lease could not be renewed: {error.message}"
+            _log.debug("%s: %s", self._claim.name, self.error, extra=_fields(self._claim))
             # A late answer on this connection must not be taken for that of the next renewal.
             self.close()
             return False
@@ -431,5 +456,5 @@ def execution_environment(claim: Claim) -> dict[str, str]:
 def dispatch_backlog(conn: Connection[Any]) -> None:
     """Dispatches undispatched events until a tick dispatches none; failures are left to the reconciler."""
     # No threshold: nothing else may be dispatching the newest events, and the next claim needs them dispatched.
-    while dependency(conn, Scope(stale_threshold_ms=0), lambda _event, _why: None).reconciled:
+    while dependency(conn, Scope(stale_threshold_ms=0), ignore_error).reconciled:
         pass
