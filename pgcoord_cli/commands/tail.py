@@ -19,6 +19,7 @@ from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_d
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from logging import Logger
 
     from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.core.events.outbox import Event, Outbox
@@ -30,6 +31,8 @@ DIGIT = b"\0"
 
 DIGITS_MARKED = bytes.maketrans(b"0123456789abcdefABCDEF", DIGIT * 22)
 SHAPE_OF_UUID = b"-".join(DIGIT * length for length in (8, 4, 4, 4, 12)) + b"\n"
+
+RESUMES = "stopped; the same command resumes here"
 
 UNCHECKED = (
     "nothing is known of the event at the stored cursor, so it cannot be checked that the cursor belongs to this "
@@ -210,9 +213,9 @@ _register("completion", "--outcome", "OUTCOME", COMPLETION_HELP)
 
 
 def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
-    settings, out = output_of(ctx)
+    settings, out = output_of(ctx, is_daemon=not call.lag)
     _check(call)
-    _warn_of_unknown_kinds(out, outbox, call.kinds)
+    _warn_of_unknown_kinds(outbox, call.kinds)
     if call.lag:
         _show_lag(settings, out, outbox, call)
         return
@@ -221,10 +224,10 @@ def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
         position = checkpoint.load() if checkpoint else None
         passed = checkpoint.passed if checkpoint else None
         if position and passed is None:
-            out.warn(UNCHECKED)
+            _log().warning(UNCHECKED)
         with closing(_make_tail(settings, out, outbox, call, position, passed)) as tail:
             if call.exec_ and checkpoint:
-                _follow_with_command(tail, out, outbox, call, checkpoint)
+                _follow_with_command(tail, outbox, call, checkpoint)
             else:
                 _follow(tail, out, outbox, call, checkpoint)
     except CursorExpired as error:
@@ -235,11 +238,18 @@ def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
             checkpoint.close()
 
 
-def _warn_of_unknown_kinds(out: Output, outbox: Outbox, kinds: list[str]) -> None:
+def _log() -> Logger:
+    """Returns the logger of what this module reports, in addition to the tail's own."""
+    import logging
+
+    return logging.getLogger("pgcoord.tail")
+
+
+def _warn_of_unknown_kinds(outbox: Outbox, kinds: list[str]) -> None:
     """Warns of kinds that this version does not know: a newer one may, otherwise the tail matches no event."""
     for kind in kinds:
         if kind not in outbox.kinds:
-            out.warn(f"{kind!r} is not a known kind of event ({', '.join(sorted(outbox.kinds))})")
+            _log().warning("%r is not a known kind of event (%s)", kind, ", ".join(sorted(outbox.kinds)))
 
 
 def _resume_hint(call: Call, error: CursorExpired) -> str | None:
@@ -367,7 +377,7 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Pos
     from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.render.events import EventStream
 
-    stream, checks = EventStream(out, outbox.noun), EventChecks(out, outbox)
+    stream, checks = EventStream(out, outbox.noun), EventChecks(outbox)
 
     def stop() -> None:
         tail.stop()
@@ -391,24 +401,24 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Pos
         if left is not None and (left := left - len(events)) == 0:
             break
     if received:
-        _note_how_to_resume(out, outbox, call, position)
+        _log_how_to_resume(outbox, call, position)
         raise typer.Exit(128 + received[0])
 
 
-def _follow_with_command(tail: Tail, out: Output, outbox: Outbox, call: Call, store: PositionStore) -> None:
+def _follow_with_command(tail: Tail, outbox: Outbox, call: Call, store: PositionStore) -> None:
     """Runs the command for each batch and saves the position once the command has handled it."""
     from pgcoord_cli.core.events.delivery import Delivery
     from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.render.events import json_line_maker
 
-    line, checks = json_line_maker(outbox.noun), EventChecks(out, outbox)
+    line, checks = json_line_maker(outbox.noun), EventChecks(outbox)
 
     def stop() -> None:
         tail.stop()
         store.stop()
         delivery.signal(received[-1])
 
-    with closing(Delivery(call.words, call.attempts, out.warn)) as delivery:
+    with closing(Delivery(call.words, call.attempts)) as delivery:
         received = stop_on_signals(stop)
         left = call.most
         for batch in tail.batches():
@@ -416,17 +426,18 @@ def _follow_with_command(tail: Tail, out: Output, outbox: Outbox, call: Call, st
             checks.warn_of(events)
             for part in _parts(events, call.batch or 1):
                 if code := delivery.deliver([line(event) for event in part]):
-                    out.warn(f"{call.words[0]} exited with {code}; the position stays before event {part[0].event_id}")
+                    command, event_id = call.words[0], part[0].event_id
+                    _log().warning("%s exited with %d; the position stays before event %d", command, code, event_id)
                     raise typer.Exit(code)
                 if code is None:
-                    out.note("stopped; the same command resumes here")
+                    _log().info(RESUMES)
                     raise typer.Exit(128 + received[0])
                 store.save(part[-1].event_id, PassedEvent.of(part[-1]))
             if left is not None and (left := left - len(events)) == 0:
                 break
             store.save(batch.position, batch.passed)
         if received:
-            out.note("stopped; the same command resumes here")
+            _log().info(RESUMES)
             raise typer.Exit(128 + received[0])
 
 
@@ -444,35 +455,31 @@ def _stop_without_reader(tail: Tail) -> None:
             Thread(target=watch_reader, args=[tail.stop], daemon=True).start()
 
 
-def _note_how_to_resume(out: Output, outbox: Outbox, call: Call, position: int | None) -> None:
+def _log_how_to_resume(outbox: Outbox, call: Call, position: int | None) -> None:
     from pgcoord_cli.core.events.cursor import to_cursor
 
     if call.cursor_file or call.subscription is not None:
-        out.note("stopped; the same command resumes here")
+        _log().info(RESUMES)
     elif position is not None:
-        out.note(f"stopped; resume with: pgcoord tail {outbox.noun} --from {to_cursor(position)}")
+        cursor = to_cursor(position)
+        fields = {"cursor": cursor}
+        _log().info("stopped; resume with: pgcoord tail %s --from %s", outbox.noun, cursor, extra=fields)
 
 
 def _report(out: Output, notice: Notice, call: Call) -> None:
-    line = f"{notice.type.replace('_', ' ')} at {notice.cursor}: {notice.message}"
     if out.is_json and not call.exec_:  # under --exec, stdout belongs to the command
         record = notice._asdict()
         if notice.held_event_id is None:
             record = {name: record[name] for name in ("type", "cursor", "message")}
         else:
             record["holders"] = [holder._asdict() for holder in notice.holders]
-        out.record(record, line)
-    elif notice.type == "connected":
-        out.note(line)
-    else:
-        out.warn(line)
+        out.next_document(record)
 
 
 class EventChecks:
     """Warns of events with unknown kinds or malformed execution ids, which are printed all the same; once each."""
 
-    def __init__(self, out: Output, outbox: Outbox) -> None:
-        self._out = out
+    def __init__(self, outbox: Outbox) -> None:
         self._known = set(outbox.kinds)
         self._warned_of_ids = False
 
@@ -487,14 +494,14 @@ class EventChecks:
         for event in events:
             if event.kind not in self._known:
                 self._known.add(event.kind)
-                self._out.warn(f"event {event.event_id}: {event.kind!r} is not a known kind of event")
+                _log().warning("event %d: %r is not a known kind of event", event.event_id, event.kind)
 
     def _warn_of_ids(self, events: list[Event]) -> None:
         if not are_uuids([event.execution_id for event in events]):
             first = next(event for event in events if not are_uuids([event.execution_id]))
             self._warned_of_ids = True
-            self._out.warn(
-                f"event {first.event_id}: execution id {first.execution_id!r} is not a UUID; others are not reported"
+            _log().warning(
+                "event %d: execution id %r is not a UUID; others are not reported", first.event_id, first.execution_id
             )
 
 

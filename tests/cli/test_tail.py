@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -91,6 +92,13 @@ def parsed(text: str) -> list[Record]:
 
 def ids(found: list[Record]) -> list[int]:
     return [record["event_id"] for record in found if record["type"] == "event"]
+
+
+def messages(err: str) -> list[str]:
+    """Returns the log lines on stderr without their times; fails if there is another line."""
+    lines = [re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (.+)", line) for line in err.splitlines()]
+    assert all(lines), err
+    return [line[1] for line in lines if line]
 
 
 def cursor(position: int) -> str:
@@ -380,7 +388,7 @@ def test_i10_a_signal_ends_it_with_the_cursor_to_resume_from(
     until_asleep(sql)
     ended, lines, err = tail.end(number)
     assert (ended, lines) == (code, [])
-    assert err == f"stopped; resume with: pgcoord tail lease --from {cursor(shown[-1])}\n"
+    assert messages(err) == [f"INFO [tail] stopped; resume with: pgcoord tail lease --from {cursor(shown[-1])}"]
     later = add(sql, 2)
     assert ids(show("--from", err.split()[-1])) == later
 
@@ -410,7 +418,7 @@ def test_with_a_checkpoint_the_same_command_resumes(
     assert add(sql, 2) == tail.ids(2)
     until_asleep(sql)
     ended, _, err = tail.end(number)
-    assert (ended, err) == (code, "stopped; the same command resumes here\n")
+    assert (ended, messages(err)) == (code, ["INFO [tail] stopped; the same command resumes here"])
     assert add(sql, 2) == start(*words).ids(2)
 
 
@@ -725,16 +733,18 @@ def test_i10_an_expired_checkpoint_is_refused_too(
 def test_errors_are_one_document_on_stdout(call: Call, sql: Sql, output: str) -> None:
     collected(sql, call)
     answer = call("tail", "lease", "--from", cursor(1), "-o", output)
-    assert (answer.code, answer.err) == (8, "")
-    assert answer.document.keys() == {"error"}
+    assert (answer.code, answer.document.keys()) == (8, {"error"})
     people = call("tail", "lease", "--from", cursor(1))
     assert (people.code, people.out) == (8, "")
-    assert people.err.splitlines()[1] == f"hint: resume at the oldest event that is kept: --from {cursor(6)}"
+    (line,) = messages(people.err)
+    assert line.startswith("ERROR [pgcoord] ")
+    assert line.endswith(f"; resume at the oldest event that is kept: --from {cursor(6)}")
+    assert messages(answer.err) == [line]
 
 
 def test_without_a_server_it_cannot_connect(offline: Call) -> None:
     answer = offline("tail", "lease", "-o", "json")
-    assert (answer.code, answer.error["code"], answer.err) == (4, "cannot_connect", "")
+    assert (answer.code, answer.error["code"], len(messages(answer.err))) == (4, "cannot_connect", 1)
 
 
 # -- malformed events
@@ -746,9 +756,9 @@ def test_an_unknown_kind_is_delivered_with_one_warning_each(tail: Callable[..., 
         add(sql, event_type=kind)
     answer = tail("--from-start")
     assert [record["event_type"] for record in records(answer)] == kinds
-    assert answer.err.splitlines() == [
-        "event 2: 'novel' is not a known kind of event",
-        "event 4: 'Acquired' is not a known kind of event",
+    assert messages(answer.err) == [
+        "WARNING [tail] event 2: 'novel' is not a known kind of event",
+        "WARNING [tail] event 4: 'Acquired' is not a known kind of event",
     ]
 
 
@@ -765,7 +775,9 @@ def test_an_execution_id_that_is_no_uuid_is_delivered_with_one_warning(tail: Cal
         add(sql, execution_id=execution)
     answer = tail("--from-start", "-q")
     assert [record["execution_id"] for record in records(answer)] == executions
-    assert answer.err == "event 2: execution id 'job 7' is not a UUID; others are not reported\n"
+    assert messages(answer.err) == [
+        "WARNING [tail] event 2: execution id 'job 7' is not a UUID; others are not reported"
+    ]
 
 
 # -- held up
@@ -783,13 +795,12 @@ def test_i10_the_transactions_that_hold_a_tail_up_are_named_on_stderr(start: Sta
     add(sql)
     tail = start("lease", "--from-start", "-o", "plain")
     said = tail.message("held up")
-    assert (
-        f"held up at {cursor(0)}: event 1 may still be committed by pid {writer.info.backend_pid} (slow service)"
-        in said
-    )
+    who = f"pid {writer.info.backend_pid} (slow service)"
+    assert f" WARNING [tail] held up at {cursor(0)}: event 1 may still be committed by {who}" in said
     assert "open since 20" in said
     writer.commit()
     assert [tail.line().split("\t")[0] for _ in range(2)] == ["1", "2"]
+    assert tail.message("held up").endswith(f" INFO [tail] goes on at {cursor(2)}: no longer held up\n")
 
 
 def test_i10_the_transactions_that_hold_a_tail_up_are_a_record_in_json(start: StartTail, sql: Sql, writer: Sql) -> None:

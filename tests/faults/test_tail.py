@@ -87,8 +87,8 @@ def test_without_json_a_lost_connection_is_reported_on_stderr(sql: Sql, settings
         (first,) = add(sql)
         assert tail.line().startswith(f"{first},")
         assert terminate(sql, TAIL) == 1
-        assert f"02{first:016x}" in tail.message("disconnected")
-        tail.message("connected")
+        assert f"02{first:016x}" in tail.message(" WARNING [tail] disconnected: connection lost")
+        tail.message(" INFO [tail] connected again, after 1 attempt over ")
         (second,) = add(sql)
         assert tail.line().startswith(f"{second},")
 

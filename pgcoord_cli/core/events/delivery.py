@@ -7,16 +7,20 @@ which this process was killed, by the next tail of that position. A command may 
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from tempfile import TemporaryFile
 from typing import IO
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.process_group import ProcessGroup
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.errors import CommandNotExecutable, CommandNotFound, PgcoordError
+
+_log = logging.getLogger("pgcoord.delivery")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
 """Seconds between attempts to deliver a batch."""
@@ -28,16 +32,10 @@ POLL_SECONDS = 3600.0
 class Delivery:
     """Runs one command for each batch. `signal` may be called from a signal handler."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        attempts: int | None,
-        report: Callable[[str], None],
-        first_pause: float = FIRST_PAUSE,
-    ) -> None:
+    def __init__(self, command: Sequence[str], attempts: int | None) -> None:
         self._command = command
         self._attempts = attempts
-        self._report = report
+        self._outage = Outage(_log, command[0], "delivering", command=command[0])
         self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._wakeup = Wakeup()
         self._signals: list[int] = []
@@ -67,15 +65,15 @@ class Delivery:
                 batch.seek(0)
                 batch.flush()
                 if (code := self._run(batch)) == 0:
+                    self._outage.ended()
                     return 0
                 attempt += 1
                 if self._stopping:
                     return None
                 if attempt == self._attempts:
                     return code
-                pause = self._backoff.next_pause()
-                self._report(f"{self._command[0]} exited with {code}; the batch is delivered again in {pause:.1f} s")
-                self._wakeup.wait(pause)
+                self._outage.failed(f"exited with {code}; the batch is delivered again")
+                self._wakeup.wait(self._backoff.next_pause())
         return None
 
     def _run(self, batch: IO[bytes]) -> int:

@@ -11,12 +11,14 @@ means nothing in the other.
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from psycopg import Connection
 from psycopg.rows import dict_row
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.advisory_keys import lock_holder
 from pgcoord_cli.core.database.session import open_session
@@ -31,6 +33,8 @@ from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConditionFalse, ConnectionFailed, Fenced, LockNotAcquired, UsageError
 from pgcoord_cli.settings import Settings
+
+_log = logging.getLogger("pgcoord.subscription")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between attempts to connect."""
@@ -57,6 +61,7 @@ class Subscription:
         self._outbox = outbox
         self._wakeup = Wakeup()
         self._stopping = False
+        self._outage = Outage(_log, f"{name!r} is not saved yet", f"{name!r} is owned", subscription=name)
         self._filters = None if filters is None else json.dumps(filters.document(), ensure_ascii=False)
         self.passed: PassedEvent | None = None
         self._backend_pid: int | None = None
@@ -83,6 +88,7 @@ class Subscription:
                     # A failover may have led to another history, in which the position means other events.
                     if passed:
                         check_history(self._conn, self._outbox, position, passed)
+                    self._outage.ended(cursor=to_cursor(position))
                     self._report(Notice("connected", to_cursor(position), "the subscription is owned again"))
                 self._save(position, passed)
                 return
@@ -91,6 +97,7 @@ class Subscription:
                 self._conn.close()
                 if self._stopping:
                     raise
+                self._outage.failed(error.message, cursor=to_cursor(position))
                 self._report(Notice("disconnected", to_cursor(position), f"not saved yet: {error.message}"))
             self._wakeup.wait(backoff.next_pause())
 
@@ -140,14 +147,14 @@ class Subscription:
         """Reports once that the subscription was begun with other filters."""
         given, self._filters = self._filters, None
         if given and acquired.filters and json.loads(given) != json.loads(acquired.filters):
-            self._report(
-                Notice(
-                    "filters_changed",
-                    to_cursor(acquired.position or 0),
-                    f"subscription {self._name!r} began with the filters {acquired.filters}, and goes on with {given}; "
-                    "events before this cursor that only the new filters pass are not delivered",
-                )
+            cursor = to_cursor(acquired.position or 0)
+            message = (
+                f"subscription {self._name!r} began with the filters {acquired.filters}, and goes on with {given}; "
+                f"events before this cursor that only the new filters pass are not delivered"
             )
+            fields = {"event": "filters_changed", "subscription": self._name, "cursor": cursor}
+            _log.warning("filters changed at %s: %s", cursor, message, extra=fields)
+            self._report(Notice("filters_changed", cursor, message))
 
     def _save(self, position: int, passed: PassedEvent | None) -> None:
         values = [

@@ -46,6 +46,7 @@ raises CursorExpired.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from bisect import bisect_right
@@ -59,6 +60,7 @@ from typing import Any, NamedTuple
 from psycopg import Connection
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.channels import POLL_SECONDS
 from pgcoord_cli.core.events.cursor import from_cursor, to_cursor
@@ -76,6 +78,8 @@ from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import PERMANENT_ERRORS, CursorExpired, PgcoordError, UsageError
 from pgcoord_cli.settings import Settings
+
+_log = logging.getLogger("pgcoord.tail")
 
 LOOK_BACK = 100_000
 """How many ids below the highest visible one are searched for gaps when a tail starts from now or from a time."""
@@ -248,6 +252,7 @@ class Tail:
         self._stop_at: int | None = None
         self._visible_at_start = VisibleAtStart(0, [])
         self._stopping = False
+        self._outage = Outage(_log, "disconnected", "connected", outbox=outbox.noun)
 
     @property
     def position(self) -> int | None:
@@ -282,6 +287,7 @@ class Tail:
                         connection.check_history(self._watermark.position, self._passed)
                         # The server may also have lost ids above the position that the old watermark had seen.
                         self._watermark = Watermark(self._watermark.position)
+                        self._outage.ended(cursor=self._cursor)
                         self._notify("connected", "connected again")
                     backoff.reset()
                     yield from self._read_on(connection, self._watermark)
@@ -290,6 +296,7 @@ class Tail:
                 # Without a position there is nothing to continue from; a permanent error would come again.
                 if self._watermark is None or isinstance(error, _PERMANENT_ERRORS):
                     raise
+                self._outage.failed(f"{error.message}; resuming after {self._cursor}", cursor=self._cursor)
                 self._notify("disconnected", error.message)
             self._wakeup.wait(backoff.next_pause())
 
@@ -338,7 +345,10 @@ class Tail:
             batch = self._advance(watermark, reading)
             # Reads at a gap repeat; events beyond it would be fetched again each time and thrown away.
             limit = GAP_LIMIT if watermark.is_at_gap and batch is None else BATCH_LIMIT
+            was_held_up = stall.is_known
             stall.record(has_moved=batch is not None, is_at_gap=watermark.is_at_gap)
+            if was_held_up and not stall.is_known:
+                self._log_event(logging.INFO, "goes on", "no longer held up")
             if batch:
                 yield batch
             if self._stop_at is not None and watermark.position >= self._stop_at:
@@ -449,12 +459,23 @@ class Tail:
         holders = tuple(connection.blocking_transactions())
         missing = watermark.position + 1
         who = "; ".join(map(str, holders)) or "a transaction that has just ended"
-        self._notify("held_up", f"event {missing} may still be committed by {who}", missing, holders)
+        message = f"event {missing} may still be committed by {who}"
+        holding = [{"pid": holder.pid, "application": holder.application} for holder in holders]
+        self._log_event(logging.WARNING, "held up", message, held_event_id=missing, holders=holding)
+        self._notify("held_up", message, missing, holders)
+
+    def _log_event(self, level: int, event: str, message: str, **fields: Any) -> None:
+        fields |= {"event": event.replace(" ", "_"), "outbox": self._outbox.noun, "cursor": self._cursor}
+        _log.log(level, "%s at %s: %s", event, self._cursor, message, extra=fields)
+
+    @property
+    def _cursor(self) -> str:
+        return to_cursor(self.position or 0)
 
     def _notify(
         self, kind: str, message: str, held: int | None = None, holders: tuple[BlockingTransaction, ...] = ()
     ) -> None:
-        self._report(Notice(kind, to_cursor(self.position or 0), message, held, holders))
+        self._report(Notice(kind, self._cursor, message, held, holders))
 
 
 class VisibleAtStart:
@@ -477,6 +498,11 @@ class StallDetector:
     def __init__(self) -> None:
         self._recheck = FIRST_RECHECK
         self._begins_at: float | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `has_begun` has returned True for the gap at which the tail is now."""
+        return self._begins_at == math.inf
 
     def record(self, *, has_moved: bool, is_at_gap: bool) -> None:
         """Records the result of a read."""

@@ -1,0 +1,145 @@
+"""What the library logs: the name and the level of each event, and nothing at all unless a program wants it."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from threading import Thread
+
+import pytest
+
+from pgcoord_cli.core.events.outbox import OUTBOXES
+from pgcoord_cli.core.events.subscriptions import Subscription
+from pgcoord_cli.core.leader.candidate import Candidate
+from pgcoord_cli.settings import Settings
+from tests.asking import TIMEOUT, until
+from tests.conftest import environment
+from tests.faults.tail_process import Sql, add, terminate, until_gone
+
+Log = pytest.LogCaptureFixture
+
+
+@pytest.fixture(autouse=True)
+def log(caplog: Log) -> Log:
+    """Captures every record of the library."""
+    caplog.set_level(logging.DEBUG, "pgcoord")
+    return caplog
+
+
+def logged(log: Log, component: str, level: int = logging.INFO) -> list[tuple[str, str]]:
+    """Returns level and text of the records of one component, from `level` on."""
+    return [
+        (record.levelname, record.getMessage())
+        for record in list(log.records)
+        if record.name == f"pgcoord.{component}" and record.levelno >= level
+    ]
+
+
+def until_logged(log: Log, component: str, text: str) -> logging.LogRecord:
+    """Waits for a record of a component that contains a text."""
+    found: list[logging.LogRecord] = []
+
+    def is_logged() -> bool:
+        of_component = [record for record in list(log.records) if record.name == f"pgcoord.{component}"]
+        found[:] = [record for record in of_component if text in record.getMessage()]
+        return bool(found)
+
+    until(is_logged)
+    return found[0]
+
+
+# -- silence
+
+PROGRAM = """
+import logging, sys
+import psycopg
+from pgcoord_cli import StartPosition, append_completion_event, tail
+
+if sys.argv[1:]:
+    logging.basicConfig(format="%(name)s %(levelname)s")
+with psycopg.connect(sys.stdin.readline(), autocommit=True) as conn:
+    events = tail("completion", start=StartPosition.beginning())
+    def append_and_read():
+        appended = append_completion_event(conn, "00000000-0000-0000-0000-000000000001", "success")
+        while next(events).event_id < appended:
+            pass
+    append_and_read()
+    conn.execute("SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity"
+                 " WHERE application_name = 'pgcoord/tail' AND datname = current_database()")
+    append_and_read()
+"""
+
+
+def run_program(settings: Settings, *words: str) -> tuple[int, str, str]:
+    """Runs a program whose tail loses its connection and gets another; returns its exit code and its output."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words],
+        env=environment(settings), input=settings.dsn, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_library_is_silent_unless_the_program_configures_logging(settings: Settings) -> None:
+    assert run_program(settings) == (0, "", "")
+    assert run_program(settings, "configured") == (0, "", "pgcoord.tail WARNING\n")
+
+
+# -- the leader
+
+
+@contextmanager
+def candidate(settings: Settings, node_id: str, ttl: float = 60) -> Iterator[Candidate]:
+    """Runs a candidate in a thread, until the block is left."""
+    one = Candidate(settings, node_id, ttl, lambda _event: None)
+    thread = Thread(target=one.run)
+    thread.start()
+    try:
+        yield one
+    finally:
+        one.stop()
+        thread.join(TIMEOUT)
+
+
+def test_an_election_and_a_release_are_logged(settings: Settings, log: Log) -> None:
+    with candidate(settings, "west-1"):
+        record = until_logged(log, "candidate", "elected")
+    assert {name: vars(record)[name] for name in ("event", "node", "epoch")} == {
+        "event": "elected", "node": "west-1", "epoch": 1,
+    }  # fmt: skip
+    assert logged(log, "candidate") == [
+        ("INFO", "west-1: candidate: waiting for the leader lock"),
+        ("INFO", "west-1: elected epoch 1: durable version 0"),
+        ("INFO", "west-1: released epoch 1: released"),
+    ]
+
+
+def test_a_fence_is_logged_as_a_warning(settings: Settings, sql: Sql, log: Log) -> None:
+    with candidate(settings, "west-1"):
+        until_logged(log, "candidate", "elected epoch 1")
+        sql.execute(
+            "UPDATE leader_lease SET epoch = 2, term_id = gen_random_uuid(), leader_addr = 'east-1';"
+            "SELECT pg_notify('pgcoord_leadership', '')"
+        )
+        record = until_logged(log, "candidate", "fenced")
+    assert (record.levelname, vars(record)["epoch"]) == ("WARNING", 1)
+    assert record.getMessage().startswith("west-1: fenced epoch 1: superseded by epoch 2 (east-1)")
+
+
+# -- subscriptions
+
+
+def test_a_save_that_loses_its_connection_is_logged_and_so_is_the_next_one(
+    settings: Settings, sql: Sql, log: Log
+) -> None:
+    (event_id,) = add(sql)
+    with closing(Subscription(settings, "importer", OUTBOXES["lease"])) as subscription:
+        assert terminate(sql, "pgcoord/subscription") == 1
+        until_gone(sql, "pgcoord/subscription")
+        subscription.save(event_id)
+    (lost, warning), (again, info) = logged(log, "subscription")
+    assert (lost, again) == ("WARNING", "INFO")
+    assert warning.startswith("'importer' is not saved yet: connection lost: ")
+    assert info.startswith("'importer' is owned again, after 1 attempt over ")
