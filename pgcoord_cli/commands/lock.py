@@ -53,10 +53,12 @@ def run(
       pgcoord lock run nightly --conflict-exit-code 0 -q -- ./backup.sh
       pgcoord lock run deploy --wait 5m --fence -- ./deploy.sh
     """
+    import logging
+
     from pgcoord_cli.core.locks.ownership import check_name
     from pgcoord_cli.core.locks.run import LockOptions, LockRun
 
-    settings, out = output_of(ctx)
+    settings, _ = output_of(ctx, is_daemon=True)
     check_text(name, "NAME")
     seconds = duration("--wait")(wait) or 0.0
     grace = duration("--kill-grace")(kill_grace) or 0.0
@@ -71,7 +73,7 @@ def run(
     except Busy as error:
         if conflict_exit_code == Busy.exit_code:
             raise
-        out.note(error.message)
+        logging.getLogger("pgcoord.locks").info(error.message, extra={"lock": name})
         raise typer.Exit(conflict_exit_code) from None
     raise typer.Exit(code)
 

@@ -116,7 +116,7 @@ def test_a_conflict_ends_with_the_chosen_exit_code(code: int, cli: Cli, holder: 
     words = ("lock", "run", "nightly", "--conflict-exit-code", str(code))
     told = cli(*words, *TELL)
     assert (told.returncode, told.stdout) == (code, "")
-    assert "'nightly' is held by pid" in told.stderr
+    assert " INFO [locks] 'nightly' is held by pid" in told.stderr
     silent = cli(*words, "-q", *TELL)
     assert (silent.returncode, silent.stdout, silent.stderr) == (code, "", "")
 

@@ -65,7 +65,11 @@ def test_i19_a_command_and_its_descendants_end_when_the_session_is_terminated(st
     end_holder(sql)
     code, left, err = lock.ended()
     assert (code, left) == (4, [])
-    assert re.search("lock 'nightly' is lost: connection lost: .+; the command was terminated", err)
+    first, last = err.splitlines()
+    assert re.search(r" WARNING \[locks\] 'nightly' is lost: connection lost: .+; terminating the command$", first)
+    assert re.search(
+        r" ERROR \[pgcoord\] lock 'nightly' is lost: connection lost: .+; the command was terminated", last
+    )
     until(lambda: not any(map(is_running, family)))
 
 

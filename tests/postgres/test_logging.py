@@ -14,6 +14,8 @@ import pytest
 from pgcoord_cli.core.events.outbox import OUTBOXES
 from pgcoord_cli.core.events.subscriptions import Subscription
 from pgcoord_cli.core.leader.candidate import Candidate
+from pgcoord_cli.core.locks.ownership import acquire_leadership
+from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until
 from tests.conftest import environment
@@ -128,7 +130,24 @@ def test_a_fence_is_logged_as_a_warning(settings: Settings, sql: Sql, log: Log) 
     assert record.getMessage().startswith("west-1: fenced epoch 1: superseded by epoch 2 (east-1)")
 
 
-# -- subscriptions
+# -- locks and subscriptions
+
+
+def test_ownership_is_logged_and_a_fence_as_a_warning(settings: Settings, sql: Sql, log: Log) -> None:
+    former = acquire_leadership(settings.dsn, "nightly")
+    assert terminate(sql, "pgcoord/leadership") == 1
+    until_gone(sql, "pgcoord/leadership")
+    with acquire_leadership(settings.dsn, "nightly"), pytest.raises(Fenced):
+        former.checkpoint.save(1, sql)
+    former.release()
+    assert logged(log, "locks") == [
+        ("INFO", "'nightly' is owned, with fence 1"),
+        ("INFO", "'nightly' is owned, with fence 2"),
+        ("WARNING", "'nightly' has been acquired by another owner; position 1 was not saved"),
+        ("INFO", "'nightly' is released, with fence 2"),
+        ("INFO", "'nightly' is released, with fence 1"),
+    ]
+    assert [vars(record)["fence"] for record in log.records if record.name == "pgcoord.locks"] == [1, 2, 1, 2, 1]
 
 
 def test_a_save_that_loses_its_connection_is_logged_and_so_is_the_next_one(

@@ -27,6 +27,7 @@ names with the same key are reported (KeyCollision) instead of excluding each ot
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from dataclasses import replace
@@ -55,6 +56,8 @@ from pgcoord_cli.errors import (
     UsageError,
 )
 from pgcoord_cli.settings import Settings, resolve_arguments
+
+_log = logging.getLogger("pgcoord.locks")
 
 MAX_NAME = 200
 """Characters in the name of a lock or subscription."""
@@ -104,7 +107,16 @@ def acquire_leadership(
         raise CoordinationError(translate(error).message) from error
     except ConnectionFailed as error:
         raise CoordinationError(error.message, hint=error.hint) from error
-    return Ownership(conn, subscription_name, acquired.fence, settings.schema)
+    fence = acquired.fence
+    _log.info(
+        "%r is owned, with fence %d", subscription_name, fence.number, extra=_fields(subscription_name, fence.number)
+    )
+    return Ownership(conn, subscription_name, fence, settings.schema)
+
+
+def _fields(name: str, fence: int) -> dict[str, Any]:
+    """Returns the fields of log records about the ownership of a name."""
+    return {"lock": name, "fence": fence}
 
 
 def _session(target: str | Connection[Any] | None, settings: Settings) -> Connection[Any]:
@@ -233,6 +245,9 @@ class Ownership:
         """Releases the name by closing the connection; repeated calls do nothing."""
         # In a forked child the socket is the parent's too: closing it properly would end the parent's session.
         if os.getpid() == self._pid:
+            if not self._conn.closed:
+                name, fence = self.subscription_name, self.fence
+                _log.info("%r is released, with fence %d", name, fence, extra=_fields(name, fence))
             self._conn.close()
 
     def __enter__(self) -> Self:
@@ -269,8 +284,10 @@ class Checkpoint:
             conn or self._conn, statement, [self._name, self._fence.number, position, self._fence.fence_id, None]
         )
         if not (row and row[0]):
+            message = f"{self._name!r} has been acquired by another owner; position {position} was not saved"
+            _log.warning("%s", message, extra=_fields(self._name, self._fence.number))
             raise Fenced(
-                f"{self._name!r} has been acquired by another owner; position {position} was not saved",
+                message,
                 hint="roll back, and acquire the name again to continue from its checkpoint",
             )
 

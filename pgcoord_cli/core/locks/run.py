@@ -9,6 +9,7 @@ run the same command: the group gets SIGTERM, and SIGKILL after the grace.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import LockLost, PgcoordError
 from pgcoord_cli.settings import Settings
+
+_log = logging.getLogger("pgcoord.locks")
 
 HEARTBEAT_SECONDS = 4.0
 """Seconds between two heartbeats."""
@@ -81,6 +84,7 @@ class LockRun:
             environment = dict(os.environ)
             if options.fence:
                 environment["PGCOORD_FENCE"] = str(draw_fence(conn, options.name, None).fence.number)
+            _log.debug("%r is held", options.name, extra={"lock": options.name})
             # Before the command starts: from here on a signal is for the command, not for this process.
             started()
             with closing(self._start(environment)) as group:
@@ -107,6 +111,11 @@ class LockRun:
             self._pass_signals_on(group)
             # A command that has ended keeps its exit code, even if the connection is lost at the same moment.
             if group.exit_code is None and needs_check and (reason := _failure(conn, pipeline)):
+                # Now and not only with the error, which is raised after the grace of the command.
+                _log.warning(
+                    "%r is lost: %s; terminating the command", self._options.name, reason,
+                    extra={"lock": self._options.name},
+                )  # fmt: skip
                 raise LockLost(
                     f"lock {self._options.name!r} is lost: {reason}; the command was terminated",
                     hint="another session may hold the lock by now",
