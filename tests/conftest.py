@@ -22,6 +22,7 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import Any, NamedTuple
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -37,6 +38,10 @@ from pgcoord_cli.core.embedded.server import EmbeddedServer
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT
 from tests.kept_servers import PLUGIN, KeptServers, new_server
+
+# No test asserts how long something takes, and on a busy machine an example may take any time.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
