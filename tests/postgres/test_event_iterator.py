@@ -18,7 +18,7 @@ from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.core.events.event_iterator import tail
 from pgcoord_cli.core.events.outbox import CompletionEvent, LeaseEvent
 from pgcoord_cli.core.events.tail import BATCH_LIMIT, Batch, Filters, Notice, StartPosition, Tail
-from pgcoord_cli.errors import CursorExpired, PgcoordError, SchemaMissing, UsageError
+from pgcoord_cli.errors import CursorExpired, HistoryChanged, PgcoordError, SchemaMissing, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, until_async, value
 
@@ -347,7 +347,7 @@ def first_error(dsn: str | None, start: StartPosition) -> list[PgcoordError]:
 
 def test_both_raise_at_the_first_event_what_is_wrong_with_the_start(sql: Conn, empty_settings: Settings) -> None:
     assert {type(error) for error in first_error(empty_settings.dsn, BEGINNING)} == {SchemaMissing}
-    assert {type(error) for error in first_error(None, StartPosition.position(7))} == {UsageError}
+    assert {type(error) for error in first_error(None, StartPosition.position(7))} == {HistoryChanged}
     write(sql, 3)
     sql.execute("UPDATE pgcoord.outbox_floors SET collected_through = 2 WHERE outbox = 'lease_events'")
     expired = first_error(None, StartPosition.position(1))

@@ -40,13 +40,14 @@ NAMES = {
     "open_flows", "Claim", "CreatedFlow", "Flows",
     # errors
     "Busy", "CommitRefused", "ConditionFalse", "Conflict", "ConnectionFailed", "CoordinationError", "CursorExpired",
+    "HistoryChanged",
     "Fenced", "KeyCollision", "KeyTooLarge", "LockNotAcquired", "OutcomeUnknown", "PermissionDenied", "PgcoordError",
     "Rejected", "SchemaMissing", "SchemaUnknown", "TimedOut", "TimeLimit", "TooOld", "TransactionTooLarge",
     "UnsuitableServer", "UsageError", "ValueTooLarge",
 }  # fmt: skip
 """The contract: names may be added."""
 
-ERRORS_OF_COMMANDS = {
+ERRORS_OF_COMMANDS = {"CommandNotExecutable", "CommandNotFound",
     "Interrupted", "LockLost", "MigrationEdited", "NoLeader", "ServerUnavailable", "Terminated",
 }  # fmt: skip
 """Raised by commands only."""
