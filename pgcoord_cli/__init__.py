@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from pgcoord_cli.core.flows.executions import Claim
     from pgcoord_cli.core.flows.flows import CreatedFlow
     from pgcoord_cli.core.kv.client import Database, connect
-    from pgcoord_cli.core.kv.transaction import KeySelector, Transaction
+    from pgcoord_cli.core.kv.key_selector import KeySelector
+    from pgcoord_cli.core.kv.transaction import Transaction
     from pgcoord_cli.core.kv.watches import Watch
     from pgcoord_cli.core.locks.ownership import Checkpoint, Ownership, acquire_leadership
     from pgcoord_cli.errors import (
@@ -138,7 +139,8 @@ _MODULES = {
     "core.flows.executions": ("Claim",),
     "core.flows.flows": ("CreatedFlow",),
     "core.kv.client": ("Database", "connect"),
-    "core.kv.transaction": ("KeySelector", "Transaction"),
+    "core.kv.key_selector": ("KeySelector",),
+    "core.kv.transaction": ("Transaction",),
     "core.kv.watches": ("Watch",),
     "core.locks.ownership": ("Checkpoint", "Ownership", "acquire_leadership"),
 }

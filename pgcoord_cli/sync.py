@@ -11,6 +11,6 @@ those of `pgcoord_cli`.
 """
 
 from pgcoord_cli.core.kv.blocking import Database, Transaction, Watch, connect
-from pgcoord_cli.core.kv.transaction import KeySelector
+from pgcoord_cli.core.kv.key_selector import KeySelector
 
 __all__ = ["Database", "KeySelector", "Transaction", "Watch", "connect"]

@@ -75,6 +75,7 @@ CREATE FUNCTION pgcoord.commit_directly(request_id uuid, seen_epoch bigint, seen
 DECLARE
     request bytea;
     term uuid;
+    undo smallint;
 BEGIN
     IF (is_list(read_keys) AND is_list(read_begins) AND is_list(read_ends) AND is_list(cleared_begins)
         AND is_list(cleared_ends) AND is_list(cleared_keys) AND is_list(written_keys) AND is_list(written_values)
@@ -95,7 +96,7 @@ BEGIN
         -- No read is checked: the epoch, the term and the durable version are still those of the client's snapshot, so
         -- no commit has written anything since. A lease that began under another postmaster is a copy, on a promoted
         -- standby or a restored backup, which may lack commits that clients have read.
-        SELECT lease.term_id INTO term
+        SELECT lease.term_id, lease.undo_part INTO term, undo
           FROM leader_lease AS lease
          WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
            AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp()
@@ -118,13 +119,14 @@ BEGIN
             set_config('idle_in_transaction_session_timeout', '1s', true);
     INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, status, commit_version, resolved_at)
     VALUES ($1, seen_epoch, seen_term, seen_version, request, 'committed', version, answered_at);
-    PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values);
+    PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values, seen_version, undo);
     -- The fence: of two transactions that follow the same durable version, only one finds it here. Last, so that the
     -- lease row is locked for the commit only.
     UPDATE leader_lease AS lease
        SET durable_version = version
      WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = term
-       AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
+       AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp()
+       AND lease.undo_part IS NOT DISTINCT FROM undo;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'the term of epoch % has ended', seen_epoch USING ERRCODE = 'PC001';
     END IF;
@@ -362,6 +364,61 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION pgcoord.keep_undo(leader_epoch bigint, leader_term uuid) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path TO 'pgcoord', 'pg_temp'
+    SET synchronous_commit TO 'off'
+    SET lock_timeout TO '50ms'
+    AS $$
+DECLARE
+    lease record;
+    kept record;
+    is_off boolean;
+    filled_bytes bigint;
+BEGIN
+    SELECT * INTO lease FROM leader_lease WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term;
+    SELECT * INTO kept FROM kv_undo_floor;
+    is_off := lease.undo_part IS NULL;
+    filled_bytes := pg_relation_size(CASE lease.undo_part WHEN 0 THEN 'kv_undo_0' ELSE 'kv_undo_1' END::regclass);
+    IF lease.id IS NULL THEN
+        RETURN;
+    ELSIF kept.id IS NULL AND NOT is_off THEN
+        INSERT INTO kv_undo_floor (floor, next_floor) VALUES (lease.durable_version, lease.durable_version)
+        ON CONFLICT DO NOTHING;
+        RETURN;
+    ELSIF kept.changed_at > clock_timestamp() - interval '10 s'
+          OR NOT is_off AND filled_bytes < 2000000 THEN
+        RETURN;
+    END IF;
+    BEGIN
+        IF is_off OR lease.undo_part = 1 THEN
+            TRUNCATE kv_undo_0;
+        END IF;
+        IF is_off OR lease.undo_part = 0 THEN
+            TRUNCATE kv_undo_1;
+        END IF;
+        UPDATE leader_lease
+           SET undo_part = CASE undo_part WHEN 0 THEN 1 ELSE 0 END
+         WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
+        RETURNING durable_version INTO lease.durable_version;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'the term of epoch % has ended', leader_epoch USING ERRCODE = 'PC001';
+        END IF;
+        UPDATE kv_undo_floor
+           SET floor = CASE WHEN is_off THEN lease.durable_version ELSE next_floor END,
+               next_floor = lease.durable_version, changed_at = clock_timestamp();
+    EXCEPTION WHEN lock_not_available OR insufficient_privilege THEN
+        -- A session reads the table for long, pg_dump for one. The next attempt comes ten seconds later. Past a gigabyte no
+        -- values are kept: then a transaction that reads again after a commit is too old, until the table can be emptied.
+        IF filled_bytes > 1000000000 THEN
+            UPDATE leader_lease SET undo_part = NULL WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term;
+            UPDATE kv_undo_floor SET floor = 9223372036854775807;
+        END IF;
+        UPDATE kv_undo_floor SET changed_at = clock_timestamp();
+    END;
+END
+$$;
+
 CREATE FUNCTION pgcoord.packed_binary(item bytea) RETURNS bytea
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN CASE WHEN (item IS NULL) THEN '\xc0'::bytea WHEN (octet_length(item) < 256) THEN (('\xc4'::bytea || substr(int4send(octet_length(item)), 4)) || item) WHEN (octet_length(item) < 65536) THEN (('\xc5'::bytea || substr(int4send(octet_length(item)), 3)) || item) ELSE (('\xc6'::bytea || int4send(octet_length(item))) || item) END;
@@ -454,22 +511,39 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION pgcoord.write_data(cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[]) RETURNS void
+CREATE FUNCTION pgcoord.write_data(cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[], version_before bigint, undo_part smallint) RETURNS void
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
     AS $$
 BEGIN
+    IF undo_part IS NOT NULL THEN
+        INSERT INTO kv_undo (undo_part, key, valid_through, value)
+        SELECT write_data.undo_part, touched.key, version_before, kv.value
+          FROM unnest(array_append(cleared_keys || written_keys, NULL)) AS touched (key)
+          LEFT JOIN kv ON kv.key = touched.key;
+    END IF;
     IF cardinality(cleared_begins) > 0 THEN
+        -- A key of both a range and the list above gets two rows with the same value, which does no harm.
+        WITH deleted AS (
+            DELETE FROM kv
+             USING unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
+             WHERE kv.key >= cleared.begin_key AND kv.key < cleared.end_key
+            RETURNING kv.key, kv.value
+        )
+        INSERT INTO kv_undo (undo_part, key, valid_through, value)
+        SELECT write_data.undo_part, key, version_before, value FROM deleted WHERE write_data.undo_part IS NOT NULL;
         -- Ranges without an end are together one range, from the smallest of their begins.
-        DELETE FROM kv
-         WHERE key >= (SELECT cleared.begin_key
-                         FROM unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
-                        WHERE cleared.end_key IS NULL
-                        ORDER BY cleared.begin_key
-                        LIMIT 1);
-        DELETE FROM kv
-         USING unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
-         WHERE kv.key >= cleared.begin_key AND kv.key < cleared.end_key;
+        WITH deleted AS (
+            DELETE FROM kv
+             WHERE key >= (SELECT cleared.begin_key
+                             FROM unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
+                            WHERE cleared.end_key IS NULL
+                            ORDER BY cleared.begin_key
+                            LIMIT 1)
+            RETURNING key, value
+        )
+        INSERT INTO kv_undo (undo_part, key, valid_through, value)
+        SELECT write_data.undo_part, key, version_before, value FROM deleted WHERE write_data.undo_part IS NOT NULL;
     END IF;
     IF cardinality(cleared_keys) > 0 THEN
         DELETE FROM kv WHERE key = ANY (cleared_keys);
@@ -685,6 +759,55 @@ WITH (fillfactor='80');
 
 COMMENT ON TABLE pgcoord.kv IS 'The committed data. Written only under the fence: by the leader, and by commit_directly.';
 
+CREATE TABLE pgcoord.kv_undo (
+    undo_part smallint,
+    key bytea,
+    valid_through bigint,
+    value bytea,
+    CONSTRAINT kv_undo_key_check CHECK ((octet_length(key) <= 2600))
+)
+PARTITION BY LIST (undo_part);
+
+COMMENT ON TABLE pgcoord.kv_undo IS 'Values of kv that commits of the last seconds have replaced.';
+
+COMMENT ON COLUMN pgcoord.kv_undo.key IS 'Null in one row of each commit transaction, which marks that valid_through was a durable version.';
+
+COMMENT ON COLUMN pgcoord.kv_undo.valid_through IS 'The last durable version at which the key had this value.';
+
+COMMENT ON COLUMN pgcoord.kv_undo.value IS 'Null: the key was absent.';
+
+CREATE UNLOGGED TABLE pgcoord.kv_undo_0 (
+    undo_part smallint,
+    key bytea,
+    valid_through bigint,
+    value bytea,
+    CONSTRAINT kv_undo_key_check CHECK ((octet_length(key) <= 2600))
+)
+WITH (autovacuum_enabled=off);
+
+CREATE UNLOGGED TABLE pgcoord.kv_undo_1 (
+    undo_part smallint,
+    key bytea,
+    valid_through bigint,
+    value bytea,
+    CONSTRAINT kv_undo_key_check CHECK ((octet_length(key) <= 2600))
+)
+WITH (autovacuum_enabled=off);
+
+CREATE UNLOGGED TABLE pgcoord.kv_undo_floor (
+    id integer DEFAULT 1 NOT NULL,
+    floor bigint NOT NULL,
+    next_floor bigint NOT NULL,
+    changed_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT kv_undo_floor_id_check CHECK ((id = 1))
+);
+
+COMMENT ON TABLE pgcoord.kv_undo_floor IS 'From which version on kv_undo has every replaced value. One row, or none: no earlier version is readable.';
+
+COMMENT ON COLUMN pgcoord.kv_undo_floor.next_floor IS 'The durable version when the partition that is filled now was begun; the next floor.';
+
+COMMENT ON COLUMN pgcoord.kv_undo_floor.changed_at IS 'When the partitions took turns last, or tried to.';
+
 CREATE TABLE pgcoord.leader_history (
     epoch bigint NOT NULL,
     term_id uuid NOT NULL,
@@ -720,6 +843,7 @@ CREATE TABLE pgcoord.leader_lease (
     renewed_at timestamp with time zone,
     expires_at timestamp with time zone,
     step_down_epoch bigint,
+    undo_part smallint DEFAULT 0,
     CONSTRAINT leader_lease_check CHECK ((conflict_floor <= durable_version)),
     CONSTRAINT leader_lease_id_check CHECK ((id = 1))
 )
@@ -746,6 +870,8 @@ COMMENT ON COLUMN pgcoord.leader_lease.window_start_id IS 'Every commit with a v
 COMMENT ON COLUMN pgcoord.leader_lease.queue_floor_id IS 'No request with an id up to this is pending, or can become so.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.step_down_epoch IS 'The epoch whose leader has been asked to step down; null: none has.';
+
+COMMENT ON COLUMN pgcoord.leader_lease.undo_part IS 'The partition of kv_undo that replaced values go to; null: they are not kept.';
 
 CREATE TABLE pgcoord.lease_events (
     event_id bigint NOT NULL,
@@ -832,6 +958,10 @@ COMMENT ON COLUMN pgcoord.subscriptions.passed IS 'The last event that was passe
 
 COMMENT ON COLUMN pgcoord.subscriptions.filters IS 'The filters of the tail that began the subscription.';
 
+ALTER TABLE ONLY pgcoord.kv_undo ATTACH PARTITION pgcoord.kv_undo_0 FOR VALUES IN ('0');
+
+ALTER TABLE ONLY pgcoord.kv_undo ATTACH PARTITION pgcoord.kv_undo_1 FOR VALUES IN ('1');
+
 ALTER TABLE ONLY pgcoord.commit_requests
     ADD CONSTRAINT commit_requests_pkey PRIMARY KEY (id);
 
@@ -864,6 +994,9 @@ ALTER TABLE ONLY pgcoord.flows
 
 ALTER TABLE ONLY pgcoord.kv
     ADD CONSTRAINT kv_pkey PRIMARY KEY (key);
+
+ALTER TABLE ONLY pgcoord.kv_undo_floor
+    ADD CONSTRAINT kv_undo_floor_pkey PRIMARY KEY (id);
 
 ALTER TABLE ONLY pgcoord.leader_history
     ADD CONSTRAINT leader_history_pkey PRIMARY KEY (term_id);
@@ -898,7 +1031,17 @@ CREATE UNIQUE INDEX executions_name_in_flow ON pgcoord.executions USING btree (f
 
 CREATE INDEX flows_created_at ON pgcoord.flows USING btree (created_at);
 
+CREATE INDEX kv_undo_key ON ONLY pgcoord.kv_undo USING btree (key, valid_through);
+
+CREATE INDEX kv_undo_0_key_valid_through_idx ON pgcoord.kv_undo_0 USING btree (key, valid_through);
+
+CREATE INDEX kv_undo_1_key_valid_through_idx ON pgcoord.kv_undo_1 USING btree (key, valid_through);
+
 CREATE INDEX leader_history_acquired_at ON pgcoord.leader_history USING btree (acquired_at);
+
+ALTER INDEX pgcoord.kv_undo_key ATTACH PARTITION pgcoord.kv_undo_0_key_valid_through_idx;
+
+ALTER INDEX pgcoord.kv_undo_key ATTACH PARTITION pgcoord.kv_undo_1_key_valid_through_idx;
 
 CREATE TRIGGER announce BEFORE INSERT ON pgcoord.completion_events FOR EACH STATEMENT EXECUTE FUNCTION pgcoord.announce_events();
 

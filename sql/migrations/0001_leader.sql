@@ -17,6 +17,7 @@ CREATE TABLE leader_lease (
     renewed_at        timestamptz,
     expires_at        timestamptz,
     step_down_epoch   bigint,
+    undo_part         smallint    DEFAULT 0,
     CHECK (conflict_floor <= durable_version)
     -- Each commit and each renewal updates the one row: free space in its page lets those updates be HOT, and vacuum
     -- has to run after a number of them, since a fraction of one row means nothing.
@@ -32,6 +33,7 @@ COMMENT ON COLUMN leader_lease.durable_version IS 'Version of the last committed
 COMMENT ON COLUMN leader_lease.conflict_floor IS 'A request whose read version is below this is always too_old.';
 COMMENT ON COLUMN leader_lease.window_start_id IS 'Every commit with a version above conflict_floor has a request id above this.';
 COMMENT ON COLUMN leader_lease.queue_floor_id IS 'No request with an id up to this is pending, or can become so.';
+COMMENT ON COLUMN leader_lease.undo_part IS 'The partition of kv_undo that replaced values go to; null: they are not kept.';
 COMMENT ON COLUMN leader_lease.step_down_epoch IS 'The epoch whose leader has been asked to step down; null: none has.';
 
 INSERT INTO leader_lease DEFAULT VALUES;

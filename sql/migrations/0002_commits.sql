@@ -9,24 +9,76 @@ CREATE TABLE kv (
 
 COMMENT ON TABLE kv IS 'The committed data. Written only under the fence: by the leader, and by commit_directly.';
 
--- Deletes half-open ranges (an end of null means past the last key), then keys, then inserts or updates keys. The
--- caller checks the fence in the same transaction. The search path is pinned, since the caller's may name other
--- tables `kv`.
+-- Replaced values, for later reads of a transaction, which see the version of its first read. The protocol:
+-- docs/architecture.md#reading-at-a-version. Two partitions take turns: while one is filled, the other keeps older values,
+-- until they are of no use any more and TRUNCATE empties it (keep_undo), which an old snapshot does not delay as it delays
+-- vacuum. Unlogged, since nothing of it is needed after a crash.
+CREATE TABLE kv_undo (
+    undo_part     smallint,
+    key           bytea  CHECK (octet_length(key) <= 2600),
+    valid_through bigint,
+    value         bytea
+) PARTITION BY LIST (undo_part);
+
+CREATE UNLOGGED TABLE kv_undo_0 PARTITION OF kv_undo FOR VALUES IN (0) WITH (autovacuum_enabled = off);
+CREATE UNLOGGED TABLE kv_undo_1 PARTITION OF kv_undo FOR VALUES IN (1) WITH (autovacuum_enabled = off);
+CREATE INDEX kv_undo_key ON kv_undo (key, valid_through);
+
+COMMENT ON TABLE kv_undo IS 'Values of kv that commits of the last seconds have replaced.';
+COMMENT ON COLUMN kv_undo.key IS 'Null in one row of each commit transaction, which marks that valid_through was a durable version.';
+COMMENT ON COLUMN kv_undo.valid_through IS 'The last durable version at which the key had this value.';
+COMMENT ON COLUMN kv_undo.value IS 'Null: the key was absent.';
+
+-- Unlogged as kv_undo is: a crash or a promotion empties both, and without this row no earlier version is readable.
+CREATE UNLOGGED TABLE kv_undo_floor (
+    id         integer     PRIMARY KEY DEFAULT 1 CHECK (id = 1),
+    floor      bigint      NOT NULL,
+    next_floor bigint      NOT NULL,
+    changed_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+INSERT INTO kv_undo_floor (floor, next_floor) VALUES (0, 0);
+
+COMMENT ON TABLE kv_undo_floor IS 'From which version on kv_undo has every replaced value. One row, or none: no earlier version is readable.';
+COMMENT ON COLUMN kv_undo_floor.next_floor IS 'The durable version when the partition that is filled now was begun; the next floor.';
+COMMENT ON COLUMN kv_undo_floor.changed_at IS 'When the partitions took turns last, or tried to.';
+
+-- Deletes half-open ranges (an end of null means past the last key), deletes keys, then inserts or updates keys. Keeps the
+-- values that it replaces in the partition `undo_part` of kv_undo, unless that is null. The caller checks the fence in the
+-- same transaction. The search path is pinned, since the caller's may name other tables `kv`.
 CREATE FUNCTION write_data(
-    cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[]
+    cleared_begins bytea[], cleared_ends bytea[], cleared_keys bytea[], written_keys bytea[], written_values bytea[],
+    version_before bigint, undo_part smallint
 ) RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
+    IF undo_part IS NOT NULL THEN
+        INSERT INTO kv_undo (undo_part, key, valid_through, value)
+        SELECT write_data.undo_part, touched.key, version_before, kv.value
+          FROM unnest(array_append(cleared_keys || written_keys, NULL)) AS touched (key)
+          LEFT JOIN kv ON kv.key = touched.key;
+    END IF;
     IF cardinality(cleared_begins) > 0 THEN
+        -- A key of both a range and the list above gets two rows with the same value, which does no harm.
+        WITH deleted AS (
+            DELETE FROM kv
+             USING unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
+             WHERE kv.key >= cleared.begin_key AND kv.key < cleared.end_key
+            RETURNING kv.key, kv.value
+        )
+        INSERT INTO kv_undo (undo_part, key, valid_through, value)
+        SELECT write_data.undo_part, key, version_before, value FROM deleted WHERE write_data.undo_part IS NOT NULL;
         -- Ranges without an end are together one range, from the smallest of their begins.
-        DELETE FROM kv
-         WHERE key >= (SELECT cleared.begin_key
-                         FROM unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
-                        WHERE cleared.end_key IS NULL
-                        ORDER BY cleared.begin_key
-                        LIMIT 1);
-        DELETE FROM kv
-         USING unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
-         WHERE kv.key >= cleared.begin_key AND kv.key < cleared.end_key;
+        WITH deleted AS (
+            DELETE FROM kv
+             WHERE key >= (SELECT cleared.begin_key
+                             FROM unnest(cleared_begins, cleared_ends) AS cleared (begin_key, end_key)
+                            WHERE cleared.end_key IS NULL
+                            ORDER BY cleared.begin_key
+                            LIMIT 1)
+            RETURNING key, value
+        )
+        INSERT INTO kv_undo (undo_part, key, valid_through, value)
+        SELECT write_data.undo_part, key, version_before, value FROM deleted WHERE write_data.undo_part IS NOT NULL;
     END IF;
     IF cardinality(cleared_keys) > 0 THEN
         DELETE FROM kv WHERE key = ANY (cleared_keys);
@@ -36,6 +88,60 @@ BEGIN
         SELECT written.key, written.value FROM unnest(written_keys, written_values) AS written (key, value)
         ON CONFLICT (key) DO UPDATE SET value = excluded.value;
     END IF;
+END
+$$;
+
+-- Has the partitions of kv_undo take turns if the one that is filled has grown and the other holds nothing but values older
+-- than every transaction's time limit. Called by the leader between its batches. Nothing here has to survive a crash, so
+-- that the commit waits for no flush and no standby while it locks the lease row.
+CREATE FUNCTION keep_undo(leader_epoch bigint, leader_term uuid) RETURNS void
+LANGUAGE plpgsql SET search_path FROM CURRENT SET synchronous_commit = off SET lock_timeout = '50ms' AS $$
+DECLARE
+    lease record;
+    kept record;
+    is_off boolean;
+    filled_bytes bigint;
+BEGIN
+    SELECT * INTO lease FROM leader_lease WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term;
+    SELECT * INTO kept FROM kv_undo_floor;
+    is_off := lease.undo_part IS NULL;
+    filled_bytes := pg_relation_size(CASE lease.undo_part WHEN 0 THEN 'kv_undo_0' ELSE 'kv_undo_1' END::regclass);
+    IF lease.id IS NULL THEN
+        RETURN;
+    ELSIF kept.id IS NULL AND NOT is_off THEN
+        INSERT INTO kv_undo_floor (floor, next_floor) VALUES (lease.durable_version, lease.durable_version)
+        ON CONFLICT DO NOTHING;
+        RETURN;
+    ELSIF kept.changed_at > clock_timestamp() - interval '10 s'
+          OR NOT is_off AND filled_bytes < 2000000 THEN
+        RETURN;
+    END IF;
+    BEGIN
+        IF is_off OR lease.undo_part = 1 THEN
+            TRUNCATE kv_undo_0;
+        END IF;
+        IF is_off OR lease.undo_part = 0 THEN
+            TRUNCATE kv_undo_1;
+        END IF;
+        UPDATE leader_lease
+           SET undo_part = CASE undo_part WHEN 0 THEN 1 ELSE 0 END
+         WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term
+        RETURNING durable_version INTO lease.durable_version;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'the term of epoch % has ended', leader_epoch USING ERRCODE = 'PC001';
+        END IF;
+        UPDATE kv_undo_floor
+           SET floor = CASE WHEN is_off THEN lease.durable_version ELSE next_floor END,
+               next_floor = lease.durable_version, changed_at = clock_timestamp();
+    EXCEPTION WHEN lock_not_available OR insufficient_privilege THEN
+        -- A session reads the table for long, pg_dump for one. The next attempt comes ten seconds later. Past a gigabyte no
+        -- values are kept: then a transaction that reads again after a commit is too old, until the table can be emptied.
+        IF filled_bytes > 1000000000 THEN
+            UPDATE leader_lease SET undo_part = NULL WHERE id = 1 AND epoch = leader_epoch AND term_id = leader_term;
+            UPDATE kv_undo_floor SET floor = 9223372036854775807;
+        END IF;
+        UPDATE kv_undo_floor SET changed_at = clock_timestamp();
+    END;
 END
 $$;
 

@@ -69,6 +69,7 @@ CREATE FUNCTION commit_directly(
 DECLARE
     request bytea;
     term uuid;
+    undo smallint;
 BEGIN
     IF (is_list(read_keys) AND is_list(read_begins) AND is_list(read_ends) AND is_list(cleared_begins)
         AND is_list(cleared_ends) AND is_list(cleared_keys) AND is_list(written_keys) AND is_list(written_values)
@@ -89,7 +90,7 @@ BEGIN
         -- No read is checked: the epoch, the term and the durable version are still those of the client's snapshot, so
         -- no commit has written anything since. A lease that began under another postmaster is a copy, on a promoted
         -- standby or a restored backup, which may lack commits that clients have read.
-        SELECT lease.term_id INTO term
+        SELECT lease.term_id, lease.undo_part INTO term, undo
           FROM leader_lease AS lease
          WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = seen_term
            AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp()
@@ -112,13 +113,14 @@ BEGIN
             set_config('idle_in_transaction_session_timeout', '1s', true);
     INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, status, commit_version, resolved_at)
     VALUES ($1, seen_epoch, seen_term, seen_version, request, 'committed', version, answered_at);
-    PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values);
+    PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values, seen_version, undo);
     -- The fence: of two transactions that follow the same durable version, only one finds it here. Last, so that the
     -- lease row is locked for the commit only.
     UPDATE leader_lease AS lease
        SET durable_version = version
      WHERE lease.id = 1 AND lease.epoch = seen_epoch AND lease.term_id = term
-       AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp();
+       AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp()
+       AND lease.undo_part IS NOT DISTINCT FROM undo;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'the term of epoch % has ended', seen_epoch USING ERRCODE = 'PC001';
     END IF;

@@ -68,8 +68,14 @@ SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('commit_requests',
 SELECT key, value FROM kv WHERE key = ANY ($1::bytea[]);
 
 -- name: write_data
--- Deletes half-open ranges (an end of null means past the last key), deletes keys, then inserts or updates keys.
-SELECT write_data($1::bytea[], $2::bytea[], $3::bytea[], $4::bytea[], $5::bytea[]);
+-- Deletes half-open ranges (an end of null means past the last key), deletes keys, then inserts or updates keys; keeps the values that version $6 had.
+SELECT write_data($1::bytea[], $2::bytea[], $3::bytea[], $4::bytea[], $5::bytea[], $6::bigint, undo_part)
+  FROM leader_lease
+ WHERE id = 1;
+
+-- name: keep_undo
+-- Empties the older part of the replaced values from time to time.
+SELECT keep_undo($1::bigint, $2::uuid);
 
 -- name: settle
 -- Settles a batch under the fence: statuses, durable version, floors, notifications; SQLSTATE PC001 to PC003 when it must not.

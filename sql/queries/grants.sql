@@ -22,7 +22,7 @@ SELECT format(template, current_schema(), $1::text) AS statement
 -- The GRANT statements of a client, beyond a reader's: read the data, submit commit requests, insert events, own subscriptions.
 SELECT format(template, current_schema(), $1::text) AS statement
   FROM (VALUES
-    (1, 'GRANT SELECT ON %1$I.kv, %1$I.commit_requests TO %2$I'),
+    (1, 'GRANT SELECT ON %1$I.kv, %1$I.kv_undo, %1$I.kv_undo_floor, %1$I.commit_requests TO %2$I'),
     (2, 'GRANT INSERT (request_id, epoch, term_id, read_version, payload, reply_channel) ON %1$I.commit_requests TO %2$I'),
     (3, 'GRANT INSERT (execution_id, lease_id, event_type, occurred_at_ms, partition_key, namespace, instance_tag) '
         'ON %1$I.lease_events TO %2$I'),
@@ -43,6 +43,7 @@ SELECT format(template, current_schema(), $1::text) AS statement
     (2, 'REVOKE INSERT, UPDATE, DELETE ON %1$I.schema_migrations FROM %2$I'),
     (3, 'GRANT USAGE, SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA %1$I TO %2$I'),
     -- Where ALTER DEFAULT PRIVILEGES has taken EXECUTE from PUBLIC, no role has it unless it is granted.
-    (4, 'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA %1$I TO %2$I')
+    (4, 'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA %1$I TO %2$I'),
+    (5, 'GRANT TRUNCATE ON %1$I.kv_undo_0, %1$I.kv_undo_1 TO %2$I')
   ) AS grants (position, template)
  ORDER BY position;

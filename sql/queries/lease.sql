@@ -106,6 +106,11 @@ WITH previous AS (
 ), opened AS (
     INSERT INTO leader_history (epoch, term_id, leader_addr, acquired_at, first_version)
     SELECT epoch, term_id, leader_addr, acquired_at, durable_version + 1 FROM taken
+), readable AS (
+    -- After a crash nothing is left of the replaced values, and of this row, until now.
+    INSERT INTO kv_undo_floor (floor, next_floor)
+    SELECT durable_version, durable_version FROM taken
+    ON CONFLICT DO NOTHING
 )
 SELECT epoch, term_id, durable_version, conflict_floor, window_start_id, queue_floor_id,
        pg_notify($4::text, epoch::text) IS NOT NULL AS announced

@@ -187,7 +187,7 @@ def test_i18_a_client_can_submit_requests_but_not_settle_them(client: Settings, 
         "DELETE FROM kv",
         "UPDATE leader_lease SET durable_version = 9",
         "SELECT settle_commits(1, NULL, 0, 0, 0, 0, 0, '{}', '{}', '{}', '{}')",
-        "SELECT write_data('{}', '{}', '{}', '{key}', '{value}')",
+        "SELECT write_data('{}', '{}', '{}', '{key}', '{value}', 0, 0::smallint)",
         "CREATE TABLE mine ()",
     )
     with psycopg.connect(client.dsn, autocommit=True, options="-c search_path=pgcoord") as conn:

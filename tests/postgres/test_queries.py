@@ -171,7 +171,8 @@ EXPECTED = {
         "id bigint, read_limit bigint, read_version bigint, payload bytea, claimed_at timestamptz",
     ),
     "commits.queue_writers": Shape("", "last_id bigint, writers text[]"),
-    "commits.write_data": Shape("bytea[], bytea[], bytea[], bytea[], bytea[]", "write_data void"),
+    "commits.write_data": Shape("bytea[], bytea[], bytea[], bytea[], bytea[], bigint", "write_data void"),
+    "commits.keep_undo": Shape("bigint, uuid", "keep_undo void"),
     "commits.commit_directly": Shape(
         "uuid, bigint, uuid, bigint, bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], text",
         "version bigint, answered_at timestamptz",
@@ -210,6 +211,15 @@ EXPECTED = {
     "kv.read_snapshot": Shape(
         "bytea[], bytea[], bytea[], bigint[], boolean[]",
         "epoch bigint, last_term_id uuid, durable_version bigint, part bigint, key bytea, value bytea",
+    ),
+    "kv.read_at": Shape(
+        "bytea[], bigint[], bytea[], bytea[], bigint[], boolean[], bigint[], uuid",
+        "epoch bigint, last_term_id uuid, durable_version bigint, readable_to bigint, readable_from bigint, "
+        "part bigint, key bytea, value bytea",
+    ),
+    "kv.version_at": Shape(
+        "bigint",
+        "epoch bigint, last_term_id uuid, durable_version bigint, readable_from bigint, version bigint",
     ),
     "kv.read_version": Shape("", "epoch bigint, durable_version bigint"),
     "kv.read_range": Shape("bytea, bytea, bigint", "key bytea, value bytea"),

@@ -217,7 +217,7 @@ def test_clearing_a_small_range_does_not_read_the_rest_of_the_table(sql: Sql, le
     sql.execute("ANALYZE kv")
     ranges = [[b"\0\0\0\x01", b"\0\0\1\1"], [b"\0\0\0\x03", b"\0\0\1\2"]]
     with leader_conn.transaction():
-        leader_conn.execute(statement("commits", "write_data"), [*ranges, [], [], []])
+        leader_conn.execute(statement("commits", "write_data"), [*ranges, [], [], [], 0])
         read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'kv'"
         assert leader_conn.execute(read).fetchone() == (3,)
     assert sql.execute("SELECT count(*) FROM kv").fetchone() == (20_000 - 3,)

@@ -23,14 +23,14 @@ LOWEST = {
     # Reads data and payloads, submits requests, inserts events, owns names and subscriptions.
     "client": {
         "commits": "enqueue enqueue_again commit_directly claim stored_values window_commits payload commits_between",
-        "kv": "read_keys read_snapshot read_range read_range_reverse",
+        "kv": "read_keys read_snapshot read_at version_at read_range read_range_reverse",
         "locks": "name_key",
         "outbox": "append_lease_event append_completion_event",
         "subscriptions": "acquire save set_position remove",
     },
     # Leads, settles requests, runs and moves executions, reconciles, deletes what is old.
     "operator": {
-        "commits": "write_data settle",
+        "commits": "write_data settle keep_undo",
         "executions": "claim renew complete fail revoke",
         "flows": "insert_flow insert_executions insert_groups insert_edges lock_group hold_ends insert_edge "
         "count_new_edge judge dispatch cancel",

@@ -203,8 +203,8 @@ def test_i6_a_versionstamp_without_room_is_refused(template: bytes) -> None:
     ("request_", "reason"),
     [
         (Request((b"k" * 2_601,), (), (), ()), "longer than"),
-        (Request((), ((b"k" * 2_601, None),), (), ()), "longer than"),
-        (Request((), ((b"", b"k" * 2_601),), (), ()), "longer than"),
+        (Request((), ((b"k" * 2_602, None),), (), ()), "longer than"),
+        (Request((), ((b"", b"k" * 2_602),), (), ()), "longer than"),
         (Request((), ((b"b", b"a"),), (), ()), "begins after"),
         (Request((), (), ((b"b", b"a"),), ()), "begins after"),
         (Request((), (), (), (Mutation(Op.CLEAR_RANGE, b"b", b"a"),)), "begins after"),

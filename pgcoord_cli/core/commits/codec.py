@@ -91,7 +91,7 @@ class Undecodable(ValueError):
 
 
 class KeyTooLong(Undecodable):
-    """A key or bound is longer than MAX_KEY_BYTES."""
+    """A key is longer than MAX_KEY_BYTES, or the bound of a range by more than one byte."""
 
 
 class ValueTooLong(Undecodable):
@@ -201,12 +201,18 @@ def check_key(key: bytes) -> None:
 
 
 def check_range(begin: bytes, end: bytes | None) -> None:
-    """Raises Undecodable for a range whose begin is greater than its end; checks its bounds like `check_key`."""
-    check_key(begin)
+    """Raises Undecodable for a range whose begin is greater than its end, KeyTooLong for a bound that is too long."""
+    _check_bound(begin)
     if end is not None:
-        check_key(end)
+        _check_bound(end)
         if begin > end:
             raise Undecodable("a range begins after its end")
+
+
+def _check_bound(bound: bytes) -> None:
+    # One byte more than a key: the range of a single key ends before the key with a zero byte appended.
+    if len(_key(bound)) > MAX_KEY_BYTES + 1:
+        raise KeyTooLong(f"the bound of a range, of {len(bound)} bytes, is longer than {MAX_KEY_BYTES + 1}")
 
 
 def check_mutation(mutation: Mutation) -> None:

@@ -24,7 +24,7 @@ of the key or value template are the offset, little-endian, at which they go.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from sortedcontainers import SortedDict, SortedSet
 
@@ -119,16 +119,17 @@ def versionstamp(version: int) -> bytes:
 def stamped(mutation: Mutation, version: int) -> Mutation:
     """Returns the plain mutation that a versionstamped one becomes at this commit version; any other unchanged."""
     if mutation.op == Op.SET_VERSIONSTAMPED_KEY:
-        return Mutation(Op.SET, _with_stamp(mutation.key, version), mutation.operand)
+        return Mutation(Op.SET, with_stamp(mutation.key, versionstamp(version)), mutation.operand)
     if mutation.op == Op.SET_VERSIONSTAMPED_VALUE:
-        return Mutation(Op.SET, mutation.key, _with_stamp(mutation.operand or b"", version))
+        return Mutation(Op.SET, mutation.key, with_stamp(mutation.operand or b"", versionstamp(version)))
     return mutation
 
 
-def _with_stamp(template: bytes, version: int) -> bytes:
+def with_stamp(template: bytes, stamp: bytes) -> bytes:
+    """Returns a template with a versionstamp at its offset, and without the offset."""
     (offset,) = struct.unpack("<I", template[-4:])
     body = template[:-4]
-    return body[:offset] + versionstamp(version) + body[offset + VERSIONSTAMP_BYTES :]
+    return body[:offset] + stamp + body[offset + VERSIONSTAMP_BYTES :]
 
 
 class WriteSet:
@@ -138,7 +139,7 @@ class WriteSet:
         self._cleared: SortedDict | None = None  # made when first needed: most write sets clear no range
         self._decided: dict[bytes, Bytes] = {}
         self._undecided: dict[bytes, list[Mutation]] = {}
-        # All keys in order, so that clearing a range finds the keys in it; made with the first cleared range.
+        # All keys in order, so that the keys in a range are found; made when they are first looked for.
         self._ordered: SortedSet | None = None
 
     def __bool__(self) -> bool:
@@ -187,13 +188,20 @@ class WriteSet:
     def _clear_range(self, begin: bytes, end: Bytes) -> None:
         if end is not None and begin >= end:
             return
-        if self._ordered is None:
-            self._ordered = SortedSet((*self._decided, *self._undecided))
-        for key in list(self._ordered.irange(begin, end, (True, False))):
-            self._ordered.discard(key)
+        for key in list(self._keys_in(begin, end)):
+            self._in_order.discard(key)
             self._decided.pop(key, None)
             self._undecided.pop(key, None)
         self._join(begin, end)
+
+    @property
+    def _in_order(self) -> SortedSet:
+        if self._ordered is None:
+            self._ordered = SortedSet((*self._decided, *self._undecided))
+        return self._ordered
+
+    def _keys_in(self, begin: bytes, end: Bytes) -> Iterator[bytes]:
+        return iter(self._in_order.irange(begin, end, (True, False)))
 
     def _join(self, begin: bytes, end: Bytes) -> None:
         """Adds a cleared range, joined with those that it overlaps or touches."""
@@ -237,9 +245,24 @@ class WriteSet:
 
         `rows` are all rows that are stored from `begin` up to but without `end`.
         """
-        touched = (key for key in (*self._decided, *self._undecided) if covers((begin, end), key))
-        values = {key: self.value(key, rows.get(key)) for key in (*rows, *touched)}
+        values = {key: self.value(key, rows.get(key)) for key in (*rows, *self._keys_in(begin, end))}
         return {key: value for key, value in values.items() if value is not None}
+
+    def cleared_in(self, begin: bytes, end: bytes | None) -> Iterator[Range]:
+        """Yields the parts of a range that cleared ranges cover, in order: there, nothing depends on stored rows."""
+        if not self._cleared:
+            return
+        place = max(self._cleared.bisect_right(begin) - 1, 0)
+        for cleared_begin in self._cleared.islice(place):
+            if end is not None and cleared_begin >= end:
+                return
+            part_end = least_end(self._cleared[cleared_begin], end)
+            if part_end is None or part_end > begin:
+                yield max(cleared_begin, begin), part_end
+
+    def decided_in(self, begin: bytes, end: bytes | None) -> Iterator[bytes]:
+        """Yields the keys of a range whose value does not depend on the stored one, in order."""
+        return (key for key in self._keys_in(begin, end) if key in self._decided)
 
 
 def _apply_all(mutations: Iterable[Mutation], stored: Bytes) -> Bytes:
@@ -260,6 +283,11 @@ def covers(interval: Range, key: bytes) -> bool:
     """Whether the key lies in the half-open range."""
     begin, end = interval
     return begin <= key and (end is None or key < end)
+
+
+def least_end(one: bytes | None, other: bytes | None) -> bytes | None:
+    """Returns the lesser of two ends of ranges; None is past the last key."""
+    return other if one is None else one if other is None else min(one, other)
 
 
 def writes_of(request: Request) -> tuple[list[bytes], list[Range]]:

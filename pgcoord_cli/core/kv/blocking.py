@@ -24,7 +24,7 @@ commit that was being waited for has happened is not known. The Database stays u
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
@@ -34,7 +34,7 @@ from pgcoord_cli.core.concurrency.loop_thread import LoopThread, wait_for
 from pgcoord_cli.core.kv import client
 from pgcoord_cli.core.kv.client import COMMIT_SECONDS, POOL_SIZE, RETRY_LIMIT
 from pgcoord_cli.core.kv.hot_keys import inside_attempt
-from pgcoord_cli.core.kv.transaction import KeySelector
+from pgcoord_cli.core.kv.key_selector import KeySelector
 from pgcoord_cli.core.kv.writing import WriteMethods
 from pgcoord_cli.errors import Conflict, ConnectionFailed, TooOld
 from pgcoord_cli.settings import resolve_arguments
@@ -92,6 +92,10 @@ class Database:
         It begins with its first read. Its commit is waited for up to `commit_seconds`, then OutcomeUnknown is raised.
         """
         return Transaction(self._thread, self._thread.resource.transaction(commit_seconds=commit_seconds))
+
+    def read_version(self) -> int:
+        """Returns the durable version: that of the last commit that is visible now."""
+        return self._thread.call(lambda database: database.read_version())
 
     def run(
         self,
@@ -173,8 +177,8 @@ class _Attempts(Generic[T]):
 class Transaction(WriteMethods):
     """Reads and writes that take effect together or not at all, as `pgcoord_cli.Transaction`; for one thread at a time.
 
-    Reads raise Conflict if a key that was read before has been written since, TimeLimit five seconds after the first
-    read, and ConnectionFailed.
+    Reads raise TimeLimit five seconds after the first read, TooOld if its version can no longer be read, as after a
+    crash of the server, and ConnectionFailed.
     """
 
     def __init__(self, thread: ClientThread, transaction: client.Transaction) -> None:
@@ -183,8 +187,12 @@ class Transaction(WriteMethods):
 
     @property
     def read_version(self) -> int | None:
-        """The version that every read so far has seen; None before the first read."""
+        """The version that all reads are of; None before the first read."""
         return self._transaction.read_version
+
+    def set_read_version(self, version: int) -> None:
+        """Makes all reads be of a version that was committed, as that of `pgcoord_cli.Transaction`; raises as it."""
+        self._thread.call(lambda _: self._transaction.set_read_version(version))
 
     @property
     def versionstamp(self) -> bytes:
@@ -206,11 +214,25 @@ class Transaction(WriteMethods):
     ) -> list[tuple[bytes, bytes]]:
         """Returns keys and values from `begin` up to but without `end` (None: to the last key), in order of the keys.
 
-        At most `limit`; `reverse`: the last ones, in descending order.
+        At most `limit` (None or 0: all); `reverse`: the last ones, in descending order.
         """
         return self._thread.call(
             lambda _: self._transaction.get_range(begin, end, limit=limit, reverse=reverse, snapshot=snapshot)
         )
+
+    def range(
+        self,
+        begin: bytes | KeySelector,
+        end: bytes | KeySelector | None,
+        *,
+        limit: int | None = None,
+        reverse: bool = False,
+        snapshot: bool = False,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Iterates over what `get_range` returns, reading some hundred rows at a time; the rest is not read."""
+        pages = self._transaction.pages(begin, end, limit=limit, reverse=reverse, snapshot=snapshot)
+        while page := self._thread.call(lambda _: anext(pages, None)):
+            yield from page
 
     def get_key(self, selector: KeySelector, *, snapshot: bool = False) -> bytes | None:
         """Returns the key that a selector selects; b"" before the first key, None after the last."""

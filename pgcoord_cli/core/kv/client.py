@@ -33,9 +33,10 @@ from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.database.pool import Pool
 from pgcoord_cli.core.database.session import answer_timeout, open_session_async
 from pgcoord_cli.core.kv.hot_keys import HotKeys
-from pgcoord_cli.core.kv.snapshots import SnapshotReader
+from pgcoord_cli.core.kv.key_selector import KeySelector
+from pgcoord_cli.core.kv.snapshots import ReadSet, SnapshotReader
 from pgcoord_cli.core.kv.submissions import Submitter
-from pgcoord_cli.core.kv.transaction import KeySelector, Transaction
+from pgcoord_cli.core.kv.transaction import Transaction
 from pgcoord_cli.core.kv.watches import Watch, Watcher
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
@@ -139,6 +140,10 @@ class Database:
         It begins with its first read. Its commit is waited for up to `commit_seconds`, then OutcomeUnknown is raised.
         """
         return Transaction(self._reader, self._submitter, self._watcher, commit_seconds)
+
+    async def read_version(self) -> int:
+        """Returns the durable version: that of the last commit that is visible now."""
+        return (await self._reader.read(ReadSet())).version.version
 
     async def write(self, work: Callable[[Transaction], Awaitable[Any]], *, commit_seconds: float) -> int:
         """Runs `work` once in a transaction and commits it; returns its version. Raises what the commit raises."""

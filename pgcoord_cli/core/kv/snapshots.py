@@ -1,27 +1,36 @@
-"""Reading keys and ranges in one PostgreSQL snapshot, together with the durable version of that snapshot (rule I4).
+"""Reading keys and ranges in one PostgreSQL snapshot: as they are now, or as they were at an earlier version (rule I4).
 
-Data and durable version come from one statement, since two statements would see two snapshots, and a commit between
-them would make the version wrong for the data. Reads of many transactions share a statement: those that arrive while
-one is in flight go out together in the next one (`core.concurrency.batcher`).
+**Now.** The first read of a transaction takes what is stored now, and with it the durable version. Data and version
+come from one statement, since two statements would see two snapshots, and a commit between them would make the version
+wrong for the data.
+
+**At a version.** Every later read of the transaction sees that version. The same single statement looks the replaced
+values of the last seconds up in `kv_undo`, unless the durable version is still the one asked for. It also returns which
+versions can be read there: not those from before `kv_undo_floor`, since some of their values are gone, and not those
+above the last version that this database has of the term that they were read under, since a failover has lost them.
+Such a read raises TooOld.
+
+**Batches.** Reads of many transactions share a statement: those that arrive while one is in flight go out together in
+the next one (`core.concurrency.batcher`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import psycopg
 
 from pgcoord_cli.core.commits.codec import PAST_THE_LAST_KEY, Range
 from pgcoord_cli.core.concurrency.batcher import Batcher
 from pgcoord_cli.core.database.pool import Pool
-from pgcoord_cli.db.binary import bool_array, bytea_array, int8_array, integer
+from pgcoord_cli.db.binary import bool_array, bytea_array, int8, int8_array, integer
 from pgcoord_cli.db.callback_connection import Answer, Row
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import ConnectionFailed, PgcoordError
+from pgcoord_cli.errors import ConnectionFailed, PgcoordError, Rejected, TooOld
 
 BATCH_LIMIT = 500
 """Reads, of one or more keys and ranges each, that share a statement at most."""
@@ -33,23 +42,42 @@ Rows = tuple[tuple[bytes, bytes], ...]
 """Keys with their values, in the order in which the range was read."""
 
 
+Item = TypeVar("Item", bytes, "RangeRead")
+
+
+class ReadVersion(NamedTuple):
+    """A durable version, with the epoch and term of the same snapshot; the resolver judges a read by all three.
+
+    `term_id` has 16 bytes; None: no leader was ever elected.
+    """
+
+    epoch: int
+    term_id: bytes | None
+    version: int
+
+
 class RangeRead(NamedTuple):
-    """A half-open range to read: at most `limit` rows (None: all), from its end backwards if `reverse`."""
+    """A half-open range to read: about `limit` rows (None: all), from its end backwards if `reverse`."""
 
     begin: bytes
     end: bytes | None
     limit: int | None = None
     reverse: bool = False
 
-    def seen(self, rows: Rows) -> Range:
-        """Returns the part of the range that `rows` determine: if they reach the limit, it ends at the last of them.
+    def up_to(self, key: bytes) -> Range:
+        """Returns the part of the range that a read which stopped after `key` has seen."""
+        return (key, self.end) if self.reverse else (self.begin, key + b"\0")
 
-        Beyond that row nothing was read, so a write there is no conflict.
-        """
-        if self.limit is None or len(rows) < self.limit or not rows:
-            return self.begin, self.end
-        last = rows[-1][0]
-        return (last, self.end) if self.reverse else (self.begin, last + b"\0")
+
+class Page(NamedTuple):
+    """The rows of the part `seen` of a range; the whole range has been read unless `has_more`.
+
+    Beyond `seen` nothing was read, so a write there is no conflict.
+    """
+
+    rows: Rows
+    seen: Range
+    has_more: bool
 
 
 class ReadSet(NamedTuple):
@@ -60,24 +88,33 @@ class ReadSet(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The keys and ranges that were read in one snapshot, and what they were read under. Absent keys have None.
+    """The keys and ranges that were read of one version. Absent keys have None."""
 
-    `epoch`, `term_id` (16 bytes; None: no leader was ever elected) and `version`, the durable version, are those of the
-    same snapshot: the resolver judges the read by all three.
-    """
-
-    epoch: int
-    term_id: bytes | None
-    version: int
+    version: ReadVersion
     values: dict[bytes, bytes | None]
-    rows: dict[RangeRead, Rows]
+    pages: dict[RangeRead, Page]
 
 
-class PendingRead(NamedTuple):
-    """A read that waits for its statement, and the future of its snapshot."""
+class PendingRead:
+    """A read that waits for its statement, of version `at` (None: of now), and the future of its snapshot."""
 
-    read_set: ReadSet
-    snapshot: asyncio.Future[Snapshot]
+    __slots__ = ("at", "attempts", "is_sent", "read_set", "snapshot")
+
+    def __init__(self, read_set: ReadSet, at: ReadVersion | None, snapshot: asyncio.Future[Snapshot]) -> None:
+        self.read_set = read_set
+        self.at = at
+        self.snapshot = snapshot
+        self.attempts = 0
+        self.is_sent = False
+
+    def join(self, read_set: ReadSet) -> None:
+        """Adds to a read that has not been sent."""
+        self.read_set = ReadSet(self.read_set.keys + read_set.keys, self.read_set.ranges + read_set.ranges)
+
+    def fail(self, error: Exception) -> None:
+        if not self.snapshot.done():
+            self.snapshot.set_exception(error)
+            self.snapshot.exception()  # its caller may have been cancelled: no warning that it was never retrieved
 
 
 class SnapshotReader:
@@ -86,55 +123,133 @@ class SnapshotReader:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._loop = asyncio.get_running_loop()
-        self._batcher = Batcher(self._send, _fail, BATCH_LIMIT)
+        self._batcher = Batcher(self._send, self._fail, BATCH_LIMIT)
 
-    async def read(self, read_set: ReadSet) -> Snapshot:
-        """Returns a snapshot that contains at least `read_set`; reads of the same batch share it.
+    async def read(self, read_set: ReadSet, at: ReadVersion | None = None) -> Snapshot:
+        """Returns a snapshot that contains at least `read_set`, of version `at` (None: of now).
 
-        Retries a read that failed, over a new connection if the old one was lost. Raises PgcoordError when it has
-        failed RETRIES times and once more.
+        Retries a read that failed, over a new connection if the old one was lost. Raises TooOld if the version can no
+        longer be read, and PgcoordError when the read has failed RETRIES times and once more.
         """
-        for _ in range(RETRIES):
-            with suppress(psycopg.Error, ConnectionFailed):
-                return await self._read_once(read_set)
-        with mapped_errors():
-            return await self._read_once(read_set)
+        read = self.prepare(read_set, at)
+        self.start(read)
+        return await self.result(read)
 
-    def _read_once(self, read_set: ReadSet) -> asyncio.Future[Snapshot]:
-        read = PendingRead(read_set, self._loop.create_future())
+    def prepare(self, read_set: ReadSet, at: ReadVersion | None = None) -> PendingRead:
+        """Returns a read that other reads may join until it is sent, after `start`."""
+        return PendingRead(read_set, at, self._loop.create_future())
+
+    def start(self, read: PendingRead) -> None:
+        """Sends a read with the next batch."""
         self._batcher.add(read)
-        return read.snapshot
+
+    async def result(self, read: PendingRead) -> Snapshot:
+        """Waits for a read, which goes on if this caller is cancelled: others may wait for it. Raises as `read`."""
+        with mapped_errors():
+            return await asyncio.shield(read.snapshot)
+
+    async def version_at(self, version: int) -> ReadVersion:
+        """Returns the first version at or above `version` that a snapshot could see: versions of one batch are one.
+
+        Raises TooOld if it can no longer be read, and Rejected if it was not committed yet.
+        """
+        answered: asyncio.Future[ReadVersion] = self._loop.create_future()
+        self._pool.run(sql("kv", "version_at"), [int8(version)], partial(_on_version, answered, version))
+        with mapped_errors():
+            return await answered
 
     def _send(self, batch: list[PendingRead]) -> None:
+        # The statement judges the versions of one term. After an election there may be reads of two: those go next.
+        term_id = next((read.at.term_id for read in batch if read.at), None)
+        self._batcher.add_first([read for read in batch if read.at and read.at.term_id != term_id])
+        batch = [read for read in batch if not read.at or read.at.term_id == term_id]
+        for read in batch:
+            read.is_sent = True
+        if any(read.at for read in batch):
+            self._send_at(batch, term_id)
+        else:
+            self._send_now(batch)
+
+    def _send_now(self, batch: list[PendingRead]) -> None:
         # Each key and range once, however many reads of the batch have it.
         keys = list({key for read in batch for key in read.read_set.keys})
         ranges = list({interval for read in batch for interval in read.read_set.ranges})
-        done = partial(self._on_answer, batch, keys, ranges)
+        done = partial(self._on_now, batch, keys, ranges)
         # Most reads are of keys only, for which the server has a smaller plan to run.
         if ranges:
             self._pool.run(sql("kv", "read_snapshot"), [bytea_array(keys), *_bounds(ranges)], done)
         else:
             self._pool.run(sql("kv", "read_keys"), [bytea_array(keys)], done)
 
-    def _on_answer(self, batch: list[PendingRead], keys: list[bytes], ranges: list[RangeRead], answer: Answer) -> None:
+    def _send_at(self, batch: list[PendingRead], term_id: bytes | None) -> None:
+        keys = _places((key, _number(read)) for read in batch for key in read.read_set.keys)
+        ranges = _places((interval, _number(read)) for read in batch for interval in read.read_set.ranges)
+        arguments = [
+            bytea_array([key for key, _ in keys]),
+            int8_array([version for _, version in keys]),
+            *_bounds([interval for interval, _ in ranges]),
+            int8_array([version for _, version in ranges]),
+            term_id,
+        ]
+        self._pool.run(sql("kv", "read_at"), arguments, partial(self._on_at, batch, keys, ranges))
+
+    def _on_now(self, batch: list[PendingRead], keys: list[bytes], ranges: list[RangeRead], answer: Answer) -> None:
         # The next batch goes out before these callers continue, so that the server works in the meantime.
         self._batcher.succeeded()
-        found = _snapshot(keys, ranges, answer)
-        if isinstance(found, Exception):
-            _fail(batch, found)
+        if (rows := self._rows(batch, answer)) is None:
             return
+        snapshot = _snapshot_now(keys, ranges, rows)
         for read in batch:
             if not read.snapshot.done():  # done: its caller was cancelled
-                read.snapshot.set_result(found)
+                read.snapshot.set_result(snapshot)
+
+    def _on_at(self, batch: list[PendingRead], keys: Places[bytes], ranges: Places[RangeRead], answer: Answer) -> None:
+        self._batcher.succeeded()
+        if (rows := self._rows(batch, answer)) is None:
+            return
+        state, found = _State.of(rows[0]), _Found.of(rows)
+        for read in batch:
+            if read.at and (error := state.refusal(read.at.version)):
+                read.fail(error)
+            elif not read.snapshot.done():
+                read.snapshot.set_result(found.snapshot(read, read.at or state.version, keys, ranges))
+
+    def _rows(self, batch: Sequence[PendingRead], answer: Answer) -> list[Row] | None:
+        """Returns the rows of an answer, or None after it has failed the batch."""
+        if isinstance(answer, Exception):
+            self._fail(batch, answer)
+        # Even without a single key found, each statement returns one row with epoch and version.
+        elif not answer:
+            self._fail(batch, PgcoordError("the table leader_lease has no row", hint="restore the table from a backup"))
+        else:
+            return answer
+        return None
+
+    def _fail(self, batch: Sequence[PendingRead], error: Exception) -> None:
+        for read in batch:
+            if read.attempts < RETRIES and isinstance(error, psycopg.Error | ConnectionFailed):
+                read.attempts += 1
+                self._batcher.add(read)
+            else:
+                read.fail(error)
 
 
-def _fail(batch: list[PendingRead], error: Exception) -> None:
-    for read in batch:
-        if not read.snapshot.done():
-            read.snapshot.set_exception(error)
+Places = dict[tuple[Item, int | None], int]
+"""What a statement reads, each key or range with its version (None: now), and its place among the arguments, from 1."""
 
 
-def _bounds(ranges: list[RangeRead]) -> list[bytes]:
+def _places(wanted: Iterable[tuple[Item, int | None]]) -> Places[Item]:
+    places: Places[Item] = {}
+    for item in wanted:
+        places.setdefault(item, len(places) + 1)
+    return places
+
+
+def _number(read: PendingRead) -> int | None:
+    return read.at.version if read.at else None
+
+
+def _bounds(ranges: Sequence[RangeRead]) -> list[bytes]:
     # A comparison with null would be null, so that a range without an end has one past every key.
     return [
         bytea_array([interval.begin for interval in ranges]),
@@ -144,32 +259,106 @@ def _bounds(ranges: list[RangeRead]) -> list[bytes]:
     ]
 
 
-def _snapshot(keys: list[bytes], ranges: list[RangeRead], answer: Answer) -> Snapshot | Exception:
-    """Reads an answer. Returns an error instead of raising it, so that the caller can hand it to the whole batch."""
-    if isinstance(answer, Exception):
-        return answer
-    # Even without a single key found, the statement returns one row with epoch and version.
-    if not answer:
-        return PgcoordError("the table leader_lease has no row", hint="restore the table from a backup")
-    return _parsed(keys, ranges, answer)
-
-
-def _parsed(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) -> Snapshot:
-    epoch, term_id, version = integer(found[0][0]), found[0][1], integer(found[0][2])
+def _snapshot_now(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) -> Snapshot:
+    version = ReadVersion(integer(found[0][0]), found[0][1], integer(found[0][2]))
     values: dict[bytes, bytes | None] = dict.fromkeys(keys)
     if not ranges:
         values.update((key, value) for _, _, _, key, value in found if key is not None)
-        return Snapshot(epoch, term_id, version, values, {})
-    rows: dict[int, list[tuple[bytes, bytes]]] = {}
+        return Snapshot(version, values, {})
+    rows: dict[int, dict[bytes, bytes | None]] = {}
     for _, _, _, part, key, value in found:
-        if key is not None and value is not None:
-            if place := integer(part):  # 0 is the part of the single keys
-                rows.setdefault(place, []).append((key, value))
-            else:
+        if key is not None:
+            place = integer(part)
+            if place == 0:  # the single keys
                 values[key] = value
-    # The statement merges its parts in any order.
-    in_order = {
-        interval: tuple(sorted(rows.get(place, ()), reverse=interval.reverse))
-        for place, interval in enumerate(ranges, start=1)
-    }
-    return Snapshot(epoch, term_id, version, values, in_order)
+            else:
+                rows.setdefault(place, {})[key] = value
+    pages = {interval: _page(interval, rows.get(place, {}), {}) for place, interval in enumerate(ranges, start=1)}
+    return Snapshot(version, values, pages)
+
+
+def _page(interval: RangeRead, rows: Mapping[bytes, bytes | None], replaced: Mapping[bytes, bytes | None]) -> Page:
+    """Returns the rows of a range with the values that some of them had before; None: absent."""
+    # A statement merges its parts in any order.
+    keys = sorted({**rows, **replaced}, reverse=interval.reverse)
+    values = ((key, replaced[key] if key in replaced else rows[key]) for key in keys)
+    before = tuple((key, value) for key, value in values if value is not None)
+    has_more = interval.limit is not None and len(rows) >= interval.limit
+    if has_more:  # cut off after the last of the rows, and replaced values are those up to there
+        last = min(rows, default=b"") if interval.reverse else max(rows, default=b"")
+        return Page(before, interval.up_to(last), True)
+    return Page(before, (interval.begin, interval.end), False)
+
+
+class _State(NamedTuple):
+    """What can be read: `version`, and earlier ones from `readable_from` (None: none) up to `readable_to`."""
+
+    version: ReadVersion
+    readable_from: int | None
+    readable_to: int
+
+    @classmethod
+    def of(cls, row: Row) -> _State:
+        epoch, term_id, version, readable_to, readable_from, *_ = row
+        lowest = None if readable_from is None else integer(readable_from)
+        return cls(ReadVersion(integer(epoch), term_id, integer(version)), lowest, integer(readable_to))
+
+    def refusal(self, version: int) -> TooOld | None:
+        """Returns why a version cannot be read, or None if it can."""
+        if version > self.readable_to:
+            return TooOld(f"read version {version} was lost with its term", hint="run the transaction again")
+        if version != self.version.version and (self.readable_from is None or version < self.readable_from):
+            return TooOld(f"version {version} can no longer be read", hint="run the transaction again")
+        return None
+
+
+class _Found(NamedTuple):
+    """The rows of a `read_at`, by the places of what was read."""
+
+    values: dict[int, bytes | None]
+    rows: dict[int, dict[bytes, bytes | None]]
+    replaced: dict[int, dict[bytes, bytes | None]]
+
+    @classmethod
+    def of(cls, answer: list[Row]) -> _Found:
+        found = cls({}, {}, {})
+        for *_, part, key, value in answer:
+            if part is None:  # nothing was asked for but the version
+                continue
+            place = integer(part)
+            if place < 0:
+                found.values[-place] = value
+            elif key is not None:
+                side = found.replaced if place % 2 else found.rows
+                side.setdefault(place // 2, {})[key] = value
+        return found
+
+    def snapshot(
+        self, read: PendingRead, version: ReadVersion, keys: Places[bytes], ranges: Places[RangeRead]
+    ) -> Snapshot:
+        """Returns what one read of the batch asked for."""
+        number = _number(read)
+        values = {key: self.values[keys[key, number]] for key in read.read_set.keys}
+        pages = {interval: self._page(interval, ranges[interval, number]) for interval in read.read_set.ranges}
+        return Snapshot(version, values, pages)
+
+    def _page(self, interval: RangeRead, place: int) -> Page:
+        return _page(interval, self.rows.get(place, {}), self.replaced.get(place, {}))
+
+
+def _on_version(answered: asyncio.Future[ReadVersion], wanted: int, answer: Answer) -> None:
+    if answered.done():  # its caller was cancelled
+        return
+    if isinstance(answer, Exception):
+        answered.set_exception(answer)
+        return
+    epoch, term_id, durable, readable_from, version = answer[0]
+    state = _State.of((epoch, term_id, durable, durable, readable_from))
+    if wanted > state.readable_to:
+        answered.set_exception(
+            Rejected(f"version {wanted} has not been committed", hint=f"the last version is {state.readable_to}")
+        )
+    elif error := state.refusal(wanted):
+        answered.set_exception(error)
+    else:
+        answered.set_result(state.version._replace(version=integer(version)))

@@ -1,16 +1,16 @@
 """Transactions: the reads of one transaction, its buffered writes, and its commit.
 
-**Reading.** The first read fixes the read version: the durable version of the snapshot that it read in (rule I4). A
-later read uses a later snapshot. If commits lie between the two, everything that the transaction has read before is
-read again in the same statement, and if any of it has changed, the transaction ends with Conflict at once; otherwise
-the later version becomes the read version. So a transaction always sees one consistent state, and holds no connection
-between its reads. Its reads see its own writes.
+**Reading.** The first read fixes the read version: the durable version of the snapshot that it read in. Every other
+read is of that version too: later ones, those that run at the same time, snapshot reads, ranges, key selectors
+(rule I4; `core.kv.snapshots`). So a transaction always sees one consistent state, and holds no connection between its
+reads. Its reads see its own writes (`core.kv.own_writes`).
 
 **Snapshot reads** (`snapshot=True`) see the same state but add no read conflict: what they returned may be written by
-others, without a conflict at a later read or at the commit.
+others, without a conflict at the commit.
 
-**Conflicts** are checked for the keys that were read, and of a range that was read for the part that the returned rows
-determine. Callers can add keys and ranges, to the reads and to the writes.
+**Conflicts** are checked at the commit, from the read version on, for the keys that were read, and of a range that was
+read for the part that the returned rows determine; not for what own writes alone decide. Callers can add keys and
+ranges, to the reads and to the writes. A transaction that writes nothing never conflicts.
 
 **Limits.** TIME_LIMIT_SECONDS from the first read to the commit; the sizes of keys, values and the whole transaction
 are those of `core.commits.codec`. Each limit has its own error.
@@ -19,16 +19,18 @@ are those of `core.commits.codec`. Each limit has its own error.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
-from typing import NamedTuple
 
 from pgcoord_cli.core.commits import codec
 from pgcoord_cli.core.commits.codec import Mutation, Op, Range, Request, Undecodable
-from pgcoord_cli.core.commits.mutations import WriteSet, covers, fold, versionstamp
+from pgcoord_cli.core.commits.mutations import versionstamp
 from pgcoord_cli.core.kv.hot_keys import Ticket
-from pgcoord_cli.core.kv.snapshots import RangeRead, ReadSet, Rows, Snapshot, SnapshotReader
+from pgcoord_cli.core.kv.key_selector import KeySelector
+from pgcoord_cli.core.kv.own_writes import OwnWrites
+from pgcoord_cli.core.kv.range_scan import RangeScan
+from pgcoord_cli.core.kv.snapshots import PendingRead, ReadSet, ReadVersion, Snapshot, SnapshotReader
 from pgcoord_cli.core.kv.submissions import Outcome, Submission, Submitter, new_request_id
 from pgcoord_cli.core.kv.watches import Watch, Watcher
 from pgcoord_cli.core.kv.writing import WriteMethods
@@ -37,6 +39,7 @@ from pgcoord_cli.errors import (
     Conflict,
     ConnectionFailed,
     KeyTooLarge,
+    PgcoordError,
     Rejected,
     TimeLimit,
     TooOld,
@@ -47,51 +50,16 @@ from pgcoord_cli.errors import (
 TIME_LIMIT_SECONDS = 5.0
 """Seconds from the first read after which a transaction is refused; the conflict window is a second longer."""
 
-
-class KeySelector(NamedTuple):
-    """A key by its position: `offset` keys after the last key below `key` (not above `key`, if `or_equal`)."""
-
-    key: bytes
-    or_equal: bool
-    offset: int
-
-    @classmethod
-    def last_less_than(cls, key: bytes) -> KeySelector:
-        """Selects the last key below `key`."""
-        return cls(key, False, 0)
-
-    @classmethod
-    def last_less_or_equal(cls, key: bytes) -> KeySelector:
-        """Selects `key` if it exists, or else the last key below it."""
-        return cls(key, True, 0)
-
-    @classmethod
-    def first_greater_than(cls, key: bytes) -> KeySelector:
-        """Selects the first key above `key`."""
-        return cls(key, True, 1)
-
-    @classmethod
-    def first_greater_or_equal(cls, key: bytes) -> KeySelector:
-        """Selects `key` if it exists, or else the first key above it."""
-        return cls(key, False, 1)
-
-    def __add__(self, keys: object) -> KeySelector:
-        """Selects the key that is `keys` keys further on."""
-        if not isinstance(keys, int):
-            return NotImplemented
-        return self._replace(offset=self.offset + keys)
-
-    def __sub__(self, keys: int) -> KeySelector:
-        """Selects the key that is `keys` keys further back."""
-        return self._replace(offset=self.offset - keys)
+PAGE_ROWS = 500
+"""Rows that `Transaction.range` reads at a time."""
 
 
 class Transaction(WriteMethods):
-    """Reads and writes that commit together or not at all. One task at a time may use it.
+    """Reads and writes that commit together or not at all.
 
-    A read that goes to the server raises Conflict if a key that was read before has been written since, TimeLimit after
-    TIME_LIMIT_SECONDS, and ConnectionFailed. Reads and writes raise Rejected for keys and values beyond the limits:
-    KeyTooLarge, ValueTooLarge.
+    Several tasks may read in it at once. A read that goes to the server raises TimeLimit after TIME_LIMIT_SECONDS,
+    TooOld if its version can no longer be read, as after a crash of the server, and ConnectionFailed. Reads and writes
+    raise Rejected for keys and values beyond the limits: KeyTooLarge, ValueTooLarge.
     """
 
     def __init__(
@@ -107,27 +75,35 @@ class Transaction(WriteMethods):
         self._watcher = watcher
         self._commit_seconds = commit_seconds
         self._ticket = ticket
-        self._snapshot: Snapshot | None = None
+        self._version: ReadVersion | None = None
+        # The read that fixes the version, until it is known.
+        self._first: PendingRead | None = None
         self._began = 0.0
         self._values: dict[bytes, bytes | None] = {}
-        self._rows: dict[RangeRead, Rows] = {}
         # Dictionaries in place of sets: they keep the order of the reads, so that no payload depends on hashes.
         self._read_keys: dict[bytes, None] = {}
         self._read_ranges: dict[Range, None] = {}
-        # The ranges among `_rows` that must not change; those of snapshot reads may.
-        self._compared_ranges: set[RangeRead] = set()
         self._write_ranges: list[Range] = []
-        self._mutations: list[Mutation] = []
-        self._write_set: WriteSet | None = None
-        # Keys whose value contains the versionstamp of this commit, which is not known yet.
-        self._unreadable: set[bytes] = set()
+        self._own = OwnWrites()
         self._watches: list[Watch] = []
         self._committed: int | None = None
 
     @property
     def read_version(self) -> int | None:
-        """The version that all reads so far are consistent with; None before the first read."""
-        return self._snapshot.version if self._snapshot else None
+        """The version that all reads are of; None before the first read."""
+        return self._version.version if self._version else None
+
+    async def set_read_version(self, version: int) -> None:
+        """Makes all reads be of a version that was committed: of a commit of one's own, or of another transaction.
+
+        Versions that were committed in one batch became visible together: the last of them is taken. Raises TooOld if
+        the version is further back than the time limit of transactions, Rejected if it was not committed yet, and if
+        the transaction has read already.
+        """
+        if self._version or self._first:
+            raise Rejected("the transaction has a read version already")
+        self._began = monotonic()
+        self._version = await self._reader.version_at(version)
 
     @property
     def versionstamp(self) -> bytes:
@@ -143,38 +119,19 @@ class Transaction(WriteMethods):
 
         Raises Rejected for a key whose value contains the versionstamp of this transaction.
         """
-        if self._unreadable:
-            self._check_readable(key, key + b"\0")
-        own = self._own_writes()
-        if own:
-            decided, value = own.lookup(key)
-            if decided:  # by own writes, without a read: so there is nothing that could conflict
-                return value
+        decided, value = self._own.lookup(key)
+        if decided:  # by own writes, without a read: so there is nothing that could conflict
+            return value
         if key not in self._values:
-            try:
+            with checked():
                 codec.check_key(key)
-            except Undecodable as error:
-                raise rejection(error) from None
             # Before the read, so that it sees what the holder of the key before this one wrote.
-            if self._ticket and self._snapshot is None and not snapshot:
-                await self._ticket.acquire(key)
-            await self._extend((key,), ())
+            ticket = None if snapshot else self._ticket
+            self._values.update((await self._read(ReadSet((key,)), ticket)).values)
         # Also for a value that is known already: a snapshot read may have read it, without a conflict.
         if not snapshot:
             self._read_keys[key] = None
-        stored = self._values[key]
-        return own.value(key, stored) if own else stored
-
-    def _check_readable(self, begin: bytes, end: bytes | None) -> None:
-        if any(covers((begin, end), key) for key in self._unreadable):
-            raise Rejected("the value contains the versionstamp of this commit: it can be read only after the commit")
-
-    def _own_writes(self) -> WriteSet | None:
-        """Returns the net effect of the writes so far, or None without any. Folded at the first read after a write."""
-        if self._mutations and self._write_set is None:
-            # Versionstamped mutations are left out: what they write is known only at the commit.
-            self._write_set = fold(m for m in self._mutations if m.op < Op.SET_VERSIONSTAMPED_KEY)
-        return self._write_set
+        return self._own.value(key, self._values[key])
 
     async def get_range(
         self,
@@ -187,29 +144,54 @@ class Transaction(WriteMethods):
     ) -> list[tuple[bytes, bytes]]:
         """Returns the keys and values from `begin` up to but without `end` (None: to the last key), in key order.
 
-        At most `limit` of them; from the end backwards if `reverse`. Own writes are seen. Raises like `get`.
+        At most `limit` of them (None or 0: all); from the end backwards if `reverse`. Own writes are seen. Raises like
+        `get`.
         """
+        pages = self.pages(begin, end, page_rows=None, limit=limit, reverse=reverse, snapshot=snapshot)
+        return [row async for page in pages for row in page]
+
+    async def range(
+        self,
+        begin: bytes | KeySelector,
+        end: bytes | KeySelector | None,
+        *,
+        limit: int | None = None,
+        reverse: bool = False,
+        snapshot: bool = False,
+    ) -> AsyncIterator[tuple[bytes, bytes]]:
+        """Iterates over what `get_range` returns, reading PAGE_ROWS rows at a time.
+
+        Rows that are never reached are not read, and do not conflict.
+        """
+        async for page in self.pages(begin, end, limit=limit, reverse=reverse, snapshot=snapshot):
+            for row in page:
+                yield row
+
+    async def pages(
+        self,
+        begin: bytes | KeySelector,
+        end: bytes | KeySelector | None,
+        *,
+        page_rows: int | None = PAGE_ROWS,
+        limit: int | None = None,
+        reverse: bool = False,
+        snapshot: bool = False,
+    ) -> AsyncIterator[Sequence[tuple[bytes, bytes]]]:
+        """Yields the rows that `range` does, those of one read at a time; never an empty page."""
         if limit is not None and not 0 <= limit < 1 << 63:
             raise ValueError(f"limit: {limit} is not between 0 and {(1 << 63) - 1}")
         first = await self._bound(begin, snapshot=snapshot)
         last = await self._bound(end, snapshot=snapshot)
         if first is None or (last is not None and first >= last):
-            return []
+            return
         with checked():
             codec.check_range(first, last)
-        self._check_readable(first, last)
-        # Own writes may hide stored rows, so that a limited read could return too few: the whole range is read.
-        interval = RangeRead(first, last, None if self._mutations else limit, reverse)
-        if interval not in self._rows:
-            await self._extend((), (interval,))
-        rows = self._rows[interval]
-        if not snapshot:
-            self._read_ranges[interval.seen(rows)] = None
-            self._compared_ranges.add(interval)
-        own = self._own_writes()
-        if own is None:
-            return list(rows)
-        return sorted(own.over(dict(rows), first, last).items(), reverse=reverse)[:limit]
+        scan = RangeScan(self._read, self._own, limit or None, page_rows, reverse=reverse)
+        async for page in scan.pages(first, last):
+            if not snapshot:
+                self._read_ranges.update(dict.fromkeys(page.conflicts))
+            if page.rows:
+                yield page.rows
 
     async def get_key(self, selector: KeySelector, *, snapshot: bool = False) -> bytes | None:
         """Returns the key that a selector points at; b"" before the first key, None past the last."""
@@ -225,27 +207,36 @@ class Transaction(WriteMethods):
     async def _bound(self, bound: bytes | KeySelector | None, *, snapshot: bool) -> bytes | None:
         return await self.get_key(bound, snapshot=snapshot) if isinstance(bound, KeySelector) else bound
 
-    async def _extend(self, keys: tuple[bytes, ...], ranges: tuple[RangeRead, ...]) -> None:
-        """Reads keys and ranges, and all that was read before again, in one snapshot. Raises Conflict and TimeLimit."""
-        if self._snapshot is None:
-            self._began = monotonic()
-        else:
-            self._check_time()
-            # One snapshot for all, so that no connection has to keep the earlier one open in between.
-            keys, ranges = (*self._values, *keys), (*self._rows, *ranges)
-        now = await self._reader.read(ReadSet(keys, ranges))
-        # With the same durable version no commit lies between the two snapshots, so that nothing can have changed.
-        if self._snapshot and now.version != self._snapshot.version and not self._is_unchanged(now):
-            raise Conflict("a key that was read has been written since", hint="run the transaction again")
-        self._snapshot = now
-        self._values.update((key, now.values[key]) for key in keys)
-        self._rows.update((interval, now.rows[interval]) for interval in ranges)
+    async def _read(self, read_set: ReadSet, ticket: Ticket | None = None) -> Snapshot:
+        """Reads at the read version, which the first read fixes. Raises TimeLimit, TooOld and ConnectionFailed."""
+        if self._version is None and (self._first is None or not self._first.is_sent):
+            return await self._read_first(read_set, ticket)
+        if self._version is None and self._first:
+            self._version = (await self._reader.result(self._first)).version
+        self._check_time()
+        return await self._reader.read(read_set, self._version)
 
-    def _is_unchanged(self, now: Snapshot) -> bool:
-        # Keys that the caller added without a read have no value here; the resolver checks them, from this version on.
-        return all(now.values[key] == self._values[key] for key in self._read_keys if key in self._values) and all(
-            now.rows[interval] == self._rows[interval] for interval in self._compared_ranges
-        )
+    async def _read_first(self, read_set: ReadSet, ticket: Ticket | None) -> Snapshot:
+        """Reads at the version that this read fixes, together with all that are asked for before it is sent."""
+        if self._first is None:
+            self._began = monotonic()
+            first = self._first = self._reader.prepare(read_set)
+            try:
+                if ticket and read_set.keys:
+                    await ticket.acquire(read_set.keys[0])
+            finally:  # also if this task is cancelled: others may have joined the read
+                self._reader.start(first)
+        else:
+            first = self._first
+            first.join(read_set)
+        try:
+            snapshot = await self._reader.result(first)
+        except PgcoordError:
+            if self._first is first:
+                self._first = None  # the next read tries again
+            raise
+        self._version = snapshot.version
+        return snapshot
 
     def _check_time(self) -> None:
         if monotonic() - self._began > TIME_LIMIT_SECONDS:
@@ -282,22 +273,13 @@ class Transaction(WriteMethods):
             codec.check_mutation(mutation)
         except Undecodable as error:
             raise rejection(error) from None
-        self._mutations.append(mutation)
-        if op == Op.SET_VERSIONSTAMPED_VALUE:
-            self._unreadable.add(key)
-        elif op in (Op.SET, Op.CLEAR):
-            self._unreadable.discard(key)
-        elif op == Op.CLEAR_RANGE:
-            self._unreadable = {other for other in self._unreadable if not covers((key, operand), other)}
-        # Once folded, the write set is kept up to date, so that reads between many writes do not fold them all again.
-        if op < Op.SET_VERSIONSTAMPED_KEY and self._write_set is not None:
-            self._write_set.add(mutation)
+        self._own.add(mutation)
 
     @property
     def wrote_ticket_key(self) -> bool:
         """Whether the transaction wrote the key that it read first. A cleared range with that key does not count."""
         key = self._ticket.key if self._ticket else None
-        return key is not None and any(mutation.key == key for mutation in self._mutations)
+        return key is not None and any(mutation.key == key for mutation in self._own.mutations)
 
     # -- ending
 
@@ -316,36 +298,34 @@ class Transaction(WriteMethods):
         Raises Conflict, TooOld or Rejected, after which nothing was written; ConnectionFailed if the request was not
         sent; OutcomeUnknown if it is not known whether it committed. A transaction that wrote nothing never conflicts.
         """
-        snapshot = self._snapshot or await self._read_version_only()
-        version = snapshot.version
+        read_version = self._version or await self._read_version_only()
+        version = read_version.version
         # Without writes nothing is submitted: all reads were of one version, and the transaction takes effect there.
-        if self._mutations or self._write_ranges:
+        if self._own or self._write_ranges:
             self._check_time()
-            version = self._committed = await self._submit(snapshot)
+            version = self._committed = await self._submit(read_version)
         # Only now: a watch expects the value that this transaction leaves, which was not there before.
         for watch in self._watches:
             self._watcher.add(watch)
         return version
 
-    async def _read_version_only(self) -> Snapshot:
-        """Takes the snapshot of a transaction that read nothing. Raises ConnectionFailed after `commit_seconds`."""
+    async def _read_version_only(self) -> ReadVersion:
+        """Fixes the version of a transaction that read nothing. Raises ConnectionFailed after `commit_seconds`."""
         try:
             async with asyncio.timeout(self._commit_seconds):
-                await self._extend((), ())
+                return (await self._read(ReadSet())).version
         except TimeoutError:
             raise ConnectionFailed("the server does not answer", hint="nothing was written") from None
-        assert self._snapshot is not None
-        return self._snapshot
 
-    async def _submit(self, snapshot: Snapshot) -> int:
+    async def _submit(self, read: ReadVersion) -> int:
         request = Request(
-            tuple(self._read_keys), tuple(self._read_ranges), tuple(self._write_ranges), tuple(self._mutations)
+            tuple(self._read_keys), tuple(self._read_ranges), tuple(self._write_ranges), tuple(self._own.mutations)
         )
         try:
             payload = codec.encode(request)
         except Undecodable as error:
             raise rejection(error) from None
-        submission = Submission(new_request_id(), snapshot.epoch, snapshot.term_id, snapshot.version, payload, request)
+        submission = Submission(new_request_id(), read.epoch, read.term_id, read.version, payload, request)
         return committed_version(await self._submitter.submit(submission, self._commit_seconds))
 
 

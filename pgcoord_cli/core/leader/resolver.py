@@ -40,8 +40,9 @@ was empty must not scan it when it is full.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from time import monotonic
 from typing import Any, NamedTuple
 
 import psycopg
@@ -68,6 +69,9 @@ OBSERVE_AFTER = 200
 
 STORE_FLOORS_AFTER = 200
 """Direct commits after which the floors are stored without a batch, so that the next leader need not read them all."""
+
+KEEP_UNDO_SECONDS = 1.0
+"""Seconds between two looks at whether the older part of the replaced values can be emptied."""
 
 BLOCK_TIMEOUT, BLOCK_RETRY_TIMEOUT = b"2s", b"20ms"
 """How long the leader waits for a direct commit in progress, and how long after a wait that has timed out."""
@@ -154,6 +158,7 @@ class Resolver:
         """Whether the last claim may have left requests; if not, a notification comes with the next one."""
         self._recent = self._load(term.conflict_floor, term.window_start_id)
         self._direct_commits_since_floors = 0
+        self._keep_undo()
 
     @property
     def durable_version(self) -> int:
@@ -197,6 +202,8 @@ class Resolver:
         if self._above_floor > OBSERVE_AFTER:
             self._observe_writers()
         self._store_floors()
+        if monotonic() - self._undo_kept_at > KEEP_UNDO_SECONDS:
+            self._keep_undo()
         return len(batch)
 
     def _observe_writers(self) -> None:
@@ -252,6 +259,13 @@ class Resolver:
         self._direct_commits_since_floors += len(commits)
         return rows
 
+    def _keep_undo(self) -> None:
+        """Empties the older part of the replaced values if it is time to. Raises Fenced if the term has ended."""
+        self._undo_kept_at = monotonic()
+        # A lock that is not free within its short limit: the next call tries again.
+        with mapped_fence(), suppress(psycopg.errors.LockNotAvailable):
+            self._pipeline.fetch(sql("commits", "keep_undo"), [int8(self._term.epoch), self._term.term_id.bytes])
+
     def _store_floors(self) -> None:
         """Stores the floors after many direct commits. Raises Fenced if the term has ended."""
         # Each batch stores them with its settlement; where all commits are direct there is no batch.
@@ -292,7 +306,7 @@ class Resolver:
         statements: list[BoundStatement] = []
         if write_set:
             writes = [*bytea_columns(write_set.ranges), bytea_array(write_set.removed)]
-            writes += bytea_columns(write_set.written.items())
+            writes += [*bytea_columns(write_set.written.items()), int8(self._recent.durable_version)]
             statements.append((sql("commits", "write_data"), writes))
         statements.append((sql("commits", "settle"), self._settlement(verdicts)))
         # Without BEGIN, all statements of one unit are one transaction that needs no further message to commit.
