@@ -12,9 +12,15 @@ import pytest
 from pgcoord_cli.core.commits.codec import MAX_KEY_BYTES
 from pgcoord_cli.core.kv.client import Database, Transaction
 from pgcoord_cli.core.kv.key_selector import KeySelector
+from pgcoord_cli.core.leader import resolver
 from pgcoord_cli.errors import Conflict, Rejected, TooOld
 from pgcoord_cli.settings import Settings
 from tests.postgres.commit_scenarios import Data, Sql, needs_leader, put, scenario_test
+
+
+@pytest.fixture(autouse=True)
+def _no_turns_by_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver, "KEEP_UNDO_SECONDS", float("inf"))
 
 
 @pytest.fixture
