@@ -15,13 +15,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, errors, pq
 from psycopg.errors import error_from_result
 
 from pgcoord_cli.db.connection import SESSION_ENDING_SEVERITIES, Unconfirmed, is_unconfirmed
+from pgcoord_cli.errors import PgcoordError
+
+T = TypeVar("T")
 
 Row = tuple[bytes | None, ...]
 Answer = list[Row] | Exception
@@ -34,6 +37,25 @@ class PendingStatement(NamedTuple):
     text: str
     parameters: Sequence[bytes | None]
     done: Callable[[Answer], None]
+
+
+class UnreadableAnswer(PgcoordError):
+    """The server ran the statement, but its answer has not the expected form."""
+
+
+def read_answer(answer: Answer, read: Callable[[list[Row]], T]) -> T | Exception:
+    """Returns what `read` makes of the rows, or the error that came instead of them.
+
+    Returns UnreadableAnswer if `read` raises: an exception in a callback would leave its caller's queue waiting.
+    """
+    if isinstance(answer, Exception):
+        return answer
+    try:
+        return read(answer)
+    except PgcoordError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - whatever it is, the owner of the callback has to go on
+        return UnreadableAnswer(f"the answer of the server cannot be read: {error!r}")
 
 
 class CallbackConnection:
@@ -61,7 +83,7 @@ class CallbackConnection:
         self._names: dict[str, bytes] = {}
         self._running: PendingStatement | None = None
         self._result: pq.abc.PGresult | None = None
-        self._error: psycopg.Error | None = None
+        self._error: Exception | None = None
         self._preparing: bytes | None = None
         self._loop = asyncio.get_running_loop()
         self._socket = self._pgconn.socket
@@ -84,11 +106,14 @@ class CallbackConnection:
                 self._preparing = b"statement_%d" % len(self._names)
                 self._pgconn.send_prepare(self._preparing, statement.text.encode())
             self._flush()
-        except Exception as error:  # noqa: BLE001 - passed to the statement's callback
+        except psycopg.Error as error:
             # libpq has closed the socket; the next one that is opened may get the same number.
             self._forget_socket()
-            reason = error if isinstance(error, psycopg.Error) else psycopg.OperationalError(f"cannot send: {error}")
-            self._loop.call_soon(self._break, reason)
+            self._loop.call_soon(self._break, error)
+        except Exception as error:  # noqa: BLE001 - passed to the statement's callback
+            # A parameter is not bytes: nothing was sent, and the connection is as it was.
+            self._error = error
+            self._loop.call_soon(self._end, error)
 
     def _set_deadline(self) -> None:
         # One timer serves many statements: when it fires, it checks whether the one that runs then is late.
@@ -148,9 +173,10 @@ class CallbackConnection:
 
     def _on_error(self, error: psycopg.Error) -> None:
         # An error without a SQLSTATE comes from libpq, not from the server: the connection is gone.
-        self._error = error if error.sqlstate else psycopg.OperationalError(str(error))
+        reason = error if error.sqlstate else psycopg.OperationalError(str(error))
+        self._error = reason
         if not self.is_open or error.diag.severity_nonlocalized in SESSION_ENDING_SEVERITIES:
-            self._break(self._error)
+            self._break(reason)
 
     def _on_notice(self, notice: errors.Diagnostic) -> None:
         # It arrives behind the rows, before the end of the statement: an answer that must not count as committed.
@@ -161,8 +187,13 @@ class CallbackConnection:
         assert self._running is not None
         self._names[self._running.text] = name
         self._preparing = None
-        self._execute(name)
-        self._flush()
+        try:
+            self._execute(name)
+            self._flush()
+        except psycopg.Error:
+            raise
+        except Exception as error:  # noqa: BLE001 - a parameter is not bytes, and nothing was sent
+            self._end(error)
 
     def _end(self, answer: Answer) -> None:
         statement, self._running = self._running, None

@@ -134,7 +134,7 @@ async def test_a_range_read_that_postgresql_would_refuse_is_refused_before_it_is
     """Other reads would share its statement, and so its error."""
     with pytest.raises(ValueError, match="limit"):
         await db.transaction().get_range(b"", None, limit=-1)
-    with pytest.raises(Rejected):
+    with pytest.raises(TypeError):
         await db.transaction().get("text")  # type: ignore[arg-type]
     with pytest.raises(Rejected):
         await db.transaction().get(b"k" * (codec.MAX_KEY_BYTES + 1))
@@ -606,7 +606,7 @@ async def test_reads_go_on_after_all_sessions_were_ended(db: Database, sql: Sql)
 
 def lose_first_answer(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Awaitable[None]]) -> None:
     """Makes the first requests arrive while the connection breaks before their answer; runs `meanwhile` in between."""
-    on_enqueued = Submitter._on_enqueued
+    on_enqueued = Submitter._on_enqueue_answer
     losses: list[asyncio.Task[None]] = []
 
     async def lose(submitter: Submitter, batch: Sequence[PendingCommit]) -> None:
@@ -619,7 +619,7 @@ def lose_first_answer(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], A
         else:
             losses.append(asyncio.create_task(lose(submitter, batch)))
 
-    monkeypatch.setattr(Submitter, "_on_enqueued", pass_all_but_the_first)
+    monkeypatch.setattr(Submitter, "_on_enqueue_answer", pass_all_but_the_first)
 
 
 @needs_leader
@@ -629,7 +629,7 @@ def test_a_reply_before_the_answer_to_the_insert_is_not_lost(
     """The two arrive over different connections, in any order; no second reply follows, and no poll."""
     monkeypatch.setattr(channels, "POLL_SECONDS", 10 * TIMEOUT)
     on_enqueued, late = Submitter._on_enqueued, []
-    monkeypatch.setattr(Submitter, "_on_enqueued", lambda *answer: late.append(answer))
+    monkeypatch.setattr(Submitter, "_on_enqueue_answer", lambda *answer: late.append(answer))
 
     async def scenario(db: Database) -> None:
         assert await asyncio.wait_for(put(db, k=b"v"), TIMEOUT) == 1

@@ -15,15 +15,15 @@ class Sender:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
-        self.refused: list[tuple[list[int], str]] = []
+        self.refused: list[tuple[int, str]] = []
 
     def send(self, batch: list[int]) -> None:
         if 13 in batch:
             raise TypeError("thirteen")
         self.batches.append(batch)
 
-    def refuse(self, batch: list[int], error: Exception) -> None:
-        self.refused.append((batch, str(error)))
+    def refuse(self, item: int, error: Exception) -> None:
+        self.refused.append((item, str(error)))
 
 
 def played(scenario: Callable[[Sender], Awaitable[None]]) -> Callable[[], None]:
@@ -36,6 +36,12 @@ def played(scenario: Callable[[Sender], Awaitable[None]]) -> Callable[[], None]:
 
     del play.__wrapped__
     return play
+
+
+async def steps(count: int) -> None:
+    """Lets the event loop take its next steps."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 @played
@@ -78,15 +84,50 @@ async def test_a_batch_ends_with_the_item_that_reaches_the_size_limit(sender: Se
 
 
 @played
-async def test_a_batch_that_cannot_be_sent_is_refused_and_the_next_one_follows(sender: Sender) -> None:
-    calls = Batcher(sender.send, sender.refuse, limit=2)
-    for number in (12, 13, 14):
+async def test_i6_an_item_that_cannot_be_sent_is_refused_by_itself(sender: Sender) -> None:
+    calls = Batcher(sender.send, sender.refuse, limit=10)
+    for number in (12, 13, 14, 15):
         calls.add(number)
-    await asyncio.sleep(0)
-    assert sender.refused == [([12, 13], "thirteen")]
-    assert sender.batches == [[14]]
+    await steps(10)
+    assert sender.batches == [[12]]
     calls.succeeded()
+    await steps(10)
+    assert sender.refused == [(13, "thirteen")]
+    assert sender.batches == [[12], [14]]
+    calls.succeeded()
+    calls.succeeded()
+    assert sender.batches == [[12], [14], [15]]
     assert calls.is_idle
+    for number in (16, 17):
+        calls.add(number)
+    await steps(10)
+    assert sender.batches[3:] == [[16, 17]], "later ones share a batch again"
+
+
+@played
+async def test_i6_a_batch_that_turns_out_to_be_at_fault_is_sent_one_by_one(sender: Sender) -> None:
+    calls = Batcher(sender.send, sender.refuse, limit=10)
+    for number in (1, 2):
+        calls.add(number)
+    await steps(10)
+    calls.is_at_fault(sender.batches[0], ValueError("one of them"))
+    await steps(10)
+    assert sender.batches == [[1, 2], [1]]
+    calls.is_at_fault([1], ValueError("this one"))
+    await steps(10)
+    assert sender.batches == [[1, 2], [1], [2]]
+    assert sender.refused == [(1, "this one")]
+
+
+@played
+async def test_hundreds_of_items_that_cannot_be_sent_are_all_refused(sender: Sender) -> None:
+    calls = Batcher(sender.send, sender.refuse, limit=2_000)
+    for _ in range(2_000):
+        calls.add(13)
+    calls.add(14)
+    await steps(5_000)
+    assert sender.refused == [(13, "thirteen")] * 2_000
+    assert sender.batches == [[14]]
 
 
 def test_a_batch_that_failed_is_sent_again_first_after_a_pause() -> None:

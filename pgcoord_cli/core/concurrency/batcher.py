@@ -23,15 +23,16 @@ FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0
 class Batcher(Generic[Item]):
     """Hands items to `send` in batches, one batch in flight at a time.
 
-    `send` starts the work and returns; the owner then reports its end by `succeeded` or `failed`. When `send` itself
-    raises, the batch goes to `refuse` with the error, and the next batch follows. A batch ends at `limit` items, or
-    with the item at which the sizes that `size_of` gives reach `size_limit`.
+    `send` starts the work and returns; the owner then reports its end by `succeeded`, `failed` or `is_at_fault`. A
+    `send` that raises is at fault as well: the items of that batch are sent one by one, and an item that is at fault by
+    itself goes to `refuse` with the error; the others are not affected. A batch ends at `limit` items, or with the item
+    at which the sizes that `size_of` gives reach `size_limit`.
     """
 
     def __init__(
         self,
         send: Callable[[list[Item]], None],
-        refuse: Callable[[list[Item], Exception], None],
+        refuse: Callable[[Item, Exception], None],
         limit: int,
         size_of: Callable[[Item], int] = lambda _item: 0,
         size_limit: int = 1,
@@ -43,6 +44,7 @@ class Batcher(Generic[Item]):
         self._size_of = size_of
         self._size_limit = size_limit
         self._waiting: deque[Item] = deque()
+        self._one_by_one = 0
         self._flight = SingleFlight(self._send_next, FIRST_PAUSE, LAST_PAUSE)
 
     @property
@@ -68,6 +70,17 @@ class Batcher(Generic[Item]):
         """Reports that the batch in flight has failed; the next one is sent after a pause."""
         self._flight.failed()
 
+    def is_at_fault(self, batch: Sequence[Item], error: Exception) -> None:
+        """Reports that the batch in flight cannot be sent because of what is in it; `error` says why."""
+        if len(batch) > 1:
+            self.add_first(batch)
+            self._one_by_one += len(batch)
+        else:
+            for item in batch:
+                self._refuse(item, error)
+        # In a step of its own: hundreds of items that are refused one after the other must not nest as many calls.
+        self._loop.call_soon(self._flight.succeeded)
+
     def close(self) -> None:
         """Sends nothing from now on."""
         self._flight.close()
@@ -79,15 +92,16 @@ class Batcher(Generic[Item]):
         batch = self._next_batch()
         try:
             self._send(batch)
-        except Exception as error:  # noqa: BLE001 - the batch's own fault; the batches after it must go on
-            self._refuse(batch, error)
-            self._flight.succeeded()
+        except Exception as error:  # noqa: BLE001 - the fault of an item; the batches after it must go on
+            self.is_at_fault(batch, error)
 
     def _next_batch(self) -> list[Item]:
         batch: list[Item] = []
         room = self._size_limit
-        while self._waiting and len(batch) < self._limit and room > 0:
+        limit = 1 if self._one_by_one else self._limit
+        while self._waiting and len(batch) < limit and room > 0:
             item = self._waiting.popleft()
             batch.append(item)
             room -= self._size_of(item)
+        self._one_by_one = max(0, self._one_by_one - 1)
         return batch

@@ -109,7 +109,8 @@ class Pool:
                 asyncio.get_running_loop().call_later(self._backoff.next_pause(), self._advance)
                 return
             if self._waiting:
-                self._waiting.popleft().done(error)
+                # In a step of its own: what the callback raises must not keep the others waiting.
+                asyncio.get_running_loop().call_soon(self._waiting.popleft().done, error)
         else:
             self._backoff.reset()
         self._advance()

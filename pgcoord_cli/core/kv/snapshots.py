@@ -27,7 +27,7 @@ from pgcoord_cli.core.commits.codec import PAST_THE_LAST_KEY, Range
 from pgcoord_cli.core.concurrency.batcher import Batcher
 from pgcoord_cli.core.database.pool import Pool
 from pgcoord_cli.db.binary import bool_array, bytea_array, int8, int8_array, integer
-from pgcoord_cli.db.callback_connection import Answer, Row
+from pgcoord_cli.db.callback_connection import Answer, Row, read_answer
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError, Rejected, TooOld
@@ -111,6 +111,10 @@ class PendingRead:
         """Adds to a read that has not been sent."""
         self.read_set = ReadSet(self.read_set.keys + read_set.keys, self.read_set.ranges + read_set.ranges)
 
+    def succeed(self, snapshot: Snapshot) -> None:
+        if not self.snapshot.done():  # done: its caller was cancelled
+            self.snapshot.set_result(snapshot)
+
     def fail(self, error: Exception) -> None:
         if not self.snapshot.done():
             self.snapshot.set_exception(error)
@@ -123,7 +127,7 @@ class SnapshotReader:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._loop = asyncio.get_running_loop()
-        self._batcher = Batcher(self._send, self._fail, BATCH_LIMIT)
+        self._batcher = Batcher(self._send, PendingRead.fail, BATCH_LIMIT)
 
     async def read(self, read_set: ReadSet, at: ReadVersion | None = None) -> Snapshot:
         """Returns a snapshot that contains at least `read_set`, of version `at` (None: of now).
@@ -196,34 +200,24 @@ class SnapshotReader:
     def _on_now(self, batch: list[PendingRead], keys: list[bytes], ranges: list[RangeRead], answer: Answer) -> None:
         # The next batch goes out before these callers continue, so that the server works in the meantime.
         self._batcher.succeeded()
-        if (rows := self._rows(batch, answer)) is None:
+        snapshot = read_answer(answer, partial(_snapshot_now, keys, ranges))
+        if isinstance(snapshot, Exception):
+            self._fail(batch, snapshot)
             return
-        snapshot = _snapshot_now(keys, ranges, rows)
         for read in batch:
-            if not read.snapshot.done():  # done: its caller was cancelled
-                read.snapshot.set_result(snapshot)
+            read.succeed(snapshot)
 
     def _on_at(self, batch: list[PendingRead], keys: Places[bytes], ranges: Places[RangeRead], answer: Answer) -> None:
         self._batcher.succeeded()
-        if (rows := self._rows(batch, answer)) is None:
+        results = read_answer(answer, partial(_results_at, batch, keys, ranges))
+        if isinstance(results, Exception):
+            self._fail(batch, results)
             return
-        state, found = _State.of(rows[0]), _Found.of(rows)
-        for read in batch:
-            if read.at and (error := state.refusal(read.at.version)):
-                read.fail(error)
-            elif not read.snapshot.done():
-                read.snapshot.set_result(found.snapshot(read, read.at or state.version, keys, ranges))
-
-    def _rows(self, batch: Sequence[PendingRead], answer: Answer) -> list[Row] | None:
-        """Returns the rows of an answer, or None after it has failed the batch."""
-        if isinstance(answer, Exception):
-            self._fail(batch, answer)
-        # Even without a single key found, each statement returns one row with epoch and version.
-        elif not answer:
-            self._fail(batch, PgcoordError("the table leader_lease has no row", hint="restore the table from a backup"))
-        else:
-            return answer
-        return None
+        for read, result in zip(batch, results, strict=True):
+            if isinstance(result, TooOld):
+                read.fail(result)
+            else:
+                read.succeed(result)
 
     def _fail(self, batch: Sequence[PendingRead], error: Exception) -> None:
         for read in batch:
@@ -259,8 +253,27 @@ def _bounds(ranges: Sequence[RangeRead]) -> list[bytes]:
     ]
 
 
+def _first(rows: list[Row]) -> Row:
+    # Even without a single key found, each statement returns one row with epoch and version.
+    if not rows:
+        raise PgcoordError("the table leader_lease has no row", hint="restore the table from a backup")
+    return rows[0]
+
+
+def _results_at(
+    batch: list[PendingRead], keys: Places[bytes], ranges: Places[RangeRead], rows: list[Row]
+) -> list[Snapshot | TooOld]:
+    """Returns for each read of the batch its snapshot, or why its version cannot be read."""
+    state, found = _State.of(_first(rows)), _Found.of(rows)
+    return [
+        (read.at and state.refusal(read.at.version)) or found.snapshot(read, read.at or state.version, keys, ranges)
+        for read in batch
+    ]
+
+
 def _snapshot_now(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) -> Snapshot:
-    version = ReadVersion(integer(found[0][0]), found[0][1], integer(found[0][2]))
+    epoch, term_id, number, *_ = _first(found)
+    version = ReadVersion(integer(epoch), term_id, integer(number))
     values: dict[bytes, bytes | None] = dict.fromkeys(keys)
     if not ranges:
         values.update((key, value) for _, _, _, key, value in found if key is not None)
@@ -347,18 +360,20 @@ class _Found(NamedTuple):
 
 
 def _on_version(answered: asyncio.Future[ReadVersion], wanted: int, answer: Answer) -> None:
+    version = read_answer(answer, partial(_version_at, wanted))
     if answered.done():  # its caller was cancelled
         return
-    if isinstance(answer, Exception):
-        answered.set_exception(answer)
-        return
-    epoch, term_id, durable, readable_from, version = answer[0]
+    if isinstance(version, Exception):
+        answered.set_exception(version)
+    else:
+        answered.set_result(version)
+
+
+def _version_at(wanted: int, rows: list[Row]) -> ReadVersion:
+    epoch, term_id, durable, readable_from, version = _first(rows)
     state = _State.of((epoch, term_id, durable, durable, readable_from))
     if wanted > state.readable_to:
-        answered.set_exception(
-            Rejected(f"version {wanted} has not been committed", hint=f"the last version is {state.readable_to}")
-        )
-    elif error := state.refusal(wanted):
-        answered.set_exception(error)
-    else:
-        answered.set_result(state.version._replace(version=integer(version)))
+        raise Rejected(f"version {wanted} has not been committed", hint=f"the last version is {state.readable_to}")
+    if error := state.refusal(wanted):
+        raise error
+    return state.version._replace(version=integer(version))

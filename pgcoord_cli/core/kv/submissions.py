@@ -49,7 +49,7 @@ from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.database.pool import CLOSED, Pool
 from pgcoord_cli.core.kv import direct_commit
 from pgcoord_cli.db.binary import bytea_array, int8, int8_array, integer, text, timestamp, uuid_array
-from pgcoord_cli.db.callback_connection import Answer, Row
+from pgcoord_cli.db.callback_connection import Answer, Row, UnreadableAnswer, read_answer
 from pgcoord_cli.db.connection import is_connection_lost, translate
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown, PgcoordError
@@ -247,20 +247,27 @@ class Submitter:
         try:
             await self._listener.listen(self._reply_channel.decode(), self._on_news)
         except Exception as error:  # noqa: BLE001 - raised where the commit is waited for
-            self._on_send_failed(batch, error)
+            # Not the fault of one commit: sent one by one, each of them would fail for the same reason.
+            trouble = self._note_trouble(error)
+            for commit in batch:
+                self._refuse(commit, trouble)
+            self._batcher.failed()
         else:
             self._is_listening = True
-            try:
-                self._send(batch)
-            except Exception as error:  # noqa: BLE001 - the batch's own fault; the batches after it must go on
-                self._refuse(batch, error)
-                self._batcher.succeeded()
+            # Through the batcher, which isolates a commit that cannot be turned into a statement.
+            self._batcher.add_first(batch)
+            self._batcher.succeeded()
 
-    def _refuse(self, batch: list[PendingCommit], error: Exception) -> None:
-        """Ends the commits of a batch that cannot be turned into a statement."""
-        for commit in batch:
-            if not commit.outcome.done():
-                commit.outcome.set_exception(error)
+    def _refuse(self, commit: PendingCommit, error: Exception) -> None:
+        """Ends a commit that cannot be turned into a statement, or whose statement fails for another reason than the
+        connection.
+
+        If an earlier attempt may have enqueued it, its outcome is unknown.
+        """
+        if commit.may_be_enqueued:
+            commit.settle(Outcome(None, None, str(error)))
+        elif not commit.outcome.done():
+            commit.outcome.set_exception(error)
 
     def _may_commit_directly(self, commit: PendingCommit) -> bool:
         return (
@@ -286,12 +293,16 @@ class Submitter:
             self._batcher.add_first([commit])
             self._batcher.succeeded()
             return
-        self._on_enqueued([commit], answer)
-        if not isinstance(answer, Exception):
-            if answer[0][0] is None:
-                self._direct_backoff.fell_back(self._loop.time())
-            else:
-                commit.settle(Outcome("committed", integer(answer[0][0]), None))
+        decided = read_answer(answer, _direct_answer)
+        if isinstance(decided, Exception):
+            self._on_send_failed([commit], decided)
+            return
+        version, enqueued_at = decided
+        self._on_enqueued([commit], enqueued_at)
+        if version is None:
+            self._direct_backoff.fell_back(self._loop.time())
+        else:
+            commit.settle(Outcome("committed", version, None))
 
     def _enqueue(self, batch: list[PendingCommit]) -> None:
         submissions = [commit.submission for commit in batch]
@@ -299,16 +310,19 @@ class Submitter:
         columns = [uuid_array(request_ids), int8_array(epochs), uuid_array(term_ids)]
         columns += [int8_array(read_versions), bytea_array(payloads), self._reply_channel, self._queue_channel]
         again = any(commit.may_be_enqueued for commit in batch)
+        statement = sql("commits", "enqueue_again" if again else "enqueue")
         for commit in batch:
             commit.sent = True
-        statement = sql("commits", "enqueue_again" if again else "enqueue")
-        self._pool.run(statement, columns, partial(self._on_enqueued, batch))
+        self._pool.run(statement, columns, partial(self._on_enqueue_answer, batch))
 
-    def _on_enqueued(self, batch: Sequence[PendingCommit], answer: Answer) -> None:
-        if isinstance(answer, Exception):
-            self._on_send_failed(batch, answer)
-            return
-        enqueued_at = timestamp(answer[0][1])
+    def _on_enqueue_answer(self, batch: Sequence[PendingCommit], answer: Answer) -> None:
+        enqueued_at = read_answer(answer, _enqueued_at)
+        if isinstance(enqueued_at, Exception):
+            self._on_send_failed(batch, enqueued_at)
+        else:
+            self._on_enqueued(batch, enqueued_at)
+
+    def _on_enqueued(self, batch: Sequence[PendingCommit], enqueued_at: datetime) -> None:
         for commit in batch:
             commit.note_enqueued(enqueued_at)
         self._batcher.succeeded()
@@ -316,22 +330,22 @@ class Submitter:
     def _on_send_failed(self, batch: Sequence[PendingCommit], error: Exception) -> None:
         """Sends the batch again after a lost connection, which leaves open whether it arrived.
 
-        The same after a direct commit that replication did not confirm: the table then has its outcome.
-
-        Any other error is the commits' answer, unless an earlier attempt may have enqueued them.
+        The same after an answer that cannot be read, and after a direct commit that replication did not confirm: the
+        table then has its outcome. Any other error means that nothing was enqueued, because of what is in the batch.
         """
         trouble = self._note_trouble(error)
-        for commit in batch:
-            if not isinstance(error, psycopg.Error):  # no connection was there that it could have been sent over
-                commit.sent = commit.may_be_enqueued
-            if isinstance(trouble, ConnectionFailed | OutcomeUnknown):
+        if isinstance(trouble, ConnectionFailed | OutcomeUnknown | UnreadableAnswer):
+            for commit in batch:
+                # Any other error is that no connection was there that it could have been sent over.
+                if not isinstance(error, psycopg.Error | UnreadableAnswer):
+                    commit.sent = commit.may_be_enqueued
                 commit.doubtful = commit.sent
-            elif commit.may_be_enqueued:
-                commit.settle(Outcome(None, None, self._trouble))
-            elif not commit.outcome.done():
-                commit.outcome.set_exception(trouble)
-        self._batcher.add_first(batch)
-        self._batcher.failed()
+            self._batcher.add_first(batch)
+            self._batcher.failed()
+        else:
+            for commit in batch:
+                commit.sent = commit.may_be_enqueued
+            self._batcher.is_at_fault(batch, trouble)
 
     # -- asking
 
@@ -355,31 +369,28 @@ class Submitter:
         )
 
     def _on_asked(self, missing: dict[bytes, PendingCommit], answer: Answer) -> None:
-        if isinstance(answer, Exception):
-            self._note_trouble(answer)
-            self._has_news = True
-            self._asking.failed()
+        found = read_answer(answer, _statuses)
+        if isinstance(found, Exception):
+            self._on_ask_failed(found)
             return
         if self._batcher.is_idle:
             self._trouble = None
-        settled: dict[bytes, Outcome] = {}
-        for _, request_id, status, version, reason, _ in answer:
-            if request_id is not None:
-                missing.pop(request_id, None)
-                if status != b"pending":
-                    settled[request_id] = _outcome((status, version, reason))
-        self._send_again(missing.values())
-        if settled and answer[0][5] == b"\x01":
+        self._send_again(commit for request_id, commit in missing.items() if request_id not in found.outcomes)
+        settled = {request_id: outcome for request_id, outcome in found.outcomes.items() if outcome}
+        if settled and found.needs_barrier:
             self._pool.run(sql("commits", "barrier"), [], partial(self._on_barrier, settled))
         else:
             self._on_confirmed(settled)
 
+    def _on_ask_failed(self, error: Exception) -> None:
+        self._note_trouble(error)
+        self._has_news = True
+        self._asking.failed()
+
     def _on_barrier(self, settled: dict[bytes, Outcome], answer: Answer) -> None:
         """Settles what the standbys have confirmed. A row can be visible, and lost in a failover, before that."""
         if isinstance(answer, Exception):
-            self._note_trouble(answer)
-            self._has_news = True
-            self._asking.failed()
+            self._on_ask_failed(answer)
         else:
             self._on_confirmed(settled)
 
@@ -402,6 +413,31 @@ def _payload_bytes(commit: PendingCommit) -> int:
     return len(commit.submission.payload)
 
 
-def _outcome(columns: Row) -> Outcome:
-    status, version, reason = columns
+class _Statuses(NamedTuple):
+    """What the table says of requests: their outcomes (None: pending), and whether those need a barrier."""
+
+    outcomes: dict[bytes, Outcome | None]
+    needs_barrier: bool
+
+
+def _statuses(rows: list[Row]) -> _Statuses:
+    outcomes = {
+        request_id: None if status == b"pending" else _outcome(status, version, reason)
+        for _, request_id, status, version, reason, _ in rows
+        if request_id is not None
+    }
+    return _Statuses(outcomes, rows[0][5] == b"\x01")
+
+
+def _outcome(status: bytes | None, version: bytes | None, reason: bytes | None) -> Outcome:
     return Outcome(text(status), None if version is None else integer(version), text(reason))
+
+
+def _enqueued_at(rows: list[Row]) -> datetime:
+    return timestamp(rows[0][1])
+
+
+def _direct_answer(rows: list[Row]) -> tuple[int | None, datetime]:
+    """Reads the version, or None if the request was enqueued instead, and the time of that decision."""
+    version, answered_at = rows[0]
+    return None if version is None else integer(version), timestamp(answered_at)

@@ -19,13 +19,21 @@ are those of `core.commits.codec`. Each limit has its own error.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from time import monotonic
 
 from pgcoord_cli.core.commits import codec
-from pgcoord_cli.core.commits.codec import Mutation, Op, Range, Request, Undecodable
+from pgcoord_cli.core.commits.codec import Op, Range, Request, Undecodable
 from pgcoord_cli.core.commits.mutations import versionstamp
+from pgcoord_cli.core.kv.checks import (
+    as_bound,
+    as_key,
+    as_mutation,
+    as_range,
+    as_selector,
+    limits_checked,
+    rejection,
+)
 from pgcoord_cli.core.kv.hot_keys import Ticket
 from pgcoord_cli.core.kv.key_selector import KeySelector
 from pgcoord_cli.core.kv.own_writes import OwnWrites
@@ -38,13 +46,10 @@ from pgcoord_cli.errors import (
     CommitRefused,
     Conflict,
     ConnectionFailed,
-    KeyTooLarge,
     PgcoordError,
     Rejected,
     TimeLimit,
     TooOld,
-    TransactionTooLarge,
-    ValueTooLarge,
 )
 
 TIME_LIMIT_SECONDS = 5.0
@@ -119,12 +124,11 @@ class Transaction(WriteMethods):
 
         Raises Rejected for a key whose value contains the versionstamp of this transaction.
         """
+        key = as_key(key)
         decided, value = self._own.lookup(key)
         if decided:  # by own writes, without a read: so there is nothing that could conflict
             return value
         if key not in self._values:
-            with checked():
-                codec.check_key(key)
             # Before the read, so that it sees what the holder of the key before this one wrote.
             ticket = None if snapshot else self._ticket
             self._values.update((await self._read(ReadSet((key,)), ticket)).values)
@@ -180,11 +184,13 @@ class Transaction(WriteMethods):
         """Yields the rows that `range` does, those of one read at a time; never an empty page."""
         if limit is not None and not 0 <= limit < 1 << 63:
             raise ValueError(f"limit: {limit} is not between 0 and {(1 << 63) - 1}")
+        begin = as_bound(begin, "the begin of a range")
+        end = None if end is None else as_bound(end, "the end of a range")
         first = await self._bound(begin, snapshot=snapshot)
         last = await self._bound(end, snapshot=snapshot)
         if first is None or (last is not None and first >= last):
             return
-        with checked():
+        with limits_checked():
             codec.check_range(first, last)
         scan = RangeScan(self._read, self._own, limit or None, page_rows, reverse=reverse)
         async for page in scan.pages(first, last):
@@ -195,6 +201,7 @@ class Transaction(WriteMethods):
 
     async def get_key(self, selector: KeySelector, *, snapshot: bool = False) -> bytes | None:
         """Returns the key that a selector points at; b"" before the first key, None past the last."""
+        selector = as_selector(selector)
         # Everything below the edge is below the selector's key, or not above it with `or_equal`.
         edge = selector.key + b"\0" if selector.or_equal else selector.key
         if selector.offset > 0:
@@ -249,31 +256,20 @@ class Transaction(WriteMethods):
 
     def add_read_conflict_key(self, key: bytes) -> None:
         """Makes this transaction conflict with later writes of a key, as if it had been read."""
-        with checked():
-            codec.check_key(key)
-        self._read_keys[key] = None
+        self._read_keys[as_key(key)] = None
 
     def add_read_conflict_range(self, begin: bytes, end: bytes | None) -> None:
         """Makes this transaction conflict with later writes from `begin` up to but without `end`."""
-        with checked():
-            codec.check_range(begin, end)
-        self._read_ranges[begin, end] = None
+        self._read_ranges[as_range(begin, end)] = None
 
     def add_write_conflict_range(self, begin: bytes, end: bytes | None) -> None:
         """Makes transactions that read from `begin` up to but without `end` conflict with this one."""
-        with checked():
-            codec.check_range(begin, end)
-        self._write_ranges.append((begin, end))
+        self._write_ranges.append(as_range(begin, end))
 
     # -- writing
 
     def mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
-        mutation = Mutation(op, key, operand)
-        try:
-            codec.check_mutation(mutation)
-        except Undecodable as error:
-            raise rejection(error) from None
-        self._own.add(mutation)
+        self._own.add(as_mutation(op, key, operand))
 
     @property
     def wrote_ticket_key(self) -> bool:
@@ -327,27 +323,6 @@ class Transaction(WriteMethods):
             raise rejection(error) from None
         submission = Submission(new_request_id(), read.epoch, read.term_id, read.version, payload, request)
         return committed_version(await self._submitter.submit(submission, self._commit_seconds))
-
-
-_LIMITS: dict[type[Undecodable], type[Rejected]] = {
-    codec.KeyTooLong: KeyTooLarge,
-    codec.ValueTooLong: ValueTooLarge,
-    codec.TooManyBytes: TransactionTooLarge,
-}
-
-
-@contextmanager
-def checked() -> Iterator[None]:
-    """Translates an Undecodable that the block raises into the Rejected of the limit that was exceeded."""
-    try:
-        yield
-    except Undecodable as error:
-        raise rejection(error) from None
-
-
-def rejection(error: Undecodable) -> Rejected:
-    """Returns the Rejected of the limit that was exceeded, or a plain Rejected for a range that runs backwards."""
-    return _LIMITS.get(type(error), Rejected)(str(error))
 
 
 def committed_version(outcome: Outcome) -> int:

@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Generator
 from contextlib import suppress
 
+import psycopg
+
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.async_listener import AsyncListener
@@ -22,7 +24,7 @@ class Watch:
     """An awaitable that returns once the value of `key` is not `expected` (None: absent).
 
     The key is watched from the commit of the watch's transaction on. Awaiting raises CancelledError when the watch was
-    cancelled, or the client was closed.
+    cancelled, or the client was closed; and if the transaction did not commit, the error with which it ended.
     """
 
     def __init__(self, key: bytes, expected: bytes | None) -> None:
@@ -36,6 +38,12 @@ class Watch:
     def cancel(self) -> None:
         """Ends the watch; whatever awaits it raises CancelledError."""
         self.changed.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the watch; whatever awaits it raises `error`. Does nothing if it has ended already."""
+        if not self.changed.done():
+            self.changed.set_exception(error)
+            self.changed.exception()  # a watch that is never awaited must not be reported as an unhandled error
 
 
 class Watcher:
@@ -73,19 +81,26 @@ class Watcher:
 
     async def _run(self) -> None:
         backoff = Backoff(0.05, 1.0)
-        await self._listener.listen(self._channel, self._wakeup.set)
         while self._watches:
             # Cleared before the read: a notification during the read causes another one.
             self._wakeup.clear()
             try:
+                await self._listener.listen(self._channel, self._wakeup.set)
                 await self._check_once()
                 backoff.reset()
-            except PgcoordError:  # the server may be back at the next read
+            except (PgcoordError, psycopg.Error):  # the server may be back at the next read
                 await backoff.pause()
+            except Exception as error:  # noqa: BLE001 - raised where the watches are awaited; later ones must go on
+                self._fail_all(error)
             # Notifications only wake (rule I7): one that was lost costs a poll interval.
             with suppress(TimeoutError):
                 async with asyncio.timeout(channels.POLL_SECONDS):
                     await self._wakeup.wait()
+
+    def _fail_all(self, error: Exception) -> None:
+        watches, self._watches = self._watches, set()
+        for watch in watches:
+            watch.fail(error)
 
     async def _check_once(self) -> None:
         self._watches = {watch for watch in self._watches if not watch.changed.done()}

@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from pgcoord_cli.core.commits.codec import Op
+from pgcoord_cli.core.kv.checks import as_bytes
 
 
 class WriteMethods(ABC):
     """The writing methods of a transaction.
 
-    Keys, values and operands are bytes. Each method raises KeyTooLarge, ValueTooLarge or Rejected at once for an
-    argument that no commit would accept; nothing is buffered then.
+    Keys, values and operands are bytes; a bytearray or memoryview is copied. Each method raises TypeError for anything
+    else, and KeyTooLarge, ValueTooLarge or Rejected for an argument that no commit would accept; nothing is buffered
+    then.
     """
 
     @abstractmethod
@@ -28,6 +30,7 @@ class WriteMethods(ABC):
 
     def add_write_conflict_key(self, key: bytes) -> None:
         """Makes transactions that read a key conflict with this one, as if it had written the key."""
+        key = as_bytes(key, "a key")
         self.add_write_conflict_range(key, key + b"\0")
 
     def set(self, key: bytes, value: bytes) -> None:
