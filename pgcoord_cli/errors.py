@@ -56,6 +56,11 @@ class PgcoordError(Exception):
         self.answered = answered
         """Whether stdout already has the command's complete output, from which the error is evident."""
 
+    @property
+    def reason(self) -> str:
+        """The message and the hint in one line, as a daemon logs an error that it rides out."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
 
 class CommitRefused(PgcoordError):
     """The transaction was refused. Nothing of it has been or will be written."""

@@ -67,7 +67,7 @@ EXIT_CODES = {
     124: "timed out",
     126: "a command given to pgcoord cannot be executed",
     127: "a command given to pgcoord was not found",
-    130: "interrupted (Ctrl-C); 143 when terminated",
+    130: "interrupted (Ctrl-C); 143 when terminated, except that SIGTERM ends a daemon with 0",
 }
 
 ENVIRONMENT = {
@@ -313,6 +313,16 @@ def stop_on_signals(stop: Callable[[], None], times: int = 1) -> list[int]:
     for number in handlers:
         signal.signal(number, on_signal)
     return received
+
+
+def daemon_exit_code(received: Sequence[int], code: int = 0) -> int:
+    """Returns the exit code of a daemon that `received` signals: 0 after SIGTERM, 130 after SIGINT, without any `code`.
+
+    A service manager stops a daemon with SIGTERM, so that to end by it is success.
+    """
+    if not received:
+        return code
+    return 0 if received[0] == signal.SIGTERM else 128 + received[0]
 
 
 def spare_the_collector() -> None:

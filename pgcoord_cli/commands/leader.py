@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from pgcoord_cli.commands.framework import (
     Limit,
     command,
+    daemon_exit_code,
     duration,
     noun,
     output_of,
@@ -57,7 +58,7 @@ def run(
     """Stand for election, and resolve commit requests while elected. Runs until SIGTERM or Ctrl-C.
 
     Any number of candidates can run: one is the leader, the others wait to replace it. Ctrl-C and SIGTERM finish the
-    current batch and release the lease; a second one exits at once.
+    current batch and release the lease; a second one exits at once. After SIGTERM the exit code is 0.
 
     \b
     Examples:
@@ -77,7 +78,7 @@ def run(
     spare_the_collector()
     with _companions(settings, beside or []):
         candidate.run()
-    raise typer.Exit(128 + received[0] if received else 0)
+    raise typer.Exit(daemon_exit_code(received))
 
 
 def _companions(settings: Settings, beside: Sequence[Companion]) -> AbstractContextManager[None]:
@@ -104,7 +105,7 @@ def status(
     """Show the leader, the durable version and the queue; exit 3 if there is no leader or the queue does not advance.
 
     With --watch, print them again at every change of the leader and after every interval; with -o json, one document
-    per line.
+    per line. Trouble after the first connection, such as a restart of the server, is logged once and retried.
 
     \b
     Examples:
@@ -115,11 +116,11 @@ def status(
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.leader import status as leader_status
 
-    settings, out = output_of(ctx)
+    settings, out = output_of(ctx, is_daemon=watch)
     seconds = duration("--interval")(interval) or 0
+    if watch:
+        _watch(settings, out, seconds)
     with session.command_session(settings, "leader status", writes=False) as conn:
-        if watch:
-            _watch(out, leader_status.watch_status(conn, settings.schema, seconds))
         document = leader_status.status_document(conn)
     out.document(document)
     if not document["health"]["healthy"]:
@@ -127,14 +128,19 @@ def status(
         raise ConditionFalse(document["health"]["reason"], hint=hint, answered=True)
 
 
-def _watch(out: Output, documents: Any) -> None:
+def _watch(settings: Settings, out: Output, seconds: float) -> NoReturn:
     """Prints each document, on a terminal in place of the one before, until Ctrl-C or SIGTERM; then exits."""
+    from pgcoord_cli.core.leader.status import watch_status
+
     in_place = sys.stdout.isatty() and not out.is_json
+
+    def show(document: dict[str, dict[str, Any]]) -> None:
+        if in_place:
+            sys.stdout.write("\x1b[2J\x1b[H")
+        out.next_document(document)
+
     try:
-        for document in documents:
-            if in_place:
-                sys.stdout.write("\x1b[2J\x1b[H")
-            out.next_document(document)
+        watch_status(settings, seconds, show)
     except KeyboardInterrupt as stop:
         raise typer.Exit(interruption(stop).exit_code) from None
 
@@ -147,6 +153,8 @@ WaitLimit = Annotated[str, typer.Option("--timeout", metavar="DURATION", help="E
 def wait(ctx: typer.Context, timeout: WaitLimit = "30s") -> None:
     """Wait until there is a leader, and print its epoch and address; return at once if there is one.
 
+    A connection that is lost meanwhile is reopened until the time is up.
+
     \b
     Examples:
       pgcoord leader wait
@@ -158,7 +166,7 @@ def wait(ctx: typer.Context, timeout: WaitLimit = "30s") -> None:
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
     with session.command_session(settings, "leader wait", writes=False) as conn:
-        lease = leader_status.await_leader(conn, settings.schema, seconds)
+        lease = leader_status.await_leader(settings, conn, "leader wait", seconds)
     out.document({"epoch": lease.epoch, "leader_addr": lease.leader_addr})
 
 
@@ -184,7 +192,7 @@ def step_down(
         epoch, leader_addr = leader_status.step_down(conn, settings.schema)
         record = {"asked_epoch": epoch, "asked_leader": leader_addr}
         if wait_:
-            lease = leader_status.await_leader(conn, settings.schema, seconds, after_epoch=epoch)
+            lease = leader_status.await_leader(settings, conn, "leader step-down", seconds, after_epoch=epoch)
             record |= {"epoch": lease.epoch, "leader_addr": lease.leader_addr or ""}
     out.document(record)
 

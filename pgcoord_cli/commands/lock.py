@@ -45,7 +45,8 @@ def run(
 
     Without --wait, exit 5 (or --conflict-exit-code) at once if another session holds the lock, and name it. Signals are
     forwarded to the process group of the command, and its exit code is passed through. When the connection that holds
-    the lock is lost, the command is terminated and the exit code is 4.
+    the lock is lost, the command is terminated and the exit code is 4. A connection that is lost during --wait is
+    reopened, and waits behind the other sessions again.
 
     \b
     Examples:

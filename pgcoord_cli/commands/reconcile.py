@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pgcoord_cli.commands.framework import command, duration, output_of, row_count, single, stop_on_signals
+from pgcoord_cli.commands.framework import (
+    command,
+    daemon_exit_code,
+    duration,
+    output_of,
+    row_count,
+    single,
+    stop_on_signals,
+)
 from pgcoord_cli.errors import PgcoordError, UsageError
 from pgcoord_cli.settings import check_text
 
@@ -72,7 +80,8 @@ def reconcile(
     """Dispatch events, end leases and cancel executions that crashes left behind.
 
     Runs one tick of a reconciler, or of all; exit 1 if an event could not be dispatched. Any number of reconcilers can
-    run at once. With -q, prints nothing if there was nothing to do.
+    run at once. With -q, prints nothing if there was nothing to do. With --loop, trouble after the first connection is
+    logged once and retried; the exit code after SIGTERM is 0.
 
     dependency dispatches completion events that are still undispatched; lease-expiry ends expired leases, so that their
     executions become eligible again; sibling-cancel cancels executions that a satisfied policy no longer needs;
@@ -125,25 +134,34 @@ def _loop(settings: Settings, out: Output, which: Which, scope: Scope, seconds: 
     import logging
 
     from pgcoord_cli.core.concurrency.outage import Outage
+    from pgcoord_cli.core.concurrency.supervisor import Supervisor
     from pgcoord_cli.core.concurrency.wakeup import Wakeup
-    from pgcoord_cli.errors import ConnectionFailed
+    from pgcoord_cli.core.database.session import open_session
 
     log = logging.getLogger("pgcoord.reconcile")
-    outage = Outage(log, "no tick", "ticking")
+    # The first session is only a check, so that its error ends the command instead of being retried (rule I17).
+    open_session(settings, "reconcile", writes=True).close()
     with closing(Wakeup()) as wakeup:
         received = stop_on_signals(wakeup.set)
-        while not received:
-            try:
-                ticks = _tick(settings, which, scope, drain=False)
-                outage.ended()
+        supervisor = Supervisor(wakeup, lambda: bool(received), outage=Outage(log, "no tick", "ticking"))
+
+        def tick_on() -> str | None:
+            """Ticks until a signal; returns the reason of a tick that failed."""
+            while not received:
+                try:
+                    ticks = _tick(settings, which, scope, drain=False)
+                except PgcoordError as error:
+                    return error.reason
+                supervisor.recovered()
                 if out.is_json:
                     out.next_document({name: tick._asdict() for name, tick in ticks.items()})
                 _log_ticks(log, ticks)
-            except ConnectionFailed as error:
-                outage.failed(error.message)
-            if not received:
-                wakeup.wait(seconds)
-    raise typer.Exit(128 + received[0])
+                if not received:
+                    wakeup.wait(seconds)
+            return None
+
+        supervisor.run(tick_on)
+    raise typer.Exit(daemon_exit_code(received))
 
 
 def _show(out: Output, ticks: dict[str, Tick]) -> None:

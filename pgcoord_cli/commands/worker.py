@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pgcoord_cli.commands.framework import command, duration, noun, output_of, stop_on_signals
+from pgcoord_cli.commands.framework import command, daemon_exit_code, duration, noun, output_of, stop_on_signals
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import check_text
 
@@ -45,9 +45,9 @@ def run(
 
     The environment of a command has PGCOORD_EXECUTION_ID, PGCOORD_LEASE_ID, PGCOORD_LEASE_EPOCH, PGCOORD_FLOW_ID,
     PGCOORD_EXECUTION_NAME and PGCOORD_ATTEMPT. When its lease is lost, its process group is terminated. Ctrl-C and
-    SIGTERM wait for the running commands; a second one terminates them and makes their executions eligible again. With
-    -o json, stdout of the commands goes to stderr. With --once, the exit code is that of the command that made an
-    execution fail, the last one of several; 0 if no execution failed.
+    SIGTERM wait for the running commands; a second one terminates them and makes their executions eligible again. After
+    SIGTERM the exit code is 0, with --once 143. With -o json, stdout of the commands goes to stderr. With --once, the
+    exit code is that of the command that made an execution fail, the last one of several; 0 if no execution failed.
 
     \b
     Examples:
@@ -71,7 +71,9 @@ def run(
     worker = Worker(settings, options, lambda event: _report(out, event))
     received = stop_on_signals(worker.stop, times=2)
     code = worker.run()
-    raise typer.Exit(128 + received[0] if received else code)
+    if once and received:
+        raise typer.Exit(128 + received[0])
+    raise typer.Exit(daemon_exit_code(received, code))
 
 
 def _report(out: Output, event: WorkEvent) -> None:

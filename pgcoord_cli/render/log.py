@@ -81,8 +81,7 @@ def report_failure(error: PgcoordError, *, as_json: bool, color: ColorMode) -> N
 
 def _log_failure(error: PgcoordError) -> None:
     hint = {"hint": error.hint} if error.hint else {}
-    message = f"{error.message}; {error.hint}" if error.hint else error.message
-    logging.getLogger(NAME).error("%s", message, extra={"code": error.code} | hint)
+    logging.getLogger(NAME).error("%s", error.reason, extra={"code": error.code} | hint)
 
 
 class StderrHandler(logging.Handler):

@@ -31,7 +31,15 @@ from pgcoord_cli.db.binary import int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import ConditionFalse, ConnectionFailed, Fenced, LockNotAcquired, UsageError
+from pgcoord_cli.errors import (
+    ConditionFalse,
+    ConnectionFailed,
+    CursorExpired,
+    Fenced,
+    LockNotAcquired,
+    PgcoordError,
+    UsageError,
+)
 from pgcoord_cli.settings import Settings
 
 _log = logging.getLogger("pgcoord.subscription")
@@ -74,10 +82,10 @@ class Subscription:
     def save(self, position: int, passed: PassedEvent | None = None) -> None:
         """Saves `position`, with the last event passed.
 
-        If the connection is lost, reconnects, takes the lock again and repeats until it is saved.
+        If that fails, reconnects, takes the lock again and repeats until it is saved.
 
         Raises LockNotAcquired or Fenced if another owner has acquired the name meanwhile; HistoryChanged if the new
-        connection leads to another history; ConnectionFailed after `stop`.
+        connection leads to another history; after `stop` any PgcoordError.
         """
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while True:
@@ -92,12 +100,14 @@ class Subscription:
                     self._report(Notice("connected", to_cursor(position), "the subscription is owned again"))
                 self._save(position, passed)
                 return
-            except ConnectionFailed as error:
+            except (LockNotAcquired, Fenced, CursorExpired):
+                raise
+            except PgcoordError as error:
                 # The save may have been committed; to repeat it is safe, since a position never goes back.
                 self._conn.close()
                 if self._stopping:
                     raise
-                self._outage.failed(error.message, cursor=to_cursor(position))
+                self._outage.failed(error.reason, cursor=to_cursor(position))
                 self._report(Notice("disconnected", to_cursor(position), f"not saved yet: {error.message}"))
             self._wakeup.wait(backoff.next_pause())
 

@@ -31,7 +31,8 @@ LOOK_BACK ids, and leaves out the events that were visible at the start. A start
 event of that time on.
 
 **Lost connections** and failed statements close the connection. The tail reports it, backs off, reconnects and
-continues from its position. An error of the first connection is raised instead.
+continues from its position; a right that was taken away is waited for, too. An error of the first connection is
+raised instead.
 
 **A loss.** A crash of the server, a failover or a restore may take events away that have been delivered, and the
 sequence hands their ids out again. A tail therefore never advances beyond the highest visible id, and remembers the
@@ -76,7 +77,7 @@ from pgcoord_cli.core.events.tail_connection import (
 from pgcoord_cli.core.events.watermark import Watermark
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import PERMANENT_ERRORS, CursorExpired, PgcoordError, UsageError
+from pgcoord_cli.errors import CursorExpired, PgcoordError, UsageError
 from pgcoord_cli.settings import Settings
 
 _log = logging.getLogger("pgcoord.tail")
@@ -101,8 +102,6 @@ FIRST_RECHECK = 0.005
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between attempts to connect."""
-
-_PERMANENT_ERRORS = (CursorExpired, *PERMANENT_ERRORS)
 
 
 class StartPosition(NamedTuple):
@@ -252,6 +251,7 @@ class Tail:
         self._stop_at: int | None = None
         self._visible_at_start = VisibleAtStart(0, [])
         self._stopping = False
+        self._is_interrupted = False
         self._outage = Outage(_log, "disconnected", "connected", outbox=outbox.noun)
 
     @property
@@ -287,16 +287,15 @@ class Tail:
                         connection.check_history(self._watermark.position, self._passed)
                         # The server may also have lost ids above the position that the old watermark had seen.
                         self._watermark = Watermark(self._watermark.position)
-                        self._outage.ended(cursor=self._cursor)
-                        self._notify("connected", "connected again")
-                    backoff.reset()
-                    yield from self._read_on(connection, self._watermark)
+                    yield from self._read_on(connection, self._watermark, backoff)
                     return
             except PgcoordError as error:
-                # Without a position there is nothing to continue from; a permanent error would come again.
-                if self._watermark is None or isinstance(error, _PERMANENT_ERRORS):
+                # Without a position there is nothing to continue from, and one of another history means nothing. All
+                # else is ridden out: a right that was taken away may be given back (rule I17).
+                if self._watermark is None or isinstance(error, CursorExpired):
                     raise
-                self._outage.failed(f"{error.message}; resuming after {self._cursor}", cursor=self._cursor)
+                self._is_interrupted = True
+                self._outage.failed(f"{error.reason}; resuming after {self._cursor}", cursor=self._cursor)
                 self._notify("disconnected", error.message)
             self._wakeup.wait(backoff.next_pause())
 
@@ -335,11 +334,17 @@ class Tail:
 
     # -- reading
 
-    def _read_on(self, connection: TailConnection, watermark: Watermark) -> Iterator[Batch]:
+    def _read_on(self, connection: TailConnection, watermark: Watermark, backoff: Backoff) -> Iterator[Batch]:
         stall = StallDetector()
         step, limit = Step.CATCH_UP, BATCH_LIMIT
         while not self._stopping:
             reading = self._read(connection, watermark.position, step, limit)
+            if self._is_interrupted:
+                # Not as soon as it has connected: a table may still be locked, or a right be missing.
+                self._is_interrupted = False
+                backoff.reset()
+                self._outage.ended(cursor=self._cursor)
+                self._notify("connected", "connected again")
             if reading.bounds and reading.bounds.head < watermark.position:
                 connection.check_history(watermark.position, self._passed)
             batch = self._advance(watermark, reading)

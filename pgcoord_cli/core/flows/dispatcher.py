@@ -79,7 +79,7 @@ class CompletionDispatcher:
                     for start in range(0, len(ids), EVENTS_A_TRANSACTION):
                         self._dispatch(ids[start : start + EVENTS_A_TRANSACTION])
             except PgcoordError as error:
-                return error.message
+                return error.reason
         return None
 
     def _on_trouble(self, trouble: str) -> None:

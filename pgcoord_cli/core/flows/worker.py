@@ -48,7 +48,7 @@ from pgcoord_cli.db.binary import float8, int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import PERMANENT_ERRORS, ConditionFalse, ConnectionFailed, Fenced, PgcoordError
+from pgcoord_cli.errors import PERMANENT_ERRORS, ConditionFalse, Fenced, PgcoordError
 from pgcoord_cli.settings import Settings
 
 _log = logging.getLogger("pgcoord.worker")
@@ -247,7 +247,7 @@ class Slot:
             if isinstance(error, PERMANENT_ERRORS) and not self._group.has_worked:
                 self._group.fail(error)
                 return ""
-            return error.message
+            return error.reason
         self._is_done = True
         return None
 
@@ -351,8 +351,8 @@ class Slot:
                     self._group.outage.ended(source=claim.lease_id)
                     self._report_claim("lost", claim, error.message)
                     return
-                except ConnectionFailed as error:
-                    self._group.outage.failed(error.message, source=claim.lease_id, **_fields(claim))
+                except PgcoordError as error:
+                    self._group.outage.failed(error.reason, source=claim.lease_id, **_fields(claim))
                     self._report(_event("trouble", claim, error.message))
                     self._wakeup.wait(backoff.next_pause())
                     # A failure here shows again at the next attempt, which reports it.

@@ -108,7 +108,7 @@ class Candidate:
         try:
             return "" if self._serve_one_term() else None
         except PgcoordError as error:
-            return error.message
+            return error.reason
 
     def _on_trouble(self, trouble: str) -> None:
         self._on_event(CandidateEvent("unreachable", self._node_id, None, trouble))

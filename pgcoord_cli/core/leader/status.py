@@ -9,19 +9,27 @@ STALLED_SECONDS the leader is unhealthy, and the reason gives the age.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import Any, NoReturn
 
 from psycopg import Connection
 
+from pgcoord_cli.core.concurrency.outage import Outage
+from pgcoord_cli.core.concurrency.supervisor import Supervisor, retry_until
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.listener import listen
+from pgcoord_cli.core.database.session import command_session, open_session
 from pgcoord_cli.core.leader.lease import Lease, ask_to_step_down, read_lease
+from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import Fenced, NoLeader, TimedOut
+from pgcoord_cli.errors import Fenced, NoLeader, PgcoordError, TimedOut
+from pgcoord_cli.settings import Settings
+
+_log = logging.getLogger("pgcoord.status")
 
 STALLED_SECONDS = 5.0
 """Age of the oldest pending request above which the queue counts as not advancing."""
@@ -68,12 +76,30 @@ def _unhealthy_reason(lease: Lease, oldest_pending_seconds: float | None) -> str
     return None
 
 
-def watch_status(conn: Connection[Any], schema: str, seconds: float) -> Iterator[dict[str, dict[str, Any]]]:
-    """Yields the status now, whenever the leader changes, and otherwise every `seconds`. Never ends by itself."""
-    notifications = listen(conn, [channels.leadership(schema)], Wakeup())
-    while True:
-        yield status_document(conn)
-        notifications.wait(seconds)
+def watch_status(settings: Settings, seconds: float, show: Callable[[dict[str, dict[str, Any]]], None]) -> NoReturn:
+    """Passes the status to `show` now, whenever the leader changes, and otherwise every `seconds`, for ever.
+
+    Raises the error of the first session; later trouble is logged and retried (rule I17).
+    """
+    open_session(settings, "leader status", writes=False).close()
+    with closing(Wakeup()) as wakeup:
+        outage = Outage(_log, "the status is unknown", "the status is known")
+        supervisor = Supervisor(wakeup, lambda: False, outage=outage)
+
+        def watch() -> str | None:
+            try:
+                with command_session(settings, "leader status", writes=False) as conn:
+                    notifications = listen(conn, [channels.leadership(settings.schema)], wakeup)
+                    while True:
+                        document = status_document(conn)
+                        supervisor.recovered()
+                        show(document)
+                        notifications.wait(seconds)
+            except PgcoordError as error:
+                return error.reason
+
+        supervisor.run(watch)
+    raise AssertionError("a watch ends by an exception only")
 
 
 def wait_for_leader(conn: Connection[Any], schema: str, seconds: float, *, after_epoch: int = 0) -> Lease:
@@ -105,9 +131,26 @@ def step_down(conn: Connection[Any], schema: str) -> tuple[int, str]:
     return asked
 
 
-def await_leader(conn: Connection[Any], schema: str, seconds: float, *, after_epoch: int = 0) -> Lease:
-    """Does the same as `wait_for_leader` but raises TimedOut, for commands whose purpose is the wait itself."""
+def await_leader(
+    settings: Settings, conn: Connection[Any], command: str, seconds: float, *, after_epoch: int = 0
+) -> Lease:
+    """Does the same as `wait_for_leader` for a command whose purpose is the wait itself: raises TimedOut.
+
+    When `conn`, a session of `command`, is lost, or a statement fails, it is closed and the wait goes on over another.
+    """
+    deadline = time.monotonic() + seconds
+    first = [conn]
+
+    def attempt(recovered: Callable[[], None]) -> Lease:
+        session = first.pop() if first else open_session(settings, command, writes=False)
+        with mapped_errors(), closing(session):
+            read_lease(session)
+            recovered()
+            return wait_for_leader(session, settings.schema, deadline - time.monotonic(), after_epoch=after_epoch)
+
     try:
-        return wait_for_leader(conn, schema, seconds, after_epoch=after_epoch)
+        return retry_until(deadline, attempt, Outage(_log, "the leader is unknown", "connected"), (NoLeader,))
     except NoLeader as error:
-        raise TimedOut(error.message, hint=error.hint) from None
+        raise TimedOut(f"no leader was elected within {seconds:g}s", hint=error.hint) from None
+    except PgcoordError as error:
+        raise TimedOut(f"no leader was found within {seconds:g}s: {error.message}", hint=error.hint) from error

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -135,11 +136,17 @@ def subscription_lock(schema: str, name: str) -> int:
     return lock_key(schema, f"subscription {name}")
 
 
-def take_lock(conn: Connection[Any], schema: str, name: str, wait_seconds: float = 0.0) -> None:
+def take_lock(
+    conn: Connection[Any],
+    schema: str,
+    name: str,
+    wait_seconds: float = 0.0,
+    on_wait: Callable[[], None] = lambda: None,
+) -> None:
     """Takes the lock of a name for the session of `conn`.
 
-    Waits in PostgreSQL's queue for at most `wait_seconds`; with 0 it never waits. Raises LockNotAcquired, which names
-    the holder, and KeyCollision.
+    Calls `on_wait`, then waits in PostgreSQL's queue for at most `wait_seconds`; with 0 it never waits. Raises
+    LockNotAcquired, which names the holder, and KeyCollision.
     """
     key = subscription_lock(schema, name)
     # Before the lock is taken: a session that holds it must be the owner of this name, not of one with the same key.
@@ -147,6 +154,7 @@ def take_lock(conn: Connection[Any], schema: str, name: str, wait_seconds: float
     (known,) = conn.execute(sql("locks", "name_of_key"), [key]).fetchone() or (name,)
     if known != name:
         raise KeyCollision(f"{name!r} has the same 64-bit lock key as {known!r}", hint="choose another name")
+    on_wait()
     if not (_wait_for(conn, key, wait_seconds) if wait_seconds else _try(conn, key)):
         # None if the lock was released after the attempt: the refusal stands, since nothing here retries.
         holder = lock_holder(conn, key) or "a session that has just ended"

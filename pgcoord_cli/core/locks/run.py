@@ -22,14 +22,16 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import Connection
 
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.process_group import GRACE_SECONDS, ProcessGroup
+from pgcoord_cli.core.concurrency.supervisor import retry_until
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.locks.ownership import draw_fence, take_lock
 from pgcoord_cli.db.connection import mapped_errors, translate
 from pgcoord_cli.db.pipeline import Pipeline
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import LockLost, PgcoordError
+from pgcoord_cli.errors import KeyCollision, LockLost, LockNotAcquired, PgcoordError
 from pgcoord_cli.settings import Settings
 
 _log = logging.getLogger("pgcoord.locks")
@@ -39,6 +41,10 @@ HEARTBEAT_SECONDS = 4.0
 
 ANSWER_TIMEOUT_SECONDS = 5.0
 """How long a heartbeat may go unanswered before the connection, and with it the lock, counts as lost."""
+
+
+SHORTEST_WAIT = 0.001
+"""Seconds; a wait of 0 would be none at all."""
 
 
 class LockOptions(NamedTuple):
@@ -75,16 +81,10 @@ class LockRun:
         Raises LockNotAcquired, and has not run the command; LockLost, and has terminated it; PgcoordError if it cannot
         be started.
         """
-        options = self._options
-        # statement_timeout would cut short the wait for the lock, which lock_timeout bounds.
-        untimed = replace(self._settings, statement_timeout=0)
-        # PostgreSQL keeps 63 bytes of an application_name, and `pgcoord/` comes before this.
-        with closing(open_session(untimed, f"lock {options.name}"[:50], writes=True)) as conn, mapped_errors():
-            take_lock(conn, self._settings.schema, options.name, options.wait_seconds)
-            environment = dict(os.environ)
-            if options.fence:
-                environment["PGCOORD_FENCE"] = str(draw_fence(conn, options.name, None).fence.number)
-            _log.debug("%r is held", options.name, extra={"lock": options.name})
+        name = self._options.name
+        conn, environment = self._hold()
+        with closing(conn), mapped_errors():
+            _log.debug("%r is held", name, extra={"lock": name})
             # Before the command starts: from here on a signal is for the command, not for this process.
             started()
             with closing(self._start(environment)) as group:
@@ -96,6 +96,44 @@ class LockRun:
         code = group.exit_code
         assert code is not None
         return code if code >= 0 else 128 - code
+
+    def _hold(self) -> tuple[Connection[Any], dict[str, str]]:
+        """Takes the lock; returns the connection that holds it, and the environment of the command.
+
+        Raises the error of the first session. While it waits, later trouble is logged, and retried over a new session,
+        which queues behind the others again (rule I17); at the deadline the last trouble is raised.
+        """
+        name, deadline = self._options.name, monotonic() + self._options.wait_seconds
+        first = [self._open()]
+
+        def attempt(recovered: Callable[[], None]) -> tuple[Connection[Any], dict[str, str]]:
+            conn = first.pop() if first else self._open()
+            try:
+                return conn, self._take(conn, deadline - monotonic(), recovered)
+            except BaseException:
+                conn.close()
+                raise
+
+        if not self._options.wait_seconds:
+            return attempt(lambda: None)
+        outage = Outage(_log, f"{name!r} cannot be waited for", f"{name!r} is waited for", lock=name)
+        return retry_until(deadline, attempt, outage, (LockNotAcquired, KeyCollision))
+
+    def _open(self) -> Connection[Any]:
+        # statement_timeout would cut short the wait for the lock, which lock_timeout bounds.
+        untimed = replace(self._settings, statement_timeout=0)
+        # PostgreSQL keeps 63 bytes of an application_name, and `pgcoord/` comes before this.
+        return open_session(untimed, f"lock {self._options.name}"[:50], writes=True)
+
+    def _take(self, conn: Connection[Any], seconds: float, recovered: Callable[[], None]) -> dict[str, str]:
+        options = self._options
+        wait_seconds = max(seconds, SHORTEST_WAIT) if options.wait_seconds else 0.0
+        environment = dict(os.environ)
+        with mapped_errors():
+            take_lock(conn, self._settings.schema, options.name, wait_seconds, recovered)
+            if options.fence:
+                environment["PGCOORD_FENCE"] = str(draw_fence(conn, options.name, None).fence.number)
+        return environment
 
     def _start(self, environment: dict[str, str]) -> ProcessGroup:
         try:
