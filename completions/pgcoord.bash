@@ -58,15 +58,15 @@ _pgcoord_command() {
             commands='get set clear clear-range add load export range'
             ;;
         'pgcoord kv get')
-            options="--hex --integer $options"
+            options="--hex --integer --raw $options"
             ;;
         'pgcoord kv set')
-            options="--hex --timeout $options"
-            valued="--timeout $valued"
+            options="--value-file --hex --timeout $options"
+            valued="--value-file --timeout $valued"
             ;;
         'pgcoord kv clear')
-            options="--hex --timeout $options"
-            valued="--timeout $valued"
+            options="--prefix -y --yes --hex --timeout $options"
+            valued="--prefix --timeout $valued"
             ;;
         'pgcoord kv clear-range')
             options="--hex --timeout $options"
@@ -81,11 +81,12 @@ _pgcoord_command() {
             valued="--batch-size --timeout $valued"
             ;;
         'pgcoord kv export')
-            options="--hex $options"
+            options="--prefix --hex $options"
+            valued="--prefix $valued"
             ;;
         'pgcoord kv range')
-            options="--limit --reverse --hex $options"
-            valued="--limit $valued"
+            options="--prefix --limit --reverse --hex $options"
+            valued="--prefix --limit $valued"
             ;;
         'pgcoord commit')
             commands='list show explain'
@@ -224,6 +225,7 @@ _pgcoord_value() {
         *' --color') how=(-W 'auto always never') ;;
         *' --log-format') how=(-W 'text json') ;;
         'pgcoord leader run --with') how=(-W 'dispatch') ;;
+        'pgcoord kv set --value-file') how=(-f) ;;
         'pgcoord kv load 1') how=(-f) ;;
         'pgcoord flow create 1') how=(-f) ;;
         'pgcoord flow show --format') how=(-W 'tree mermaid dot json') ;;

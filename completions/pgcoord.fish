@@ -94,12 +94,16 @@ function __pgcoord_takes_value
         'pgcoord leader history --since' \
         'pgcoord leader history --limit' \
         'pgcoord leader assert --epoch' \
+        'pgcoord kv set --value-file' \
         'pgcoord kv set --timeout' \
+        'pgcoord kv clear --prefix' \
         'pgcoord kv clear --timeout' \
         'pgcoord kv clear-range --timeout' \
         'pgcoord kv add --timeout' \
         'pgcoord kv load --batch-size' \
         'pgcoord kv load --timeout' \
+        'pgcoord kv export --prefix' \
+        'pgcoord kv range --prefix' \
         'pgcoord kv range --limit' \
         'pgcoord commit list --status' \
         'pgcoord commit list --limit' \
@@ -266,7 +270,7 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord leader history'" -l limit -r -f -d
 complete -c pgcoord -n "__pgcoord_at 'pgcoord leader assert'" -l epoch -r -f -d 'The expected epoch of the leader.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'get' -d 'Print the value of a key; exit 3 if there is no such key.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'set' -d 'Set a key, and print the commit version.'
-complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'clear' -d 'Clear a key, and print the commit version.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'clear' -d 'Clear a key, and print the commit version; with --prefix, clear all keys that begin with P in one transaction.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'clear-range' -d 'Clear every key from BEGIN up to, but not including, END.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'add' -d 'Add to a counter, a little-endian integer of eight bytes, without reading it: additions never conflict.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'load' -d 'Set many keys from a file of JSON lines: {"key": …, "value": …, "encoding": "utf-8" or "hex"}.'
@@ -274,8 +278,12 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'export' -d 'Print keys an
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'range' -d 'List keys and values from BEGIN up to, but not including, END, all from one snapshot.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l hex -d 'Read and print keys and values as hexadecimal.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l integer -d 'Print the value as a little-endian integer.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l raw -d 'Write the bytes of the value and nothing else.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l value-file -r -F -d 'Read the value from a file, in place of VALUE.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l hex -d 'Read and print keys and values as hexadecimal.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit to be settled.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear'" -l prefix -r -f -d 'Clear all keys that begin with P, in place of KEY.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear'" -s y -l yes -d 'With --prefix: clear without confirmation.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear'" -l hex -d 'Read and print keys and values as hexadecimal.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit to be settled.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear-range'" -l hex -d 'Read and print keys and values as hexadecimal.'
@@ -285,7 +293,9 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord kv add'" -l timeout -r -f -d 'How 
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv load' 1" -F
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv load'" -l batch-size -r -f -d 'Keys per transaction.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv load'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit to be settled.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv export'" -l prefix -r -f -d 'All keys that begin with P, in place of BEGIN and END.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv export'" -l hex -d 'Read and print keys and values as hexadecimal.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l prefix -r -f -d 'All keys that begin with P, in place of BEGIN and END.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l limit -r -f -d 'Most rows to list.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l reverse -d 'Start at the last key, in reverse order.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv range'" -l hex -d 'Read and print keys and values as hexadecimal.'

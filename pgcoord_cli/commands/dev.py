@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -155,16 +154,6 @@ def _server(name: str, version: int | None = None) -> EmbeddedServer:
 
 def _confirm(server: EmbeddedServer) -> None:
     """Asks on the terminal whether to delete the data; exits unless the answer is yes."""
-    from pgcoord_cli.commands.standard_input import is_typed
+    from pgcoord_cli.commands.standard_input import confirm
 
-    if not is_typed():
-        raise UsageError(
-            "--destroy deletes all data, and standard input is no terminal to confirm that on", hint="add --yes"
-        )
-    # Not typer.confirm, which writes a space to stdout even where it asks on stderr.
-    print(f"Delete {server.root} and all data in it? [y/N] ", end="", file=sys.stderr, flush=True)
-    answer = sys.stdin.readline()
-    if not answer:  # Ctrl-D
-        raise typer.Abort
-    if answer.strip().lower() not in ("y", "yes"):
-        raise typer.Exit(1)
+    confirm(f"Delete {server.root} and all data in it?", "--destroy deletes all data")

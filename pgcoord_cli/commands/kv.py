@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,13 @@ Timeout = Annotated[
         "--timeout", metavar="DURATION", help="How long to wait for a leader, and for the commit to be settled."
     ),
 ]
+Prefix = Annotated[
+    str | None, typer.Option("--prefix", metavar="P", help="All keys that begin with P, in place of BEGIN and END.")
+]
+Begin = Annotated[str | None, typer.Argument(metavar="BEGIN", help="First key; default: the first of all.")]
+End = Annotated[
+    str | None, typer.Argument(metavar="END", help="Key after the last one; default: past the last of all.")
+]
 
 
 @command(app, "get")
@@ -31,29 +39,38 @@ def get(
     key: Key,
     hex_: Hex = False,
     integer: Annotated[bool, typer.Option("--integer", help="Print the value as a little-endian integer.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Write the bytes of the value and nothing else.")] = False,
 ) -> None:
     """Print the value of a key; exit 3 if there is no such key. With `-o plain`, print the value only.
+
+    --raw writes the bytes of the value without a line feed after them, whatever -o is.
 
     \b
     Examples:
       pgcoord kv get greeting
       pgcoord kv get greeting -o plain
       pgcoord kv get 00ff --hex -o json
+      pgcoord kv get certificate --raw > certificate.der
     """
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.kv import reading
 
     settings, out = output_of(ctx)
     wanted = reading.parse_key(key, "KEY", as_hex=hex_)
+    if raw and integer:
+        raise UsageError("--raw and --integer exclude each other")
     with session.command_session(settings, "kv get", writes=False) as conn:
         entry = reading.read_key(conn, wanted)
     record = reading.show(entry, as_hex=hex_)
     if integer and entry.value is not None:
         record |= {"value": int.from_bytes(entry.value, "little"), "encoding": "integer"}
     if entry.value is None:
-        if out.is_json:
+        if out.is_json and not raw:
             out.document(record)
         raise ConditionFalse(f"there is no key {key!r}", answered=True)
+    if raw:
+        out.raw(entry.value)
+        return
     out.value(record, str(record["value"]))
 
 
@@ -61,21 +78,39 @@ def get(
 def set_(
     ctx: typer.Context,
     key: Key,
-    value: Annotated[str, typer.Argument(metavar="VALUE", help="UTF-8 text, or hexadecimal under --hex.")],
+    value: Annotated[
+        str | None,
+        typer.Argument(metavar="VALUE", help="UTF-8 text, or hexadecimal under --hex; - reads standard input."),
+    ] = None,
+    value_file: Annotated[
+        Path | None, typer.Option("--value-file", metavar="F", help="Read the value from a file, in place of VALUE.")
+    ] = None,
     hex_: Hex = False,
     timeout: Timeout = "10s",
 ) -> None:
     """Set a key, and print the commit version.
 
+    A value from standard input or a file is taken byte for byte, a line feed at its end included, and with --hex too.
+    A value that is one hyphen is written as `2d --hex`, with a hexadecimal key.
+
     \b
     Examples:
       pgcoord kv set greeting hello
       pgcoord kv set 00ff cafe --hex
+      pgcoord kv set certificate --value-file certificate.der
+      openssl rand 32 | pgcoord kv set secret -
     """
     from pgcoord_cli.core.kv import reading
 
     wanted = reading.parse_key(key, "KEY", as_hex=hex_)
-    content = reading.parse_value(value, "VALUE", as_hex=hex_)
+    if value is None and value_file is None:
+        raise UsageError("Missing argument 'VALUE'.", hint="give VALUE, - for standard input, or --value-file F")
+    if value is not None and value_file is not None:
+        raise UsageError("VALUE and --value-file exclude each other")
+    if value_file is not None:
+        content = _value_of_file(value_file)
+    else:
+        content = _value_of_stdin(ctx) if value == "-" else reading.parse_value(value or "", "VALUE", as_hex=hex_)
 
     async def write(transaction: Transaction) -> None:
         transaction.set(wanted, content)
@@ -83,22 +118,70 @@ def set_(
     _commit(ctx, "kv set", write, {"key": key}, timeout)
 
 
+def _value_of_file(path: Path) -> bytes:
+    from pgcoord_cli.core.kv import reading
+
+    try:
+        with path.open("rb") as stream:
+            return reading.read_value(stream, f"{str(path)!r}", "--value-file")
+    except OSError as error:
+        raise UsageError(f"--value-file: cannot read {str(path)!r}: {error.strerror}") from None
+
+
+def _value_of_stdin(ctx: typer.Context) -> bytes:
+    from pgcoord_cli.commands.standard_input import is_typed, stdin_bytes
+    from pgcoord_cli.core.kv import reading
+
+    _, out = output_of(ctx)
+    if is_typed():
+        out.note("reading the value from the terminal; end it with Ctrl-D at the beginning of a line")
+    return reading.read_value(stdin_bytes("VALUE"), "standard input", "VALUE")
+
+
 @command(app, "clear")
-def clear(ctx: typer.Context, key: Key, hex_: Hex = False, timeout: Timeout = "10s") -> None:
-    """Clear a key, and print the commit version.
+def clear(
+    ctx: typer.Context,
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="UTF-8 text, or hexadecimal under --hex.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", metavar="P", help="Clear all keys that begin with P, in place of KEY.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --prefix: clear without confirmation.")] = False,
+    hex_: Hex = False,
+    timeout: Timeout = "10s",
+) -> None:
+    """Clear a key, and print the commit version; with --prefix, clear all keys that begin with P in one transaction.
 
     \b
     Examples:
       pgcoord kv clear greeting
+      pgcoord kv clear --prefix account/ --yes
     """
     from pgcoord_cli.core.kv import reading
 
-    wanted = reading.parse_key(key, "KEY", as_hex=hex_)
+    if (key is None) == (prefix is None):
+        raise UsageError("give either KEY or --prefix")
+    if key is not None:
+        wanted = reading.parse_key(key, "KEY", as_hex=hex_)
+    else:
+        begin, end = reading.prefix_range(reading.parse_key(prefix or "", "--prefix", as_hex=hex_))
+        if not yes:
+            _confirm_clear(prefix or "")
 
     async def write(transaction: Transaction) -> None:
-        transaction.clear(wanted)
+        if key is not None:
+            transaction.clear(wanted)
+        else:
+            transaction.clear_range(begin, end)
 
-    _commit(ctx, "kv clear", write, {"key": key}, timeout)
+    _commit(ctx, "kv clear", write, {"prefix": prefix} if key is None else {"key": key}, timeout)
+
+
+def _confirm_clear(prefix: str) -> None:
+    """Asks on the terminal whether to clear the keys; exits unless the answer is yes."""
+    from pgcoord_cli.commands.standard_input import confirm
+
+    keys = f"all keys that begin with {prefix!r}" if prefix else "all keys"
+    confirm(f"Clear {keys}?", f"kv clear --prefix clears {keys}")
 
 
 @command(app, "clear-range")
@@ -197,10 +280,9 @@ def load(
 @command(app, "export")
 def export(
     ctx: typer.Context,
-    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key; default: the first of all.")] = "",
-    end: Annotated[
-        str | None, typer.Argument(metavar="END", help="Key after the last one; default: past the last of all.")
-    ] = None,
+    begin: Begin = None,
+    end: End = None,
+    prefix: Prefix = None,
     hex_: Hex = False,
 ) -> None:
     """Print keys and values as JSON lines, all from one snapshot.
@@ -208,14 +290,13 @@ def export(
     \b
     Examples:
       pgcoord kv export > backup.jsonl
-      pgcoord kv export account/ account0 | jq -r .key
+      pgcoord kv export --prefix account/ | jq -r .key
     """
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.kv import bulk, reading
 
     settings, out = output_of(ctx)
-    first = reading.parse_key(begin, "BEGIN", as_hex=hex_)
-    last = None if end is None else reading.parse_key(end, "END", as_hex=hex_)
+    first, last = _bounds(begin, end, prefix, as_hex=hex_)
     with session.command_session(settings, "kv export", writes=False) as conn:
         for entry in bulk.export(conn, first, last):
             out.json_line(reading.show(entry, as_hex=hex_))
@@ -224,10 +305,9 @@ def export(
 @command(app, "range")
 def range_(
     ctx: typer.Context,
-    begin: Annotated[str, typer.Argument(metavar="BEGIN", help="First key; default: the first of all.")] = "",
-    end: Annotated[
-        str | None, typer.Argument(metavar="END", help="Key after the last one; default: past the last of all.")
-    ] = None,
+    begin: Begin = None,
+    end: End = None,
+    prefix: Prefix = None,
     limit: Limit = 1000,
     reverse: Annotated[bool, typer.Option("--reverse", help="Start at the last key, in reverse order.")] = False,
     hex_: Hex = False,
@@ -237,19 +317,31 @@ def range_(
     \b
     Examples:
       pgcoord kv range
-      pgcoord kv range account/ account0 --limit 10
+      pgcoord kv range account/a account/n --limit 10
+      pgcoord kv range --prefix account/
       pgcoord kv range --reverse --limit 1 -o json
     """
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.kv import reading
 
     settings, out = output_of(ctx)
-    first = reading.parse_key(begin, "BEGIN", as_hex=hex_)
-    last = None if end is None else reading.parse_key(end, "END", as_hex=hex_)
+    first, last = _bounds(begin, end, prefix, as_hex=hex_)
     with session.command_session(settings, "kv range", writes=False) as conn:
         version, entries = reading.read_range(conn, first, last, limit, reverse=reverse)
     records = [reading.show(entry, as_hex=hex_) for entry in entries]
     out.rows(["key", "value", "encoding"], records, empty=f"no keys in this range at version {version}")
+
+
+def _bounds(begin: str | None, end: str | None, prefix: str | None, *, as_hex: bool) -> tuple[bytes, bytes | None]:
+    """Returns the half-open range of BEGIN and END, or of --prefix. Raises UsageError for both."""
+    from pgcoord_cli.core.kv import reading
+
+    if prefix is not None:
+        if begin is not None or end is not None:
+            raise UsageError("--prefix and BEGIN or END exclude each other")
+        return reading.prefix_range(reading.parse_key(prefix, "--prefix", as_hex=as_hex))
+    first = reading.parse_key(begin or "", "BEGIN", as_hex=as_hex)
+    return first, None if end is None else reading.parse_key(end, "END", as_hex=as_hex)
 
 
 def _commit(

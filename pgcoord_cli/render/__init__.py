@@ -135,6 +135,12 @@ class Output:
         else:
             self.document(record)
 
+    def raw(self, data: bytes) -> None:
+        """Writes bytes as they are, in every format, and nothing else."""
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
     def lines(self, lines: Iterable[str]) -> None:
         """Writes text that is the same in every format, like a drawing."""
         for line in lines:

@@ -7,7 +7,7 @@ of the record tells.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from psycopg import Connection
 
@@ -67,6 +67,21 @@ def parse_key(text: str, argument: str, *, as_hex: bool) -> bytes:
 def parse_value(text: str, argument: str, *, as_hex: bool) -> bytes:
     """Returns the bytes of a value from the command line. Raises UsageError, which names the argument."""
     return _sized(parse_bytes(text, argument, as_hex=as_hex), argument, MAX_VALUE_BYTES)
+
+
+def read_value(stream: BinaryIO, source: str, argument: str) -> bytes:
+    """Returns all bytes of a stream as a value. Raises UsageError, which names argument and source, for too many."""
+    data = stream.read(MAX_VALUE_BYTES + 1)  # one more shows that there are too many, however long the stream is
+    if len(data) > MAX_VALUE_BYTES:
+        raise UsageError(f"{argument}: {source} has more than {MAX_VALUE_BYTES} bytes, the limit of a value")
+    return data
+
+
+def prefix_range(prefix: bytes) -> tuple[bytes, bytes | None]:
+    """Returns the half-open range of the keys that begin with a prefix; an end of None is past the last key."""
+    # The last byte that can be increased is. Nothing follows a prefix of bytes 0xff only.
+    stem = prefix.rstrip(b"\xff")
+    return prefix, stem[:-1] + bytes([stem[-1] + 1]) if stem else None
 
 
 def parse_bytes(text: str, argument: str, *, as_hex: bool) -> bytes:
