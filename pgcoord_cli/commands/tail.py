@@ -66,7 +66,11 @@ Namespace = Annotated[list[str] | None, typer.Option("--namespace", metavar="NS"
 InstanceTag = Annotated[list[str] | None, typer.Option("--instance-tag", metavar="V", help="Only these; repeatable.")]
 CursorFileOption = Annotated[
     Path | None,
-    typer.Option("--cursor-file", metavar="FILE", help="Resume from the cursor in FILE, and save it there."),
+    typer.Option(
+        "--cursor-file",
+        metavar="FILE",
+        help="Resume from the cursor in FILE, and save it there. FILE is a regular file, used by one tail at a time.",
+    ),
 ]
 SubscriptionOption = Annotated[
     str | None,
@@ -306,7 +310,9 @@ def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call
     from pgcoord_cli.core.locks.ownership import check_name
 
     if call.cursor_file:
-        return CursorFile(call.cursor_file)
+        file = CursorFile(call.cursor_file)
+        file.lock()
+        return file
     if call.subscription is not None:
         check_text(call.subscription, "--subscription")
         name = check_name(call.subscription, "--subscription")

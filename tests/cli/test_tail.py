@@ -552,6 +552,20 @@ def test_a_cursor_file_that_cannot_be_written_ends_the_tail_before_the_first_eve
     assert answer.error["message"] == f"--cursor-file: cannot write {str(file)!r}: No such file or directory"
 
 
+def test_a_second_tail_of_a_cursor_file_names_the_holder(
+    start: StartTail, sql: Sql, tail: Callable[..., Answer], file: Path
+) -> None:
+    file.parent.mkdir()
+    first = start("lease", "--cursor-file", str(file), "-o", "json")
+    until_asleep(sql)
+    second = tail("--cursor-file", str(file))
+    assert (second.code, second.error["code"]) == (5, "busy")
+    assert second.error["message"] == f"--cursor-file {file} is in use by pid {first.process.pid}"
+    assert second.error["hint"] == "stop that process, or give each tail a file of its own"
+    assert tail("--lag", "--cursor-file", str(file)).code == 0, "to count needs no lock"
+    assert add(sql) == first.ids(1), "the first one is not disturbed"
+
+
 def test_a_second_tail_of_a_subscription_names_the_holder(
     start: StartTail, sql: Sql, tail: Callable[..., Answer]
 ) -> None:

@@ -14,12 +14,18 @@ VERSION = "02"
 MAX_POSITION = 2**63 - 1
 """The largest `bigint`, the type of `event_id`."""
 
+_LONGEST_SHOWN = 80
+"""Characters of a text that is not a cursor which a message shows."""
+
 _CURSOR = re.compile(r"[0-9a-fA-F]{18}")
 
 
 def to_cursor(position: int) -> str:
     """Returns the cursor of a reader that has passed every event up to the id `position`; 0 is the beginning."""
     return f"{VERSION}{position:016x}"
+
+
+MALFORMED_HINT = f"a cursor is 18 hexadecimal digits: {VERSION}, then the event id in 16 digits, like {to_cursor(42)}"
 
 
 def looks_like_cursor(text: str) -> bool:
@@ -31,7 +37,8 @@ def from_cursor(text: str, option: str) -> int:
     """Returns the position in a cursor. Raises UsageError for any other text; the message names `option`."""
     digits = text.strip()
     if not looks_like_cursor(digits):
-        raise _malformed(option, f"{text!r} is not a cursor")
+        shown = f"{text[:_LONGEST_SHOWN]!r}{'…' if len(text) > _LONGEST_SHOWN else ''}"
+        raise _malformed(option, f"{shown} is not a cursor")
     if not digits.startswith(VERSION):
         raise _malformed(option, f"{text!r} is a cursor of version {digits[:2]}; this pgcoord reads version {VERSION}")
     position = int(digits[2:], 16)
@@ -42,7 +49,4 @@ def from_cursor(text: str, option: str) -> int:
 
 
 def _malformed(option: str, message: str) -> UsageError:
-    return UsageError(
-        f"{option}: {message}",
-        hint=f"a cursor is 18 hexadecimal digits: {VERSION}, then the event id in 16 digits, like {to_cursor(42)}",
-    )
+    return UsageError(f"{option}: {message}", hint=MALFORMED_HINT)
