@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from threading import Thread
 
 import pytest
 
+from pgcoord_cli.core.concurrency.outage import MAX_REASONS
+from pgcoord_cli.core.embedded.server import EmbeddedServer
 from pgcoord_cli.core.events.outbox import OUTBOXES
 from pgcoord_cli.core.events.subscriptions import Subscription
+from pgcoord_cli.core.kv.client import Transaction, open_database
 from pgcoord_cli.core.leader.candidate import Candidate
 from pgcoord_cli.core.locks.ownership import acquire_leadership
-from pgcoord_cli.errors import Fenced
+from pgcoord_cli.errors import Fenced, TooOld
 from pgcoord_cli.settings import Settings
-from tests.asking import TIMEOUT, until
+from tests.asking import TIMEOUT, until, until_async
 from tests.conftest import environment
 from tests.faults.tail_process import Sql, add, terminate, until_gone
 
@@ -128,6 +132,102 @@ def test_a_fence_is_logged_as_a_warning(settings: Settings, sql: Sql, log: Log) 
         record = until_logged(log, "candidate", "fenced")
     assert (record.levelname, vars(record)["epoch"]) == ("WARNING", 1)
     assert record.getMessage().startswith("west-1: fenced epoch 1: superseded by epoch 2 (east-1)")
+
+
+# -- the commit client
+
+
+def write_twice(settings: Settings) -> None:
+    """Makes two commits of one client."""
+
+    async def main() -> None:
+        async with await open_database(settings) as db:
+            for _ in range(2):
+                await db.write(set_key, commit_seconds=TIMEOUT)
+
+    asyncio.run(main())
+
+
+async def set_key(transaction: Transaction) -> None:
+    transaction.set(b"key", b"value")
+
+
+LEADER_IS_BUSY = "SELECT pg_advisory_lock_shared('pgcoord.commit_requests'::regclass::oid::integer, 0)"
+
+
+def test_a_direct_commit_that_falls_back_is_logged_at_debug(settings: Settings, sql: Sql, log: Log) -> None:
+    with candidate(settings, "west-1"):
+        until_logged(log, "candidate", "elected")
+        sql.execute(LEADER_IS_BUSY)
+        write_twice(settings)
+    assert set(logged(log, "kv", logging.DEBUG)) == {
+        ("DEBUG", "a direct commit falls back to the queue: another commit is in progress")
+    }
+
+
+def test_a_right_without_which_no_direct_commit_is_possible_is_logged_once(
+    settings: Settings, sql: Sql, log: Log
+) -> None:
+    sql.execute("ALTER FUNCTION commit_directly RENAME TO moved")
+    with candidate(settings, "west-1"):
+        until_logged(log, "candidate", "elected")
+        write_twice(settings)
+    ((level, text),) = logged(log, "kv", logging.DEBUG)
+    assert level == "INFO"
+    assert text.startswith("all commits of this client go through the queue: no direct commit is possible: ")
+
+
+def test_a_transaction_that_is_run_again_is_logged_at_debug(settings: Settings, log: Log) -> None:
+    attempts = []
+
+    async def main() -> None:
+        async with await open_database(settings) as db:
+
+            async def work(transaction: Transaction) -> None:
+                await transaction.get(b"key")
+                attempts.append(transaction)
+                if len(attempts) == 1:
+                    await db.write(set_key, commit_seconds=TIMEOUT)
+                transaction.set(b"key", b"mine")
+
+            await db.run(work, commit_seconds=TIMEOUT)
+
+    with candidate(settings, "west-1"):
+        until_logged(log, "candidate", "elected")
+        asyncio.run(main())
+    (record,) = [record for record in log.records if "is run again" in record.getMessage()]
+    assert (record.name, record.levelname, vars(record)["retries"]) == ("pgcoord.kv", "DEBUG", 1)
+
+
+def test_i17_an_outage_of_a_client_is_logged_once_and_its_end_with_the_count(
+    own_settings: Settings, own_server: EmbeddedServer, log: Log
+) -> None:
+    async def main() -> None:
+        async with await open_database(own_settings) as db:
+            await db.write(set_key, commit_seconds=TIMEOUT)
+            transaction = db.transaction(commit_seconds=TIMEOUT)
+            await transaction.get(b"key")
+            transaction.set(b"key", b"later")
+            own_server.stop("immediate")
+            commit = asyncio.create_task(transaction.commit())
+            await until_async(lambda: logged(log, "kv") and logged(log, "listener"))
+            own_server.start()
+            with suppress(TooOld):  # if the next election takes longer than a transaction may
+                await commit
+            await until_async(lambda: len(logged(log, "listener")) > 1)
+
+    with candidate(own_settings, "west-1"):
+        until_logged(log, "candidate", "elected")
+        asyncio.run(main())
+    for component, trouble, recovery in [
+        ("kv", "commits wait for the server: ", "commits are sent again, after "),
+        ("listener", "not listening: ", "listening again, after "),
+    ]:
+        *warnings, (level, text) = logged(log, component)
+        assert {level for level, _ in warnings} == {"WARNING"}
+        assert all(text.startswith(trouble) for _, text in warnings)
+        assert len(warnings) == len(set(warnings)) <= MAX_REASONS
+        assert (level, text.startswith(recovery)) == ("INFO", True)
 
 
 # -- locks and subscriptions

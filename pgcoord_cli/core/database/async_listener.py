@@ -14,6 +14,7 @@ answer.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,9 +22,13 @@ import psycopg
 from psycopg import sql as composed
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.database.pool import CLOSED, Opener
 from pgcoord_cli.db.callback_connection import CallbackConnection
+from pgcoord_cli.db.connection import translate
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
+
+_log = logging.getLogger("pgcoord.listener")
 
 HEARTBEAT_SECONDS = 5.0
 FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
@@ -49,6 +54,7 @@ class AsyncListener:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        self._outage = Outage(_log, "not listening", "listening")
 
     async def listen(self, channel: str, on_news: Callable[[], None]) -> None:
         """Returns once the channel is listened to; retries while the server is away.
@@ -76,12 +82,15 @@ class AsyncListener:
         while True:
             try:
                 await self._connect_and_serve(backoff)
+                self._outage.failed("connection lost")
             except (psycopg.OperationalError, ConnectionFailed, TimeoutError) as error:
-                self.trouble = str(error) or "the server does not answer"
+                self.trouble = _reason(error)
+                self._outage.failed(self.trouble)
             except (psycopg.Error, PgcoordError) as error:
                 self._refuse_waiting(error)
                 if not self._channels:
                     return
+                self._outage.failed(_reason(error))
             await backoff.pause()
 
     def _refuse_waiting(self, error: Exception) -> None:
@@ -106,6 +115,7 @@ class AsyncListener:
     async def _serve(self, connection: CallbackConnection) -> None:
         """Serves the channels over one connection until it breaks."""
         await self._listen_to_new(connection)
+        self._outage.ended()
         # Only now: what was committed before LISTEN took effect is seen by the reads that these callbacks start.
         for subscription in list(self._channels.values()):
             subscription.on_news()
@@ -136,3 +146,9 @@ class AsyncListener:
         except TimeoutError:
             return False
         return True
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, psycopg.Error):
+        error = translate(error)
+    return str(error) or "the server does not answer"

@@ -8,6 +8,7 @@ program that thinks between two statements holds none.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -18,6 +19,8 @@ from psycopg import AsyncConnection
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.db.callback_connection import Answer, CallbackConnection, PendingStatement
 from pgcoord_cli.errors import ConnectionFailed
+
+_log = logging.getLogger("pgcoord.pool")
 
 FIRST_PAUSE, LAST_PAUSE = 1.0, 5.0
 """Seconds between attempts to open one more connection while others work."""
@@ -82,6 +85,7 @@ class Pool:
             self._free.append(connection)
         else:
             self._forget(connection)
+            _log.debug("a connection was lost; %d are left", len(self._connections))
             self._close_idle()
         try:
             done(answer)
@@ -106,6 +110,7 @@ class Pool:
             self._add(opening.result())
         except Exception as error:  # noqa: BLE001 - passed to the statement that waits
             if self._connections:
+                _log.debug("cannot open another connection beside %d: %s", len(self._connections), error)
                 asyncio.get_running_loop().call_later(self._backoff.next_pause(), self._advance)
                 return
             if self._waiting:

@@ -22,6 +22,7 @@ the same read-modify-write of a contended key do so one after the other (`core.k
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -44,6 +45,8 @@ from pgcoord_cli.errors import Conflict, TooOld
 from pgcoord_cli.settings import Settings, resolve_arguments
 
 __all__ = ["Database", "KeySelector", "Transaction", "Watch", "connect", "open_database"]
+
+_log = logging.getLogger("pgcoord.kv")
 
 POOL_SIZE = 3
 """Connections of a Database that run statements, by default."""
@@ -170,9 +173,10 @@ class Database:
         while True:
             try:
                 return await self._attempt(work, commit_seconds)
-            except (Conflict, TooOld):
+            except (Conflict, TooOld) as error:
                 if retries == retry_limit:
                     raise
+                _log.debug("a transaction is run again: %s", error.message, extra={"retries": retries + 1})
             retries += 1
             await backoff.pause()
 

@@ -28,6 +28,7 @@ when it cannot have been collected yet. Otherwise the outcome is reported as unk
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import secrets
@@ -43,6 +44,7 @@ import psycopg
 from pgcoord_cli.core.commits.codec import Request
 from pgcoord_cli.core.commits.requests import SHORTEST_RETENTION
 from pgcoord_cli.core.concurrency.batcher import FIRST_PAUSE, LAST_PAUSE, Batcher
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.single_flight import SingleFlight
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.async_listener import AsyncListener
@@ -53,6 +55,8 @@ from pgcoord_cli.db.callback_connection import Answer, Row, UnreadableAnswer, re
 from pgcoord_cli.db.connection import is_connection_lost, translate
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import ConnectionFailed, OutcomeUnknown, PgcoordError
+
+_log = logging.getLogger("pgcoord.kv")
 
 BATCH_LIMIT = 128
 """Half of a busy client's requests: while the leader resolves one half, the client works at the other."""
@@ -158,6 +162,7 @@ class Submitter:
         self._timer: asyncio.TimerHandle | None = None
         self._listening: asyncio.Task[None] | None = None
         self._trouble: str | None = None
+        self._outage = Outage(_log, "commits wait for the server", "commits are sent")
         self._closed = False
 
     async def close(self) -> None:
@@ -227,6 +232,9 @@ class Submitter:
     def _note_trouble(self, error: Exception) -> Exception:
         trouble = translate(error) if isinstance(error, psycopg.Error) else error
         self._trouble = trouble.message if isinstance(trouble, PgcoordError) else str(trouble)
+        # Any other error is the answer to its commits, and the end of this client is no outage.
+        if isinstance(trouble, ConnectionFailed | OutcomeUnknown) and not self._closed:
+            self._outage.failed(self._trouble)
         return trouble
 
     # -- sending
@@ -287,6 +295,7 @@ class Submitter:
 
     def _on_direct_answer(self, commit: PendingCommit, answer: Answer) -> None:
         if isinstance(answer, psycopg.Error) and not is_connection_lost(answer):
+            self._log_refusal(answer)
             # Nothing was written. Whether the request is at fault is decided by the leader.
             self._direct_backoff.refused(answer.sqlstate, self._loop.time())
             commit.sent = commit.may_be_enqueued
@@ -300,9 +309,17 @@ class Submitter:
         version, enqueued_at = decided
         self._on_enqueued([commit], enqueued_at)
         if version is None:
+            _log.debug("a direct commit falls back to the queue: another commit is in progress")
             self._direct_backoff.fell_back(self._loop.time())
         else:
             commit.settle(Outcome("committed", version, None))
+
+    def _log_refusal(self, error: psycopg.Error) -> None:
+        reason = translate(error).message
+        if error.sqlstate in direct_commit.PERMANENT:
+            _log.info("all commits of this client go through the queue: no direct commit is possible: %s", reason)
+        else:
+            _log.debug("a direct commit falls back to the queue: %s", reason, extra={"sqlstate": error.sqlstate})
 
     def _enqueue(self, batch: list[PendingCommit]) -> None:
         submissions = [commit.submission for commit in batch]
@@ -323,6 +340,7 @@ class Submitter:
             self._on_enqueued(batch, enqueued_at)
 
     def _on_enqueued(self, batch: Sequence[PendingCommit], enqueued_at: datetime) -> None:
+        self._outage.ended()
         for commit in batch:
             commit.note_enqueued(enqueued_at)
         self._batcher.succeeded()
@@ -375,6 +393,7 @@ class Submitter:
             return
         if self._batcher.is_idle:
             self._trouble = None
+            self._outage.ended()
         self._send_again(commit for request_id, commit in missing.items() if request_id not in found.outcomes)
         settled = {request_id: outcome for request_id, outcome in found.outcomes.items() if outcome}
         if settled and found.needs_barrier:

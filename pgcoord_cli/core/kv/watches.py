@@ -8,16 +8,21 @@ value completes. A value that changes and changes back between two reads may go 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Generator
 from contextlib import suppress
 
 import psycopg
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.kv.snapshots import ReadSet, SnapshotReader
+from pgcoord_cli.db.connection import translate
 from pgcoord_cli.errors import PgcoordError
+
+_log = logging.getLogger("pgcoord.kv")
 
 
 class Watch:
@@ -81,6 +86,7 @@ class Watcher:
 
     async def _run(self) -> None:
         backoff = Backoff(0.05, 1.0)
+        outage = Outage(_log, "watched keys are not read", "watched keys are read")
         while self._watches:
             # Cleared before the read: a notification during the read causes another one.
             self._wakeup.clear()
@@ -88,7 +94,9 @@ class Watcher:
                 await self._listener.listen(self._channel, self._wakeup.set)
                 await self._check_once()
                 backoff.reset()
-            except (PgcoordError, psycopg.Error):  # the server may be back at the next read
+                outage.ended()
+            except (PgcoordError, psycopg.Error) as error:  # the server may be back at the next read
+                outage.failed((translate(error) if isinstance(error, psycopg.Error) else error).message)
                 await backoff.pause()
             except Exception as error:  # noqa: BLE001 - raised where the watches are awaited; later ones must go on
                 self._fail_all(error)
