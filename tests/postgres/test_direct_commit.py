@@ -308,12 +308,14 @@ def direct_commit_left_open(settings: Settings) -> Iterator[None]:
 def test_a_leader_whose_renewal_is_blocked_by_a_direct_commit_ends_that_session_and_goes_on(
     settings: Settings, sql: Sql, start_leader: StartLeader
 ) -> None:
-    start_leader("only", "--ttl", "2s").wait_for("elected epoch 1")
+    leader = start_leader("only", "--ttl", "2s")
+    leader.wait_for("elected epoch 1")
     ran_out = value(sql, "SELECT expires_at FROM leader_lease")
     with direct_commit_left_open(settings):
         until(lambda: value(sql, "SELECT renewed_at > %s FROM leader_lease", ran_out))
     assert value(sql, "SELECT epoch FROM leader_lease") == 1
     assert data(sql) == {}
+    leader.wait_for(" WARNING [leader] only: terminated a session that was idle in a direct commit")
 
 
 def test_a_candidate_whose_election_is_blocked_by_a_direct_commit_ends_that_session_and_leads(

@@ -329,7 +329,9 @@ def keeper_of(settings: Settings, ttl: float = 600, *, elected: bool = True) -> 
         keeper.start()
         try:
             if elected:
-                wakeup.wait(TIMEOUT)
+                # Set twice: when the keeper stands for election, and when it is elected.
+                while keeper.term is None and keeper.end_reason is None:
+                    wakeup.wait(TIMEOUT)
                 assert keeper.term, keeper.end_reason
             yield keeper
         finally:
@@ -405,7 +407,7 @@ def test_the_lock_of_a_frozen_leader_takes_no_lease_from_its_successor(conn: Con
 
 
 def test_i2_a_keeper_terminates_the_sessions_of_a_leader_whose_lease_expired(
-    settings: Settings, conn: Conn, rival: Conn, sql: Conn
+    settings: Settings, conn: Conn, rival: Conn, sql: Conn, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They are frozen or cut off and may hold any lock: here, one on a table that the next leader needs."""
     leader_lock(conn)
@@ -418,6 +420,9 @@ def test_i2_a_keeper_terminates_the_sessions_of_a_leader_whose_lease_expired(
     with keeper_of(settings):
         assert not any(is_alive(sql, session.info.backend_pid) for session in (conn, rival))
         sql.execute("SELECT FROM kv")
+    (record,) = [record for record in caplog.records if record.name == "pgcoord.leader"]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith(": terminated 2 sessions of the leader whose lease had expired")
 
 
 def test_a_keeper_does_not_terminate_a_candidate_that_got_the_lock_first(

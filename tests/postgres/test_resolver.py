@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -297,6 +298,23 @@ def test_i6_once_the_bad_request_is_found_batches_are_whole_again(
     for _ in range(5):
         submit(sql, writes(b"c"), 2)
     assert leader.resolve_batch() == 5
+
+
+def test_a_request_that_postgresql_refused_is_logged_with_the_reason(
+    sql: Sql, leader: Resolver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "pgcoord")
+    monkeypatch.setattr(codec, "MAX_KEY_BYTES", 10_000)
+    refused = submit(sql, writes(os.urandom(3_000)))
+    submit(sql, writes(b"a"))
+    drain(leader)
+    reason = outcome(sql, refused).reason
+    rolled_back, again, rejected = [record for record in caplog.records if record.name == "pgcoord.resolver"]
+    assert [record.levelname for record in (rolled_back, again, rejected)] == ["DEBUG", "DEBUG", "INFO"]
+    assert rolled_back.getMessage() == f"a batch of 2 was rolled back: {reason}"
+    assert again.getMessage() == f"a batch of 1 was rolled back: {reason}"
+    assert rejected.getMessage() == f"request {refused} is rejected: {reason}"
+    assert (vars(rejected)["request"], vars(rejected)["epoch"]) == (refused, 1)
 
 
 def test_i6_a_request_that_postgresql_refused_leaves_nothing_in_the_conflict_window(

@@ -221,7 +221,9 @@ class LeaseKeeper(threading.Thread):
             # got that one first. The key names the expired term, so that a leader that is elected at this moment is
             # not taken for it. Only sessions that wait for their client: any other may be committing (rule I16).
             key = session_key(self._settings.schema, term_id)
-            if self._conn.execute(sql("lease", "terminate_idle_leader_sessions"), [key]).fetchall():
+            if ended := self._conn.execute(sql("lease", "terminate_idle_leader_sessions"), [key]).fetchall():
+                what = f"terminated {len(ended)} sessions of the leader whose lease had expired"
+                _log.warning("%s: %s", self._node_id, what, extra={"node": self._node_id})
                 self._locked = self._wait_for_lock(TERMINATION_SECONDS)
 
     def _keep(self) -> None:
@@ -252,6 +254,8 @@ class LeaseKeeper(threading.Thread):
         if found == Renewal.TERM_ENDED:
             self._end(self._superseded())
         elif found == Renewal.STEP_DOWN:
+            fields = {"node": self._node_id, "epoch": term.epoch}
+            _log.info("%s: asked to step down from epoch %d", self._node_id, term.epoch, extra=fields)
             self._end(found)
             # The batch in hand is finished first. Without an answer in a time to live the lease expires anyway.
             self._resolver_done.wait(self._ttl)
@@ -269,15 +273,20 @@ class LeaseKeeper(threading.Thread):
         """
         with suppress(psycopg.errors.InsufficientPrivilege):
             if self._conn.execute(sql("lease", "terminate_idle_direct_commits")).fetchall():
+                what = "terminated a session that was idle in a direct commit and held the lease row locked"
+                _log.warning("%s: %s", self._node_id, what, extra={"node": self._node_id})
                 return True
         if self._stalled_since is None:
             self._stalled_since = time.monotonic()
-            _log.warning("%s: its row is locked by %s", what, lease.describe_holders(self._conn))
+            holders = lease.describe_holders(self._conn)
+            _log.warning("%s: %s: its row is locked by %s", self._node_id, what, holders, extra={"node": self._node_id})
         return False
 
     def _on_unlocked_lease(self) -> None:
         if self._stalled_since is not None:
-            _log.info("the lease row is free again after %.0f s", time.monotonic() - self._stalled_since)
+            seconds = time.monotonic() - self._stalled_since
+            fields = {"node": self._node_id, "seconds": round(seconds, 3)}
+            _log.info("%s: the lease row is free again, after %.0fs", self._node_id, seconds, extra=fields)
             self._stalled_since = None
 
     def _release(self, term: Term, reason: str) -> None:

@@ -39,6 +39,7 @@ was empty must not scan it when it is full.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -59,6 +60,8 @@ from pgcoord_cli.db.binary import bytea_array, bytea_columns, int4, int8, int8_a
 from pgcoord_cli.db.pipeline import BoundStatement, Pipeline
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import Fenced
+
+_log = logging.getLogger("pgcoord.resolver")
 
 BATCH_LIMIT = 1_000
 BATCH_BYTES = 50_000_000
@@ -232,6 +235,7 @@ class Resolver:
             rows = self._add_direct_commits(claim, (sql("commits", "block_direct_commits"), [self._block_timeout]))
             self._blocks_direct_commits, self._block_timeout = True, BLOCK_TIMEOUT
         except psycopg.errors.LockNotAvailable:
+            _log.debug("a direct commit holds up a batch, which goes on without the lock", extra=self._fields())
             # A direct commit that does not end must not stop the queue. The batch goes on without the lock: if the
             # direct commit comes first after all, the settlement fails and the batch is claimed again.
             self._block_timeout = BLOCK_RETRY_TIMEOUT
@@ -283,6 +287,7 @@ class Resolver:
         except psycopg.Error as error:
             if error.sqlstate not in RETRYABLE and not _is_about_data(error):
                 raise  # the outcome may be unknown: the term ends
+            self._log_rollback(len(verdicts), error)
             # The writes of the batch are in the window, but were not made (rule I8).
             self._recent = self._load(self._recent.window.floor, start_id)
             if error.sqlstate not in RETRYABLE:
@@ -340,6 +345,17 @@ class Resolver:
             return
         reason = error.diag.message_primary or type(error).__name__
         self._apply([Verdict(verdicts[0].id, "rejected", reason=reason)])
+        _log.info("request %d is rejected: %s", verdicts[0].id, reason, extra=self._fields(request=verdicts[0].id))
+
+    def _log_rollback(self, requests: int, error: psycopg.Error) -> None:
+        """Logs why a batch was rolled back. Whether it is claimed again or taken apart depends on the error."""
+        # Not a warning: both are part of the protocol, and clients decide how often they happen.
+        reason = error.diag.message_primary or type(error).__name__
+        fields = self._fields(requests=requests, sqlstate=error.sqlstate)
+        _log.debug("a batch of %d was rolled back: %s", requests, reason, extra=fields)
+
+    def _fields(self, **fields: Any) -> dict[str, Any]:
+        return {"epoch": self._term.epoch} | fields
 
 
 @contextmanager
