@@ -100,7 +100,7 @@ def dsn(ctx: typer.Context, name: ServerName = "default") -> None:
     if out.is_json:
         out.document({"dsn": server.dsn})
     else:
-        typer.echo(server.dsn)
+        out.lines([server.dsn])
 
 
 @command(app, "status")

@@ -26,8 +26,10 @@ def confirm(question: str, refusal: str) -> None:
     """Asks on the terminal; exits with 1 unless the answer is yes. Raises UsageError(refusal) without a terminal."""
     if not is_typed():
         raise UsageError(f"{refusal}, and standard input is no terminal to confirm that on", hint="add --yes")
+    from pgcoord_cli.render.visible import visible_message
+
     # Not typer.confirm, which writes a space to stdout even where it asks on stderr.
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{visible_message(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     answer = sys.stdin.readline()
     if not answer:  # Ctrl-D
         raise typer.Abort

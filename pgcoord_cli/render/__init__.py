@@ -19,6 +19,7 @@ from itertools import chain, repeat
 from typing import Any, TextIO
 
 from pgcoord_cli.errors import PgcoordError
+from pgcoord_cli.render.visible import on_one_line, visible, visible_json, visible_message
 from pgcoord_cli.settings import ColorMode, OutputFormat, Presentation
 
 Record = Mapping[str, Any]
@@ -45,7 +46,7 @@ class Output:
         if self.is_json:
             _write(to_json(document, indent=2 if self.format == OutputFormat.JSON else None))
         elif self.format in (OutputFormat.TABLE, OutputFormat.PLAIN):
-            _write("\n".join(self._sections(document)))
+            self._write_text("\n".join(self._sections(document)))
         else:
             self.rows(["field", "value"], [{"field": k, "value": v} for k, v in flatten(document)])
 
@@ -59,19 +60,19 @@ class Output:
 
     def _sections(self, document: Record) -> Iterable[str]:
         if self.format == OutputFormat.PLAIN:
-            return (f"{name} {scalar(value)}" for name, value in flatten(document))
+            return (f"{scalar(name)} {scalar(value)}" for name, value in flatten(document))
         return self._titled_sections(document)
 
     def _titled_sections(self, document: Record) -> Iterable[str]:
         scalars = {name: value for name, value in document.items() if not isinstance(value, Mapping)}
         sections: dict[str, Record] = {"": scalars} if scalars else {}
         sections |= {name: value for name, value in document.items() if isinstance(value, Mapping)}
-        width = max((len(name) for section in sections.values() for name, _ in flatten(section)), default=0)
+        width = max((len(scalar(name)) for section in sections.values() for name, _ in flatten(section)), default=0)
         for title, section in sections.items():
             if title:
-                yield paint(title, "bold", self.colored(sys.stdout))
+                yield paint(scalar(title), "bold", self.colored(sys.stdout))
             for name, value in flatten(section):
-                yield f"  {name:<{width}}  {self._painted(value)}"
+                yield f"  {scalar(name):<{width}}  {self._painted(value)}"
 
     def _painted(self, value: Any) -> str:
         style = {True: "good", False: "bad"}.get(value) if isinstance(value, bool) else None
@@ -97,29 +98,32 @@ class Output:
             _write_csv(columns, [[plain_scalar(record.get(column)) for column in columns] for record in records])
         elif self.format == OutputFormat.PLAIN:
             for row in cells:
-                _write("\t".join(row))
+                self._write_text("\t".join(row))
         elif self.format == OutputFormat.MARKDOWN:
-            _write_tabulated(columns, [[cell.replace("|", "\\|") for cell in row] for row in cells], "pipe")
+            self._write_text(_tabulated(columns, [[cell.replace("|", "\\|") for cell in row] for row in cells], "pipe"))
         elif sys.stdout.isatty() and _fits(columns, cells):
             _write_rich_table(columns, cells, colored=self.colored(sys.stdout))
         elif sys.stdout.isatty():
             self._blocks(columns, cells)
         else:
             titles = [paint(column, "bold", self.colored(sys.stdout)) for column in columns]
-            _write_tabulated(titles, cells, "simple")
+            self._write_text(_tabulated(titles, cells, "simple"))
 
     def _blocks(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Writes one line per field, for records that are wider than the terminal."""
         width = max(len(column) for column in columns)
         for number, row in enumerate(rows, start=1):
-            _write(paint(f"record {number}", "bold", self.colored(sys.stdout)))
+            self._write_text(paint(f"record {number}", "bold", self.colored(sys.stdout)))
             for column, cell in zip(columns, row, strict=True):
                 for title, part in zip(chain([column], repeat("")), _folded(cell, width + 4), strict=False):
-                    _write(f"  {title:<{width}}  {part}")
+                    self._write_text(f"  {title:<{width}}  {part}")
 
     def record(self, record: Record, line: str) -> None:
         """Writes and flushes one record of a stream: as a JSON line, or as `line` in other formats."""
-        _write(to_json(record) if self.is_json else line)
+        if self.is_json:
+            _write(to_json(record))
+        else:
+            self._write_text(line)
         sys.stdout.flush()
 
     def json_line(self, record: Record) -> None:
@@ -129,7 +133,7 @@ class Output:
     def value(self, record: Record, bare: str) -> None:
         """Writes a single record; with `-o plain`, only `bare`, for `$(…)` in scripts."""
         if self.format == OutputFormat.PLAIN:
-            _write(bare)
+            self._write_text(bare)
         elif self.format in (OutputFormat.CSV, OutputFormat.MARKDOWN):
             self.rows(list(record), [record])
         else:
@@ -144,21 +148,25 @@ class Output:
     def lines(self, lines: Iterable[str]) -> None:
         """Writes text that is the same in every format, like a drawing."""
         for line in lines:
-            _write(line)
+            self._write_text(line)
+
+    def _write_text(self, text: str) -> None:
+        """Writes text that is not JSON. All of it is escaped here, even what its maker has forgotten to escape."""
+        _write(visible(text, styled=self.colored(sys.stdout)))
 
     def note(self, text: str) -> None:
         """Writes a message to stderr, unless --quiet is set."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
 
     def detail(self, text: str) -> None:
         """Writes a message to stderr if --verbose is set."""
         if self.verbose:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Writes a warning to stderr, with --quiet too."""
-        print(paint(text, "warn", self.colored(sys.stderr)), file=sys.stderr, flush=True)
+        print(paint(visible_message(text), "warn", self.colored(sys.stderr)), file=sys.stderr, flush=True)
 
     def colored(self, stream: TextIO) -> bool:
         """Whether output to `stream` is coloured."""
@@ -198,28 +206,27 @@ def scalar(value: Any) -> str:
         return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
     if isinstance(value, (list, tuple, Mapping)):
         return _parts(value)
-    return "".join(char if char.isprintable() else _escaped(char) for char in str(value))
+    return on_one_line(str(value))
 
 
 def _parts(value: Any) -> str:
     """Formats a list of plain values with commas, and nested values as JSON."""
     is_plain = not isinstance(value, Mapping) and not any(isinstance(item, Mapping) for item in value)
-    return ", ".join(map(scalar, value)) if is_plain else to_json(value)
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+    return ", ".join(map(scalar, value)) if is_plain else visible_json(to_json(value))
 
 
 def plain_scalar(value: Any) -> str:
-    """Formats one value for CSV: empty for None, ISO 8601 for a time, JSON for lists and mappings."""
+    """Formats one value for CSV: empty for None, ISO 8601 for a time, JSON for lists and mappings.
+
+    A field keeps its line feeds, which the quotes of CSV enclose, and its tabs; other control characters are escaped.
+    """
     if value is None:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple, Mapping)):
-        return to_json(value)
-    return _for_json(value)
+        return visible_json(to_json(value))
+    return visible(_for_json(value))
 
 
 def to_json(value: Any, indent: int | None = None, stream: TextIO | None = None) -> str:
@@ -249,10 +256,10 @@ def _write_csv(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     writer.writerows(rows)
 
 
-def _write_tabulated(columns: Sequence[str], rows: Sequence[Sequence[str]], layout: str) -> None:
+def _tabulated(columns: Sequence[str], rows: Sequence[Sequence[str]], layout: str) -> str:
     from tabulate import tabulate
 
-    _write(tabulate(rows, headers=columns, tablefmt=layout, disable_numparse=True))
+    return tabulate(rows, headers=columns, tablefmt=layout, disable_numparse=True)
 
 
 FOLDABLE = 40
@@ -295,6 +302,6 @@ def render_error(error: PgcoordError, *, as_json: bool, color: ColorMode) -> Non
         _write(to_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
         return
     colored = is_colored(color, sys.stderr)
-    print(f"{paint('error:', 'bad', colored)} {error.message}", file=sys.stderr)
+    print(f"{paint('error:', 'bad', colored)} {visible_message(error.message)}", file=sys.stderr)
     if error.hint:
-        print(f"{paint('hint:', 'dim', colored)} {error.hint}", file=sys.stderr)
+        print(f"{paint('hint:', 'dim', colored)} {visible_message(error.hint)}", file=sys.stderr)

@@ -109,7 +109,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         colored = is_colored(self._color, sys.stderr)
         level = paint(record.levelname, _STYLES.get(record.levelno, ""), colored)
-        head = f"{paint(_time(record), 'dim', colored)} {level} [{_component(record)}]"
+        head = f"{paint(_time(record), 'dim', colored)} {level} [{scalar(_component(record))}]"
         lines = [record.getMessage(), *_traceback(record).splitlines()]
         return "\n".join(f"{head} {scalar(line)}" for line in lines)
 
