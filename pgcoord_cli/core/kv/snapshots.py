@@ -96,29 +96,40 @@ class Snapshot(NamedTuple):
 
 
 class PendingRead:
-    """A read that waits for its statement, of version `at` (None: of now), and the future of its snapshot."""
+    """A read that waits for its statement, of version `at` (None: of now), for one caller or several."""
 
-    __slots__ = ("at", "attempts", "is_sent", "read_set", "snapshot")
+    __slots__ = ("_callers", "_outcome", "at", "attempts", "is_sent", "read_set")
 
-    def __init__(self, read_set: ReadSet, at: ReadVersion | None, snapshot: asyncio.Future[Snapshot]) -> None:
+    def __init__(self, read_set: ReadSet, at: ReadVersion | None) -> None:
         self.read_set = read_set
         self.at = at
-        self.snapshot = snapshot
         self.attempts = 0
         self.is_sent = False
+        self._callers: list[asyncio.Future[Snapshot]] = []
+        self._outcome: Snapshot | Exception | None = None
 
     def join(self, read_set: ReadSet) -> None:
         """Adds to a read that has not been sent."""
         self.read_set = ReadSet(self.read_set.keys + read_set.keys, self.read_set.ranges + read_set.ranges)
 
-    def succeed(self, snapshot: Snapshot) -> None:
-        if not self.snapshot.done():  # done: its caller was cancelled
-            self.snapshot.set_result(snapshot)
+    def snapshot(self) -> asyncio.Future[Snapshot]:
+        """Returns a future for one caller: each has its own, so that one may be cancelled without the others."""
+        caller: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+        self._callers.append(caller)
+        if self._outcome is not None:  # before the caller that began the read has continued
+            self.settle(self._outcome)
+        return caller
 
-    def fail(self, error: Exception) -> None:
-        if not self.snapshot.done():
-            self.snapshot.set_exception(error)
-            self.snapshot.exception()  # its caller may have been cancelled: no warning that it was never retrieved
+    def settle(self, outcome: Snapshot | Exception) -> None:
+        """Hands the snapshot, or the error, to the callers that wait, and to those that come."""
+        self._outcome = outcome
+        for caller in self._callers:
+            if caller.done():  # cancelled
+                continue
+            if isinstance(outcome, Exception):
+                caller.set_exception(outcome)
+            else:
+                caller.set_result(outcome)
 
 
 class SnapshotReader:
@@ -135,22 +146,14 @@ class SnapshotReader:
         Retries a read that failed, over a new connection if the old one was lost. Raises TooOld if the version can no
         longer be read, and PgcoordError when the read has failed RETRIES times and once more.
         """
-        read = self.prepare(read_set, at)
-        self.start(read)
-        return await self.result(read)
-
-    def prepare(self, read_set: ReadSet, at: ReadVersion | None = None) -> PendingRead:
-        """Returns a read that other reads may join until it is sent, after `start`."""
-        return PendingRead(read_set, at, self._loop.create_future())
+        read = PendingRead(read_set, at)
+        self._batcher.add(read)
+        with mapped_errors():
+            return await read.snapshot()
 
     def start(self, read: PendingRead) -> None:
-        """Sends a read with the next batch."""
+        """Sends a read with the next batch; other reads may join it until then. Its errors are those of psycopg."""
         self._batcher.add(read)
-
-    async def result(self, read: PendingRead) -> Snapshot:
-        """Waits for a read, which goes on if this caller is cancelled: others may wait for it. Raises as `read`."""
-        with mapped_errors():
-            return await asyncio.shield(read.snapshot)
 
     async def version_at(self, version: int) -> ReadVersion:
         """Returns the first version at or above `version` that a snapshot could see: versions of one batch are one.
@@ -205,7 +208,7 @@ class SnapshotReader:
             self._fail(batch, snapshot)
             return
         for read in batch:
-            read.succeed(snapshot)
+            read.settle(snapshot)
 
     def _on_at(self, batch: list[PendingRead], keys: Places[bytes], ranges: Places[RangeRead], answer: Answer) -> None:
         self._batcher.succeeded()
@@ -214,10 +217,7 @@ class SnapshotReader:
             self._fail(batch, results)
             return
         for read, result in zip(batch, results, strict=True):
-            if isinstance(result, TooOld):
-                read.fail(result)
-            else:
-                read.succeed(result)
+            read.settle(result)
 
     def _fail(self, batch: Sequence[PendingRead], error: Exception) -> None:
         for read in batch:
@@ -225,7 +225,7 @@ class SnapshotReader:
                 read.attempts += 1
                 self._batcher.add(read)
             else:
-                read.fail(error)
+                read.settle(error)
 
 
 Places = dict[tuple[Item, int | None], int]

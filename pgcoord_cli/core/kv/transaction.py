@@ -42,6 +42,7 @@ from pgcoord_cli.core.kv.snapshots import PendingRead, ReadSet, ReadVersion, Sna
 from pgcoord_cli.core.kv.submissions import Outcome, Submission, Submitter, new_request_id
 from pgcoord_cli.core.kv.watches import Watch, Watcher
 from pgcoord_cli.core.kv.writing import WriteMethods
+from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.errors import (
     CommitRefused,
     Conflict,
@@ -131,7 +132,8 @@ class Transaction(WriteMethods):
         if key not in self._values:
             # Before the read, so that it sees what the holder of the key before this one wrote.
             ticket = None if snapshot else self._ticket
-            self._values.update((await self._read(ReadSet((key,)), ticket)).values)
+            found = await self._read(ReadSet((key,)), ticket)
+            self._values[key] = found.values[key]
         # Also for a value that is known already: a snapshot read may have read it, without a conflict.
         if not snapshot:
             self._read_keys[key] = None
@@ -219,7 +221,7 @@ class Transaction(WriteMethods):
         if self._version is None and (self._first is None or not self._first.is_sent):
             return await self._read_first(read_set, ticket)
         if self._version is None and self._first:
-            self._version = (await self._reader.result(self._first)).version
+            self._version = (await self._snapshot_of(self._first)).version
         self._check_time()
         return await self._reader.read(read_set, self._version)
 
@@ -227,7 +229,7 @@ class Transaction(WriteMethods):
         """Reads at the version that this read fixes, together with all that are asked for before it is sent."""
         if self._first is None:
             self._began = monotonic()
-            first = self._first = self._reader.prepare(read_set)
+            first = self._first = PendingRead(read_set, None)
             try:
                 if ticket and read_set.keys:
                     await ticket.acquire(read_set.keys[0])
@@ -236,14 +238,18 @@ class Transaction(WriteMethods):
         else:
             first = self._first
             first.join(read_set)
+        found = await self._snapshot_of(first)
+        self._version = found.version
+        return found
+
+    async def _snapshot_of(self, first: PendingRead) -> Snapshot:
         try:
-            snapshot = await self._reader.result(first)
+            with mapped_errors():
+                return await first.snapshot()
         except PgcoordError:
             if self._first is first:
                 self._first = None  # the next read tries again
             raise
-        self._version = snapshot.version
-        return snapshot
 
     def _check_time(self) -> None:
         if monotonic() - self._began > TIME_LIMIT_SECONDS:
