@@ -5,6 +5,25 @@ SELECT lease.epoch, lease.last_term_id, lease.durable_version, kv.key, kv.value
   LEFT JOIN kv ON kv.key = ANY ($1::bytea[])
  WHERE lease.id = 1;
 
+-- name: read_keys_at
+-- Single keys ($1) as they were at versions ($2; null: now), as read_at reads them; part is minus the place of a key.
+SELECT lease.epoch, lease.last_term_id, lease.durable_version,
+       CASE WHEN $3::uuid IS NULL OR $3::uuid = lease.last_term_id THEN lease.durable_version
+            ELSE coalesce((SELECT last_version FROM leader_history WHERE term_id = $3::uuid), -1) END AS readable_to,
+       (SELECT floor FROM kv_undo_floor WHERE id = 1) AS readable_from,
+       -wanted.place AS part, NULL::bytea AS key, CASE WHEN past.is_found THEN past.value ELSE kv.value END AS value
+  FROM leader_lease AS lease
+  LEFT JOIN unnest($1::bytea[], $2::bigint[]) WITH ORDINALITY AS wanted (key, version, place) ON true
+  LEFT JOIN LATERAL (
+        SELECT true AS is_found, kv_undo.value
+          FROM kv_undo
+         WHERE kv_undo.key = wanted.key AND kv_undo.valid_through >= wanted.version
+         ORDER BY kv_undo.valid_through
+         LIMIT 1) AS past
+    ON wanted.version < lease.durable_version -- if equal, nothing has been replaced since
+  LEFT JOIN kv ON kv.key = wanted.key AND past.is_found IS NULL
+ WHERE lease.id = 1;
+
 -- name: read_at
 -- Single keys ($1) and half-open ranges as they were at versions ($2, $7; null: now), with the state of the same snapshot. part: minus the place of a key; twice the place of a range for its rows now, and one more for the values that replaced rows had (null: absent) as far as those rows reach. readable_to: the highest version that can have been read here under the term $8; readable_from: the lowest of which every replaced value is kept (null: none is).
 SELECT lease.epoch, lease.last_term_id, lease.durable_version,

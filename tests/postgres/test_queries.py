@@ -217,6 +217,11 @@ EXPECTED = {
         "epoch bigint, last_term_id uuid, durable_version bigint, readable_to bigint, readable_from bigint, "
         "part bigint, key bytea, value bytea",
     ),
+    "kv.read_keys_at": Shape(
+        "bytea[], bigint[], uuid",
+        "epoch bigint, last_term_id uuid, durable_version bigint, readable_to bigint, readable_from bigint, "
+        "part bigint, key bytea, value bytea",
+    ),
     "kv.version_at": Shape(
         "bigint",
         "epoch bigint, last_term_id uuid, durable_version bigint, readable_from bigint, version bigint",

@@ -23,7 +23,7 @@ LOWEST = {
     # Reads data and payloads, submits requests, inserts events, owns names and subscriptions.
     "client": {
         "commits": "enqueue enqueue_again commit_directly claim stored_values window_commits payload commits_between",
-        "kv": "read_keys read_snapshot read_at version_at read_range read_range_reverse",
+        "kv": "read_keys read_snapshot read_at read_keys_at version_at read_range read_range_reverse",
         "locks": "name_key",
         "outbox": "append_lease_event append_completion_event",
         "subscriptions": "acquire save set_position remove",

@@ -4,11 +4,12 @@
 come from one statement, since two statements would see two snapshots, and a commit between them would make the version
 wrong for the data.
 
-**At a version.** Every later read of the transaction sees that version. The same single statement looks the replaced
-values of the last seconds up in `kv_undo`, unless the durable version is still the one asked for. It also returns which
-versions can be read there: not those from before `kv_undo_floor`, since some of their values are gone, and not those
-above the last version that this database has of the term that they were read under, since a failover has lost them.
-Such a read raises TooOld.
+**At a version.** Every later read of the transaction sees that version. A single statement looks the replaced values of
+the last seconds up in `kv_undo`. It also returns which versions can be read there: not those from before
+`kv_undo_floor`, since some of their values are gone, and not those above the last version that this database has of the
+term that they were read under, since a failover has lost them. Such a read raises TooOld. While the client has seen no
+commit since the version, the read is tried as of now, which costs less; if the durable version turns out to be a later
+one, it is sent again.
 
 **Batches.** Reads of many transactions share a statement: those that arrive while one is in flight go out together in
 the next one (`core.concurrency.batcher`).
@@ -138,7 +139,9 @@ class SnapshotReader:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._loop = asyncio.get_running_loop()
-        self._batcher = Batcher(self._send, PendingRead.fail, BATCH_LIMIT)
+        self._batcher = Batcher(self._send, PendingRead.settle, BATCH_LIMIT)
+        # The state of the last answer: reads of this very version and term are tried as of now.
+        self._latest: ReadVersion | None = None
 
     async def read(self, read_set: ReadSet, at: ReadVersion | None = None) -> Snapshot:
         """Returns a snapshot that contains at least `read_set`, of version `at` (None: of now).
@@ -172,10 +175,10 @@ class SnapshotReader:
         batch = [read for read in batch if not read.at or read.at.term_id == term_id]
         for read in batch:
             read.is_sent = True
-        if any(read.at for read in batch):
-            self._send_at(batch, term_id)
-        else:
+        if all(read.at is None or read.at == self._latest for read in batch):
             self._send_now(batch)
+        else:
+            self._send_at(batch, term_id)
 
     def _send_now(self, batch: list[PendingRead]) -> None:
         # Each key and range once, however many reads of the batch have it.
@@ -198,7 +201,11 @@ class SnapshotReader:
             int8_array([version for _, version in ranges]),
             term_id,
         ]
-        self._pool.run(sql("kv", "read_at"), arguments, partial(self._on_at, batch, keys, ranges))
+        done = partial(self._on_at, batch, keys, ranges)
+        if ranges:
+            self._pool.run(sql("kv", "read_at"), arguments, done)
+        else:  # the server has a smaller plan to run
+            self._pool.run(sql("kv", "read_keys_at"), [*arguments[:2], term_id], done)
 
     def _on_now(self, batch: list[PendingRead], keys: list[bytes], ranges: list[RangeRead], answer: Answer) -> None:
         # The next batch goes out before these callers continue, so that the server works in the meantime.
@@ -207,15 +214,20 @@ class SnapshotReader:
         if isinstance(snapshot, Exception):
             self._fail(batch, snapshot)
             return
+        self._latest = snapshot.version
         for read in batch:
-            read.settle(snapshot)
+            if read.at is None or read.at == snapshot.version:
+                read.settle(snapshot)
+            else:
+                self._batcher.add(read)  # a commit came between: now it is not of the latest version any more
 
     def _on_at(self, batch: list[PendingRead], keys: Places[bytes], ranges: Places[RangeRead], answer: Answer) -> None:
         self._batcher.succeeded()
-        results = read_answer(answer, partial(_results_at, batch, keys, ranges))
-        if isinstance(results, Exception):
-            self._fail(batch, results)
+        found = read_answer(answer, partial(_results_at, batch, keys, ranges))
+        if isinstance(found, Exception):
+            self._fail(batch, found)
             return
+        self._latest, results = found
         for read, result in zip(batch, results, strict=True):
             read.settle(result)
 
@@ -262,10 +274,10 @@ def _first(rows: list[Row]) -> Row:
 
 def _results_at(
     batch: list[PendingRead], keys: Places[bytes], ranges: Places[RangeRead], rows: list[Row]
-) -> list[Snapshot | TooOld]:
-    """Returns for each read of the batch its snapshot, or why its version cannot be read."""
+) -> tuple[ReadVersion, list[Snapshot | TooOld]]:
+    """Returns the present version, and for each read its snapshot, or why its version cannot be read."""
     state, found = _State.of(_first(rows)), _Found.of(rows)
-    return [
+    return state.version, [
         (read.at and state.refusal(read.at.version)) or found.snapshot(read, read.at or state.version, keys, ranges)
         for read in batch
     ]
