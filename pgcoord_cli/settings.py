@@ -83,12 +83,12 @@ def parse_duration(text: str, option: str, longest: float = LONGEST_DURATION) ->
     return seconds
 
 
-def check_text(text: str | None, option: str) -> None:
+def check_text(text: str | None, option: str, hint: str | None = None) -> None:
     """Raises UsageError, which names `option`, unless the text can be encoded as UTF-8; PostgreSQL takes no other."""
     try:
         (text or "").encode("utf-8")
     except UnicodeEncodeError:
-        raise UsageError(f"{option}: not UTF-8 text") from None
+        raise UsageError(f"{option}: not UTF-8 text", hint=hint) from None
 
 
 def parse_schema(name: str, option: str) -> str:

@@ -42,6 +42,7 @@ def up(
     timeout = duration("--lock-timeout")(lock_timeout) or 0
     with session.migration_session(settings, read_only=dry_run) as (conn, server):
         if dry_run:
+            session.require_own_name(server, settings)
             todo = migrations.plan(migrations.states(conn, has_ledger=server.has_ledger), to)
         else:
             with migrations.migration_lock(
@@ -67,7 +68,8 @@ def status(
 ) -> None:
     """List the migrations and their states: applied, pending, edited, unknown, breaking.
 
-    Exit 1 if a file was edited after it was applied, 7 if the schema has a breaking migration of a newer pgcoord.
+    Exit 1 if a file was edited after it was applied, 7 if the schema was renamed or has a breaking migration of a newer
+    pgcoord.
 
     \b
     Examples:
@@ -82,6 +84,7 @@ def status(
     pending = [state for state in states if state.state == "pending"]
     out.rows(COLUMNS, [state._asdict() for state in states])
     try:
+        session.require_own_name(server, settings)
         migrations.verify(states)
     except PgcoordError as error:
         error.answered = True

@@ -26,6 +26,7 @@ from typer.core import TyperArgument, TyperOption
 from typer.models import ParameterInfo
 
 from pgcoord_cli.errors import UsageError
+from pgcoord_cli.settings import check_text
 
 Parameter = TyperOption | TyperArgument
 
@@ -97,6 +98,10 @@ def _processing(parameter: Parameter, declaration: Declaration) -> Callable[[Any
             converted = _converted(parameter, _converter(declaration), value)
         except ValueError as error:
             raise UsageError(f"Invalid value for {_label(parameter)}: {error}", hint=help_hint(ctx)) from None
+        # Arguments are checked by commands: keys have a notation for other bytes, and words that are run may be any.
+        if declaration.type is str and isinstance(parameter, TyperOption):
+            for text in converted if parameter.multiple else (converted,):
+                check_text(text, parameter.opts[-1], help_hint(ctx))
         return converted if parameter.callback is None else parameter.callback(ctx, parameter, converted)
 
     return process_value

@@ -12,6 +12,7 @@ import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import psycopg
@@ -47,11 +48,20 @@ SESSION_ENDING_SEVERITIES = ("FATAL", "PANIC")
 
 MIGRATE_HINT = "create it with: pgcoord migrate up"
 
+DSN_HINT = "write postgresql://user@host:5432/database or host=… port=… dbname=… user=…"
+
+_UNKNOWN_KEYWORD = re.compile(r"(invalid (?:connection option|URI query parameter)):? \"([^\"]*)\"")
+"""Matches libpq's message about a keyword that it does not know."""
+
+_UNQUOTED = re.compile(r"(?:[^\"]|\"[=\]]\")*")
+"""Matches the beginning of a message up to the first quotation of more than one sign of libpq's syntax."""
+
 _STRAY_AT = re.compile(r"postgres(?:ql)?://(?>[^@/]*@)?+[^?]*@")
 """Matches a URI with an @ after the one that ends the password: libpq would read part of the password as the host."""
 
 _BAD_OPTION = re.compile(
     r"(connection to server .* failed: )?(invalid|bad) [\w ]*(value|number)|could not match|definition of service"
+    r"|.*service file"
 )
 """Matches the messages of libpq and psycopg about the value of an option; those of a server begin with FATAL."""
 
@@ -141,11 +151,13 @@ def _parsed(settings: Settings) -> dict[str, Any]:
     """Returns the options of the user's connection string. Raises UsageError, which quotes nothing of it."""
     try:
         given = conninfo_to_dict(settings.dsn)
-    except psycopg.Error:
+    except psycopg.Error as error:
+        raise _malformed(settings, str(error)) from None
+    if settings.dsn.startswith(("postgresql:", "postgres:")) and not settings.dsn.isprintable():
         raise UsageError(
-            f"{settings.dsn_source}: not a connection string that libpq understands",
-            hint="write postgresql://user@host:5432/database or host=… port=… dbname=… user=…",
-        ) from None
+            f"{settings.dsn_source}: the URI contains a line break or another unprintable character",
+            hint="remove it, often at the end of a value that was read from a file, or write it as %0A, %09, …",
+        )
     if _STRAY_AT.match(settings.dsn):
         raise UsageError(
             f"{settings.dsn_source}: the URI has more than one @, or a / before it",
@@ -157,6 +169,22 @@ def _parsed(settings: Settings) -> dict[str, Any]:
             hint="a URI is postgresql://user:password@host:port/database",
         )
     return given
+
+
+def _malformed(settings: Settings, reason: str) -> UsageError:
+    """Returns the error for a string that libpq cannot parse: its reason, and the keyword unless that may be secret."""
+    if unknown := _UNKNOWN_KEYWORD.match(reason):
+        known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+        similar = get_close_matches(unknown[2], known, 1)
+        meant = f"did you mean {similar[0]}? " if similar else ""
+        # After a password without quotes, a word may be the rest of the password.
+        is_shown = similar or "pass" not in settings.dsn.partition(unknown[2])[0].lower()
+        said = unknown[0] if is_shown else f"{unknown[1]} after the password, which needs quotes if it contains spaces"
+        return UsageError(f"{settings.dsn_source}: {said}", hint=f"{meant}{DSN_HINT}")
+    # What libpq quotes may be, or contain, the password; its other words are passed on.
+    said = _UNQUOTED.match(reason)[0].strip(" \n:")  # type: ignore[index]
+    said += " a word" if said.endswith("after") else ""
+    return UsageError(f"{settings.dsn_source}: not a connection string: {said}", hint=DSN_HINT)
 
 
 def _is_port(text: str) -> bool:
@@ -185,7 +213,7 @@ def connection_failed(settings: Settings, error: psycopg.Error) -> PgcoordError:
     """Returns the error for a connection that could not be opened, with the reason and the source of the address."""
     reason = redact(_first_reason(error))
     if _BAD_OPTION.match(reason):
-        return UsageError(f"{settings.dsn_source}: {reason}")
+        return UsageError(f"{settings.dsn_source}: {reason}", hint=DSN_HINT)
     others = "" if settings.dsn_source == DSN_ARGUMENT else " (--dsn and PGCOORD_DSN choose another)"
     return ConnectionFailed(
         f"cannot connect: {reason}", hint=f"the address comes from {settings.dsn_source}; is the server up?{others}"

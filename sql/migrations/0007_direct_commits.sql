@@ -96,6 +96,7 @@ BEGIN
            AND lease.durable_version = seen_version AND lease.expires_at > clock_timestamp()
            AND lease.server_started_at = pg_postmaster_start_time();
     END IF;
+    -- Both times of the request: the column's default for `created_at` would be evaluated after it.
     answered_at := clock_timestamp();
     IF term IS NULL THEN
         INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, reply_channel)
@@ -111,8 +112,9 @@ BEGIN
             -- Ends a session that leaves this transaction idle for 1 s, so that it cannot block other commits: from the
             -- update below until it ends, the transaction holds the lock on the lease row.
             set_config('idle_in_transaction_session_timeout', '1s', true);
-    INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, status, commit_version, resolved_at)
-    VALUES ($1, seen_epoch, seen_term, seen_version, request, 'committed', version, answered_at);
+    INSERT INTO commit_requests (request_id, epoch, term_id, read_version, payload, status, commit_version,
+                                 created_at, resolved_at)
+    VALUES ($1, seen_epoch, seen_term, seen_version, request, 'committed', version, answered_at, answered_at);
     PERFORM write_data(cleared_begins, cleared_ends, cleared_keys, written_keys, written_values, seen_version, undo);
     -- The fence: of two transactions that follow the same durable version, only one finds it here. Last, so that the
     -- lease row is locked for the commit only.

@@ -28,6 +28,32 @@ SELECT to_regclass(quote_ident($1::text) || '.schema_migrations')::text AS ledge
 SELECT format('CREATE SCHEMA %I', $1::text) AS statement
  WHERE to_regnamespace(quote_ident($1::text)) IS NULL;
 
+-- name: lacking_right
+-- The right that this role lacks to create the schema, or to create tables in it: what is wrong, the owner that can grant it, and the statement. No row if it lacks none.
+SELECT format('role %I may not create schema %I: it lacks CREATE on database %I', current_user, $1::text, datname),
+       pg_get_userbyid(datdba),
+       format('GRANT CREATE ON DATABASE %I TO %I', datname, current_user)
+  FROM pg_database
+ WHERE datname = current_database() AND NOT has_database_privilege(oid, 'CREATE')
+   AND to_regnamespace(quote_ident($1::text)) IS NULL
+UNION ALL
+SELECT format('role %I may not create tables in schema %I, which belongs to %I: it lacks CREATE on the schema',
+              current_user, nspname, pg_get_userbyid(nspowner)),
+       pg_get_userbyid(nspowner),
+       format('GRANT USAGE, CREATE ON SCHEMA %I TO %I', nspname, current_user)
+  FROM pg_namespace
+ WHERE nspname = $1::text::name AND NOT has_schema_privilege(oid, 'CREATE');
+
+-- name: not_owner
+-- What is wrong and what to do, if the ledger belongs to a role whose rights this role does not have; only the owner can migrate further.
+SELECT format('role %I may not migrate schema %I, whose tables belong to %I', current_user, $1::text,
+              pg_get_userbyid(relowner)),
+       format('run it as %I, or as a superuser: GRANT %I TO %I', pg_get_userbyid(relowner), pg_get_userbyid(relowner),
+              current_user)
+  FROM pg_class
+ WHERE oid = to_regclass(quote_ident($1::text) || '.schema_migrations')
+   AND NOT pg_has_role(relowner, 'USAGE');
+
 -- name: read_ledger
 -- The migrations that were applied to the schema, oldest first.
 SELECT version, name, checksum, applied_at, applied_by, execution_ms, breaking

@@ -1,5 +1,5 @@
 -- name: prepare_session
--- Pins the session's schema, timeouts (milliseconds) and every setting that its meaning or its life depends on, if it runs in the expected backend ($4); returns the backend, the server's version, whether it is a standby, and whether the schema has a ledger.
+-- Pins the session's schema, timeouts (milliseconds) and every setting that its meaning or its life depends on, if it runs in the expected backend ($4); returns the backend, the server's version, whether it is a standby, whether the schema has a ledger, and its former name if it was renamed.
 SELECT pg_catalog.pg_backend_pid() AS backend_pid,
        -- Names and operators are qualified: the search path is still the one of the role, the database or PGOPTIONS.
        -- Behind a transaction pooler this may be another session's backend, whose settings must not change (rule I14).
@@ -62,7 +62,16 @@ SELECT pg_catalog.pg_backend_pid() AS backend_pid,
        pg_catalog.current_setting('server_version_num')::integer AS version_number,
        pg_catalog.pg_is_in_recovery() AS in_recovery,
        pg_catalog.to_regclass(pg_catalog.concat(pg_catalog.quote_ident($1::pg_catalog.text), '.schema_migrations'))
-           IS NOT NULL AS has_ledger;
+           IS NOT NULL AS has_ledger,
+       -- The search path that a migration gave to this trigger function; after ALTER SCHEMA … RENAME, the old name.
+       (SELECT pg_catalog.btrim(pinned.name, '"')
+          FROM pg_catalog.pg_proc AS function
+          JOIN pg_catalog.pg_namespace AS schema ON schema.oid OPERATOR(pg_catalog.=) function.pronamespace
+         CROSS JOIN LATERAL pg_catalog.unnest(function.proconfig) AS configured (setting)
+         CROSS JOIN LATERAL pg_catalog.substring(configured.setting, '^search_path=("[^"]*"|[^,]*)') AS pinned (name)
+         WHERE function.proname OPERATOR(pg_catalog.=) 'announce_events'
+           AND schema.nspname OPERATOR(pg_catalog.=) $1::pg_catalog.text::pg_catalog.name
+           AND pg_catalog.btrim(pinned.name, '"') OPERATOR(pg_catalog.<>) $1::pg_catalog.text) AS renamed_from;
 
 -- name: backend
 -- The pid of the backend that runs this statement.

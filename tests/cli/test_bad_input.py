@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from typer.core import TyperOption
 
+from pgcoord_cli.commands.global_options import GLOBAL_NAMES
 from pgcoord_cli.settings import Settings
+from tests.cli.command_tree import LEAVES, NAMES
+from tests.cli.test_exit_codes import ARGUMENTS
 
 if TYPE_CHECKING:
     from tests.conftest import Answer, Call, Cli
@@ -60,10 +65,35 @@ def assert_refused(answer: Answer, *said: str) -> None:
         (("tail", "lease", "--partition", "1", "--partition", "x"), ["'--partition': 'x' is not an integer."]),
         (("leader", "run", "--node-id", "\udcff"), ["--node-id: not UTF-8 text"]),
         (("leader", "status", "--dsn", "host=\udcff"), ["--dsn: not UTF-8 text"]),
+        (("migrate", "grant", "--reader", "\udcff"), ["--reader: not UTF-8 text", "see: pgcoord migrate grant --help"]),
     ],
 )
 def test_an_invalid_argument_is_named(words: tuple[str, ...], said: list[str], offline: Call) -> None:
     assert_refused(offline(*words), *said)
+
+
+OPTIONS = [
+    (name, option)
+    for name, command in zip(NAMES, LEAVES.values(), strict=True)
+    for option in command.params
+    if isinstance(option, TyperOption) and not option.is_flag and option.name not in GLOBAL_NAMES
+]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS, ids=[f"{name} {option.name}" for name, option in OPTIONS])
+def test_no_value_of_an_option_is_a_traceback(
+    name: str, option: TyperOption, offline: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A number that is out of range, no number, an empty value, bytes that are not UTF-8: named, or the server is."""
+    monkeypatch.chdir(tmp_path)  # for options that name a file
+    monkeypatch.setenv("PGCOORD_DEV_DIR", str(tmp_path))
+    declared = LEAVES[f"pgcoord {name}"].declaration(option)
+    for value in ("\udcff", "", "9" * 30, "-1", "nan", "1e999", "\x1b[31m"):
+        answer = offline(*name.split(), option.opts[-1], value, *ARGUMENTS.get(name, ()))
+        assert answer.code in (0, 1, 2, 3, 4), (value, answer)
+        assert "Traceback" not in answer.err
+        if declared.type is str and value == "\udcff":
+            assert_refused(answer, f"{option.opts[-1]}: not UTF-8 text", f"hint: see: pgcoord {name} --help")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +164,41 @@ def test_a_malformed_connection_string_is_refused_without_its_password(dsn: str,
         assert_refused(by_flag, "--dsn: ")
         assert_refused(by_variable, "PGCOORD_DSN: ")
         assert SECRET not in shown(by_flag) + shown(by_variable) + shown(offline(*words, "-o", "json", "--dsn", dsn))
+
+
+@pytest.mark.parametrize(
+    ("dsn", "said"),
+    [
+        ("host=/nowhere bogus=1", ['invalid connection option "bogus"']),
+        ("host=/nowhere prot=5432", ['invalid connection option "prot"', "did you mean port?"]),
+        (f"password={SECRET} prot=5432", ['invalid connection option "prot"', "did you mean port?"]),
+        (f"password=x {SECRET}=1", ["invalid connection option after the password, which needs quotes"]),
+        ("postgresql:///db?bogus=1", ['invalid URI query parameter: "bogus"']),
+        ("host=/nowhere port", ['missing "=" after a word']),
+        ("host='/nowhere", ["unterminated quoted string"]),
+        ("postgresql://[::1/db", ['end of string reached when looking for matching "]" in IPv6 host address']),
+        (f"postgresql://u:{SECRET}%zz@/db", ["invalid percent-encoded token"]),
+        ("postgresql:///db\n", ["the URI contains a line break"]),
+        ("service=none", ['definition of service "none" not found']),
+        ("host=/nowhere sslmode=perhaps", ["sslmode"]),
+    ],
+)
+def test_the_reason_of_libpq_is_passed_on(dsn: str, said: list[str], offline: Call) -> None:
+    refused = offline("leader", "status", PGCOORD_DSN=dsn)
+    assert_refused(refused, "PGCOORD_DSN: ", "hint: ", *said)
+    assert SECRET not in refused.err
+
+
+@pytest.mark.parametrize("text", ["[none]\nhost\n", "[none]\nbogus=1\n", "[none]\nport=many\n", "[other]\n"])
+def test_a_service_that_cannot_be_used_is_named(text: str, offline: Call, tmp_path: Path) -> None:
+    (tmp_path / "services").write_text(text)
+    refused = offline("leader", "status", PGCOORD_DSN="service=none", PGSERVICEFILE=str(tmp_path / "services"))
+    assert_refused(refused, "PGCOORD_DSN: ", "hint: ")
+
+
+def test_an_unknown_home_directory_is_named(offline: Call) -> None:
+    refused = offline("dev", "status", PGCOORD_DEV_DIR="~no-such-user/dev")
+    assert_refused(refused, "PGCOORD_DEV_DIR: no home directory is known for '~no-such-user/dev'", "hint: ")
 
 
 @pytest.mark.parametrize("dsn", UNREACHABLE)

@@ -182,13 +182,31 @@ def add_newer_migration(settings: Settings, *, breaking: bool) -> None:
 
 def test_i14_a_mistyped_schema_is_distinguished_from_an_unmigrated_one(call: Call, settings: Settings) -> None:
     looking = {"migrate status", "migrate up"}
-    assert set(codes(call, settings, "--schema", "pgcrood", without=looking).values()) == {2}
+    assert set(codes(call, settings, "--schema", "pgcrood", without=looking).values()) == {7}
     error = call(settings, "kv", "set", "key", "value", "--schema", "pgcrood", "-o", "json").document["error"]
-    assert error["code"] == "usage"
+    assert error["code"] == "schema_missing"
     assert error["message"].startswith("--schema or PGCOORD_SCHEMA: there is no pgcoord schema 'pgcrood'")
     assert error["hint"] == "found: pgcoord; create a new one with: pgcoord migrate up --schema pgcrood"
     with connect(settings) as conn:
         assert conn.execute("SELECT to_regnamespace('pgcrood')").fetchone() == (None,)
+
+
+def test_i14_a_renamed_schema_is_reported_with_its_cure(call: Call, settings: Settings) -> None:
+    with connect(settings) as conn:
+        conn.execute("ALTER SCHEMA pgcoord RENAME TO coord")
+    listed = call(settings, "migrate", "status", "--schema", "coord")
+    assert (listed.code, listed.out.count("applied ")) == (7, len(FILES))
+    cure = 'ALTER SCHEMA "coord" RENAME TO "pgcoord"'
+    assert f"hint: rename it back: {cure}" in listed.err
+    assert set(codes(call, settings, "--schema", "coord").values()) == {7}
+    for words in (("migrate", "up", "--dry-run"), ("migrate", "verify"), ("kv", "set", "a", "b")):
+        error = call(settings, *words, "--schema", "coord", "-o", "json").document["error"]
+        assert error["code"] == "schema_unknown"
+        assert error["message"].startswith("schema 'coord' was named 'pgcoord' when it was migrated")
+        assert cure in error["hint"]
+    with connect(settings) as conn:
+        conn.execute(cure)
+    assert call(settings, "migrate", "verify").code == 0
 
 
 def test_the_default_schema_is_unmigrated_even_beside_another_one(call: Call, empty_settings: Settings) -> None:
@@ -286,6 +304,8 @@ def test_a_dry_run_needs_no_rights_on_an_empty_database(call: Call, empty_settin
     assert call(role, "migrate", "up", "--dry-run", "--to", "1", "-o", "plain").out == "1\tleader\tpending\n"
     refused = call(role, "migrate", "up", "-o", "json")
     assert (refused.code, refused.document["error"]["code"]) == (1, "permission_denied")
+    assert "it lacks CREATE on database" in refused.document["error"]["message"]
+    assert "GRANT CREATE ON DATABASE" in refused.document["error"]["hint"]
     assert picture(empty_settings) == {"rights": []}
 
 

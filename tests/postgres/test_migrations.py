@@ -13,14 +13,22 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgcoord_cli.core.database import migrations
 from pgcoord_cli.core.database.advisory_keys import LockHolder, lock_key
 from pgcoord_cli.core.database.migrations import LedgerRow, migration_files
 from pgcoord_cli.core.database.session import migration_session
 from pgcoord_cli.core.database.upgrade import upgrade
-from pgcoord_cli.errors import Busy, MigrationEdited, PgcoordError, SchemaMissing, SchemaUnknown, UsageError
+from pgcoord_cli.errors import (
+    Busy,
+    MigrationEdited,
+    PermissionDenied,
+    PgcoordError,
+    SchemaMissing,
+    SchemaUnknown,
+    UsageError,
+)
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT
 
@@ -160,8 +168,49 @@ def test_a_failed_migration_leaves_neither_row_nor_objects(empty_settings: Setti
         assert versions(conn) == VERSIONS
 
 
+def granted(refused: pytest.ExceptionInfo[PermissionDenied]) -> str:
+    """Returns the GRANT statement at the end of a hint."""
+    assert refused.value.hint
+    return refused.value.hint[refused.value.hint.index("GRANT") :]
+
+
+def test_the_grants_that_are_named_let_a_role_migrate(empty_settings: Settings, role: Settings) -> None:
+    with connect(empty_settings) as conn:
+        with pytest.raises(PermissionDenied, match="may not create schema pgcoord") as refused:
+            upgrade(role)
+        conn.execute(granted(refused))
+        assert [migration.version for migration in upgrade(role)] == VERSIONS
+
+
+def test_the_grants_on_a_schema_of_another_role_let_a_role_migrate(empty_settings: Settings, role: Settings) -> None:
+    with connect(empty_settings) as conn:
+        conn.execute(f"CREATE SCHEMA {role.schema}")
+        with pytest.raises(PermissionDenied, match="permission denied for schema pgcoord") as refused:
+            upgrade(role)
+        conn.execute(granted(refused).partition(" TO ")[0] + f" TO {conninfo_to_dict(role.dsn)['user']}")
+        conn.execute(f"REVOKE CREATE ON SCHEMA {role.schema} FROM {conninfo_to_dict(role.dsn)['user']}")
+        with pytest.raises(
+            PermissionDenied, match="which belongs to postgres: it lacks CREATE on the schema"
+        ) as refused:
+            upgrade(role)
+        conn.execute(granted(refused))
+        assert [migration.version for migration in upgrade(role)] == VERSIONS
+
+
+def test_only_a_member_of_the_owner_can_migrate_further(empty_settings: Settings, role: Settings) -> None:
+    upgrade(empty_settings, to=2)
+    member = conninfo_to_dict(role.dsn)["user"]
+    with connect(empty_settings) as conn:
+        conn.execute(f"GRANT USAGE, CREATE ON SCHEMA {role.schema} TO {member}")
+        conn.execute(f"GRANT SELECT ON schema_migrations TO {member}")
+        with pytest.raises(PermissionDenied, match="whose tables belong to postgres") as refused:
+            upgrade(role)
+        conn.execute(granted(refused))
+        assert [migration.version for migration in upgrade(role)] == VERSIONS[2:]
+
+
 def test_a_role_can_migrate_a_schema_that_was_created_for_it(empty_settings: Settings, role: Settings) -> None:
-    with pytest.raises(PgcoordError, match="permission denied for database"):
+    with pytest.raises(PermissionDenied, match="it lacks CREATE on database"):
         upgrade(role)
     with connect(empty_settings) as conn:
         owner = psycopg.conninfo.conninfo_to_dict(role.dsn)["user"]

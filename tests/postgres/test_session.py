@@ -25,7 +25,7 @@ from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import Installation, server_account
 from pgcoord_cli.core.embedded.server import EmbeddedServer, temporary_server
 from pgcoord_cli.db import connection
-from pgcoord_cli.errors import Busy, ConnectionFailed, PgcoordError, TimedOut, UnsuitableServer, UsageError
+from pgcoord_cli.errors import Busy, ConnectionFailed, PgcoordError, SchemaMissing, TimedOut, UnsuitableServer
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, value
 
@@ -159,7 +159,7 @@ def test_i14_asyncio_sessions_make_the_same_checks(settings: Settings, empty_set
 
     asyncio.run(open_and_close(settings, writes=True))
     refused_alike(empty_settings, "schema_missing")
-    refused_alike(replace(settings, schema="other", schema_given=True), "usage")
+    refused_alike(replace(settings, schema="other", schema_given=True), "schema_missing")
     with psycopg.connect(settings.dsn, autocommit=True) as conn:
         conn.execute("INSERT INTO pgcoord.schema_migrations VALUES (9001, 'new', 'x', now(), 'x', 1, true)")
         refused_alike(settings, "schema_unknown")
@@ -446,7 +446,7 @@ def test_errors_within_a_session_are_translated(settings: Settings) -> None:
 
 
 def test_a_refused_session_is_closed(settings: Settings, empty_settings: Settings) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(SchemaMissing):
         session.open_session(replace(settings, schema="other", schema_given=True), "test", writes=True)
     with psycopg.connect(settings.dsn, autocommit=True) as conn:
         deadline = time.monotonic() + TIMEOUT

@@ -25,7 +25,7 @@ from psycopg import AsyncConnection, Connection
 
 from pgcoord_cli.core.database.advisory_keys import LockHolder, lock_holder, lock_key
 from pgcoord_cli.db.sqlfiles import sql, sql_root
-from pgcoord_cli.errors import Busy, MigrationEdited, SchemaMissing, SchemaUnknown, UsageError
+from pgcoord_cli.errors import Busy, MigrationEdited, PermissionDenied, SchemaMissing, SchemaUnknown, UsageError
 from pgcoord_cli.settings import Settings
 
 _FILE_NAME = re.compile(r"(\d{4})_(\w+)\.sql")
@@ -216,6 +216,8 @@ def apply(
     ensure_ledger(conn, schema)
     # Read under the lock, so that the plan contains nothing that another run has applied meanwhile.
     todo = plan(states(conn, has_ledger=True), to)
+    if todo and (stranger := conn.execute(sql("migrations", "not_owner"), [schema]).fetchone()):
+        raise PermissionDenied(stranger[0], hint=stranger[1])
     for migration in todo:
         # One transaction, with the ledger row first: a run without the lock would block on the row's key, and fail,
         # instead of applying the migration a second time.
@@ -231,10 +233,12 @@ def apply(
 
 
 def ensure_ledger(conn: Connection[Any], schema: str) -> None:
-    """Creates the schema and its ledger if they are missing."""
+    """Creates the schema and its ledger if they are missing. Raises PermissionDenied, which names the lacking right."""
     # Looked for first, because CREATE … IF NOT EXISTS would ask for the right to create even where nothing is missing.
     if conn.execute(sql("migrations", "find_ledger"), [schema]).fetchone():
         return
+    if lacking := conn.execute(sql("migrations", "lacking_right"), [schema]).fetchone():
+        raise PermissionDenied(lacking[0], hint=f"as {lacking[1]} or a superuser: {lacking[2]}")
     missing = conn.execute(sql("migrations", "schema_to_create"), [schema]).fetchone()
     with conn.transaction():
         if missing:

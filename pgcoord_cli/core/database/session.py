@@ -1,13 +1,13 @@
 """Opening database sessions that are fit for their work.
 
-Every command opens its sessions here. Three checks come before anything is set, taken or written (rule I14):
+Every command opens its sessions here. Four checks come before anything is set, taken or written (rule I14):
 
 1. The session has a backend of its own and does not go through a transaction pooler (`core.database.pooler_check`). The
    server is new enough and, if the command writes, it is a primary. Otherwise UnsuitableServer.
 2. The schema exists and has every migration that this program needs. Otherwise SchemaMissing, with the command that
-   applies them. If `--schema` names a schema that does not exist, in a database that has another one, it is taken for a
-   typing error: UsageError.
-3. No migration marked breaking has been applied by a newer pgcoord. Otherwise SchemaUnknown. Newer migrations that are
+   applies them; for a name that was given by `--schema` it lists the schemas that the database has.
+3. The schema has the name under which it was migrated: its functions and channels contain it. Otherwise SchemaUnknown.
+4. No migration marked breaking has been applied by a newer pgcoord. Otherwise SchemaUnknown. Newer migrations that are
    not breaking only add things, and an older program goes on working beside them.
 """
 
@@ -21,12 +21,20 @@ from typing import Any, NamedTuple
 
 from psycopg import AsyncConnection, Connection, IsolationLevel, RawCursor, errors
 from psycopg.rows import tuple_row
+from psycopg.sql import Identifier
 
 from pgcoord_cli.core.database.migrations import check_ledger, migrate_command, read_ledger, read_ledger_async
 from pgcoord_cli.core.database.pooler_check import require_own_backend
 from pgcoord_cli.db.connection import connect, connect_async, mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import ConnectionFailed, PgcoordError, SchemaMissing, UnsuitableServer, UsageError
+from pgcoord_cli.errors import (
+    ConnectionFailed,
+    PermissionDenied,
+    PgcoordError,
+    SchemaMissing,
+    SchemaUnknown,
+    UnsuitableServer,
+)
 from pgcoord_cli.settings import Settings
 
 OLDEST_SERVER = 150_000
@@ -37,11 +45,15 @@ READY_SECONDS = 15.0
 
 
 class Server(NamedTuple):
-    """The server of a session. `version_number` is `server_version_num`: 150004 is 15.4."""
+    """The server of a session. `version_number` is `server_version_num`: 150004 is 15.4.
+
+    `renamed_from` is the name under which the schema was migrated, if that is another one.
+    """
 
     version_number: int
     in_recovery: bool
     has_ledger: bool
+    renamed_from: str | None = None
 
 
 @contextmanager
@@ -67,6 +79,7 @@ def migration_session(settings: Settings, *, read_only: bool) -> Iterator[tuple[
                 yield conn, server
         else:
             require_primary(server, writes=True)
+            require_own_name(server, settings)
             yield conn, server
 
 
@@ -124,6 +137,7 @@ async def _make_ready(conn: AsyncConnection[Any], settings: Settings, *, writes:
     if not server.has_ledger:
         others = await (await conn.execute(*_other_schemas(settings))).fetchall()
         raise schema_missing(settings, [row[0] for row in others])
+    require_own_name(server, settings)
     check_ledger(settings.schema, await read_ledger_async(conn))
 
 
@@ -145,10 +159,25 @@ def open_bare_session(settings: Settings, command: str) -> tuple[Connection[Any]
     try:
         with mapped_errors():
             server = _prepare(conn, settings)
-    except BaseException:
+    except BaseException as error:
+        hint = _schema_grants(conn, settings) if isinstance(error.__cause__, errors.InsufficientPrivilege) else None
         conn.close()
+        if hint:
+            raise PermissionDenied(str(error), hint=hint) from error.__cause__
         raise
     return conn, server
+
+
+def _schema_grants(conn: Connection[Any], settings: Settings) -> str:
+    schema, role = _quoted(settings.schema), _quoted(conn.info.user)
+    return (
+        f"as the owner of the schema: GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}, to migrate it; "
+        "pgcoord migrate grant, to use it"
+    )
+
+
+def _quoted(name: str) -> str:
+    return Identifier(name).as_string()
 
 
 def _prepare(conn: Connection[Any], settings: Settings) -> Server:
@@ -179,9 +208,20 @@ def require_primary(server: Server, *, writes: bool) -> None:
 
 
 def require_ledger(conn: Connection[Any], server: Server, settings: Settings) -> None:
-    """Raises SchemaMissing if the schema has not been migrated, or UsageError if its name seems mistyped."""
+    """Raises SchemaMissing if the schema has not been migrated, and as `require_own_name`."""
     if not server.has_ledger:
         raise schema_missing(settings, [row[0] for row in conn.execute(*_other_schemas(settings))])
+    require_own_name(server, settings)
+
+
+def require_own_name(server: Server, settings: Settings) -> None:
+    """Raises SchemaUnknown if the schema was migrated under another name, which its functions and channels contain."""
+    if server.renamed_from:
+        raise SchemaUnknown(
+            f"schema {settings.schema!r} was named {server.renamed_from!r} when it was migrated, and its functions "
+            "still use that name",
+            hint=f"rename it back: ALTER SCHEMA {_quoted(settings.schema)} RENAME TO {_quoted(server.renamed_from)}",
+        )
 
 
 def _preparation(settings: Settings, backend_pid: int) -> tuple[Any, list[Any]]:
@@ -209,7 +249,7 @@ def schema_missing(settings: Settings, others: Sequence[str]) -> PgcoordError:
     """Returns the error for a schema without migrations; `others` are the pgcoord schemas that the database has."""
     # Only a name that was given can be mistyped, and only another schema shows that this is a database of pgcoord.
     if settings.schema_given and others:
-        return UsageError(
+        return SchemaMissing(
             f"--schema or PGCOORD_SCHEMA: there is no pgcoord schema {settings.schema!r} in this database",
             hint=f"found: {', '.join(others)}; create a new one with: {migrate_command(settings.schema)}",
         )

@@ -50,7 +50,7 @@ from pgcoord_cli.core.embedded.installation import (
     server_account,
 )
 from pgcoord_cli.core.embedded.postmaster import PORT, Postmaster, text_of
-from pgcoord_cli.errors import PgcoordError
+from pgcoord_cli.errors import PgcoordError, UsageError
 
 ROOT_BASE = Path("/var/lib/pgcoord")
 
@@ -334,12 +334,23 @@ def temporary_server(
 def dev_root(name: str = "default") -> Path:
     """Returns the directory of the `pgcoord dev` cluster of that name. PGCOORD_DEV_DIR is the parent of all of them."""
     if chosen := os.environ.get("PGCOORD_DEV_DIR"):
-        return Path(chosen).expanduser().absolute() / name
+        return _expanded(Path(chosen)) / name
     if os.geteuid() == 0:
         return ROOT_BASE / "dev" / name  # not below /root, which the server's account cannot enter
     from platformdirs import user_data_path
 
-    return user_data_path("pgcoord") / "dev" / name
+    return _expanded(user_data_path("pgcoord")) / "dev" / name
+
+
+def _expanded(path: Path) -> Path:
+    """Returns an absolute path for one that may begin with ~. Raises UsageError if there is no home directory."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:  # HOME is not set, and the user is not in the password database
+        raise UsageError(
+            f"PGCOORD_DEV_DIR: no home directory is known for {str(path)!r}",
+            hint="set PGCOORD_DEV_DIR to an absolute path, or HOME",
+        ) from None
 
 
 def _tail(log: Path, offset: int, lines: int = 10) -> str:
