@@ -55,7 +55,7 @@ _pgcoord_command() {
             valued="--epoch $valued"
             ;;
         'pgcoord kv')
-            commands='get set clear clear-range add load export range'
+            commands='get set clear clear-range add txn load export range'
             ;;
         'pgcoord kv get')
             options="--hex --integer --raw $options"
@@ -74,6 +74,10 @@ _pgcoord_command() {
             ;;
         'pgcoord kv add')
             options="--hex --timeout $options"
+            valued="--timeout $valued"
+            ;;
+        'pgcoord kv txn')
+            options="--timeout $options"
             valued="--timeout $valued"
             ;;
         'pgcoord kv load')
@@ -226,6 +230,7 @@ _pgcoord_value() {
         *' --log-format') how=(-W 'text json') ;;
         'pgcoord leader run --with') how=(-W 'dispatch') ;;
         'pgcoord kv set --value-file') how=(-f) ;;
+        'pgcoord kv txn 1') how=(-f) ;;
         'pgcoord kv load 1') how=(-f) ;;
         'pgcoord flow create 1') how=(-f) ;;
         'pgcoord flow show --format') how=(-W 'tree mermaid dot json') ;;

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -13,6 +13,11 @@ from pgcoord_cli.errors import ConditionFalse, UsageError
 
 if TYPE_CHECKING:
     from pgcoord_cli.core.kv.client import Transaction
+    from pgcoord_cli.core.kv.transaction_file import TransactionFile
+    from pgcoord_cli.render import Output
+    from pgcoord_cli.settings import Settings
+
+T = TypeVar("T")
 
 app = noun("Read and write the transactional key-value data.")
 
@@ -240,6 +245,69 @@ def add(
     _commit(ctx, "kv add", write, {"key": key, "added": amount}, timeout)
 
 
+@command(app, "txn")
+def txn(
+    ctx: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON lines; - for standard input.")],
+    timeout: Timeout = "10s",
+) -> None:
+    """Compare keys and, if every comparison is true, make all mutations at once; exit 3 if one is false.
+
+    One JSON object a line. Comparisons, of the state before the transaction, byte by byte:
+
+    \b
+      {"compare": {"key": "a", "value": "1"}}            also with "op": "!=", "<", "<=", ">", ">="
+      {"compare": {"key": "a", "absent": true}}          or "exists": true
+
+    Mutations, which apply in the order of the lines: set, add, max, min, bit_and, bit_or, bit_xor, byte_max, byte_min,
+    append_if_fits, compare_and_clear, set_versionstamped_key, set_versionstamped_value, clear and clear_range:
+
+    \b
+      {"set": {"key": "a", "value": "2"}}
+      {"set": {"key": "00ff", "value": "cafe", "encoding": "hex"}}
+      {"add": {"key": "n", "amount": 1}}                 as kv add; or an operand as "value"
+      {"clear": {"key": "b"}}
+      {"clear_range": {"prefix": "c/"}}                  or "begin" and "end"
+
+    The whole file is checked first: exit 2 names the line that is not valid. A conflict is retried until --timeout.
+
+    \b
+    Examples:
+      pgcoord kv txn transfer.jsonl
+      pgcoord kv txn - -o json < transfer.jsonl
+    """
+    from pgcoord_cli.core.kv import transaction_file
+
+    settings, out = output_of(ctx)
+    seconds = duration("--timeout")(timeout) or 0
+    parsed = _transaction_file(file, out)
+    result = _run_under_leader(
+        settings, out, "kv txn", lambda: transaction_file.commit(settings, parsed, seconds), seconds
+    )
+    out.document(result.document())
+    if result.false:
+        first = result.false[0]
+        key = transaction_file.shown(first, result.version)["key"]
+        raise ConditionFalse(
+            f"line {first.line}: the comparison of {key!r} is false", hint="nothing was written", answered=True
+        )
+
+
+def _transaction_file(name: str, out: Output) -> TransactionFile:
+    from pgcoord_cli.commands.standard_input import is_typed, stdin_bytes
+    from pgcoord_cli.core.kv import transaction_file
+
+    if name == "-":
+        if is_typed():
+            out.note("reading the transaction from the terminal; end it with Ctrl-D at the beginning of a line")
+        return transaction_file.parse(stdin_bytes(), "stdin")
+    try:
+        with Path(name).open("rb") as stream:
+            return transaction_file.parse(stream, name)
+    except OSError as error:
+        raise UsageError(f"FILE: cannot read {name!r}: {error.strerror}") from None
+
+
 @command(app, "load")
 def load(
     ctx: typer.Context,
@@ -352,11 +420,7 @@ def _commit(
     timeout: str,
 ) -> None:
     """Waits for a leader, runs one transaction, and prints its commit version."""
-    import asyncio
-
-    from pgcoord_cli.core.database import session
     from pgcoord_cli.core.kv.client import open_database
-    from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
@@ -365,11 +429,23 @@ def _commit(
         async with await open_database(settings, name, pool_size=1) as database:
             return await database.write(write, commit_seconds=seconds)
 
+    version = _run_under_leader(settings, out, name, commit, seconds)
+    out.value(record | {"version": version}, str(version))
+
+
+def _run_under_leader(
+    settings: Settings, out: Output, name: str, commit: Callable[[], Coroutine[Any, Any, T]], seconds: float
+) -> T:
+    """Waits for a leader and runs `commit`; returns its result. Raises NoLeader after `seconds`."""
+    import asyncio
+
+    from pgcoord_cli.core.database import session
+    from pgcoord_cli.core.leader import status as leader_status
+
     with session.command_session(settings, name, writes=True) as conn:
         leader_status.wait_for_leader(conn, settings.schema, seconds)
     try:
-        version = asyncio.run(commit())
+        return asyncio.run(commit())
     except KeyboardInterrupt:
         out.warn("the commit request may have been sent already; see its outcome with: pgcoord commit list")
         raise
-    out.value(record | {"version": version}, str(version))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -83,3 +84,11 @@ def test_the_flow_of_the_page_has_the_outcome_on_the_page(cli: Cli) -> None:
     assert worked.stdout == "building\nreleased\n"
     assert worked.returncode == 1, "lint failed"
     assert cli("flow", "show", flow).stdout == shown
+
+
+def test_the_transaction_of_the_page_is_valid() -> None:
+    from pgcoord_cli.core.kv.transaction_file import parse
+
+    (lines,) = blocks("docs/kv.md", "json")
+    parsed = parse(io.BytesIO(lines.encode()), "docs/kv.md")
+    assert (len(parsed.comparisons), len(parsed.mutations)) == (2, 3)
