@@ -22,7 +22,7 @@ from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.errors import PgcoordError
 
 HEALTHY_SECONDS = 10.0
-FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0
+FIRST_PAUSE, LAST_PAUSE = 1.0, 10.0
 
 T = TypeVar("T")
 
