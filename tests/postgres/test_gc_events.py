@@ -338,6 +338,26 @@ def test_i15_gc_reports_what_an_unseen_writer_keeps_with_quiet_too(
     assert answer.err.startswith(f"old {outbox.table} are kept:")
 
 
+def test_what_gc_says_of_a_writer_has_no_control_character_of_its_role(
+    settings: Settings, sql: Conn, call: Call
+) -> None:
+    role, operator = f"w\x1b[31m\u202e\x9b{uuid4().hex[:8]}", f"operator_{uuid4().hex[:8]}"
+    sql.execute(SQL("CREATE ROLE {} SUPERUSER LOGIN").format(Identifier(role)))
+    sql.execute(SQL("CREATE ROLE {} LOGIN").format(Identifier(operator)))
+    with command_session(settings, "migrate grant", writes=True) as conn:
+        grants.grant(conn, {"operator": [operator]}, dry_run=False)
+    write(sql, LEASE, 2 * DAY)
+    with psycopg.connect(make_conninfo(settings.dsn, user=role)) as writer:
+        write(writer, LEASE)
+        dsn = make_conninfo(settings.dsn, user=operator)
+        answers = [call("gc", "all", "-o", output, PGCOORD_DSN=dsn) for output in ("table", "plain", "csv")]
+        writer.rollback()
+    sql.execute(SQL("DROP ROLE {}").format(Identifier(role)))
+    for answer in answers:
+        assert r"w\x1b[31m\u202e\x9b" in answer.err
+        assert (answer.err + answer.out).replace("\n", "").isprintable()
+
+
 # -- up to undispatched events
 
 
