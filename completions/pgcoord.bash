@@ -58,7 +58,8 @@ _pgcoord_command() {
             commands='get set clear clear-range add txn load export range'
             ;;
         'pgcoord kv get')
-            options="--hex --integer --raw $options"
+            options="--hex --integer --raw --at $options"
+            valued="--at $valued"
             ;;
         'pgcoord kv set')
             options="--value-file --hex --timeout $options"

@@ -95,6 +95,7 @@ function __pgcoord_takes_value
         'pgcoord leader history --since' \
         'pgcoord leader history --limit' \
         'pgcoord leader assert --epoch' \
+        'pgcoord kv get --at' \
         'pgcoord kv set --value-file' \
         'pgcoord kv set --timeout' \
         'pgcoord kv clear --prefix' \
@@ -282,6 +283,7 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'range' -d 'List keys and 
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l hex -d 'Read and print keys and values as hexadecimal.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l integer -d 'Print the value as a little-endian integer.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l raw -d 'Write the bytes of the value and nothing else.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv get'" -l at -r -f -d 'The value at a version of the last seconds.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l value-file -r -F -d 'Read the value from a file, in place of VALUE.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l hex -d 'Read and print keys and values as hexadecimal.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv set'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit to be settled.'

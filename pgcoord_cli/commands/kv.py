@@ -45,10 +45,15 @@ def get(
     hex_: Hex = False,
     integer: Annotated[bool, typer.Option("--integer", help="Print the value as a little-endian integer.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Write the bytes of the value and nothing else.")] = False,
+    at: Annotated[
+        int | None, typer.Option("--at", metavar="VERSION", min=0, help="The value at a version of the last seconds.")
+    ] = None,
 ) -> None:
     """Print the value of a key; exit 3 if there is no such key. With `-o plain`, print the value only.
 
-    --raw writes the bytes of the value without a line feed after them, whatever -o is.
+    --raw writes the bytes of the value without a line feed after them, whatever -o is. --at takes a version that a
+    commit or another read returned some seconds ago at most; of versions that were committed in one batch, which became
+    visible together, it takes the last.
 
     \b
     Examples:
@@ -56,6 +61,7 @@ def get(
       pgcoord kv get greeting -o plain
       pgcoord kv get 00ff --hex -o json
       pgcoord kv get certificate --raw > certificate.der
+      pgcoord kv get greeting --at 1042
     """
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.kv import reading
@@ -65,7 +71,7 @@ def get(
     if raw and integer:
         raise UsageError("--raw and --integer exclude each other")
     with session.command_session(settings, "kv get", writes=False) as conn:
-        entry = reading.read_key(conn, wanted)
+        entry = reading.read_key(conn, wanted) if at is None else reading.read_key_at(conn, wanted, at)
     record = reading.show(entry, as_hex=hex_)
     if integer and entry.value is not None:
         record |= {"value": int.from_bytes(entry.value, "little"), "encoding": "integer"}

@@ -76,6 +76,19 @@ def test_i5_writes_are_read_back_at_the_printed_versions(call: Call) -> None:
 
 
 @pytest.mark.usefixtures("leader")
+def test_i4_a_value_can_be_read_at_a_version_of_the_last_seconds(call: Call) -> None:
+    versions = [call("set", "a", value, "-o", "json").document["version"] for value in ("first", "second")]
+    for version, value in zip(versions, ("first", "second"), strict=True):
+        document = call("get", "a", "--at", str(version), "-o", "json").document
+        assert (document["value"], document["version"]) == (value, version)
+    missing = call("get", "a", "--at", "0")
+    assert (missing.code, missing.out) == (3, "")
+    future = call("get", "a", "--at", str(versions[1] + 1))
+    assert future.code == 1
+    assert "has not been committed" in future.err
+
+
+@pytest.mark.usefixtures("leader")
 def test_the_longest_key_and_value_are_written_and_read_back(call: Call) -> None:
     key, value = "k" * MAX_KEY_BYTES, "v" * MAX_VALUE_BYTES
     assert call("set", key, value).code == 0

@@ -95,7 +95,7 @@ def test_i14_on_a_standby_commands_read_and_change_nothing(
     reading = {
         "leader status": 3, "leader history": 0, "leader assert --epoch 1": 6,
         "leader wait": 9,  # a standby sends no notifications
-        "kv get key": 0, "kv range": 0, "kv export": 0,
+        "kv get key": 0, "kv get key --at 0": 9, "kv range": 0, "kv export": 0,
         "commit list": 0, f"commit show {REQUEST_ID}": 3, f"commit explain {REQUEST_ID}": 3,
         "migrate status --check": 0, "migrate verify": 0, "migrate up --dry-run": 0,
         "migrate grant --reader postgres --dry-run": 0, "gc commit-requests --dry-run": 0,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any, BinaryIO, NamedTuple
 
-from psycopg import Connection
+from psycopg import Connection, errors
 
 from pgcoord_cli.core.commits.codec import MAX_KEY_BYTES, MAX_VALUE_BYTES, PAST_THE_LAST_KEY, is_text
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import UsageError
+from pgcoord_cli.errors import Rejected, TooOld, UnsuitableServer, UsageError
 
 
 class Entry(NamedTuple):
@@ -30,6 +30,33 @@ def read_key(conn: Connection[Any], key: bytes) -> Entry:
     assert row is not None  # one row even without the key, for epoch, term and version
     _, _, version, _, value = row
     return Entry(key, value, version)
+
+
+def read_key_at(conn: Connection[Any], key: bytes, version: int) -> Entry:
+    """Reads one key as it was at a version, or at the end of the batch that committed that version.
+
+    Raises Rejected for a version that was not committed, TooOld for one that can no longer be read, UnsuitableServer on
+    a standby, which has no replaced values.
+    """
+    try:
+        with conn.transaction():
+            conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            found = conn.execute(sql("kv", "version_at"), [version]).fetchone()
+            assert found is not None  # the lease always has its row
+            _, _, durable_version, readable_from, readable = found
+            if version > durable_version:
+                raise Rejected(
+                    f"version {version} has not been committed", hint=f"the last version is {durable_version}"
+                )
+            if version != durable_version and (readable_from is None or version < readable_from):
+                raise TooOld(f"version {version} can no longer be read", hint="read the present value")
+            row = conn.execute(sql("kv", "read_keys_at"), [[key], [readable], None]).fetchone()
+    except errors.FeatureNotSupported:  # unlogged tables
+        raise UnsuitableServer(
+            "a standby has no values of earlier versions", hint="read the present value, or connect to the primary"
+        ) from None
+    assert row is not None
+    return Entry(key, row[-1], readable)
 
 
 def read_range(
