@@ -203,7 +203,16 @@ def test_a_second_user_of_the_file_is_refused(file: Path) -> None:
     assert names(file.parent) == ["cursor"]
 
 
-def test_a_lock_file_of_another_kind_is_refused(file: Path) -> None:
-    os.mkfifo(file.with_name(".cursor.lock"))
-    with pytest.raises(PgcoordError, match=r"its lock file .* is not a regular file"):
+@pytest.mark.parametrize("kind", ["FIFO", "symbolic link", "hard link"])
+def test_a_lock_file_of_another_kind_is_refused(file: Path, kind: str) -> None:
+    place, precious = file.with_name(".cursor.lock"), file.with_name("precious")
+    precious.write_text("precious")
+    if kind == "FIFO":
+        os.mkfifo(place)
+    elif kind == "symbolic link":
+        place.symlink_to(precious)
+    else:
+        place.hardlink_to(precious)
+    with pytest.raises(PgcoordError, match=r"its lock file .* is not a regular file with one name|Too many levels of"):
         CursorFile(file).lock()
+    assert precious.read_text() == "precious"

@@ -56,9 +56,11 @@ def _open(path: Path) -> int:
     # O_NONBLOCK: a FIFO that was put there must not block the call.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o600)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    # A second name could be that of any file, which the pid would overwrite.
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
-        raise OSError(0, f"its lock file {str(path)!r} is not a regular file")
+        raise OSError(0, f"its lock file {str(path)!r} is not a regular file with one name")
     return descriptor
 
 
