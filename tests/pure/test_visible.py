@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pgcoord_cli
-from pgcoord_cli.render import plain_scalar, scalar
+from pgcoord_cli.render import Output, plain_scalar, scalar
+from pgcoord_cli.render.log import TextFormatter
 from pgcoord_cli.render.visible import on_one_line, visible, visible_json, visible_message
+from pgcoord_cli.settings import ColorMode, OutputFormat, Presentation
 
 PACKAGE = Path(pgcoord_cli.__file__).parent
 
@@ -91,6 +94,24 @@ def test_nothing_but_render_writes_to_a_standard_stream() -> None:
     assert found == set(WRITERS), "what is written has to pass through Output, which escapes it"
 
 
-@pytest.mark.parametrize("char", ["\x1b", "\u202e"])
-def test_a_tab_and_a_line_feed_do_not_hide_what_follows(char: str) -> None:
-    assert char not in visible(f"\t\n{char}")
+HOSTILE = "a\x1b[2J\u202eb\x9b"
+SHOWN = r"a\x1b[2J\u202eb\x9b"
+
+
+def test_output_escapes_what_its_callers_have_not_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    for color in ColorMode:
+        out = Output(Presentation(output=OutputFormat.PLAIN, verbose=True, color=color))
+        out.lines([HOSTILE])
+        out.value({"name": HOSTILE}, HOSTILE)
+        out.record({"name": HOSTILE}, HOSTILE)
+        written = capsys.readouterr()
+        assert (written.out, written.err) == (f"{SHOWN}\n" * 3, "")
+        out.note(HOSTILE)
+        out.detail(HOSTILE)
+        out.warn(HOSTILE)
+        assert capsys.readouterr().err.count(SHOWN) == 3
+
+
+def test_a_log_line_is_escaped() -> None:
+    record = logging.makeLogRecord({"name": f"pgcoord.{HOSTILE}", "msg": HOSTILE, "levelname": "INFO"})
+    assert TextFormatter(ColorMode.NEVER).format(record).endswith(f"INFO [{SHOWN}] {SHOWN}")
