@@ -9,11 +9,13 @@ malformed connection string, which quotes it and is not passed on.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import psycopg
 from psycopg import AsyncConnection, Connection, errors, pq, waiting
@@ -78,6 +80,38 @@ def is_unconfirmed(notice: errors.Diagnostic) -> bool:
     return notice.source_function == "SyncRepWaitForLSN"
 
 
+FORK_HINT = "a forked process opens connections of its own"
+
+_inherited: WeakSet[Connection[Any] | AsyncConnection[Any]] = WeakSet()
+"""The open connections, which a forked child closes."""
+
+
+def close_in_children(conn: Connection[Any] | AsyncConnection[Any]) -> None:
+    """Has a forked child close its copy of the connection's socket, so that only this process keeps the session."""
+    _inherited.add(conn)
+
+
+def _close_inherited() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for conn in _inherited:
+        if conn.pgconn.status == pq.ConnStatus.OK:
+            # The number stays in use, by /dev/null: libpq, which does not know of the fork, would send its message of
+            # the session's end to the parent's server process, or to a file that got the number meanwhile.
+            os.dup2(null, conn.pgconn.socket, inheritable=False)
+    os.close(null)
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+def require_process(pid: int, what: str) -> None:
+    """Raises UsageError unless this is process `pid`, which made `what`, and not a child that was forked from it."""
+    if os.getpid() != pid:
+        raise UsageError(
+            f"{what} was opened by process {pid} and cannot be used in process {os.getpid()}", hint=FORK_HINT
+        )
+
+
 class Session(Connection[Any]):
     """A connection that never cancels a statement, and reports a commit that replication has not confirmed.
 
@@ -88,6 +122,8 @@ class Session(Connection[Any]):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._opened_by = os.getpid()
+        close_in_children(self)
         self._is_unconfirmed = False
         self.add_notice_handler(self._on_notice)
 
@@ -97,8 +133,9 @@ class Session(Connection[Any]):
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Waits like psycopg, except that an interrupt closes the connection instead of cancelling the statement.
 
-        Raises Unconfirmed after a commit that replication did not confirm.
+        Raises Unconfirmed after a commit that replication did not confirm, and UsageError in a forked child.
         """
+        require_process(self._opened_by, "this connection")
         limits = {} if timeout is None else {"timeout": timeout}
         try:
             result = waiting.wait(gen, self.pgconn.socket, interval=interval, **limits)
@@ -113,6 +150,10 @@ class Session(Connection[Any]):
 
 class AsyncSession(AsyncConnection[Any]):
     """A Session for asyncio: a cancelled task does not cancel its statement either."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        close_in_children(self)
 
     async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Waits like psycopg, except that an interrupt or a cancelled task closes the connection."""

@@ -28,6 +28,10 @@ SELECT lock_name FROM lock_names WHERE lock_key = $1::bigint;
 -- Takes a session-level advisory lock if it is free; never waits.
 SELECT pg_try_advisory_lock($1::bigint) AS is_taken;
 
+-- name: unlock
+-- Releases a session-level advisory lock.
+SELECT pg_advisory_unlock($1::bigint) AS is_released;
+
 -- name: wait_for_lock
 -- Takes a session-level advisory lock, waiting in PostgreSQL's queue for at most the session's lock_timeout.
 SELECT pg_advisory_lock($1::bigint) IS NOT NULL AS is_taken;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -357,3 +359,62 @@ def test_both_raise_at_the_first_event_what_is_wrong_with_the_start(sql: Conn, e
 
 def test_a_set_of_filters_may_be_any_collection() -> None:
     assert Filters(partitions=[1, 2], kinds=("expired",)) == Filters(frozenset({2, 1}), kinds={"expired"})
+
+
+# -- a fork
+
+FORKING = """
+import asyncio, os, sys
+from pgcoord_cli import StartPosition, UsageError, connect, tail, tail_async
+
+def refused(call):
+    try:
+        call()
+    except BaseException as error:
+        if not isinstance(error, UsageError):
+            print("instead:", repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        assert f"was opened by process {os.getppid()}" in error.message, error
+        assert error.hint
+        return
+    print("not refused:", call, file=sys.stderr)
+    os._exit(1)
+
+def in_child(*calls):
+    if (child := os.fork()) == 0:
+        for call in calls:
+            refused(call)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "a child was not refused"
+
+def step(coroutine):
+    # The child has no running loop to wait in; each of these is refused before it waits.
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        pass
+
+with tail("lease", start=StartPosition.beginning()) as events:
+    print(next(events).event_id)
+    in_child(lambda: next(events))
+    print(next(events).event_id)
+
+async def scenario():
+    async with tail_async("lease", start=StartPosition.beginning()) as events:
+        print((await anext(events)).event_id)
+        in_child(lambda: step(events.__anext__()))
+        print((await anext(events)).event_id)
+    async with await connect() as database:
+        await database.read_version()
+        in_child(lambda: step(database.read_version()), lambda: step(database.transaction().get(b"a")))
+        print(await database.read_version())
+
+asyncio.run(scenario())
+"""
+
+
+def test_after_a_fork_the_child_is_refused_and_the_parent_goes_on(sql: Conn) -> None:
+    write(sql, 2)
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert (done.stderr, done.returncode, done.stdout.split()) == ("", 0, ["1", "2", "1", "2", "0"])

@@ -31,7 +31,7 @@ from pgcoord_cli.errors import (
     UsageError,
 )
 from pgcoord_cli.settings import Settings
-from tests.asking import until, value
+from tests.asking import TIMEOUT, until, value
 from tests.postgres.ownership_contract import ELSEWHERE, Implementation, Owner, OwnershipContract
 
 Conn = psycopg.Connection[Any]
@@ -47,10 +47,19 @@ sys.stdin.read()
 FORKING = """
 import os, sys
 from pgcoord_cli.core.locks.ownership import acquire_leadership
+from pgcoord_cli.errors import UsageError
 
 with acquire_leadership(*sys.argv[1:]) as owner:
     if (child := os.fork()) == 0:
         # Everything that a child may do with the inherited owner, including a normal exit.
+        for call in (owner.checkpoint.load, lambda: owner.checkpoint.save(7)):
+            try:
+                call()
+            except UsageError as refused:
+                assert f"the ownership of 'mailer' was opened by process {os.getppid()}" in refused.message
+                assert refused.hint
+            else:
+                sys.exit("not refused")
         owner.release()
         with owner:
             pass
@@ -59,6 +68,22 @@ with acquire_leadership(*sys.argv[1:]) as owner:
     owner.checkpoint.save(3)
     print("owned", flush=True)
     sys.stdin.read()
+"""
+
+
+LEAVES_A_CHILD = """
+import os, sys, psycopg
+from pgcoord_cli.core.locks.ownership import acquire_leadership
+
+dsn, kind = sys.argv[1:]
+target = psycopg.connect(dsn) if kind == "connection" else dsn
+owner = acquire_leadership(target, "mailer")
+if os.fork() == 0:
+    print("forked", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+sys.stdin.readline()
+os._exit(0)
 """
 
 
@@ -235,6 +260,39 @@ def test_a_forked_child_does_not_release_the_name_of_its_parent(
     assert parent.returncode == 0
     until(lambda: holder_pid(sql) is None)
     assert acquire().checkpoint.load() == 3
+
+
+@pytest.mark.parametrize("kind", ["dsn", "connection"])
+def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_name(
+    settings: Settings, sql: Conn, kind: str
+) -> None:
+    command = python(LEAVES_A_CHILD, settings.dsn, kind)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as parent:
+        assert parent.stdout
+        assert parent.stdin
+        assert parent.stdout.readline() == b"forked\n"
+        assert holder_pid(sql)
+        parent.stdin.write(b"end\n")
+        parent.stdin.flush()
+        assert parent.wait(TIMEOUT) == 0
+        until(lambda: holder_pid(sql) is None)  # the child still runs: it reads the pipe that is open
+        parent.stdin.close()
+
+
+@pytest.mark.parametrize("kind", ["dsn", "connection"])
+def test_a_released_name_is_free_when_release_returns(settings: Settings, sql: Conn, kind: str) -> None:
+    for _ in range(20):
+        owner = acquire_leadership(settings.dsn if kind == "dsn" else psycopg.connect(settings.dsn), "mailer")
+        owner.release()
+        assert value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+
+
+def test_release_returns_when_the_session_has_been_terminated(settings: Settings, sql: Conn) -> None:
+    owner = acquire_leadership(settings.dsn, "mailer")
+    sql.execute("SELECT pg_terminate_backend(%s, 10000)", [holder_pid(sql)])
+    owner.release()
+    owner.release()
+    assert holder_pid(sql) is None
 
 
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\0b"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from psycopg import AsyncConnection
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.db.callback_connection import Answer, CallbackConnection, PendingStatement
+from pgcoord_cli.db.connection import require_process
 from pgcoord_cli.errors import ConnectionFailed
 
 _log = logging.getLogger("pgcoord.pool")
@@ -47,6 +49,11 @@ class Pool:
         self._openings: set[asyncio.Task[CallbackConnection]] = set()
         self._backoff = Backoff(FIRST_PAUSE, LAST_PAUSE)
         self._closed = False
+        self._opened_by = os.getpid()
+
+    def require_own_process(self) -> None:
+        """Raises UsageError in a process that was forked from the one that made the pool."""
+        require_process(self._opened_by, "this client")
 
     def run(self, text: str, parameters: Sequence[bytes | None], done: Callable[[Answer], None]) -> None:
         """Runs a statement; `done` gets its rows, a psycopg.Error, or the error that opening a connection raised."""
@@ -58,7 +65,12 @@ class Pool:
         self._add(await self._open_another())
 
     async def close(self) -> None:
-        """Closes every connection; statements that wait or run get an error as their answer."""
+        """Closes every connection; statements that wait or run get an error as their answer.
+
+        In a forked child, does nothing.
+        """
+        if os.getpid() != self._opened_by:
+            return  # its sockets are closed, and the tasks belong to the parent's event loop
         self._closed = True
         for opening in self._openings:
             opening.cancel()

@@ -18,6 +18,7 @@ has it, at the latest after the connect timeout or ANSWER_TIMEOUT_SECONDS.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
@@ -38,6 +39,7 @@ from pgcoord_cli.core.events.tail import (
     Tail,
     ignore_notice,
 )
+from pgcoord_cli.db.connection import require_process
 from pgcoord_cli.settings import resolve_arguments
 
 BATCHES_AHEAD = 2
@@ -127,6 +129,7 @@ class _Handover:
         thread = threading.Thread(target=self.run, args=(tail,), name="pgcoord/tail", daemon=True)
         thread.start()
         item: Batch | Notice | _Ended | None = None
+        process = os.getpid()
         try:
             while not isinstance(item := await self._items.get(), _Ended):
                 if isinstance(item, Notice):
@@ -135,19 +138,25 @@ class _Handover:
                 for event in item.events:
                     self.place.cursor = event.cursor
                     yield event
+                    require_process(process, "this iterator")
                 self.place.cursor = to_cursor(item.position)
                 self._room.release()
             if item.error:
                 raise item.error
         finally:
-            tail.stop()
-            self._room.release()  # for a thread that waits for room
-            try:
-                if not isinstance(item, _Ended):
-                    await self._wait_for_end()
-            finally:
-                thread.join()
-                tail.close()
+            if os.getpid() == process:  # a forked child has neither the thread nor its event loop
+                await self._end(tail, thread, has_ended=isinstance(item, _Ended))
+
+    async def _end(self, tail: Tail, thread: threading.Thread, *, has_ended: bool) -> None:
+        """Ends the thread and closes the tail."""
+        tail.stop()
+        self._room.release()  # for a thread that waits for room
+        try:
+            if not has_ended:
+                await self._wait_for_end()
+        finally:
+            thread.join()
+            tail.close()
 
     async def _wait_for_end(self) -> None:
         """Waits until the thread has ended. A cancellation meanwhile takes effect then, so that nothing is left."""

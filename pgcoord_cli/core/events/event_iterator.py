@@ -10,6 +10,7 @@ time, so that a slow caller slows the reading down and at most one batch is in m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import Any, Generic, Literal, Self, TypeVar, overload
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.core.events.outbox import CompletionEvent, Event, LeaseEvent, outbox_named
 from pgcoord_cli.core.events.tail import EVERYTHING, NOW, Filters, OnNotice, StartPosition, Tail, ignore_notice
+from pgcoord_cli.db.connection import require_process
 from pgcoord_cli.settings import resolve_arguments
 
 E = TypeVar("E", bound=Event)
@@ -73,11 +75,13 @@ class EventIterator(Generic[E]):
 
 
 def _events(tail: Tail, place: Place) -> Iterator[Event]:
+    process = os.getpid()
     with closing(tail):
         for batch in tail.batches():
             for event in batch.events:
                 place.cursor = event.cursor
                 yield event
+                require_process(process, "this iterator")
             place.cursor = to_cursor(batch.position)
 
 

@@ -147,8 +147,10 @@ class SnapshotReader:
         """Returns a snapshot that contains at least `read_set`, of version `at` (None: of now).
 
         Retries a read that failed, over a new connection if the old one was lost. Raises TooOld if the version can no
-        longer be read, and PgcoordError when the read has failed RETRIES times and once more.
+        longer be read, PgcoordError when the read has failed RETRIES times and once more, and UsageError in a forked
+        child.
         """
+        self._pool.require_own_process()
         read = PendingRead(read_set, at)
         self._batcher.add(read)
         with mapped_errors():
@@ -156,6 +158,7 @@ class SnapshotReader:
 
     def start(self, read: PendingRead) -> None:
         """Sends a read with the next batch; other reads may join it until then. Its errors are those of psycopg."""
+        self._pool.require_own_process()
         self._batcher.add(read)
 
     async def version_at(self, version: int) -> ReadVersion:

@@ -181,8 +181,9 @@ class Submitter:
         """Submits a request and returns its outcome.
 
         Raises OutcomeUnknown when the outcome is not known after `seconds`, and ConnectionFailed when the request could
-        not even be sent in that time; then it never will be.
+        not even be sent in that time; then it never will be. Raises UsageError in a forked child.
         """
+        self._pool.require_own_process()
         if self._closed:
             raise ConnectionFailed(CLOSED, hint="nothing was written")
         commit = PendingCommit(submission, self._loop, seconds)

@@ -22,7 +22,8 @@ with it. While a synchronous standby stalls, the fence cannot become durable, an
 **The key** of the lock is a 64-bit hash of schema and name. The name behind each key is stored and compared, so two
 names with the same key are reported (KeyCollision) instead of excluding each other without reason.
 
-**Fork.** A child process does not share the ownership: `release` there leaves the connection open.
+**Fork.** A child process does not share the ownership. Its copy of the socket is closed at the fork, so that the lock
+ends with the parent; `load` and `save` raise UsageError there, and `release` does nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ from psycopg.rows import dict_row, tuple_row
 
 from pgcoord_cli.core.database.advisory_keys import LockHolder, lock_holder, lock_key
 from pgcoord_cli.core.database.session import adopt_session, open_session
-from pgcoord_cli.db.connection import Unconfirmed, is_unconfirmed, translate
+from pgcoord_cli.db.connection import (
+    Unconfirmed,
+    close_in_children,
+    is_unconfirmed,
+    require_process,
+    translate,
+)
 from pgcoord_cli.db.pipeline import Pipeline, Unanswered
 from pgcoord_cli.db.sqlfiles import sql
 from pgcoord_cli.errors import (
@@ -65,6 +72,9 @@ MAX_NAME = 200
 
 FENCE_SECONDS = 10.0
 """How long the draw of a fence may go unanswered: it waits for the disk, and for synchronous standbys."""
+
+RELEASE_SECONDS = 5.0
+"""How long `release` waits for the server's answer."""
 
 
 def check_name(name: str, option: str) -> str:
@@ -128,6 +138,7 @@ def _session(target: str | Connection[Any] | None, settings: Settings) -> Connec
     # The check for a pooler opens connections of its own: to the server of the target, not that of the environment.
     password = {"password": target.info.password} if target.info.password else {}
     address = make_conninfo(target.info.dsn, **password)
+    close_in_children(target)
     return adopt_session(target, replace(settings, dsn=address, dsn_source="the connection"), writes=True)
 
 
@@ -245,18 +256,29 @@ class Ownership:
     def __init__(self, conn: Connection[Any], subscription_name: str, fence: Fence, schema: str) -> None:
         self._conn = conn
         self._pid = os.getpid()
+        self._schema = schema
         self.subscription_name = subscription_name
         self.fence = fence.number
         self.checkpoint = Checkpoint(conn, subscription_name, fence, schema)
 
     def release(self) -> None:
-        """Releases the name by closing the connection; repeated calls do nothing."""
-        # In a forked child the socket is the parent's too: closing it properly would end the parent's session.
-        if os.getpid() == self._pid:
-            if not self._conn.closed:
-                name, fence = self.subscription_name, self.fence
-                _log.info("%r is released, with fence %d", name, fence, extra=_fields(name, fence))
+        """Releases the name, and closes the connection; repeated calls, and calls in a forked child, do nothing.
+
+        When it returns, the server has released the lock, unless the server does not answer for RELEASE_SECONDS or the
+        connection was lost: then the lock ends with the session.
+        """
+        if os.getpid() != self._pid or self._conn.closed:
+            return
+        try:
+            # The end of a connection is noticed by the server a moment later; its answer to a statement is not late.
+            key = subscription_lock(self._schema, self.subscription_name)
+            Pipeline(self._conn, RELEASE_SECONDS).fetch(sql("locks", "unlock"), [key.to_bytes(8, "big", signed=True)])
+        except psycopg.Error as error:
+            _log.debug("the session of %r is lost: %s", self.subscription_name, error)
+        finally:
             self._conn.close()
+        name, fence = self.subscription_name, self.fence
+        _log.info("%r is released, with fence %d", name, fence, extra=_fields(name, fence))
 
     def __enter__(self) -> Self:
         return self
@@ -272,12 +294,16 @@ class Checkpoint:
 
     def __init__(self, conn: Connection[Any], name: str, fence: Fence, schema: str) -> None:
         self._conn = conn
+        self._pid = os.getpid()
         self._name = name
         self._fence = fence
         self._schema = schema
 
     def load(self) -> int | None:
-        """Returns the last committed position, of any owner, or None. Raises CoordinationError."""
+        """Returns the last committed position, of any owner, or None.
+
+        Raises CoordinationError, and UsageError in a forked child.
+        """
         row = self._execute(self._conn, sql("subscriptions", "checkpoint"), [self._name])
         return row[1] if row else None
 
@@ -285,7 +311,8 @@ class Checkpoint:
         """Saves `position` in the current transaction of `conn`, or in its own without a `conn`.
 
         A position never goes back: a smaller one changes nothing. Raises Fenced if the name has been acquired again
-        since; the caller must then roll back the transaction. Raises CoordinationError.
+        since; the caller must then roll back the transaction. Raises CoordinationError, and UsageError in a forked
+        child.
         """
         statement = sql("subscriptions", "save", schema=self._schema)
         row = self._execute(
@@ -300,6 +327,7 @@ class Checkpoint:
             )
 
     def _execute(self, conn: Connection[Any], text: str, values: list[Any]) -> tuple[Any, ...] | None:
+        require_process(self._pid, f"the ownership of {self._name!r}")
         try:
             # The caller's connection keeps its cursor and row factories: both are chosen for this one cursor.
             return RawCursor(conn, row_factory=tuple_row).execute(text, values).fetchone()
