@@ -90,6 +90,7 @@ SHOWN: dict[str, list[tuple[str, ...]]] = {
     "kv clear-range": [(BAD, "--hex"), ("a", "b", "--timeout", BAD)],
     "kv add": [("k", BAD)],
     "kv load": [(f"/nonexistent/{BAD}",)],
+    "kv txn": [(f"/nonexistent/{BAD}",)],
     "kv export": [(BAD, "--hex")],
     "kv range": [(), (BAD, "--hex")],
     "commit list": [(), ("--status", BAD)],
