@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -72,17 +74,16 @@ with acquire_leadership(*sys.argv[1:]) as owner:
 
 
 LEAVES_A_CHILD = """
-import os, sys, psycopg
+import os, signal, sys, psycopg
 from pgcoord_cli.core.locks.ownership import acquire_leadership
 
 dsn, kind = sys.argv[1:]
 target = psycopg.connect(dsn) if kind == "connection" else dsn
 owner = acquire_leadership(target, "mailer")
 if os.fork() == 0:
-    print("forked", flush=True)
-    sys.stdin.read()
-    os._exit(0)
-sys.stdin.readline()
+    print(os.getpid(), flush=True)
+    signal.pause()
+sys.stdin.read()
 os._exit(0)
 """
 
@@ -270,13 +271,14 @@ def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_name(
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as parent:
         assert parent.stdout
         assert parent.stdin
-        assert parent.stdout.readline() == b"forked\n"
-        assert holder_pid(sql)
-        parent.stdin.write(b"end\n")
-        parent.stdin.flush()
-        assert parent.wait(TIMEOUT) == 0
-        until(lambda: holder_pid(sql) is None)  # the child still runs: it reads the pipe that is open
-        parent.stdin.close()
+        child = int(parent.stdout.readline())
+        try:
+            assert holder_pid(sql)
+            parent.stdin.close()
+            assert parent.wait(TIMEOUT) == 0
+            until(lambda: holder_pid(sql) is None)
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kind", ["dsn", "connection"])
