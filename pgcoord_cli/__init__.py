@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pgcoord_cli.core.flows.flows import CreatedFlow
     from pgcoord_cli.core.kv.client import Database, connect
     from pgcoord_cli.core.kv.key_selector import KeySelector
+    from pgcoord_cli.core.kv.options import TransactionOptions
     from pgcoord_cli.core.kv.transaction import Transaction
     from pgcoord_cli.core.kv.watches import Watch
     from pgcoord_cli.core.locks.ownership import Checkpoint, Ownership, acquire_leadership
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         KeyCollision,
         KeyTooLarge,
         LockNotAcquired,
+        NoLeader,
         OutcomeUnknown,
         PermissionDenied,
         PgcoordError,
@@ -70,9 +72,11 @@ if TYPE_CHECKING:
         TimedOut,
         TimeLimit,
         TooOld,
+        TransactionCancelled,
         TransactionTooLarge,
         UnsuitableServer,
         UsageError,
+        UsedDuringCommit,
         ValueTooLarge,
     )
 
@@ -103,6 +107,7 @@ __all__ = [
     "KeyTooLarge",
     "LeaseEvent",
     "LockNotAcquired",
+    "NoLeader",
     "Notice",
     "OutcomeUnknown",
     "Ownership",
@@ -116,9 +121,12 @@ __all__ = [
     "TimedOut",
     "TooOld",
     "Transaction",
+    "TransactionCancelled",
+    "TransactionOptions",
     "TransactionTooLarge",
     "UnsuitableServer",
     "UsageError",
+    "UsedDuringCommit",
     "ValueTooLarge",
     "Watch",
     "acquire_leadership",
@@ -140,6 +148,7 @@ _MODULES = {
     "core.flows.flows": ("CreatedFlow",),
     "core.kv.client": ("Database", "connect"),
     "core.kv.key_selector": ("KeySelector",),
+    "core.kv.options": ("TransactionOptions",),
     "core.kv.transaction": ("Transaction",),
     "core.kv.watches": ("Watch",),
     "core.locks.ownership": ("Checkpoint", "Ownership", "acquire_leadership"),

@@ -9,6 +9,8 @@
     │       ├── KeyTooLarge         longer than an index entry of PostgreSQL can be
     │       ├── ValueTooLarge       longer than 100,000 bytes
     │       └── TransactionTooLarge more than 10,000,000 bytes in all
+    ├── UsedDuringCommit        1   a transaction was used while it commits, or afterwards
+    ├── TransactionCancelled    1   the transaction was cancelled, or reset
     ├── MigrationEdited         1   an applied migration differs from its file
     ├── PermissionDenied        1   the role lacks a right; `migrate grant` grants it
     ├── ServerUnavailable       1   no PostgreSQL installation for an embedded server
@@ -108,6 +110,18 @@ class TransactionTooLarge(Rejected):
     """The reads and writes of the transaction have more than 10,000,000 bytes in all."""
 
     code = "transaction_too_large"
+
+
+class UsedDuringCommit(PgcoordError):
+    """A transaction was used while its commit was in progress or after it; `reset` makes it new."""
+
+    code = "used_during_commit"
+
+
+class TransactionCancelled(PgcoordError):
+    """The transaction was cancelled or reset; nothing of it was sent since."""
+
+    code = "transaction_cancelled"
 
 
 class MigrationEdited(PgcoordError):

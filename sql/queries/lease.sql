@@ -7,6 +7,12 @@ SELECT epoch, term_id, leader_addr, durable_version, conflict_floor, window_star
   FROM leader_lease
  WHERE id = 1;
 
+-- name: is_held
+-- Whether a leader holds an unexpired lease, by the server's clock.
+SELECT term_id IS NOT NULL AND expires_at > clock_timestamp() AS held
+  FROM leader_lease
+ WHERE id = 1;
+
 -- name: wait_for_leader_lock
 -- Takes the leader lock, waiting for at most the session's lock_timeout; PostgreSQL releases it when the leader's session ends.
 SELECT pg_advisory_lock($1::bigint);

@@ -32,10 +32,11 @@ from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.database.listener import Listener
 from pgcoord_cli.core.database.session import open_session
-from pgcoord_cli.core.kv import client, submissions, transaction
+from pgcoord_cli.core.kv import client, submissions
 from pgcoord_cli.core.kv.client import Database, Transaction
 from pgcoord_cli.core.kv.direct_commit import DirectCommitBackoff
 from pgcoord_cli.core.kv.hot_keys import kind_of
+from pgcoord_cli.core.kv.options import TransactionOptions
 from pgcoord_cli.core.kv.snapshots import RangeRead, ReadSet
 from pgcoord_cli.core.kv.submissions import PendingCommit, Submitter
 from pgcoord_cli.core.leader import candidate
@@ -407,15 +408,17 @@ def test_run_retries_after_the_time_limit(settings: Settings, sql: Sql, monkeypa
             nonlocal attempts
             attempts += 1
             await tr.get(b"k")
-            if attempts == 2:
-                monkeypatch.undo()
             tr.set(b"k", b"v")
 
-        monkeypatch.setattr(transaction, "TIME_LIMIT_SECONDS", -1.0)
+        monkeypatch.setattr(TransactionOptions, "__post_init__", lambda _: None)
         with pytest.raises(TimeLimit):
-            await db.run(work, retry_limit=0)
-        await db.run(work)
+            await db.run(work, retry_limit=0, time_limit_seconds=-1.0)
+        attempts = 0
+        db.options = db.options.changed(time_limit_seconds=-1.0)
+        with pytest.raises(TimeLimit):
+            await db.run(work, retry_limit=1)
         assert attempts == 2
+        await db.run(work, time_limit_seconds=5.0)
 
     run_scenario(settings, scenario)
     assert requests(sql) == [("committed", 1)]

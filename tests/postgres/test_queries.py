@@ -235,6 +235,7 @@ EXPECTED = {
         "window_start_id bigint, queue_floor_id bigint, acquired_at timestamptz, renewed_at timestamptz, "
         "expires_at timestamptz, held boolean, expires_in_seconds double precision",
     ),
+    "lease.is_held": Shape("", "held boolean"),
     "lease.wait_for_leader_lock": Shape("bigint", "pg_advisory_lock void"),
     "lease.try_leader_lock": Shape("bigint", "locked boolean"),
     "lease.make_commits_durable": Shape("", "set_config text"),

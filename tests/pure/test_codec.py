@@ -50,7 +50,15 @@ def several(items: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]
     return st.lists(items, max_size=5).map(tuple)
 
 
-requests = st.builds(Request, several(keys | long_keys), several(ranges), several(ranges), several(mutations))
+def without_conflicts_at(request: Request, places: set[int]) -> Request:
+    return request._replace(no_conflict=tuple(sorted(place for place in places if place < len(request.mutations))))
+
+
+requests = st.builds(
+    without_conflicts_at,
+    st.builds(Request, several(keys | long_keys), several(ranges), several(ranges), several(mutations)),
+    st.sets(st.integers(0, 4), max_size=2),
+)
 
 scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(max_size=5)
 anything = st.recursive(
@@ -107,6 +115,22 @@ def test_i6_any_messagepack_is_decoded_or_refused(content: Any) -> None:
 @given(shaped_like_a_request)
 def test_i6_anything_in_the_shape_of_a_request_is_decoded_or_refused(content: Any) -> None:
     assert_decoded_or_refused(packed(content))
+
+
+@pytest.mark.parametrize("places", [[1], [-1], [True], ["0"], [None], 0, None, [2**63]])
+def test_i6_a_place_of_no_mutation_is_refused(places: Any) -> None:
+    mutations = [[0, b"k", b"v"]]
+    assert codec.decode(b"\x03" + msgpack.packb([[], [], [], mutations, [0]])).no_conflict == (0,)
+    with pytest.raises(Undecodable):
+        codec.decode(b"\x03" + msgpack.packb([[], [], [], mutations, places]))
+
+
+def test_only_a_request_that_needs_it_has_version_3() -> None:
+    request = Request((), (), (), (Mutation(Op.SET, b"k", b"v"),))
+    assert codec.encode(request)[0] == 2
+    assert codec.encode(request._replace(no_conflict=(0,)))[0] == 3
+    with pytest.raises(Undecodable, match="4 fields"):
+        codec.decode(b"\x02" + codec.encode(request._replace(no_conflict=(0,)))[1:])
 
 
 @given(st.data(), requests)

@@ -30,7 +30,7 @@ from pgcoord_cli import (
 
 NAMES = {
     # transactions
-    "connect", "Database", "KeySelector", "Transaction", "Watch",
+    "connect", "Database", "KeySelector", "Transaction", "TransactionOptions", "Watch",
     # events
     "tail", "tail_async", "append_completion_event", "append_lease_event", "AsyncEventIterator", "CompletionEvent",
     "Event", "EventIterator", "Filters", "LeaseEvent", "Notice", "StartPosition",
@@ -40,7 +40,7 @@ NAMES = {
     "open_flows", "Claim", "CreatedFlow", "Flows",
     # errors
     "Busy", "CommitRefused", "ConditionFalse", "Conflict", "ConnectionFailed", "CoordinationError", "CursorExpired",
-    "HistoryChanged",
+    "HistoryChanged", "NoLeader", "TransactionCancelled", "UsedDuringCommit",
     "Fenced", "KeyCollision", "KeyTooLarge", "LockNotAcquired", "OutcomeUnknown", "PermissionDenied", "PgcoordError",
     "Rejected", "SchemaMissing", "SchemaUnknown", "TimedOut", "TimeLimit", "TooOld", "TransactionTooLarge",
     "UnsuitableServer", "UsageError", "ValueTooLarge",
@@ -48,7 +48,7 @@ NAMES = {
 """The contract: names may be added."""
 
 ERRORS_OF_COMMANDS = {"CommandNotExecutable", "CommandNotFound",
-    "Interrupted", "LockLost", "MigrationEdited", "NoLeader", "ServerUnavailable", "Terminated",
+    "Interrupted", "LockLost", "MigrationEdited", "ServerUnavailable", "Terminated",
 }  # fmt: skip
 """Raised by commands only."""
 

@@ -51,6 +51,12 @@ requests = st.builds(
     st.lists(ordered_ranges, max_size=1).map(tuple),
     st.lists(mutations, max_size=2).map(tuple),
 )
+
+
+def without_conflicts_at(request: Request, places: set[int]) -> Request:
+    return request._replace(no_conflict=tuple(sorted(place for place in places if place < len(request.mutations))))
+
+
 GARBAGE = b"\x01\xc1"
 
 
@@ -241,7 +247,7 @@ def stored(everything: Iterable[Claimed], verdicts: Iterable[Verdict]) -> list[S
     ]
 
 
-@given(requests, st.integers(1, 40))
+@given(st.builds(without_conflicts_at, requests, st.sets(st.integers(0, 1))), st.integers(1, 40))
 def test_i8_a_stored_commit_wrote_what_its_leader_recorded(request: Request, version: int) -> None:
     keys, ranges = stored_writes(codec.encode(request), version)
     recorded_keys, recorded_ranges = writes_of(with_stamps(request, version))
@@ -314,6 +320,7 @@ def test_writes_are_the_keys_of_mutations_and_both_kinds_of_ranges() -> None:
         (Mutation(Op.SET, b"a", b"1"), Mutation(Op.CLEAR, b"b", None), Mutation(Op.CLEAR_RANGE, b"c", b"d")),
     )
     assert writes_of(request) == ([b"a", b"b"], [(b"c", b"d"), (b"x", None)])
+    assert writes_of(request._replace(no_conflict=(0, 2))) == ([b"b"], [(b"x", None)])
 
 
 # -- periods

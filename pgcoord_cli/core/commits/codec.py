@@ -1,15 +1,17 @@
 """The encoding of a commit request: what the transaction read, and what it writes. Pure.
 
-One byte of format version, then a MessagePack array of four:
+One byte of format version, then a MessagePack array of four, in version 3 of five:
 
-    [read_keys, read_ranges, write_ranges, mutations]
+    [read_keys, read_ranges, write_ranges, mutations, no_conflict]
 
     read_keys     [key, …]                  keys that were read
     read_ranges   [[begin, end], …]         half-open ranges that were read; an end of nil is past the last key
     write_ranges  [[begin, end], …]         ranges that conflict with reads like writes, without being written
     mutations     [[op, key, operand], …]   in the order in which they apply
+    no_conflict   [place, …]                places in `mutations`, from 0, of those that conflict with no read
 
-Version 2 knows all operations; version 1, which this program still reads, only set, clear and clear_range.
+Version 2 knows all operations; version 1, which this program still reads, only set, clear and clear_range. Version 3 is
+written only where `no_conflict` is not empty, so that leaders that do not know it can settle all other requests.
 
 Keys, bounds and operands are binary. `docs/wire-format.md` describes the format for other languages. A payload that
 cannot be decoded raises Undecodable with a reason; the leader settles that one request as `rejected` (rule I6).
@@ -24,9 +26,11 @@ from typing import Any, NamedTuple
 import msgpack
 
 FORMAT_VERSION = 2
+NO_CONFLICT_VERSION = 3
+"""The format version of requests with `no_conflict`."""
+
 VERSIONSTAMP_BYTES = 10
 STAMP_OFFSET_BYTES = 4
-_HEADER = bytes([FORMAT_VERSION])
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 MAX_KEY_BYTES = 2_600
@@ -65,7 +69,11 @@ class Op(IntEnum):
 
 _OPERATIONS = {op.value: op for op in Op}
 
-LAST_OPERATION = {1: Op.CLEAR_RANGE, 2: Op.SET_VERSIONSTAMPED_VALUE}
+LAST_OPERATION = {
+    1: Op.CLEAR_RANGE,
+    FORMAT_VERSION: Op.SET_VERSIONSTAMPED_VALUE,
+    NO_CONFLICT_VERSION: Op.SET_VERSIONSTAMPED_VALUE,
+}
 """The last operation of each format version; an operation is known if its number is not greater."""
 
 
@@ -84,6 +92,8 @@ class Request(NamedTuple):
     read_ranges: tuple[Range, ...]
     write_ranges: tuple[Range, ...]
     mutations: tuple[Mutation, ...]
+    no_conflict: tuple[int, ...] = ()
+    """Places of the mutations that do not count as writes when other requests are checked for conflicts."""
 
 
 class Undecodable(ValueError):
@@ -104,7 +114,10 @@ class TooManyBytes(Undecodable):
 
 def encode(request: Request) -> bytes:
     """Encodes a request whose keys, ranges and mutations were checked one by one. Raises TooManyBytes."""
-    payload = _HEADER + bytes(msgpack.packb(request))
+    if request.no_conflict:
+        payload = bytes([NO_CONFLICT_VERSION]) + bytes(msgpack.packb(request))
+    else:
+        payload = bytes([FORMAT_VERSION]) + bytes(msgpack.packb(request[:4]))
     if len(payload) > MAX_TRANSACTION_BYTES:
         raise TooManyBytes(f"the transaction has more than {MAX_TRANSACTION_BYTES} bytes")
     return payload
@@ -119,7 +132,7 @@ def decode(payload: bytes) -> Request:
         raise Undecodable(f"format version {payload[0]} is unknown")
     if len(payload) > MAX_TRANSACTION_BYTES:  # before unpacking, which would take memory in proportion
         raise TooManyBytes(f"the transaction has more than {MAX_TRANSACTION_BYTES} bytes")
-    request = _request(_unpack(payload[1:]))
+    request = _request(_unpack(payload[1:]), 5 if payload[0] >= NO_CONFLICT_VERSION else 4)
     check(request)
     # A leader of that version would misread them, so they are not accepted under its number.
     if any(mutation.op > last_operation for mutation in request.mutations):
@@ -128,11 +141,15 @@ def decode(payload: bytes) -> Request:
 
 
 def decode_stored(payload: bytes) -> tuple[list[tuple[int, bytes, bytes | None]], list[Range]]:
-    """Decodes the mutations and write ranges of a committed payload, which was checked before it was committed.
+    """Decodes the write ranges of a committed payload, and its mutations without those of `no_conflict`.
 
+    The payload was checked before it was committed.
     A new leader decodes all commits of the last seconds before it begins; this takes a quarter of the time of `decode`.
     """
-    _, _, write_ranges, stored = msgpack.unpackb(payload[1:])
+    _, _, write_ranges, stored, *no_conflict = msgpack.unpackb(payload[1:])
+    if no_conflict:
+        left_out = set(no_conflict[0])
+        stored = [mutation for place, mutation in enumerate(stored) if place not in left_out]
     return stored, [(begin, end) for begin, end in write_ranges]
 
 
@@ -143,13 +160,23 @@ def _unpack(body: bytes) -> Any:
         raise Undecodable(f"the payload is not MessagePack: {str(error) or type(error).__name__}") from None
 
 
-def _request(fields: Any) -> Request:
-    if not isinstance(fields, tuple) or len(fields) != len(Request._fields):
-        raise Undecodable("the payload is not an array of four fields")
-    keys, reads, writes, mutations = map(_array, fields)
+def _request(fields: Any, count: int) -> Request:
+    if not isinstance(fields, tuple) or len(fields) != count:
+        raise Undecodable(f"the payload is not an array of {count} fields")
+    keys, reads, writes, mutations, *no_conflict = map(_array, fields)
     return Request(
-        tuple(map(_key, keys)), tuple(map(_range, reads)), tuple(map(_range, writes)), tuple(map(_mutation, mutations))
+        tuple(map(_key, keys)),
+        tuple(map(_range, reads)),
+        tuple(map(_range, writes)),
+        tuple(map(_mutation, mutations)),
+        tuple(_place(place, len(mutations)) for place in (no_conflict[0] if no_conflict else ())),
     )
+
+
+def _place(place: Any, count: int) -> int:
+    if type(place) is not int or not 0 <= place < count:
+        raise Undecodable("a mutation without conflict is not the place of a mutation")
+    return place
 
 
 def _array(field: Any) -> tuple[Any, ...]:

@@ -292,8 +292,12 @@ def least_end(one: bytes | None, other: bytes | None) -> bytes | None:
 
 def writes_of(request: Request) -> tuple[list[bytes], list[Range]]:
     """Returns the keys and ranges that later reads conflict with. The request has gone through `with_stamps`."""
-    keys = [key for op, key, _ in request.mutations if op != Op.CLEAR_RANGE]
-    ranges = [(key, end) for op, key, end in request.mutations if op == Op.CLEAR_RANGE]
+    mutations: Iterable[Mutation] = request.mutations
+    if request.no_conflict:
+        left_out = set(request.no_conflict)
+        mutations = [mutation for place, mutation in enumerate(mutations) if place not in left_out]
+    keys = [key for op, key, _ in mutations if op != Op.CLEAR_RANGE]
+    ranges = [(key, end) for op, key, end in mutations if op == Op.CLEAR_RANGE]
     return keys, [*ranges, *request.write_ranges]
 
 

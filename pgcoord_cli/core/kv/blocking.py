@@ -27,16 +27,17 @@ import asyncio
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar, Unpack
 
 from pgcoord_cli.core.commits.codec import Op
 from pgcoord_cli.core.concurrency.loop_thread import LoopThread, wait_for
 from pgcoord_cli.core.kv import client
-from pgcoord_cli.core.kv.client import COMMIT_SECONDS, POOL_SIZE, RETRY_LIMIT
+from pgcoord_cli.core.kv.client import POOL_SIZE
 from pgcoord_cli.core.kv.hot_keys import inside_attempt
 from pgcoord_cli.core.kv.key_selector import KeySelector
+from pgcoord_cli.core.kv.options import OptionChanges, TransactionOptions
 from pgcoord_cli.core.kv.writing import WriteMethods
-from pgcoord_cli.errors import Conflict, ConnectionFailed, TooOld
+from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, TooOld
 from pgcoord_cli.settings import resolve_arguments
 
 T = TypeVar("T")
@@ -45,20 +46,27 @@ ClientThread = LoopThread[client.Database]
 
 
 def connect(
-    dsn: str | None = None, *, schema: str | None = None, application: str = "client", pool_size: int = POOL_SIZE
+    dsn: str | None = None,
+    *,
+    schema: str | None = None,
+    application: str = "client",
+    pool_size: int = POOL_SIZE,
+    **options: Unpack[OptionChanges],
 ) -> Database:
     """Opens a client of the cluster in `schema` of the database at `dsn`, a connection string of libpq.
 
     What is left out comes from PGCOORD_DSN, PGCOORD_SCHEMA and libpq's environment. Sessions are named
-    `pgcoord/<application>` in pg_stat_activity; at most `pool_size` run statements, one more listens. Use the result
-    with `with`, or close it.
+    `pgcoord/<application>` in pg_stat_activity; at most `pool_size` run statements, one more listens. The other
+    arguments are those of TransactionOptions, for all transactions. Use the result with `with`, or close it.
 
     Raises UsageError for a malformed argument, ConnectionFailed, SchemaMissing, SchemaUnknown, UnsuitableServer.
     """
-    settings = resolve_arguments(dsn, schema)
-    return Database(
-        LoopThread(lambda: client.open_database(settings, application, pool_size=pool_size), f"pgcoord/{application}")
-    )
+    settings, chosen = resolve_arguments(dsn, schema), TransactionOptions(**options)
+
+    async def opener() -> client.Database:
+        return await client.open_database(settings, application, pool_size=pool_size, options=chosen)
+
+    return Database(LoopThread(opener, f"pgcoord/{application}"))
 
 
 class Database:
@@ -86,35 +94,43 @@ class Database:
         """
         self._thread.close()
 
-    def transaction(self, *, commit_seconds: float = COMMIT_SECONDS) -> Transaction:
+    @property
+    def options(self) -> TransactionOptions:
+        """The options of the transactions that are begun from now on; they may be set."""
+        return self._thread.resource.options
+
+    @options.setter
+    def options(self, options: TransactionOptions) -> None:
+        self._thread.resource.options = options
+
+    def transaction(self, **options: Unpack[OptionChanges]) -> Transaction:
         """Returns a new transaction, for a caller that commits and retries by itself.
 
-        It begins with its first read. Its commit is waited for up to `commit_seconds`, then OutcomeUnknown is raised.
+        It begins with its first read. The arguments are those of TransactionOptions, where it differs from the others.
         """
-        return Transaction(self._thread, self._thread.resource.transaction(commit_seconds=commit_seconds))
+        return Transaction(self._thread, self._thread.resource.transaction(**options))
+
+    def wait_for_leader(self, seconds: float) -> None:
+        """Returns once a leader is there. Raises NoLeader after `seconds`, and ConnectionFailed."""
+        self._thread.call(lambda database: database.wait_for_leader(seconds))
 
     def read_version(self) -> int:
         """Returns the durable version: that of the last commit that is visible now."""
         return self._thread.call(lambda database: database.read_version())
 
-    def run(
-        self,
-        work: Callable[[Transaction], T],
-        *,
-        retry_limit: int = RETRY_LIMIT,
-        commit_seconds: float = COMMIT_SECONDS,
-    ) -> T:
+    def run(self, work: Callable[[Transaction], T], **options: Unpack[OptionChanges]) -> T:
         """Runs `work` in a transaction, commits it, and returns the result of `work`.
 
         Runs it again from the start, after a back-off, up to `retry_limit` times, while it ends with Conflict or
         TooOld; `work` must have no effects outside the transaction that may not happen twice. The last Conflict or
-        TooOld is raised, and at once anything that `work` raises, Rejected, ConnectionFailed (nothing was written) and
-        OutcomeUnknown (no outcome within `commit_seconds`, or the connection was lost: it may have been committed).
+        TooOld is raised, and at once anything that `work` raises, Rejected, ConnectionFailed and NoLeader (nothing was
+        written), and OutcomeUnknown (no outcome within `commit_seconds`, or the connection was lost: it may have been
+        committed), which is retried only with `retry_unknown`.
+
+        The arguments are those of TransactionOptions, where this work differs from the others.
         """
         attempts = _Attempts(self._thread, work)
-        running = self._thread.submit(
-            lambda database: database.run(attempts, retry_limit=retry_limit, commit_seconds=commit_seconds)
-        )
+        running = self._thread.submit(lambda database: database.run(attempts, **options))
         running.add_done_callback(attempts.end)
         try:
             attempts.make_all()
@@ -162,23 +178,24 @@ class _Attempts(Generic[T]):
         self._asked.put(None)
 
     def make_all(self) -> None:
-        """Makes the attempts that the loop asks for, until `end`. Raises what the work raises but Conflict, TooOld."""
+        """Makes the attempts that the loop asks for, until `end`. Raises what `run` does not retry."""
         while attempt := self._asked.get():
             value: T | None = None
-            error: Conflict | TooOld | None = None
+            error: Conflict | TooOld | OutcomeUnknown | None = None
             try:
                 with inside_attempt():
                     value = self.__wrapped__(Transaction(self._thread, attempt.transaction))
-            except (Conflict, TooOld) as refused:
-                error = refused
+            except (Conflict, TooOld, OutcomeUnknown) as ended:
+                error = ended
             self._thread.call_soon(attempt.settle, value, error)
 
 
 class Transaction(WriteMethods):
     """Reads and writes that take effect together or not at all, as `pgcoord_cli.Transaction`; for one thread at a time.
 
-    Reads raise TimeLimit five seconds after the first read, TooOld if its version can no longer be read, as after a
-    crash of the server, and ConnectionFailed.
+    Reads raise TimeLimit after the time limit, TooOld if its version can no longer be read, as after a crash of the
+    server, and ConnectionFailed. What is used at the wrong moment raises as there: UsedDuringCommit,
+    TransactionCancelled.
     """
 
     def __init__(self, thread: ClientThread, transaction: client.Transaction) -> None:
@@ -259,13 +276,55 @@ class Transaction(WriteMethods):
     def add_write_conflict_range(self, begin: bytes, end: bytes | None) -> None:
         self._transaction.add_write_conflict_range(begin, end)
 
+    def next_write_no_write_conflict_range(self) -> None:
+        self._transaction.next_write_no_write_conflict_range()
+
+    @property
+    def options(self) -> TransactionOptions:
+        """The options of this transaction."""
+        return self._transaction.options
+
+    @property
+    def approximate_size(self) -> int:
+        """Bytes of the request that a commit would submit now, roughly; the size limit applies to the exact number."""
+        return self._transaction.approximate_size
+
     def commit(self) -> int:
         """Commits, and returns the version of the commit; without writes, the read version.
 
-        Raises Conflict, TooOld or Rejected, after which nothing was written; ConnectionFailed if the request was not
-        sent; OutcomeUnknown if it is not known whether it committed.
+        Raises Conflict, TooOld or Rejected, after which nothing was written; ConnectionFailed or NoLeader if the
+        request was not sent; OutcomeUnknown if it is not known whether it committed.
+
+        After a success, returns the same version again; after OutcomeUnknown, submits the same request again, which
+        applies at most once.
         """
         return self._thread.call(lambda _: self._transaction.commit())
+
+    def on_error(self, error: BaseException) -> None:
+        """Backs off and makes the transaction new after an error that is worth another attempt.
+
+        Raises `error` itself if it is not, as that of `pgcoord_cli.Transaction`.
+        """
+        self._thread.call(lambda _: self._transaction.on_error(error))
+
+    def reset(self) -> None:
+        """Makes the transaction new, with the same options, and no retries so far."""
+        self._in_loop(self._transaction.reset)
+
+    def cancel(self) -> None:
+        """Ends the transaction: its watches fail, and all its uses raise TransactionCancelled until `reset`.
+
+        May be called by any thread. A commit in progress raises OutcomeUnknown if it was sent.
+        """
+        self._in_loop(self._transaction.cancel)
+
+    def _in_loop(self, function: Callable[[], None]) -> None:
+        """Calls a function that completes futures in the loop, where they belong."""
+
+        async def call() -> None:
+            function()
+
+        self._thread.call(lambda _: call())
 
 
 class Watch:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from psycopg import AsyncConnection
 
@@ -33,15 +33,17 @@ from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.database.pool import Pool
 from pgcoord_cli.core.database.session import answer_timeout, open_session_async
-from pgcoord_cli.core.kv.hot_keys import HotKeys
+from pgcoord_cli.core.kv.hot_keys import HotKeys, Ticket
 from pgcoord_cli.core.kv.key_selector import KeySelector
+from pgcoord_cli.core.kv.leader_check import LeaderCheck
+from pgcoord_cli.core.kv.options import OptionChanges, TransactionOptions
 from pgcoord_cli.core.kv.snapshots import ReadSet, SnapshotReader
 from pgcoord_cli.core.kv.submissions import Submitter
-from pgcoord_cli.core.kv.transaction import Transaction
+from pgcoord_cli.core.kv.transaction import FIRST_PAUSE, LAST_PAUSE, Transaction
 from pgcoord_cli.core.kv.watches import Watch, Watcher
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import Conflict, TooOld
+from pgcoord_cli.errors import Conflict, OutcomeUnknown, TooOld
 from pgcoord_cli.settings import Settings, resolve_arguments
 
 __all__ = ["Database", "KeySelector", "Transaction", "Watch", "connect", "open_database"]
@@ -51,35 +53,43 @@ _log = logging.getLogger("pgcoord.kv")
 POOL_SIZE = 3
 """Connections of a Database that run statements, by default."""
 
-RETRY_LIMIT = 100
-"""How often `Database.run` runs a transaction again, by default."""
-
 ANSWER_SECONDS = 5.0
 """Seconds after the statement timeout at which a server that has not answered counts as lost."""
 
-COMMIT_SECONDS = 20.0
-"""Seconds for which a commit is waited for by default."""
+DEFAULT_OPTIONS = TransactionOptions()
 
 T = TypeVar("T")
 
 
 async def connect(
-    dsn: str | None = None, *, schema: str | None = None, application: str = "client", pool_size: int = POOL_SIZE
+    dsn: str | None = None,
+    *,
+    schema: str | None = None,
+    application: str = "client",
+    pool_size: int = POOL_SIZE,
+    **options: Unpack[OptionChanges],
 ) -> Database:
     """Opens a client of the cluster in `schema` of the database at `dsn`, a connection string of libpq.
 
     What is left out comes from PGCOORD_DSN, PGCOORD_SCHEMA and libpq's environment. Sessions are named
-    `pgcoord/<application>` in pg_stat_activity; at most `pool_size` run statements, one more listens. Use the result
-    with `async with`, or close it.
+    `pgcoord/<application>` in pg_stat_activity; at most `pool_size` run statements, one more listens. The other
+    arguments are those of TransactionOptions, for all transactions. Use the result with `async with`, or close it.
 
     Raises UsageError for a malformed argument, ConnectionFailed, SchemaMissing, SchemaUnknown, UnsuitableServer.
     """
-    return await open_database(resolve_arguments(dsn, schema), application, pool_size=pool_size)
+    chosen = TransactionOptions(**options)
+    return await open_database(resolve_arguments(dsn, schema), application, pool_size=pool_size, options=chosen)
 
 
-async def open_database(settings: Settings, application: str = "client", *, pool_size: int = POOL_SIZE) -> Database:
+async def open_database(
+    settings: Settings,
+    application: str = "client",
+    *,
+    pool_size: int = POOL_SIZE,
+    options: TransactionOptions = DEFAULT_OPTIONS,
+) -> Database:
     """Opens a client of the cluster that `settings` name. Raises what `connect` raises."""
-    database = Database(settings, application, pool_size)
+    database = Database(settings, application, pool_size, options)
     await database.open()
     return database
 
@@ -90,7 +100,11 @@ class Database:
     Belongs to the event loop in which it was opened.
     """
 
-    def __init__(self, settings: Settings, application: str, pool_size: int) -> None:
+    def __init__(
+        self, settings: Settings, application: str, pool_size: int, options: TransactionOptions = DEFAULT_OPTIONS
+    ) -> None:
+        self.options = options
+        """The options of the transactions that are begun from now on."""
         self._settings = settings
         self._application = application
         # The server itself ends a statement at its timeout; 0 is no limit.
@@ -101,6 +115,7 @@ class Database:
         self._submitter = Submitter(settings.schema, self._pool, self._listener)
         self._hot_keys = HotKeys()
         self._watcher = Watcher(settings.schema, self._reader, self._listener)
+        self._leader = LeaderCheck(settings.schema, self._pool, self._listener)
 
     async def __aenter__(self) -> Self:
         return self
@@ -137,52 +152,57 @@ class Database:
             raise
         return conn
 
-    def transaction(self, *, commit_seconds: float = COMMIT_SECONDS) -> Transaction:
+    def transaction(self, **options: Unpack[OptionChanges]) -> Transaction:
         """Returns a new transaction, for a caller that commits and retries by itself.
 
-        It begins with its first read. Its commit is waited for up to `commit_seconds`, then OutcomeUnknown is raised.
+        It begins with its first read. The arguments are those of TransactionOptions, where it differs from the others.
         """
-        return Transaction(self._reader, self._submitter, self._watcher, commit_seconds)
+        return self._transaction(self.options.changed(**options))
+
+    def _transaction(self, options: TransactionOptions, ticket: Ticket | None = None) -> Transaction:
+        return Transaction(self._reader, self._submitter, self._watcher, self._leader, options, ticket)
+
+    async def wait_for_leader(self, seconds: float) -> None:
+        """Returns once a leader is there. Raises NoLeader after `seconds`, and ConnectionFailed."""
+        await self._leader.wait(seconds)
 
     async def read_version(self) -> int:
         """Returns the durable version: that of the last commit that is visible now."""
         return (await self._reader.read(ReadSet())).version.version
 
-    async def write(self, work: Callable[[Transaction], Awaitable[Any]], *, commit_seconds: float) -> int:
+    async def write(self, work: Callable[[Transaction], Awaitable[Any]], **options: Unpack[OptionChanges]) -> int:
         """Runs `work` once in a transaction and commits it; returns its version. Raises what the commit raises."""
-        transaction = self.transaction(commit_seconds=commit_seconds)
+        transaction = self.transaction(**options)
         await work(transaction)
         return await transaction.commit()
 
-    async def run(
-        self,
-        work: Callable[[Transaction], Awaitable[T]],
-        *,
-        retry_limit: int = RETRY_LIMIT,
-        commit_seconds: float = COMMIT_SECONDS,
-    ) -> T:
+    async def run(self, work: Callable[[Transaction], Awaitable[T]], **options: Unpack[OptionChanges]) -> T:
         """Runs `work` in a transaction, commits it, and returns the result of `work`.
 
         Runs it again from the start, after a back-off, up to `retry_limit` times, while it ends with Conflict or
         TooOld; `work` must have no effects outside the transaction that may not happen twice. The last Conflict or
-        TooOld is raised, and at once anything that `work` raises, Rejected, ConnectionFailed (nothing was written) and
-        OutcomeUnknown (no outcome within `commit_seconds`, or the connection was lost: it may have been committed).
+        TooOld is raised, and at once anything that `work` raises, Rejected, ConnectionFailed and NoLeader (nothing was
+        written), and OutcomeUnknown (no outcome within `commit_seconds`, or the connection was lost: it may have been
+        committed), which is retried only with `retry_unknown`.
+
+        The arguments are those of TransactionOptions, where this work differs from the others.
         """
-        backoff = Backoff(0.001, 0.25)
+        chosen = self.options.changed(**options)
+        backoff = Backoff(FIRST_PAUSE, LAST_PAUSE)
         retries = 0
         while True:
             try:
-                return await self._attempt(work, commit_seconds)
-            except (Conflict, TooOld) as error:
-                if retries == retry_limit:
+                return await self._attempt(work, chosen)
+            except (Conflict, TooOld, OutcomeUnknown) as error:
+                if retries == chosen.retry_limit or not chosen.is_retryable(error):
                     raise
                 _log.debug("a transaction is run again: %s", error.message, extra={"retries": retries + 1})
             retries += 1
             await backoff.pause()
 
-    async def _attempt(self, work: Callable[[Transaction], Awaitable[T]], commit_seconds: float) -> T:
+    async def _attempt(self, work: Callable[[Transaction], Awaitable[T]], options: TransactionOptions) -> T:
         ticket = self._hot_keys.ticket(work)
-        transaction = Transaction(self._reader, self._submitter, self._watcher, commit_seconds, ticket)
+        transaction = self._transaction(options, ticket)
         if ticket is None:
             return await _work_and_commit(work, transaction)
         with ticket:
@@ -198,6 +218,10 @@ class Database:
 
 
 async def _work_and_commit(work: Callable[[Transaction], Awaitable[T]], transaction: Transaction) -> T:
-    result = await work(transaction)
+    try:
+        result = await work(transaction)
+    except BaseException:
+        transaction.cancel()  # its watches would wait for ever
+        raise
     await transaction.commit()
     return result

@@ -55,8 +55,10 @@ The second is what a role without USAGE on the schema gets, which does not see t
 
 def is_plain(request: Request) -> bool:
     """Whether the writes of a request follow from the request alone, not from stored values or its version. Pure."""
-    # What the function stores is built from keys, ranges and values; it has no place for write conflict ranges.
-    return not request.write_ranges and all(mutation.op <= Op.CLEAR_RANGE for mutation in request.mutations)
+    # What the function stores is built from keys, ranges and values; it has no place for anything else.
+    if request.write_ranges or request.no_conflict:
+        return False
+    return all(mutation.op <= Op.CLEAR_RANGE for mutation in request.mutations)
 
 
 def columns(request: Request) -> list[bytes]:

@@ -177,28 +177,55 @@ class Submitter:
             self._listening.cancel()  # it may be waiting for a server that is down
             await asyncio.gather(self._listening, return_exceptions=True)
 
-    async def submit(self, submission: Submission, seconds: float) -> Outcome:
-        """Submits a request and returns its outcome.
+    def begin(self, submission: Submission, seconds: float) -> PendingCommit:
+        """Submits a request with the next batch; its outcome is waited for up to `seconds`.
 
-        Raises OutcomeUnknown when the outcome is not known after `seconds`, and ConnectionFailed when the request could
-        not even be sent in that time; then it never will be. Raises UsageError in a forked child.
+        Raises ConnectionFailed if the client was closed, and UsageError in a forked child.
         """
         self._pool.require_own_process()
         if self._closed:
             raise ConnectionFailed(CLOSED, hint="nothing was written")
-        commit = PendingCommit(submission, self._loop, seconds)
-        self._pending[submission.request_id] = commit
+        return self._submit(PendingCommit(submission, self._loop, seconds))
+
+    def begin_again(self, earlier: PendingCommit, seconds: float) -> PendingCommit:
+        """Submits a request again whose outcome is unknown: under the same id, so that it applies at most once.
+
+        Raises UsageError in a forked child.
+        """
+        self._pool.require_own_process()
+        commit = PendingCommit(earlier.submission, self._loop, seconds)
+        commit.sent = earlier.sent
+        commit.first_enqueued_at = earlier.first_enqueued_at
+        # Without an answer to the earlier attempt, it is not known how long ago the request may have been enqueued.
+        commit.doubtful = earlier.doubtful or earlier.first_enqueued_at is None
+        if self._closed:
+            self._give_up([commit], CLOSED)
+            return commit
+        return self._submit(commit)
+
+    def _submit(self, commit: PendingCommit) -> PendingCommit:
+        self._pending[commit.submission.request_id] = commit
         self._batcher.add(commit)
         self._set_timer(commit.deadline)
+        return commit
+
+    async def outcome(self, commit: PendingCommit) -> Outcome:
+        """Waits for the outcome of a request.
+
+        Raises OutcomeUnknown when the outcome is not known in time, and ConnectionFailed when the request could not
+        even be sent in that time; then it never will be.
+        """
+        request = commit.submission.request_id
         try:
             outcome = await commit.outcome
         finally:
-            del self._pending[submission.request_id]
+            if self._pending.get(request) is commit:
+                del self._pending[request]
         if outcome.status is not None:
             return outcome
         if not commit.sent:
             raise ConnectionFailed(f"the commit was not sent: {outcome.reason}", hint="nothing was written")
-        request_id = UUID(bytes=submission.request_id)
+        request_id = UUID(bytes=request)
         raise OutcomeUnknown(
             f"request {request_id} was sent, but its outcome is not known: {outcome.reason}",
             hint=f"ask again with: pgcoord commit show {request_id}",
@@ -337,8 +364,12 @@ class Submitter:
         enqueued_at = read_answer(answer, _enqueued_at)
         if isinstance(enqueued_at, Exception):
             self._on_send_failed(batch, enqueued_at)
-        else:
-            self._on_enqueued(batch, enqueued_at)
+            return
+        # What was enqueued before may be settled already, and its notification gone.
+        may_be_settled = any(commit.may_be_enqueued for commit in batch)
+        self._on_enqueued(batch, enqueued_at)
+        if may_be_settled:
+            self._on_news()
 
     def _on_enqueued(self, batch: Sequence[PendingCommit], enqueued_at: datetime) -> None:
         self._outage.ended()

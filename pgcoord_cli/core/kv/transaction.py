@@ -12,8 +12,12 @@ others, without a conflict at the commit.
 read for the part that the returned rows determine; not for what own writes alone decide. Callers can add keys and
 ranges, to the reads and to the writes. A transaction that writes nothing never conflicts.
 
-**Limits.** TIME_LIMIT_SECONDS from the first read to the commit; the sizes of keys, values and the whole transaction
-are those of `core.commits.codec`. Each limit has its own error.
+**Commit.** A transaction commits once (`core.kv.lifetime`). After OutcomeUnknown a further `commit` submits the same
+request, which applies at most once. `reset` makes a transaction new; `on_error` does so after an error that is worth
+another attempt.
+
+**Limits.** The options of the transaction (`core.kv.options`) limit its time, from the first read to the commit, and
+its size; the sizes of keys and values are those of `core.commits.codec`. Each limit has its own error.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from collections.abc import AsyncIterator, Sequence
 from time import monotonic
 
 from pgcoord_cli.core.commits import codec
-from pgcoord_cli.core.commits.codec import Op, Range, Request, Undecodable
+from pgcoord_cli.core.commits.codec import Op, Range, Request
 from pgcoord_cli.core.commits.mutations import versionstamp
+from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.kv.checks import (
     as_bound,
     as_key,
@@ -32,15 +37,17 @@ from pgcoord_cli.core.kv.checks import (
     as_range,
     as_selector,
     limits_checked,
-    rejection,
 )
 from pgcoord_cli.core.kv.hot_keys import Ticket
 from pgcoord_cli.core.kv.key_selector import KeySelector
+from pgcoord_cli.core.kv.leader_check import LeaderCheck
+from pgcoord_cli.core.kv.lifetime import CANCELLED, Life
+from pgcoord_cli.core.kv.options import TransactionOptions
 from pgcoord_cli.core.kv.own_writes import OwnWrites
 from pgcoord_cli.core.kv.range_scan import RangeScan
 from pgcoord_cli.core.kv.snapshots import PendingRead, ReadSet, ReadVersion, Snapshot, SnapshotReader
 from pgcoord_cli.core.kv.submissions import Outcome, Submission, Submitter, new_request_id
-from pgcoord_cli.core.kv.watches import Watch, Watcher
+from pgcoord_cli.core.kv.watches import TransactionWatches, Watch, Watcher
 from pgcoord_cli.core.kv.writing import WriteMethods
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.errors import (
@@ -51,10 +58,15 @@ from pgcoord_cli.errors import (
     Rejected,
     TimeLimit,
     TooOld,
+    TransactionCancelled,
+    TransactionTooLarge,
 )
 
-TIME_LIMIT_SECONDS = 5.0
-"""Seconds from the first read after which a transaction is refused; the conflict window is a second longer."""
+FIRST_PAUSE, LAST_PAUSE = 0.001, 0.25
+"""Seconds between attempts at a transaction."""
+
+ITEM_BYTES = 8
+"""Bytes that a key, a range or a mutation takes in a request beside its contents, roughly."""
 
 PAGE_ROWS = 500
 """Rows that `Transaction.range` reads at a time."""
@@ -63,9 +75,12 @@ PAGE_ROWS = 500
 class Transaction(WriteMethods):
     """Reads and writes that commit together or not at all.
 
-    Several tasks may read in it at once. A read that goes to the server raises TimeLimit after TIME_LIMIT_SECONDS,
-    TooOld if its version can no longer be read, as after a crash of the server, and ConnectionFailed. Reads and writes
-    raise Rejected for keys and values beyond the limits: KeyTooLarge, ValueTooLarge.
+    Several tasks may read in it at once. A read that goes to the server raises TimeLimit after the time limit (by
+    default five seconds), TooOld if its version can no longer be read, as after a crash of the server, and
+    ConnectionFailed. Reads and writes raise Rejected for keys and values beyond the limits: KeyTooLarge, ValueTooLarge.
+
+    From the commit on they raise UsedDuringCommit, also a read that the commit has overtaken; after a commit that was
+    refused, its error; and after `cancel` TransactionCancelled.
     """
 
     def __init__(
@@ -73,13 +88,22 @@ class Transaction(WriteMethods):
         reader: SnapshotReader,
         submitter: Submitter,
         watcher: Watcher,
-        commit_seconds: float,
+        leader: LeaderCheck,
+        options: TransactionOptions,
         ticket: Ticket | None = None,
     ) -> None:
         self._reader = reader
         self._submitter = submitter
         self._watcher = watcher
-        self._commit_seconds = commit_seconds
+        self._leader = leader
+        self.options = options
+        self._backoff = Backoff(FIRST_PAUSE, LAST_PAUSE)
+        self._retries = 0
+        self._begin(ticket)
+
+    def _begin(self, ticket: Ticket | None) -> None:
+        """Begins a life: nothing read, nothing written."""
+        self._life = Life()
         self._ticket = ticket
         self._version: ReadVersion | None = None
         # The read that fixes the version, until it is known.
@@ -91,8 +115,11 @@ class Transaction(WriteMethods):
         self._read_ranges: dict[Range, None] = {}
         self._write_ranges: list[Range] = []
         self._own = OwnWrites()
-        self._watches: list[Watch] = []
-        self._committed: int | None = None
+        self._written_bytes = 0
+        # The positions of the mutations that are no writes when other transactions are checked for conflicts.
+        self._no_conflict: list[int] = []
+        self._next_without_conflict = False
+        self._watches = TransactionWatches(self._watcher)
 
     @property
     def read_version(self) -> int | None:
@@ -106,17 +133,21 @@ class Transaction(WriteMethods):
         the version is further back than the time limit of transactions, Rejected if it was not committed yet, and if
         the transaction has read already.
         """
+        life = self._life
+        life.check_usable()
         if self._version or self._first:
             raise Rejected("the transaction has a read version already")
         self._began = monotonic()
-        self._version = await self._reader.version_at(version)
+        found = await self._reader.version_at(version)
+        life.check_usable()
+        self._version = found
 
     @property
     def versionstamp(self) -> bytes:
         """The ten bytes of this transaction's versionstamp. Raises Rejected before the commit, and without writes."""
-        if self._committed is None:
+        if self._life.version is None or not self._life.wrote:
             raise Rejected("no versionstamp: the transaction has not committed, or it wrote nothing")
-        return versionstamp(self._committed)
+        return versionstamp(self._life.version)
 
     # -- reading
 
@@ -125,6 +156,7 @@ class Transaction(WriteMethods):
 
         Raises Rejected for a key whose value contains the versionstamp of this transaction.
         """
+        self._life.check_usable()
         key = as_key(key)
         decided, value = self._own.lookup(key)
         if decided:  # by own writes, without a read: so there is nothing that could conflict
@@ -184,6 +216,7 @@ class Transaction(WriteMethods):
         snapshot: bool = False,
     ) -> AsyncIterator[Sequence[tuple[bytes, bytes]]]:
         """Yields the rows that `range` does, those of one read at a time; never an empty page."""
+        self._life.check_usable()
         if limit is not None and not 0 <= limit < 1 << 63:
             raise ValueError(f"limit: {limit} is not between 0 and {(1 << 63) - 1}")
         begin = as_bound(begin, "the begin of a range")
@@ -217,11 +250,25 @@ class Transaction(WriteMethods):
         return await self.get_key(bound, snapshot=snapshot) if isinstance(bound, KeySelector) else bound
 
     async def _read(self, read_set: ReadSet, ticket: Ticket | None = None) -> Snapshot:
+        """Reads at the read version, and raises what a read raises that is overtaken by a commit, a cancel or a reset.
+
+        What it returned would be checked by no commit.
+        """
+        life = self._life
+        snapshot = await self._read_at_version(read_set, ticket)
+        life.check_usable()
+        return snapshot
+
+    async def _read_at_version(self, read_set: ReadSet, ticket: Ticket | None = None) -> Snapshot:
         """Reads at the read version, which the first read fixes. Raises TimeLimit, TooOld and ConnectionFailed."""
         if self._version is None and (self._first is None or not self._first.is_sent):
             return await self._read_first(read_set, ticket)
         if self._version is None and self._first:
-            self._version = (await self._snapshot_of(self._first)).version
+            first = self._first
+            version = (await self._snapshot_of(first)).version
+            if self._first is not first:  # reset meanwhile
+                return await self._reader.read(read_set, version)
+            self._version = version
         self._check_time()
         return await self._reader.read(read_set, self._version)
 
@@ -239,7 +286,8 @@ class Transaction(WriteMethods):
             first = self._first
             first.join(read_set)
         found = await self._snapshot_of(first)
-        self._version = found.version
+        if self._first is first:  # not reset meanwhile
+            self._version = found.version
         return found
 
     async def _snapshot_of(self, first: PendingRead) -> Snapshot:
@@ -252,9 +300,10 @@ class Transaction(WriteMethods):
             raise
 
     def _check_time(self) -> None:
-        if monotonic() - self._began > TIME_LIMIT_SECONDS:
+        limit = self.options.time_limit_seconds
+        if monotonic() - self._began > limit:
             raise TimeLimit(
-                f"the transaction began more than {TIME_LIMIT_SECONDS:g}s ago",
+                f"the transaction began more than {limit:g}s ago",
                 hint="run it again, with less work between its first read and its commit",
             )
 
@@ -262,20 +311,40 @@ class Transaction(WriteMethods):
 
     def add_read_conflict_key(self, key: bytes) -> None:
         """Makes this transaction conflict with later writes of a key, as if it had been read."""
+        self._life.check_usable()
         self._read_keys[as_key(key)] = None
 
     def add_read_conflict_range(self, begin: bytes, end: bytes | None) -> None:
         """Makes this transaction conflict with later writes from `begin` up to but without `end`."""
+        self._life.check_usable()
         self._read_ranges[as_range(begin, end)] = None
 
     def add_write_conflict_range(self, begin: bytes, end: bytes | None) -> None:
         """Makes transactions that read from `begin` up to but without `end` conflict with this one."""
+        self._life.check_usable()
         self._write_ranges.append(as_range(begin, end))
 
     # -- writing
 
     def mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
-        self._own.add(as_mutation(op, key, operand))
+        self._life.check_usable()
+        mutation = as_mutation(op, key, operand)
+        if self._next_without_conflict:
+            self._next_without_conflict = False
+            self._no_conflict.append(len(self._own.mutations))
+        self._own.add(mutation)
+        self._written_bytes += ITEM_BYTES + len(mutation.key) + len(mutation.operand or b"")
+
+    def next_write_no_write_conflict_range(self) -> None:
+        self._life.check_usable()
+        self._next_without_conflict = True
+
+    @property
+    def approximate_size(self) -> int:
+        """Bytes of the request that a commit would submit now, roughly; the size limit applies to the exact number."""
+        ranges = (*self._read_ranges, *self._write_ranges)
+        read = sum(len(key) for key in self._read_keys) + sum(len(begin) + len(end or b"") for begin, end in ranges)
+        return self._written_bytes + read + ITEM_BYTES * (len(self._read_keys) + len(ranges))
 
     @property
     def wrote_ticket_key(self) -> bool:
@@ -290,45 +359,116 @@ class Transaction(WriteMethods):
 
         It reads the key, without a read conflict.
         """
-        watch = Watch(key, await self.get(key, snapshot=True))
-        self._watches.append(watch)
-        return watch
+        key = as_key(key)
+        watches = self._watches
+        return watches.add(key, await self.get(key, snapshot=True))
 
     async def commit(self) -> int:
         """Commits the writes, and returns their commit version; without writes, the read version.
 
-        Raises Conflict, TooOld or Rejected, after which nothing was written; ConnectionFailed if the request was not
-        sent; OutcomeUnknown if it is not known whether it committed. A transaction that wrote nothing never conflicts.
+        Raises Conflict, TooOld or Rejected, after which nothing was written; ConnectionFailed or NoLeader if the
+        request was not sent; OutcomeUnknown if it is not known whether it committed. A transaction that wrote nothing
+        never conflicts.
+
+        After a success, returns the same version again; after OutcomeUnknown, submits the same request again, which
+        applies at most once. Raises UsedDuringCommit while another commit of this transaction is in progress.
         """
-        read_version = self._version or await self._read_version_only()
-        version = read_version.version
-        # Without writes nothing is submitted: all reads were of one version, and the transaction takes effect there.
-        if self._own or self._write_ranges:
-            self._check_time()
-            version = self._committed = await self._submit(read_version)
+        life, watches = self._life, self._watches
+        if life.version is not None:
+            return life.version
+        life.begin_commit()
+        try:
+            version = await self._commit(life)
+        except BaseException as error:
+            life.failed(error)
+            if isinstance(error, Exception):
+                watches.fail(error)
+            raise
         # Only now: a watch expects the value that this transaction leaves, which was not there before.
-        for watch in self._watches:
-            self._watcher.add(watch)
+        watches.start()
+        return version
+
+    async def _commit(self, life: Life) -> int:
+        if life.request:  # submitted before, with an unknown outcome
+            life.request = self._submitter.begin_again(life.request, self.options.commit_seconds)
+        else:
+            read_version = self._version or await self._read_version_only()
+            life.check_committing()
+            # Without writes nothing is submitted: all reads were of one version, where the transaction takes effect.
+            if not self._own and not self._write_ranges:
+                life.committed(read_version.version, wrote=False)
+                return read_version.version
+            self._check_time()
+            submission = self._submission(read_version)
+            if self.options.require_leader:
+                await self._leader.require()
+                life.check_committing()
+            life.request = self._submitter.begin(submission, self.options.commit_seconds)
+        try:
+            version = committed_version(await self._submitter.outcome(life.request))
+        except ConnectionFailed:
+            life.check_committing()  # not sent because it was cancelled
+            raise
+        life.committed(version, wrote=True)
         return version
 
     async def _read_version_only(self) -> ReadVersion:
         """Fixes the version of a transaction that read nothing. Raises ConnectionFailed after `commit_seconds`."""
         try:
-            async with asyncio.timeout(self._commit_seconds):
-                return (await self._read(ReadSet())).version
+            async with asyncio.timeout(self.options.commit_seconds):
+                return (await self._read_at_version(ReadSet())).version
         except TimeoutError:
             raise ConnectionFailed("the server does not answer", hint="nothing was written") from None
 
-    async def _submit(self, read: ReadVersion) -> int:
+    def _submission(self, read: ReadVersion) -> Submission:
         request = Request(
-            tuple(self._read_keys), tuple(self._read_ranges), tuple(self._write_ranges), tuple(self._own.mutations)
+            tuple(self._read_keys),
+            tuple(self._read_ranges),
+            tuple(self._write_ranges),
+            tuple(self._own.mutations),
+            tuple(self._no_conflict),
         )
-        try:
+        with limits_checked():
             payload = codec.encode(request)
-        except Undecodable as error:
-            raise rejection(error) from None
-        submission = Submission(new_request_id(), read.epoch, read.term_id, read.version, payload, request)
-        return committed_version(await self._submitter.submit(submission, self._commit_seconds))
+        if len(payload) > self.options.size_limit_bytes:
+            raise TransactionTooLarge(f"the transaction has {len(payload)} of {self.options.size_limit_bytes} bytes")
+        return Submission(new_request_id(), read.epoch, read.term_id, read.version, payload, request)
+
+    # -- ending without a commit
+
+    async def on_error(self, error: BaseException) -> None:
+        """Prepares another attempt after a read or commit that raised `error`: backs off, then makes this one new.
+
+        Raises `error` itself if another attempt is not worth it: it is neither Conflict nor TooOld (with the option
+        `retry_unknown`, OutcomeUnknown), or there were `retry_limit` attempts already.
+        """
+        if self._retries >= self.options.retry_limit or not self.options.is_retryable(error):
+            raise error
+        self._retries += 1
+        await self._backoff.pause()
+        self._restart()
+
+    def reset(self) -> None:
+        """Makes the transaction new, with the same options, and no retries so far.
+
+        What is in progress ends as with `cancel`, and watches of a transaction that has not committed fail.
+        """
+        self._retries = 0
+        self._backoff.reset()
+        self._restart()
+
+    def _restart(self) -> None:
+        self.cancel()
+        self._begin(None)  # a ticket is for one attempt
+
+    def cancel(self) -> None:
+        """Ends the transaction: its watches fail, and all its uses raise TransactionCancelled until `reset`.
+
+        A commit in progress raises OutcomeUnknown if it was sent, since it cannot be withdrawn. A transaction that has
+        committed stays committed.
+        """
+        self._life.cancel()
+        self._watches.fail(TransactionCancelled(CANCELLED))
 
 
 def committed_version(outcome: Outcome) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 
 import psycopg
@@ -20,7 +20,7 @@ from pgcoord_cli.core.database import channels
 from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.kv.snapshots import ReadSet, SnapshotReader
 from pgcoord_cli.db.connection import translate
-from pgcoord_cli.errors import PgcoordError
+from pgcoord_cli.errors import PgcoordError, TransactionCancelled
 
 _log = logging.getLogger("pgcoord.kv")
 
@@ -51,10 +51,48 @@ class Watch:
             self.changed.exception()  # a watch that is never awaited must not be reported as an unhandled error
 
 
+class TransactionWatches:
+    """The watches of one life of a transaction, until it commits. They fail when it does not, or is dropped."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._watches: list[Watch] = []
+
+    def add(self, key: bytes, value: bytes | None) -> Watch:
+        """Returns a watch that expects the transaction to leave this value."""
+        watch = Watch(key, value)
+        self._watches.append(watch)
+        return watch
+
+    def start(self) -> None:
+        """Starts the watches: the transaction has committed."""
+        watches, self._watches = self._watches, []
+        for watch in watches:
+            self._watcher.add(watch)
+
+    def fail(self, error: Exception) -> None:
+        """Fails the watches: the transaction has not committed."""
+        watches, self._watches = self._watches, []
+        _fail(watches, error)
+
+    def __del__(self) -> None:
+        # In any thread, and possibly after the end of the event loop.
+        if self._watches:
+            with suppress(RuntimeError):
+                error = TransactionCancelled("the transaction was dropped before its commit")
+                self._watcher.loop.call_soon_threadsafe(_fail, self._watches, error)
+
+
+def _fail(watches: Iterable[Watch], error: Exception) -> None:
+    for watch in watches:
+        watch.fail(error)
+
+
 class Watcher:
     """Completes the watches of one client, with one task that runs while there are any."""
 
     def __init__(self, schema: str, reader: SnapshotReader, listener: AsyncListener) -> None:
+        self.loop = asyncio.get_running_loop()
         self._channel = channels.data(schema)
         self._reader = reader
         self._wakeup = asyncio.Event()
@@ -107,8 +145,7 @@ class Watcher:
 
     def _fail_all(self, error: Exception) -> None:
         watches, self._watches = self._watches, set()
-        for watch in watches:
-            watch.fail(error)
+        _fail(watches, error)
 
     async def _check_once(self) -> None:
         self._watches = {watch for watch in self._watches if not watch.changed.done()}

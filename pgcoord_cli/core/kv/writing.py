@@ -28,6 +28,10 @@ class WriteMethods(ABC):
     def add_write_conflict_range(self, begin: bytes, end: bytes | None) -> None:
         """Makes transactions that read from `begin` up to but without `end` conflict with this one."""
 
+    @abstractmethod
+    def next_write_no_write_conflict_range(self) -> None:
+        """Makes the next mutation no reason for a conflict: transactions that read what it writes may commit."""
+
     def add_write_conflict_key(self, key: bytes) -> None:
         """Makes transactions that read a key conflict with this one, as if it had written the key."""
         key = as_bytes(key, "a key")
