@@ -20,6 +20,7 @@ from pgcoord_cli.core.database.advisory_keys import lock_holder
 from pgcoord_cli.core.database.migrations import apply
 from pgcoord_cli.core.database.session import migration_session
 from pgcoord_cli.core.embedded.server import EmbeddedServer
+from pgcoord_cli.core.locks import ownership
 from pgcoord_cli.core.locks.ownership import Ownership, acquire_leadership, subscription_lock
 from pgcoord_cli.db.connection import connect
 from pgcoord_cli.errors import (
@@ -297,6 +298,26 @@ def test_release_returns_when_the_session_has_been_terminated(settings: Settings
     assert holder_pid(sql) is None
 
 
+def test_a_key_under_a_name_that_does_not_have_it_is_reported_with_its_cure(settings: Settings, sql: Conn) -> None:
+    key = subscription_lock("pgcoord", "mailer")
+    sql.execute("INSERT INTO lock_names VALUES (%s, 'other')", [key])
+    with pytest.raises(PgcoordError, match="the row of 'mailer' in lock_names has the name 'other'") as refused:
+        acquire_leadership(settings.dsn, "mailer")
+    assert refused.value.hint
+    sql.execute(refused.value.hint.partition(": ")[2])
+    acquire_leadership(settings.dsn, "mailer").release()
+
+
+def test_a_fence_at_its_maximum_is_reported(settings: Settings, sql: Conn) -> None:
+    acquire_leadership(settings.dsn, "mailer").release()
+    sql.execute("UPDATE subscriptions SET fence = 9223372036854775807")
+    with pytest.raises(PgcoordError, match="the fence of 'mailer' is at its maximum"):
+        acquire_leadership(settings.dsn, "mailer")
+    assert value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+    sql.execute("UPDATE subscriptions SET fence = 1")
+    assert acquire_leadership(settings.dsn, "mailer").fence == 2
+
+
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\0b"])
 def test_an_invalid_name_is_refused_before_a_connection_is_opened(name: str) -> None:
     with pytest.raises(UsageError, match="subscription_name: a name must have 1 to 200 characters"):
@@ -368,8 +389,10 @@ def test_a_stopped_server_is_a_coordination_error_for_every_call_of_an_owner(
             acquire_leadership(own_settings.dsn, "mailer")
 
 
-def test_two_names_with_one_key_are_reported(sql: Conn, acquire: Acquire) -> None:
+def test_two_names_with_one_key_are_reported(sql: Conn, acquire: Acquire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two names with the same key are known, so every name gets the same one."""
     key = subscription_lock("pgcoord", "mailer")
+    monkeypatch.setattr(ownership, "subscription_lock", lambda _schema, _name: key)
     sql.execute("INSERT INTO lock_names (lock_key, lock_name) VALUES (%s, 'billing')", [key])
     with pytest.raises(KeyCollision, match="'mailer' has the same 64-bit lock key as 'billing'"):
         acquire()

@@ -61,6 +61,7 @@ from pgcoord_cli.errors import (
     Fenced,
     KeyCollision,
     LockNotAcquired,
+    PgcoordError,
     UsageError,
 )
 from pgcoord_cli.settings import Settings, resolve_arguments
@@ -163,6 +164,11 @@ def take_lock(
     # Before the lock is taken: a session that holds it must be the owner of this name, not of one with the same key.
     conn.execute(sql("locks", "name_key"), [key, name])
     (known,) = conn.execute(sql("locks", "name_of_key"), [key]).fetchone() or (name,)
+    if known != name and subscription_lock(schema, known) != key:
+        raise PgcoordError(
+            f"the row of {name!r} in lock_names has the name {known!r}, which has another key: a client wrote it",
+            hint=f"as an operator: DELETE FROM {schema}.lock_names WHERE lock_key = {key}",
+        )
     if known != name:
         raise KeyCollision(f"{name!r} has the same 64-bit lock key as {known!r}", hint="choose another name")
     on_wait()
@@ -238,6 +244,11 @@ def draw_fence(
         raise ConnectionFailed(
             f"the fence of {name!r} was not confirmed within {timeout_seconds:g} s, so {name!r} was not acquired",
             hint="does a synchronous standby stall? see wait_event SyncRep in pg_stat_activity",
+        ) from None
+    except psycopg.errors.NumericValueOutOfRange:
+        raise PgcoordError(
+            f"the fence of {name!r} is at its maximum, which only a client that wrote the row can have caused",
+            hint="as an operator, set subscriptions.fence of that row to the number of the last acquisition",
         ) from None
     finally:
         conn.remove_notice_handler(note)
