@@ -325,6 +325,30 @@ def daemon_exit_code(received: Sequence[int], code: int = 0) -> int:
     return 0 if received[0] == signal.SIGTERM else 128 + received[0]
 
 
+def event_writer(out: Output) -> Callable[[Mapping[str, Any]], None]:
+    """Returns a function that writes an event of a daemon to stdout with JSON; else the log on stderr has to do.
+
+    A reader that is gone, or a full disk, does not end the daemon: it is logged once, until a write succeeds again.
+    """
+    import logging
+
+    from pgcoord_cli.core.concurrency.outage import Outage
+
+    outage = Outage(logging.getLogger("pgcoord"), "events are not written to stdout", "events are written to stdout")
+
+    def write(event: Mapping[str, Any]) -> None:
+        if not out.is_json:
+            return
+        try:
+            out.next_document(event)
+        except OSError as error:
+            outage.failed(error.strerror or str(error))
+        else:
+            outage.ended()
+
+    return write
+
+
 def spare_the_collector() -> None:
     """Makes garbage collections rare, for a command that creates millions of small objects and no cycles of them.
 

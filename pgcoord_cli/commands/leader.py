@@ -15,6 +15,7 @@ from pgcoord_cli.commands.framework import (
     command,
     daemon_exit_code,
     duration,
+    event_writer,
     noun,
     output_of,
     spare_the_collector,
@@ -24,7 +25,6 @@ from pgcoord_cli.errors import ConditionFalse, interruption
 from pgcoord_cli.settings import Settings, check_text
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.leader.candidate import CandidateEvent
     from pgcoord_cli.render import Output
 
 
@@ -73,7 +73,8 @@ def run(
     settings, out = output_of(ctx, is_daemon=True)
     check_text(node_id, "--node-id")
     seconds = duration("--ttl", minimum=MIN_TTL - 0.001)(ttl) or 0
-    candidate = Candidate(settings, node_id or default_node_id(), seconds, lambda event: _report(out, event))
+    write = event_writer(out)
+    candidate = Candidate(settings, node_id or default_node_id(), seconds, lambda event: write(event._asdict()))
     received = stop_on_signals(candidate.stop)
     spare_the_collector()
     with _companions(settings, beside or []):
@@ -87,11 +88,6 @@ def _companions(settings: Settings, beside: Sequence[Companion]) -> AbstractCont
     from pgcoord_cli.core.flows.dispatcher import CompletionDispatcher
 
     return CompletionDispatcher(settings, lambda _trouble: None).running()  # they are logged
-
-
-def _report(out: Output, event: CandidateEvent) -> None:
-    if out.is_json:  # in every format, the log on stderr tells the same
-        out.next_document(event._asdict())
 
 
 @command(app, "status")

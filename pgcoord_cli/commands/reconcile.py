@@ -12,6 +12,7 @@ from pgcoord_cli.commands.framework import (
     command,
     daemon_exit_code,
     duration,
+    event_writer,
     output_of,
     row_count,
     single,
@@ -141,6 +142,7 @@ def _loop(settings: Settings, out: Output, which: Which, scope: Scope, seconds: 
     log = logging.getLogger("pgcoord.reconcile")
     # The first session is only a check, so that its error ends the command instead of being retried (rule I17).
     open_session(settings, "reconcile", writes=True).close()
+    write = event_writer(out)
     with closing(Wakeup()) as wakeup:
         received = stop_on_signals(wakeup.set)
         supervisor = Supervisor(wakeup, lambda: bool(received), outage=Outage(log, "no tick", "ticking"))
@@ -153,8 +155,7 @@ def _loop(settings: Settings, out: Output, which: Which, scope: Scope, seconds: 
                 except PgcoordError as error:
                     return error.reason
                 supervisor.recovered()
-                if out.is_json:
-                    out.next_document({name: tick._asdict() for name, tick in ticks.items()})
+                write({name: tick._asdict() for name, tick in ticks.items()})
                 _log_ticks(log, ticks)
                 if not received:
                     wakeup.wait(seconds)

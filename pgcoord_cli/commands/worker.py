@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from pgcoord_cli.commands.framework import command, daemon_exit_code, duration, noun, output_of, stop_on_signals
+from pgcoord_cli.commands.framework import (
+    command,
+    daemon_exit_code,
+    duration,
+    event_writer,
+    noun,
+    output_of,
+    stop_on_signals,
+)
 from pgcoord_cli.errors import UsageError
 from pgcoord_cli.settings import check_text
-
-if TYPE_CHECKING:
-    from pgcoord_cli.core.flows.worker import WorkEvent
-    from pgcoord_cli.render import Output
 
 app = noun("Run commands for executions as they become eligible.")
 
@@ -68,14 +72,10 @@ def run(
     options = WorkerOptions(
         owner or default_node_id(), words or (), concurrency, seconds, namespace, instance_tag, once, stdout
     )
-    worker = Worker(settings, options, lambda event: _report(out, event))
+    write = event_writer(out)
+    worker = Worker(settings, options, lambda event: write(event._asdict()))
     received = stop_on_signals(worker.stop, times=2)
     code = worker.run()
     if once and received:
         raise typer.Exit(128 + received[0])
     raise typer.Exit(daemon_exit_code(received, code))
-
-
-def _report(out: Output, event: WorkEvent) -> None:
-    if out.is_json:  # in every format, the log on stderr tells the same
-        out.next_document(event._asdict())

@@ -7,9 +7,11 @@ test applies one trouble to all of them, waits until each has logged it, ends it
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +35,7 @@ from tests.asking import TIMEOUT, until, value
 from tests.conftest import SHARED_SERVER, migrate_schema
 from tests.faults.program_process import ProgramProcess, environment
 from tests.kept_servers import new_server
-from tests.postgres.flow_world import Flow, plan
+from tests.postgres.flow_world import Flow, Make, plan
 
 Sql = psycopg.Connection[Any]
 
@@ -392,3 +394,35 @@ def test_i17_daemons_that_are_stopped_during_an_outage_end_with_success(daemons:
     stopped = [daemons.daemons[name].running for name in ("leader run", "worker run", "reconcile")]
     with refused_connections(daemons):
         assert [daemon.end(signal.SIGTERM)[0] for daemon in stopped] == [0, 0, 0]
+
+
+EVENTS = {
+    "leader run": ("leader", "run", "--ttl", "1s", "-o", "json"),
+    "worker run": ("worker", "run", "-o", "json", "--", "true"),
+    "reconcile": ("reconcile", "--loop", "--interval", "10ms", "-o", "json"),
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_i17_a_daemon_whose_readers_are_gone_works_on(name: str, settings: Settings, make: Make, sql: Sql) -> None:
+    """Of stdout and stderr: neither its events nor its log can be written, and it ends with success when asked to."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pgcoord_cli", *EVENTS[name]],
+        env=environment(settings.dsn), stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
+    )  # fmt: skip
+    os.close(writer)
+    try:
+        if name == "leader run":
+            until(lambda: value(sql, "SELECT renewed_at > acquired_at FROM leader_lease"))
+        else:
+            flow = make(plan("a b", "a>b"))
+            if name == "reconcile":
+                flow.end("a")
+            until(lambda: flow.state("b") == ("eligible" if name == "reconcile" else "success"))
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
+    finally:
+        process.kill()
+        process.wait(TIMEOUT)
