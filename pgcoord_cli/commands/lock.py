@@ -79,6 +79,10 @@ def run(
     raise typer.Exit(code)
 
 
+HIDDEN = "client and since are hidden: to see those of other roles, this role needs a GRANT of pg_read_all_stats"
+"""The note beside sessions of which this role may not see all."""
+
+
 @command(app, "list")
 def list_(ctx: typer.Context) -> None:
     """List the sessions that hold locks, and those that wait for them.
@@ -95,6 +99,8 @@ def list_(ctx: typer.Context) -> None:
     with session.command_session(settings, "lock list", writes=False) as conn:
         found = ownership.list_locks(conn)
     out.rows(["name", "is_waiting", "pid", "application", "client", "since"], found, empty="no lock is held")
+    if any(each["client"] is None for each in found):
+        out.note(HIDDEN)
 
 
 @command(app, "who")
@@ -113,6 +119,8 @@ def who(ctx: typer.Context, name: LockName) -> None:
     with session.command_session(settings, "lock who", writes=False) as conn:
         holder = ownership.holder_of(conn, settings.schema, name)
     out.document({"name": name} | holder._asdict())
+    if holder.client is None:
+        out.note(HIDDEN)
 
 
 @command(app, "break")

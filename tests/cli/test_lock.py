@@ -8,12 +8,14 @@ import pty
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pgcoord_cli.core.locks.ownership import Ownership, acquire_leadership, subscription_lock
 from pgcoord_cli.settings import Settings
@@ -303,3 +305,16 @@ def test_a_lock_list_is_a_table(call: Call, holder_pid: int) -> None:
     assert len(lines) == 1
     assert lines[0].split("\t")[0] == "nightly"
     assert json.loads(call("lock", "list", "-o", "jsonl").out)["pid"] == holder_pid
+
+
+def test_what_a_role_may_not_see_of_a_holder_is_said(
+    call: Call, settings: Settings, sql: psycopg.Connection[Any]
+) -> None:
+    role = f"reader_{uuid.uuid4().hex[:8]}"
+    sql.execute(f"CREATE ROLE {role} LOGIN")
+    assert call("migrate", "grant", "--reader", role).code == 0
+    dsn = make_conninfo(settings.dsn, user=role)
+    with acquire_leadership(settings.dsn, "nightly"):
+        for words in (("list",), ("who", "nightly")):
+            assert "needs a GRANT of pg_read_all_stats" in call("lock", *words, PGCOORD_DSN=dsn).err
+            assert "pg_read_all_stats" not in call("lock", *words).err
