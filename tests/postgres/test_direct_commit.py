@@ -127,6 +127,7 @@ def test_i5_a_direct_commit_gets_the_next_version(settings: Settings, sql: Sql) 
     assert paths(sql) == ["direct", "direct"]
     assert data(sql) == {b"a": b"2", b"b": b"3"}
     assert value(sql, "SELECT durable_version FROM leader_lease") == 2
+    assert value(sql, "SELECT bool_and(created_at <= resolved_at) FROM commit_requests")
 
 
 small = st.binary(max_size=3)
