@@ -12,7 +12,7 @@ from pgcoord_cli.commands.framework import Limit, command, duration, noun, outpu
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
 if TYPE_CHECKING:
-    from pgcoord_cli.core.kv.client import Transaction
+    from pgcoord_cli.core.kv.client import Database, Transaction
     from pgcoord_cli.core.kv.transaction_file import TransactionFile
     from pgcoord_cli.render import Output
     from pgcoord_cli.settings import Settings
@@ -288,7 +288,7 @@ def txn(
     seconds = duration("--timeout")(timeout) or 0
     parsed = _transaction_file(file, out)
     result = _run_under_leader(
-        settings, out, "kv txn", lambda: transaction_file.commit(settings, parsed, seconds), seconds
+        settings, out, "kv txn", lambda database: transaction_file.commit(database, parsed, seconds), seconds
     )
     out.document(result.document())
     if result.false:
@@ -336,18 +336,13 @@ def load(
     import asyncio
 
     from pgcoord_cli.commands.standard_input import stdin_bytes
-    from pgcoord_cli.core.database import session
     from pgcoord_cli.core.kv import bulk
-    from pgcoord_cli.core.leader import status as leader_status
 
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
     source = bulk.Source(stdin_bytes(), "stdin", None, None) if file == "-" else bulk.open_source(file)
-    with source.stream:
-        with session.command_session(settings, "kv load", writes=True) as conn:
-            leader_status.wait_for_leader(conn, settings.schema, seconds)
-        with progress_bar(out, "loading", source.size) as advance:
-            loaded = asyncio.run(bulk.load(settings, source, batch_size, seconds, advance))
+    with source.stream, progress_bar(out, "loading", source.size) as advance:
+        loaded = asyncio.run(bulk.load(settings, source, batch_size, seconds, advance))
     out.document(loaded._asdict())
 
 
@@ -426,32 +421,36 @@ def _commit(
     timeout: str,
 ) -> None:
     """Waits for a leader, runs one transaction, and prints its commit version."""
-    from pgcoord_cli.core.kv.client import open_database
-
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
 
-    async def commit() -> int:
-        async with await open_database(settings, name, pool_size=1) as database:
-            return await database.write(write, commit_seconds=seconds)
+    def commit(database: Database) -> Coroutine[Any, Any, int]:
+        return database.write(write, commit_seconds=seconds)
 
     version = _run_under_leader(settings, out, name, commit, seconds)
     out.value(record | {"version": version}, str(version))
 
 
 def _run_under_leader(
-    settings: Settings, out: Output, name: str, commit: Callable[[], Coroutine[Any, Any, T]], seconds: float
+    settings: Settings, out: Output, name: str, commit: Callable[[Database], Coroutine[Any, Any, T]], seconds: float
 ) -> T:
     """Waits for a leader and runs `commit`; returns its result. Raises NoLeader after `seconds`."""
     import asyncio
 
-    from pgcoord_cli.core.database import session
-    from pgcoord_cli.core.leader import status as leader_status
+    from pgcoord_cli.core.kv.client import open_database
 
-    with session.command_session(settings, name, writes=True) as conn:
-        leader_status.wait_for_leader(conn, settings.schema, seconds)
+    is_led = False
+
+    async def wait_and_commit() -> T:
+        nonlocal is_led
+        async with await open_database(settings, name, pool_size=1) as database:
+            await database.wait_for_leader(seconds)
+            is_led = True
+            return await commit(database)
+
     try:
-        return asyncio.run(commit())
+        return asyncio.run(wait_and_commit())
     except KeyboardInterrupt:
-        out.warn("the commit request may have been sent already; see its outcome with: pgcoord commit list")
+        if is_led:
+            out.warn("the commit request may have been sent already; see its outcome with: pgcoord commit list")
         raise

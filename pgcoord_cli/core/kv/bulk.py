@@ -74,12 +74,13 @@ def open_source(name: str) -> Source:
 async def load(
     settings: Settings, source: Source, batch_size: int, seconds: float, advance: Callable[[int], None]
 ) -> Loaded:
-    """Loads a file, at most `batch_size` lines in a transaction, and waits `seconds` for each commit.
+    """Loads a file, at most `batch_size` lines in a transaction, and waits `seconds` for a leader and for each commit.
 
     Calls `advance` with the number of bytes done since the last call. Raises UsageError, which names the line, for one
-    that is not valid, and what a commit raises.
+    that is not valid, NoLeader, and what a commit raises.
     """
     async with await open_database(settings, "kv load") as database:
+        await database.wait_for_leader(seconds)
         resumed_at = done = await _resume(database, source)
         advance(done)
         loaded = transactions = 0

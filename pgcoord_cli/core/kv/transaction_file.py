@@ -30,10 +30,9 @@ from pgcoord_cli.core.commits import codec
 from pgcoord_cli.core.commits.codec import MAX_TRANSACTION_BYTES, Mutation, Op, Undecodable
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.kv import reading
-from pgcoord_cli.core.kv.client import Transaction, open_database
+from pgcoord_cli.core.kv.client import Database, Transaction
 from pgcoord_cli.core.kv.reading import Entry
 from pgcoord_cli.errors import Conflict, TooOld, UsageError
-from pgcoord_cli.settings import Settings
 
 MAX_LINE_BYTES = 1_000_000
 """Longest line. The longest key and value, every byte of them escaped, are shorter."""
@@ -95,20 +94,19 @@ def shown(comparison: FalseComparison, version: int) -> dict[str, Any]:
 # Committing
 
 
-async def commit(settings: Settings, file: TransactionFile, seconds: float) -> Result:
+async def commit(database: Database, file: TransactionFile, seconds: float) -> Result:
     """Runs the transaction, again while it conflicts, for at most `seconds`. Raises what its last commit raised."""
     deadline = time.monotonic() + seconds
     backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
-    async with await open_database(settings, "kv txn", pool_size=1) as database:
-        while True:
-            attempt = _Attempt(file)
-            try:
-                version = await database.write(attempt.run, commit_seconds=max(0.001, deadline - time.monotonic()))
-                return Result(version, attempt.false)
-            except (Conflict, TooOld):
-                if time.monotonic() >= deadline:
-                    raise
-            await backoff.pause()
+    while True:
+        attempt = _Attempt(file)
+        try:
+            version = await database.write(attempt.run, commit_seconds=max(0.001, deadline - time.monotonic()))
+            return Result(version, attempt.false)
+        except (Conflict, TooOld):
+            if time.monotonic() >= deadline:
+                raise
+        await backoff.pause()
 
 
 class _Attempt:
