@@ -20,7 +20,18 @@ from psycopg.conninfo import make_conninfo
 
 import pgcoord_cli
 from pgcoord_cli.core.kv import hot_keys
-from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, Rejected, SchemaMissing, UsageError
+from pgcoord_cli.errors import (
+    CommitRefused,
+    Conflict,
+    ConnectionFailed,
+    NoLeader,
+    OutcomeUnknown,
+    Rejected,
+    SchemaMissing,
+    TransactionCancelled,
+    UsageError,
+    UsedDuringCommit,
+)
 from pgcoord_cli.settings import Settings
 from pgcoord_cli.sync import Database, KeySelector, Transaction, Watch, connect
 from tests.asking import TIMEOUT, until, value
@@ -409,3 +420,87 @@ database.close()
     done = program(text, settings)
     refused = "this client was opened by process PARENT and cannot be used in process CHILD\n"
     assert (done.stderr, done.stdout, done.returncode) == ("", 4 * refused + "None\nNone\n", 0)
+
+
+# -- the life of a transaction
+
+
+@needs_leader
+def test_i3_a_blocking_transaction_commits_once_and_can_be_reset(database: Database, sql: Sql) -> None:
+    put(database, n=bytes(8))
+    transaction = database.transaction()
+    transaction.add(b"n", ONE)
+    assert 0 < transaction.approximate_size < 50
+    assert [transaction.commit(), transaction.commit()] == [2, 2]
+    with pytest.raises(UsedDuringCommit):
+        transaction.set(b"n", b"")
+    transaction.reset()
+    transaction.next_write_no_write_conflict_range()
+    transaction.set(b"k", b"v")
+    transaction.cancel()
+    for use in (transaction.commit, lambda: transaction.get(b"k"), lambda: transaction.set(b"k", b"v")):
+        with pytest.raises(TransactionCancelled):
+            use()
+    assert data(sql) == {b"n": ONE}
+
+
+@needs_leader
+def test_on_error_makes_a_blocking_transaction_new(database: Database, sql: Sql) -> None:
+    transaction, attempts = database.transaction(), 0
+    while True:
+        attempts += 1
+        try:
+            count = int(transaction.get(b"k") or 0)
+            if attempts == 1:
+                put(database, k=b"5")
+            transaction.set(b"k", b"%d" % (count + 1))
+            transaction.commit()
+            break
+        except CommitRefused as error:
+            transaction.on_error(error)
+    assert data(sql) == {b"k": b"6"}
+    with pytest.raises(Rejected):
+        transaction.on_error(Rejected("final"))
+
+
+def test_another_thread_cancels_a_commit_that_waits(database: Database, sql: Sql) -> None:
+    transaction = database.transaction()
+    transaction.add(b"n", ONE)
+    with ThreadPoolExecutor(1) as pool:
+        committing = pool.submit(transaction.commit)
+        until(lambda: value(sql, "SELECT count(*) FROM commit_requests"))
+        transaction.cancel()
+        with pytest.raises(OutcomeUnknown, match="cancelled"):
+            committing.result(TIMEOUT)
+
+
+@needs_leader
+def test_the_watch_of_a_blocking_transaction_that_does_not_commit_fails(database: Database) -> None:
+    transaction = database.transaction()
+    transaction.get(b"k")
+    watch = transaction.watch(b"k")
+    transaction.set(b"own", b"1")
+    put(database, k=b"2")
+    with pytest.raises(Conflict):
+        transaction.commit()
+    with pytest.raises(Conflict):
+        watch.wait(TIMEOUT)
+    dropped = database.transaction().watch(b"k")
+    gc.collect()
+    with pytest.raises(TransactionCancelled):
+        dropped.wait(TIMEOUT)
+
+
+def test_the_options_of_a_blocking_client(settings: Settings) -> None:
+    with connect(settings.dsn, require_leader=True, retry_limit=3) as database:
+        assert (database.options.require_leader, database.options.retry_limit) == (True, 3)
+        database.options = database.options.changed(retry_limit=4)
+        assert database.transaction(commit_seconds=1).options == database.options.changed(commit_seconds=1)
+        with pytest.raises(NoLeader):
+            put(database, k=b"v")
+        with pytest.raises(NoLeader):
+            database.run(lambda transaction: transaction.set(b"k", b"v"))
+        with pytest.raises(NoLeader):
+            database.wait_for_leader(0)
+    with pytest.raises(UsageError, match="time_limit_seconds"):
+        connect(settings.dsn, time_limit_seconds=6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
 from typing import Any
 
 import pytest
@@ -21,12 +22,12 @@ BAD = b"bad"
 """A key or a value that the broken encoder of a test cannot encode."""
 
 
-def raise_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
-    """Replaces a function by one that raises at its first call; the list tells whether it was called."""
-    original, raised = getattr(owner, name), list[str]()
+def raise_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, after: int = 0) -> list[str]:
+    """Replaces a function by one that raises once, `after` some calls; the list tells whether it has raised."""
+    original, raised, calls = getattr(owner, name), list[str](), count()
 
     def broken(*arguments: Any) -> Any:
-        if not raised:
+        if next(calls) >= after and not raised:
             raised.append(name)
             raise LookupError("injected")
         return original(*arguments)
@@ -141,6 +142,31 @@ async def test_i3_a_commit_whose_answer_cannot_be_parsed_still_applies_once_and_
     assert raised
     assert await at_once(put(db, c=b"3")) == [3]
     assert requests(sql) == [("committed", 1), ("committed", 2), ("committed", 3)]
+
+
+@needs_leader
+@scenario_test
+async def test_a_question_for_outcomes_that_cannot_be_encoded_is_asked_again(
+    db: Database, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_the_queue(monkeypatch)
+    await put(db, a=b"1")
+    raised = raise_once(monkeypatch, submissions, "uuid_array", after=2)  # two to enqueue
+    assert await at_once(put(db, b=b"2")) == [2]
+    assert raised
+    assert await at_once(put(db, c=b"3")) == [3]
+
+
+@needs_leader
+@scenario_test
+async def test_a_callback_of_the_listener_that_raises_ends_no_channel(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised = raise_once(monkeypatch, submissions.Submitter, "_on_news")
+    use_the_queue(monkeypatch)
+    assert await at_once(put(db, a=b"1"), put(db, b=b"2")) in ([1, 2], [2, 1])
+    assert raised
+    assert await at_once(put(db, c=b"3")) == [3]
 
 
 # -- watches

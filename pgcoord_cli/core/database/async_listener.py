@@ -91,6 +91,9 @@ class AsyncListener:
                 if not self._channels:
                     return
                 self._outage.failed(_reason(error))
+            except Exception as error:  # noqa: BLE001 - a callback's fault; the channels of others must go on
+                self.trouble = repr(error)
+                self._outage.failed(self.trouble)
             await backoff.pause()
 
     def _refuse_waiting(self, error: Exception) -> None:

@@ -414,9 +414,11 @@ class Submitter:
         asked = [request_id for request_id, commit in self._pending.items() if commit.sent]
         # Only what was enqueued before this statement is sent can be found missing by it.
         missing = {key: commit for key, commit in self._pending.items() if ask_for_all and commit.enqueued}
-        self._pool.run(
-            sql("commits", "ask"), [uuid_array(asked), bytes([ask_for_all])], partial(self._on_asked, missing)
-        )
+        try:
+            parameters = [uuid_array(asked), bytes([ask_for_all])]
+            self._pool.run(sql("commits", "ask"), parameters, partial(self._on_asked, missing))
+        except Exception as error:  # noqa: BLE001 - its caller is a timer or a notification, and later ones must go on
+            self._on_ask_failed(error)
 
     def _on_asked(self, missing: dict[bytes, PendingCommit], answer: Answer) -> None:
         found = read_answer(answer, _statuses)
