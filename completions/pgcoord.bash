@@ -55,7 +55,7 @@ _pgcoord_command() {
             valued="--epoch $valued"
             ;;
         'pgcoord kv')
-            commands='get set clear clear-range add txn load export range'
+            commands='get set clear clear-range add watch txn load export range'
             ;;
         'pgcoord kv get')
             options="--hex --integer --raw --at $options"
@@ -76,6 +76,10 @@ _pgcoord_command() {
         'pgcoord kv add')
             options="--hex --timeout $options"
             valued="--timeout $valued"
+            ;;
+        'pgcoord kv watch')
+            options="--prefix --changes-only --max --timeout --attempts --hex $options"
+            valued="--prefix --max --timeout --attempts $valued"
             ;;
         'pgcoord kv txn')
             options="--timeout $options"

@@ -22,6 +22,7 @@ function __pgcoord_is_command
         'pgcoord kv clear' \
         'pgcoord kv clear-range' \
         'pgcoord kv add' \
+        'pgcoord kv watch' \
         'pgcoord kv txn' \
         'pgcoord kv load' \
         'pgcoord kv export' \
@@ -102,6 +103,10 @@ function __pgcoord_takes_value
         'pgcoord kv clear --timeout' \
         'pgcoord kv clear-range --timeout' \
         'pgcoord kv add --timeout' \
+        'pgcoord kv watch --prefix' \
+        'pgcoord kv watch --max' \
+        'pgcoord kv watch --timeout' \
+        'pgcoord kv watch --attempts' \
         'pgcoord kv txn --timeout' \
         'pgcoord kv load --batch-size' \
         'pgcoord kv load --timeout' \
@@ -276,6 +281,7 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'set' -d 'Set a key, and p
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'clear' -d 'Clear a key, and print the commit version; with --prefix, clear all keys that begin with P in one transaction.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'clear-range' -d 'Clear every key from BEGIN up to, but not including, END.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'add' -d 'Add to a counter, a little-endian integer of eight bytes, without reading it: additions never conflict.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'watch' -d 'Print the present value of a key, and each change from then on; a value of null says that there is no such key.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'txn' -d 'Compare keys and, if every comparison is true, make all mutations at once; exit 3 if one is false.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'load' -d 'Set many keys from a file of JSON lines: {"key": …, "value": …, "encoding": "utf-8" or "hex"}.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv'" -a 'export' -d 'Print keys and values as JSON lines, all from one snapshot.'
@@ -295,6 +301,12 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear-range'" -l hex -d 'Read a
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv clear-range'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit to be settled.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv add'" -l hex -d 'Read and print keys and values as hexadecimal.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv add'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit to be settled.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv watch'" -l prefix -r -f -d 'Watch all keys that begin with P, in place of KEY.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv watch'" -l changes-only -d 'Leave out the present state; start with the first change after it.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv watch'" -l max -r -f -d 'End after N records.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv watch'" -l timeout -r -f -d 'End after this time, with exit code 124.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv watch'" -l attempts -r -f -d 'With CMD: exit after N failed runs in a row. [default: no limit]'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord kv watch'" -l hex -d 'Read and print keys and values as hexadecimal.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv txn' 1" -F
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv txn'" -l timeout -r -f -d 'How long to wait for a leader, and for the commit to be settled.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord kv load' 1" -F

@@ -16,11 +16,13 @@ import gc
 import importlib
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
 from uuid import UUID
 
@@ -347,6 +349,15 @@ def event_writer(out: Output) -> Callable[[Mapping[str, Any]], None]:
             outage.ended()
 
     return write
+
+
+def stop_without_reader(stop: Callable[[], None]) -> None:
+    """Calls `stop` when the reader of stdout closes its pipe (`| head`), even if nothing is written."""
+    from pgcoord_cli.render.events import watch_reader
+
+    with suppress(OSError, ValueError):
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            Thread(target=watch_reader, args=[stop], daemon=True).start()
 
 
 def spare_the_collector() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import stat
-import sys
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 import typer
 
-from pgcoord_cli.commands.framework import command, noun, output_of, spare_the_collector, stop_on_signals
+from pgcoord_cli.commands.framework import (
+    command,
+    noun,
+    output_of,
+    spare_the_collector,
+    stop_on_signals,
+    stop_without_reader,
+)
 from pgcoord_cli.errors import ConditionFalse, CursorExpired, HistoryChanged, UsageError
 from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_duration
 
@@ -391,7 +394,7 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Pos
             checkpoint.stop()
 
     received = stop_on_signals(stop)
-    _stop_without_reader(tail)
+    stop_without_reader(tail.stop)
     spare_the_collector()
     stream.begin()
     left = call.most
@@ -413,7 +416,7 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Pos
 
 def _follow_with_command(tail: Tail, outbox: Outbox, call: Call, store: PositionStore) -> None:
     """Runs the command for each batch and saves the position once the command has handled it."""
-    from pgcoord_cli.core.events.delivery import Delivery
+    from pgcoord_cli.core.concurrency.delivery import Delivery
     from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.render.events import json_line_maker
 
@@ -424,14 +427,14 @@ def _follow_with_command(tail: Tail, outbox: Outbox, call: Call, store: Position
         store.stop()
         delivery.signal(received[-1])
 
-    with closing(Delivery(call.words, call.attempts)) as delivery:
+    with closing(Delivery(call.words, call.attempts, "the batch")) as delivery:
         received = stop_on_signals(stop)
         left = call.most
         for batch in tail.batches():
             events = batch.events[:left]
             checks.warn_of(events)
             for part in _parts(events, call.batch or 1):
-                if code := delivery.deliver([line(event) for event in part]):
+                if code := delivery.deliver("".join(map(line, part)).encode()):
                     command, event_id = call.words[0], part[0].event_id
                     _log().warning("%s exited with %d; the position stays before event %d", command, code, event_id)
                     raise typer.Exit(code)
@@ -450,15 +453,6 @@ def _follow_with_command(tail: Tail, outbox: Outbox, call: Call, store: Position
 def _parts(events: list[Event], size: int) -> Iterator[list[Event]]:
     for first in range(0, len(events), size):
         yield events[first : first + size]
-
-
-def _stop_without_reader(tail: Tail) -> None:
-    """Stops the tail when the reader of stdout closes its pipe (`| head`), even if no event arrives."""
-    from pgcoord_cli.render.events import watch_reader
-
-    with suppress(OSError, ValueError):
-        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
-            Thread(target=watch_reader, args=[tail.stop], daemon=True).start()
 
 
 def _log_how_to_resume(outbox: Outbox, call: Call, position: int | None) -> None:

@@ -50,9 +50,9 @@ class EventStream:
     def begin(self) -> None:
         """Writes the header, in formats that have one."""
         if self._out.format == OutputFormat.CSV:
-            _write_whole_lines([_csv_line(self._columns)])
+            _write_whole_lines([csv_line(self._columns)])
         elif self._out.format == OutputFormat.MARKDOWN:
-            _write_whole_lines([_markdown_line(self._columns), _markdown_line(["---"] * len(self._columns))])
+            _write_whole_lines([markdown_line(self._columns), markdown_line(["---"] * len(self._columns))])
 
     def write(self, events: Iterable[Any]) -> None:
         """Writes the events, one line each, and returns when all of them have been written to stdout."""
@@ -63,9 +63,9 @@ class EventStream:
             is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
             return _json_maker(self._columns, encode_basestring if is_unicode else encode_basestring_ascii)
         if self._out.format == OutputFormat.CSV:
-            return lambda event: _csv_line([plain_scalar(value) for value in self._values(event)])
+            return lambda event: csv_line([plain_scalar(value) for value in self._values(event)])
         if self._out.format == OutputFormat.MARKDOWN:
-            return lambda event: _markdown_line([scalar(value) for value in self._values(event)])
+            return lambda event: markdown_line([scalar(value) for value in self._values(event)])
         if self._out.format == OutputFormat.PLAIN:
             return lambda event: "\t".join(map(scalar, self._values(event))) + "\n"
         return self._line_for_people
@@ -145,13 +145,15 @@ def _clock_time(milliseconds: int) -> str:
         return f"{milliseconds} ms"
 
 
-def _csv_line(cells: Sequence[str]) -> str:
+def csv_line(cells: Sequence[str]) -> str:
+    """Returns a line of CSV."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue()
 
 
-def _markdown_line(cells: Sequence[str]) -> str:
+def markdown_line(cells: Sequence[str]) -> str:
+    """Returns a line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

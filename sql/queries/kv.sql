@@ -140,6 +140,19 @@ SELECT key, value
  ORDER BY key DESC
  LIMIT $3::bigint;
 
+-- name: watched_range
+-- A half-open range, with the durable version of the same snapshot; without its keys if that version is $3.
+SELECT lease.durable_version, watched.key, watched.value
+  FROM leader_lease AS lease
+  LEFT JOIN LATERAL (
+        SELECT kv.key, kv.value
+          FROM kv
+         WHERE kv.key >= $1::bytea AND kv.key < $2::bytea AND lease.durable_version <> $3::bigint
+         -- Keeps the condition on the version here, where it is checked before the range is read, not after.
+        OFFSET 0
+       ) AS watched ON true
+ WHERE lease.id = 1;
+
 -- name: commit_asynchronously
 -- Makes the commits of this session return before the WAL flush: a lost pending request was never acknowledged. pgcoord.durable keeps the level for those that must be durable.
 SELECT set_config('pgcoord.durable', coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), false) AS durable,

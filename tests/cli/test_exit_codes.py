@@ -25,7 +25,8 @@ REQUEST_ID = str(uuid.uuid4())
 
 ARGUMENTS = {
     "kv get": ("key",), "kv set": ("key", "value"), "kv clear": ("key",), "kv clear-range": ("x", "y"),
-    "kv add": ("counter", "1"), "kv load": ("/dev/null",), "leader assert": ("--epoch", "1"),
+    "kv add": ("counter", "1"), "kv load": ("/dev/null",), "kv txn": ("docs/transaction.jsonl",),
+    "kv watch": ("key", "--max", "1"), "leader assert": ("--epoch", "1"),
     "tail lease": ("--no-follow",), "tail completion": ("--no-follow",),
     "flow create": ("docs/flow.yaml",), "flow show": (REQUEST_ID,), "flow cancel": (REQUEST_ID,),
     "execution renew": (REQUEST_ID, "--epoch", "1"), "execution complete": (REQUEST_ID, "--epoch", "1"),
@@ -44,10 +45,10 @@ STREAMS = {"demo", "leader run", "kv export"}
 LEFT_OUT = {"bench", "leader step-down", "tail lease", "tail completion", "worker run", "lock run"}
 """Commands that take long, end the leader that later calls need, or print nothing."""
 
-LOGS_ITS_ERROR = {"tail lease", "tail completion", "worker run", "lock run"}
+LOGS_ITS_ERROR = {"tail lease", "tail completion", "worker run", "lock run", "kv watch"}
 """Daemons: their stderr is a log, which may be kept elsewhere than stdout."""
 
-TAKES_ANY_WORDS = {"worker run", "lock run"}
+TAKES_ANY_WORDS = {"worker run", "lock run", "kv watch"}
 
 NEED_NO_SERVER = {"migrate sql", "dev up", "dev down", "dev dsn", "dev status"}
 
@@ -55,6 +56,7 @@ CODES = {
     "dev up": 1, "dev dsn": 3, "dev status": 3, "flow show": 3, "flow cancel": 3, "execution show": 3,
     "execution revoke": 3, "execution renew": 3, "execution complete": 3, "execution fail": 3,
     "lock who": 3, "lock break": 3, "subscription show": 3, "subscription set": 3, "subscription reset": 3,
+    "kv txn": 3,
 }  # fmt: skip
 """Exit codes of the calls on a database with a leader, where they are not 0."""
 

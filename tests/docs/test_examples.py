@@ -86,9 +86,10 @@ def test_the_flow_of_the_page_has_the_outcome_on_the_page(cli: Cli) -> None:
     assert cli("flow", "show", flow).stdout == shown
 
 
-def test_the_transaction_of_the_page_is_valid() -> None:
+def test_the_transaction_of_the_page_is_docs_transaction_jsonl() -> None:
     from pgcoord_cli.core.kv.transaction_file import parse
 
-    (lines,) = blocks("docs/kv.md", "json")
+    lines = blocks("docs/kv.md", "json")[0]
+    assert lines == (ROOT / "docs/transaction.jsonl").read_text()
     parsed = parse(io.BytesIO(lines.encode()), "docs/kv.md")
     assert (len(parsed.comparisons), len(parsed.mutations)) == (2, 3)

@@ -227,6 +227,7 @@ EXPECTED = {
         "epoch bigint, last_term_id uuid, durable_version bigint, readable_from bigint, version bigint",
     ),
     "kv.read_version": Shape("", "epoch bigint, durable_version bigint"),
+    "kv.watched_range": Shape("bytea, bytea, bigint", "durable_version bigint, key bytea, value bytea"),
     "kv.read_range": Shape("bytea, bytea, bigint", "key bytea, value bytea"),
     "kv.read_range_reverse": Shape("bytea, bytea, bigint", "key bytea, value bytea"),
     "lease.read_lease": Shape(

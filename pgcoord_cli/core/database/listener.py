@@ -29,6 +29,10 @@ class Listener:
         for channel in channels:
             self._conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
 
+    def unlisten(self) -> None:
+        """Listens to no channel any more. Raises psycopg's errors."""
+        self._conn.execute("UNLISTEN *")
+
     def wait(self, seconds: float) -> set[str]:
         """Blocks until there is a notification; returns the channels notified since the last wait.
 

@@ -1,15 +1,16 @@
-"""Delivering batches of events to a command, at least once: `pgcoord tail --exec`.
+"""Delivering data to a command, piece by piece, each at least once: `pgcoord tail --exec`, `pgcoord kv watch -- CMD`.
 
-The command gets a batch on its standard input, and reports by its exit code that it has handled all of it. The caller
-moves the position only then. A batch whose command failed is delivered again, whole, after a pause; so is one during
-which this process was killed, by the next tail of that position. A command may therefore see an event twice.
+The command gets a batch of events, or the value after a change, on its standard input, and reports by its exit code
+that it has handled all of it. A caller with a position moves it only then. What the command failed on is delivered
+again, whole, after a pause; so is a batch during which this process was killed, by the next tail of that position. A
+command may therefore see an event twice.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from tempfile import TemporaryFile
 from typing import IO
@@ -23,18 +24,22 @@ from pgcoord_cli.errors import CommandNotExecutable, CommandNotFound, PgcoordErr
 _log = logging.getLogger("pgcoord.delivery")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
-"""Seconds between attempts to deliver a batch."""
+"""Seconds between attempts to deliver the same."""
 
 POLL_SECONDS = 3600.0
 """How long a wait for the command lasts; its end and a signal wake it before."""
 
 
 class Delivery:
-    """Runs one command for each batch. `signal` may be called from a signal handler."""
+    """Runs one command for each delivery. `signal` may be called from a signal handler.
 
-    def __init__(self, command: Sequence[str], attempts: int | None) -> None:
+    After `attempts` failures in a row it gives up; None: never. `what` is delivered, in log messages.
+    """
+
+    def __init__(self, command: Sequence[str], attempts: int | None, what: str) -> None:
         self._command = command
         self._attempts = attempts
+        self._what = what
         self._outage = Outage(_log, command[0], "delivering", command=command[0])
         self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._wakeup = Wakeup()
@@ -51,20 +56,22 @@ class Delivery:
         """Releases the descriptors."""
         self._wakeup.close()
 
-    def deliver(self, lines: Sequence[str]) -> int | None:
+    def deliver(self, data: bytes, variables: Mapping[str, str] | None = None) -> int | None:
         """Runs the command until it exits with 0; returns 0, or its last exit code once all attempts have failed.
 
-        Returns None if a signal ended the delivery before that. Raises CommandNotFound, CommandNotExecutable.
+        `variables` are added to its environment. Returns None if a signal ended the delivery before that. Raises
+        CommandNotFound, CommandNotExecutable.
         """
+        environment = os.environ | (variables or {})
         self._backoff.reset()
         # A file, which is read from the start at each attempt, and fills up however slowly the command reads.
         with TemporaryFile() as batch:
-            batch.write("".join(lines).encode())
+            batch.write(data)
             attempt = 0
             while not self._stopping:
                 batch.seek(0)
                 batch.flush()
-                if (code := self._run(batch)) == 0:
+                if (code := self._run(batch, environment)) == 0:
                     self._outage.ended()
                     return 0
                 attempt += 1
@@ -72,22 +79,22 @@ class Delivery:
                     return None
                 if attempt == self._attempts:
                     return code
-                self._outage.failed(f"exited with {code}; the batch is delivered again")
+                self._outage.failed(f"exited with {code}; {self._what} is delivered again")
                 self._wakeup.wait(self._backoff.next_pause())
         return None
 
-    def _run(self, batch: IO[bytes]) -> int:
-        with closing(self._start(batch)) as group:
+    def _run(self, batch: IO[bytes], environment: Mapping[str, str]) -> int:
+        with closing(self._start(batch, environment)) as group:
             while group.exit_code is None:
                 group.wait(self._wakeup, POLL_SECONDS)
                 while self._signals:
                     group.signal(self._signals.pop(0))
             return group.exit_code if group.exit_code >= 0 else 128 - group.exit_code
 
-    def _start(self, batch: IO[bytes]) -> ProcessGroup:
+    def _start(self, batch: IO[bytes], environment: Mapping[str, str]) -> ProcessGroup:
         name = self._command[0]
         try:
-            return ProcessGroup(self._command, os.environ, stdin=batch.fileno())
+            return ProcessGroup(self._command, environment, stdin=batch.fileno())
         except FileNotFoundError as error:
             raise CommandNotFound(f"cannot run {name}: {error.strerror}", hint="is it in PATH?") from None
         except PermissionError as error:
