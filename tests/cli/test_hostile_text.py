@@ -91,7 +91,7 @@ SHOWN: dict[str, list[tuple[str, ...]]] = {
     "kv add": [("k", BAD)],
     "kv load": [(f"/nonexistent/{BAD}",)],
     "kv txn": [(f"/nonexistent/{BAD}",)],
-    "kv watch": [("--prefix", "", "--max", "3"), (BAD, "--hex")],
+    "kv watch": [(BAD, "--max", "1"), ("c1", "--max", "1"), (BAD, "--hex")],
     "kv export": [(BAD, "--hex")],
     "kv range": [(), (BAD, "--hex")],
     "commit list": [(), ("--status", BAD)],
