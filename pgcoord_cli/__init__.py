@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pgcoord_cli.core.events.async_tail import AsyncEventIterator, tail_async
     from pgcoord_cli.core.events.event_iterator import EventIterator, tail
+    from pgcoord_cli.core.events.filters import Filters
+    from pgcoord_cli.core.events.notices import Notice
     from pgcoord_cli.core.events.outbox import (
         CompletionEvent,
         Event,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
         append_completion_event,
         append_lease_event,
     )
-    from pgcoord_cli.core.events.tail import Filters, Notice, StartPosition
+    from pgcoord_cli.core.events.start_position import StartPosition
     from pgcoord_cli.core.flows.client import Flows, open_flows
     from pgcoord_cli.core.flows.executions import Claim
     from pgcoord_cli.core.flows.flows import CreatedFlow
@@ -142,7 +144,9 @@ _MODULES = {
     "core.events.async_tail": ("AsyncEventIterator", "tail_async"),
     "core.events.event_iterator": ("EventIterator", "tail"),
     "core.events.outbox": ("CompletionEvent", "Event", "LeaseEvent", "append_completion_event", "append_lease_event"),
-    "core.events.tail": ("Filters", "Notice", "StartPosition"),
+    "core.events.filters": ("Filters",),
+    "core.events.notices": ("Notice",),
+    "core.events.start_position": ("StartPosition",),
     "core.flows.client": ("Flows", "open_flows"),
     "core.flows.executions": ("Claim",),
     "core.flows.flows": ("CreatedFlow",),

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from logging import Logger
 
+    from pgcoord_cli.core.events.filters import Filters
     from pgcoord_cli.core.events.history import PassedEvent
+    from pgcoord_cli.core.events.notices import Notice
     from pgcoord_cli.core.events.outbox import Event, Outbox
-    from pgcoord_cli.core.events.tail import Filters, Notice, StartPosition, Tail
+    from pgcoord_cli.core.events.start_position import StartPosition
+    from pgcoord_cli.core.events.tail import Tail
     from pgcoord_cli.render import Output
 
 DIGIT = b"\0"
@@ -324,7 +327,7 @@ def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call
 
 
 def _filters(call: Call) -> Filters:
-    from pgcoord_cli.core.events.tail import Filters
+    from pgcoord_cli.core.events.filters import Filters
 
     return Filters(call.partitions, call.namespaces, call.instance_tags, call.kinds)
 
@@ -332,7 +335,8 @@ def _filters(call: Call) -> Filters:
 def _make_tail(
     settings: Settings, out: Output, outbox: Outbox, call: Call, position: int | None, passed: PassedEvent | None
 ) -> Tail:
-    from pgcoord_cli.core.events.tail import StartPosition, Tail
+    from pgcoord_cli.core.events.start_position import StartPosition
+    from pgcoord_cli.core.events.tail import Tail
 
     return Tail(
         settings,
@@ -347,7 +351,7 @@ def _make_tail(
 
 def _start(call: Call) -> StartPosition:
     from pgcoord_cli.core.events.cursor import from_cursor
-    from pgcoord_cli.core.events.tail import StartPosition
+    from pgcoord_cli.core.events.start_position import StartPosition
 
     if call.from_cursor is not None:
         return StartPosition.position(from_cursor(call.from_cursor, "--from"))
@@ -358,7 +362,7 @@ def _start(call: Call) -> StartPosition:
 
 def _until(text: str) -> StartPosition:
     from pgcoord_cli.core.events.cursor import from_cursor, looks_like_cursor
-    from pgcoord_cli.core.events.tail import StartPosition
+    from pgcoord_cli.core.events.start_position import StartPosition
 
     if looks_like_cursor(text):
         return StartPosition.position(from_cursor(text, "--until"))

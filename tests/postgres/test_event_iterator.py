@@ -18,8 +18,11 @@ from pgcoord_cli.core.events import async_tail
 from pgcoord_cli.core.events.async_tail import AsyncEventIterator, tail_async
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.core.events.event_iterator import tail
+from pgcoord_cli.core.events.filters import Filters
+from pgcoord_cli.core.events.notices import Notice
 from pgcoord_cli.core.events.outbox import CompletionEvent, LeaseEvent
-from pgcoord_cli.core.events.tail import BATCH_LIMIT, Batch, Filters, Notice, StartPosition, Tail
+from pgcoord_cli.core.events.start_position import StartPosition
+from pgcoord_cli.core.events.tail import BATCH_LIMIT, Batch, Tail
 from pgcoord_cli.errors import CursorExpired, HistoryChanged, PgcoordError, SchemaMissing, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until, until_async, value

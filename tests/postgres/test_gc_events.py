@@ -20,7 +20,7 @@ from pgcoord_cli.core.database import grants
 from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.events.event_iterator import tail
 from pgcoord_cli.core.events.outbox import COMPLETION, LEASE, OUTBOXES, Outbox
-from pgcoord_cli.core.events.tail import StartPosition
+from pgcoord_cli.core.events.start_position import StartPosition
 from pgcoord_cli.core.gc import CollectedEvents, collect_events, count_events
 from pgcoord_cli.errors import CursorExpired
 from pgcoord_cli.settings import Settings

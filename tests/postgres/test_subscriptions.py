@@ -21,9 +21,9 @@ from pgcoord_cli.core.database.migrations import apply
 from pgcoord_cli.core.database.session import command_session, migration_session
 from pgcoord_cli.core.events import subscriptions
 from pgcoord_cli.core.events.cursor import from_cursor
+from pgcoord_cli.core.events.notices import Notice
 from pgcoord_cli.core.events.outbox import COMPLETION, LEASE, Outbox
 from pgcoord_cli.core.events.subscriptions import Subscription, checkpoint
-from pgcoord_cli.core.events.tail import Notice
 from pgcoord_cli.errors import Busy, ConnectionFailed, Fenced, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until

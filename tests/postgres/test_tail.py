@@ -24,9 +24,11 @@ from psycopg.sql import SQL, Identifier, Literal
 
 from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.embedded.server import EmbeddedServer, StopMode
-from pgcoord_cli.core.events import tail as tail_module
+from pgcoord_cli.core.events import stall_detector
 from pgcoord_cli.core.events.cursor import from_cursor, to_cursor
 from pgcoord_cli.core.events.event_iterator import tail
+from pgcoord_cli.core.events.filters import Filters
+from pgcoord_cli.core.events.notices import Notice
 from pgcoord_cli.core.events.outbox import (
     COMPLETION,
     LEASE,
@@ -37,7 +39,8 @@ from pgcoord_cli.core.events.outbox import (
     append_completion_event,
     append_lease_event,
 )
-from pgcoord_cli.core.events.tail import BATCH_LIMIT, GAP_LIMIT, Batch, Filters, Notice, StartPosition, Tail
+from pgcoord_cli.core.events.start_position import StartPosition
+from pgcoord_cli.core.events.tail import BATCH_LIMIT, GAP_LIMIT, Batch, Tail
 from pgcoord_cli.core.events.tail_connection import WAKEUP_REQUEST_SECONDS, TailConnection
 from pgcoord_cli.core.gc import collect_events
 from pgcoord_cli.errors import ConnectionFailed, CursorExpired, HistoryChanged, PgcoordError, SchemaMissing
@@ -524,7 +527,7 @@ def test_i10_every_event_of_a_transaction_that_writes_repeatedly_is_delivered(
 @pytest.fixture
 def stall_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a tail report a stall at its first wait instead of after STALL_SECONDS."""
-    monkeypatch.setattr(tail_module, "STALL_SECONDS", 0.0)
+    monkeypatch.setattr(stall_detector, "STALL_SECONDS", 0.0)
 
 
 def test_a_tail_that_does_not_follow_ends_at_a_gap_and_names_the_open_transaction(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pgcoord_cli.core.events import tail
-from pgcoord_cli.core.events.tail import StallDetector
+from pgcoord_cli.core.events import stall_detector
+from pgcoord_cli.core.events.stall_detector import StallDetector
 
 
 class Clock:
@@ -21,7 +21,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(tail, "time", clock)
+    monkeypatch.setattr(stall_detector, "time", clock)
     return clock
 
 

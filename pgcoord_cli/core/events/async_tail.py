@@ -27,18 +27,11 @@ from typing import Any, Generic, Literal, NamedTuple, Self, overload
 
 from pgcoord_cli.core.events.cursor import to_cursor
 from pgcoord_cli.core.events.event_iterator import E, Place
+from pgcoord_cli.core.events.filters import EVERYTHING, Filters
+from pgcoord_cli.core.events.notices import Notice, OnNotice, ignore_notice
 from pgcoord_cli.core.events.outbox import CompletionEvent, Event, LeaseEvent, outbox_named
-from pgcoord_cli.core.events.tail import (
-    EVERYTHING,
-    NOW,
-    Batch,
-    Filters,
-    Notice,
-    OnNotice,
-    StartPosition,
-    Tail,
-    ignore_notice,
-)
+from pgcoord_cli.core.events.start_position import NOW, StartPosition
+from pgcoord_cli.core.events.tail import Batch, Tail
 from pgcoord_cli.db.connection import require_process
 from pgcoord_cli.settings import resolve_arguments
 

@@ -17,8 +17,11 @@ from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 from pgcoord_cli.core.events.cursor import to_cursor
+from pgcoord_cli.core.events.filters import EVERYTHING, Filters
+from pgcoord_cli.core.events.notices import OnNotice, ignore_notice
 from pgcoord_cli.core.events.outbox import CompletionEvent, Event, LeaseEvent, outbox_named
-from pgcoord_cli.core.events.tail import EVERYTHING, NOW, Filters, OnNotice, StartPosition, Tail, ignore_notice
+from pgcoord_cli.core.events.start_position import NOW, StartPosition
+from pgcoord_cli.core.events.tail import Tail
 from pgcoord_cli.db.connection import require_process
 from pgcoord_cli.settings import resolve_arguments
 

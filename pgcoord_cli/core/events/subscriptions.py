@@ -23,9 +23,10 @@ from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.advisory_keys import lock_holder
 from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.events.cursor import to_cursor
+from pgcoord_cli.core.events.filters import Filters
 from pgcoord_cli.core.events.history import PassedEvent, check_history
+from pgcoord_cli.core.events.notices import Notice, OnNotice, ignore_notice
 from pgcoord_cli.core.events.outbox import OUTBOXES, Outbox
-from pgcoord_cli.core.events.tail import Filters, Notice, OnNotice, ignore_notice
 from pgcoord_cli.core.locks.ownership import Acquisition, Fence, draw_fence, subscription_lock, take_lock
 from pgcoord_cli.db.binary import int8
 from pgcoord_cli.db.connection import mapped_errors

@@ -48,13 +48,9 @@ raises CursorExpired.
 from __future__ import annotations
 
 import logging
-import math
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
-from datetime import datetime, timedelta
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -64,9 +60,13 @@ from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.channels import POLL_SECONDS
-from pgcoord_cli.core.events.cursor import from_cursor, to_cursor
+from pgcoord_cli.core.events.cursor import to_cursor
+from pgcoord_cli.core.events.filters import EVERYTHING, Filters
 from pgcoord_cli.core.events.history import PassedEvent, check_history, expired
+from pgcoord_cli.core.events.notices import Notice, OnNotice, ignore_notice
 from pgcoord_cli.core.events.outbox import Event, Outbox
+from pgcoord_cli.core.events.stall_detector import StallDetector
+from pgcoord_cli.core.events.start_position import NOW, StartPosition, VisibleAtStart
 from pgcoord_cli.core.events.tail_connection import (
     BlockingTransaction,
     Bounds,
@@ -77,7 +77,7 @@ from pgcoord_cli.core.events.tail_connection import (
 from pgcoord_cli.core.events.watermark import Watermark
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import CursorExpired, PgcoordError, UsageError
+from pgcoord_cli.errors import CursorExpired, PgcoordError
 from pgcoord_cli.settings import Settings
 
 _log = logging.getLogger("pgcoord.tail")
@@ -94,92 +94,8 @@ GAP_LIMIT = 50
 PACE_SECONDS = 0.005
 """Seconds between two reads of a tail that finds several events each time."""
 
-STALL_SECONDS = 2.0
-"""How long a tail stays at one gap before it reports what holds it up."""
-
-FIRST_RECHECK = 0.005
-"""Seconds until the first read again at a gap, or while a listed transaction is open; they double up to the poll."""
-
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between attempts to connect."""
-
-
-class StartPosition(NamedTuple):
-    """Where a tail starts or ends.
-
-    `how` is `now`, `beginning`, `position` (`value` is an event id) or `time` (`value` is in milliseconds since
-    1970-01-01 UTC; a negative one counts back from the server's clock).
-    """
-
-    how: str
-    value: int = 0
-    passed: PassedEvent | None = None
-
-    @classmethod
-    def now(cls) -> StartPosition:
-        """Every event that becomes visible from now on."""
-        return cls("now")
-
-    @classmethod
-    def beginning(cls) -> StartPosition:
-        """The oldest event that garbage collection has left."""
-        return cls("beginning")
-
-    @classmethod
-    def position(cls, event_id: int, passed: PassedEvent | None = None) -> StartPosition:
-        """The first event after this id. `passed`, the last event up to it, tells whether that is still the same."""
-        return cls("position", event_id, passed)
-
-    @classmethod
-    def cursor(cls, cursor: str) -> StartPosition:
-        """The first event after a cursor, as events carry it and `pgcoord tail` prints it. Raises UsageError."""
-        return cls("position", from_cursor(cursor, "cursor"))
-
-    @classmethod
-    def time(cls, when: datetime | timedelta) -> StartPosition:
-        """The first event inserted at or after a time; a timedelta counts back from the server's clock."""
-        if isinstance(when, timedelta):
-            # At least 1 ms, since only a negative number counts back from the server's clock.
-            return cls("time", -max(1, round(when.total_seconds() * 1000)))
-        return cls("time", max(0, round(when.timestamp() * 1000)))
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Which events a tail delivers. An empty set passes every event; any other passes events whose value is in it.
-
-    `kinds` are event types or outcomes. Any collection is taken, and kept as a frozenset. Raises UsageError for text
-    in place of a collection of texts.
-    """
-
-    partitions: Collection[int] = frozenset()
-    namespaces: Collection[str] = frozenset()
-    instance_tags: Collection[str] = frozenset()
-    kinds: Collection[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            values = getattr(self, each.name)
-            if isinstance(values, str):
-                raise UsageError(f"filters: {each.name}={values!r} is not a set", hint=f"write {{{values!r}}}")
-            object.__setattr__(self, each.name, frozenset(values))
-
-    def document(self) -> dict[str, list[Any]]:
-        """Returns the filters that are set, as JSON holds them."""
-        return {each.name: sorted(values) for each in fields(self) if (values := getattr(self, each.name))}
-
-    def passes(self, event: Event) -> bool:
-        """Returns whether the event passes every filter."""
-        return (
-            (not self.partitions or event.partition_key in self.partitions)
-            and (not self.namespaces or event.namespace in self.namespaces)
-            and (not self.instance_tags or event.instance_tag in self.instance_tags)
-            and (not self.kinds or event.kind in self.kinds)
-        )
-
-
-NOW = StartPosition.now()
-EVERYTHING = Filters()
 
 
 class Step(Enum):
@@ -201,26 +117,6 @@ class Batch(NamedTuple):
     events: list[Event]
     position: int
     passed: PassedEvent | None = None
-
-
-class Notice(NamedTuple):
-    """A report of a tail: `disconnected`, `connected`, `filters_changed` or `held_up`, with the cursor at that moment.
-
-    `held_event_id` and `holders`, the transactions that may still commit that event, are those of `held_up`.
-    """
-
-    type: str
-    cursor: str
-    message: str
-    held_event_id: int | None = None
-    holders: tuple[BlockingTransaction, ...] = ()
-
-
-OnNotice = Callable[[Notice], None]
-
-
-def ignore_notice(_notice: Notice) -> None:
-    """Default `report`: ignores notices."""
 
 
 class Tail:
@@ -481,55 +377,6 @@ class Tail:
         self, kind: str, message: str, held: int | None = None, holders: tuple[BlockingTransaction, ...] = ()
     ) -> None:
         self._report(Notice(kind, self._cursor, message, held, holders))
-
-
-class VisibleAtStart:
-    """The ids that were visible when the tail started, which it leaves out: those up to `head` outside of `gaps`."""
-
-    def __init__(self, head: int, gaps: list[tuple[int, int]]) -> None:
-        self.head = head
-        self._gaps = gaps
-
-    def __contains__(self, event_id: int) -> bool:
-        if event_id > self.head:
-            return False
-        place = bisect_right(self._gaps, event_id, key=lambda gap: gap[0]) - 1
-        return place < 0 or event_id > self._gaps[place][1]
-
-
-class StallDetector:
-    """How long a tail has been at one gap: spaces its reads out, and detects once a gap that it is held up."""
-
-    def __init__(self) -> None:
-        self._recheck = FIRST_RECHECK
-        self._begins_at: float | None = None
-
-    @property
-    def is_known(self) -> bool:
-        """Whether `has_begun` has returned True for the gap at which the tail is now."""
-        return self._begins_at == math.inf
-
-    def record(self, *, has_moved: bool, is_at_gap: bool) -> None:
-        """Records the result of a read."""
-        if has_moved:
-            self._recheck = FIRST_RECHECK
-        # A gap at which the tail arrives by moving is another gap, and gets its own STALL_SECONDS.
-        if has_moved or not is_at_gap:
-            self._begins_at = None
-        if is_at_gap and self._begins_at is None:
-            self._begins_at = time.monotonic() + STALL_SECONDS
-
-    def next_recheck(self) -> float:
-        """Returns the seconds until the next read, which double from call to call until the tail moves."""
-        seconds, self._recheck = self._recheck, min(self._recheck * 2, POLL_SECONDS)
-        return seconds
-
-    def has_begun(self) -> bool:
-        """Returns True once for each gap that stayed for STALL_SECONDS."""
-        begun = self._begins_at is not None and time.monotonic() >= self._begins_at
-        if begun:
-            self._begins_at = math.inf
-        return begun
 
 
 def lag_document(

@@ -19,8 +19,9 @@ from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.concurrency.supervisor import Supervisor
 from pgcoord_cli.core.concurrency.wakeup import Wakeup
 from pgcoord_cli.core.database.session import open_session
+from pgcoord_cli.core.events.notices import Notice
 from pgcoord_cli.core.events.outbox import COMPLETION
-from pgcoord_cli.core.events.tail import Notice, Tail
+from pgcoord_cli.core.events.tail import Tail
 from pgcoord_cli.core.flows.dispatch import dispatch_all
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
