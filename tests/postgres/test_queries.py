@@ -286,8 +286,12 @@ EXPECTED = {
     "migrations.unlock": Shape("bigint", "unlocked boolean"),
     "session.prepare_session": Shape(
         "text, text, text, integer",
-        "backend_pid integer, is_prepared boolean, version_number integer, in_recovery boolean, has_ledger boolean",
+        "backend_pid integer, is_prepared boolean, version_number integer, in_recovery boolean, has_ledger boolean, "
+        "renamed_from text",
     ),
+    "locks.unlock": Shape("bigint", "is_released boolean"),
+    "migrations.lacking_right": Shape("text", "format text, pg_get_userbyid name, format text"),
+    "migrations.not_owner": Shape("text", "format text, format text"),
     "session.backend": Shape("", "backend_pid integer"),
     "kv.commit_asynchronously": Shape("", "durable text, synchronous_commit text"),
     "session.plan_once": Shape(
