@@ -630,7 +630,7 @@ ALTER TABLE pgcoord.completion_events ALTER COLUMN event_id ADD GENERATED ALWAYS
     CACHE 1
 );
 
-CREATE UNLOGGED SEQUENCE pgcoord.completion_events_wake_until
+CREATE SEQUENCE pgcoord.completion_events_wake_until
     START WITH 1
     INCREMENT BY 1
     NO MINVALUE
@@ -902,7 +902,7 @@ ALTER TABLE pgcoord.lease_events ALTER COLUMN event_id ADD GENERATED ALWAYS AS I
     CACHE 1
 );
 
-CREATE UNLOGGED SEQUENCE pgcoord.lease_events_wake_until
+CREATE SEQUENCE pgcoord.lease_events_wake_until
     START WITH 1
     INCREMENT BY 1
     NO MINVALUE

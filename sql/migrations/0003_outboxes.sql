@@ -50,9 +50,11 @@ INSERT INTO outbox_floors (outbox) VALUES ('lease_events'), ('completion_events'
 
 -- Until when writers notify the tails of an outbox, in microseconds since 1970 (server clock). A sequence, because
 -- its value changes outside of transactions, without row locks. A tail that is about to wait sets it a few seconds
--- ahead and renews it, so that after a tail was killed writers notify in vain for a few seconds only.
-CREATE UNLOGGED SEQUENCE lease_events_wake_until;
-CREATE UNLOGGED SEQUENCE completion_events_wake_until;
+-- ahead and renews it, so that after a tail was killed writers notify in vain for a few seconds only. Logged: a standby
+-- that is promoted before its next restartpoint may lack the first page of an unlogged sequence, and every insert into
+-- the outbox would fail there.
+CREATE SEQUENCE lease_events_wake_until;
+CREATE SEQUENCE completion_events_wake_until;
 
 -- The trigger reads them with the rights of the role that inserts.
 GRANT SELECT ON SEQUENCE lease_events_wake_until, completion_events_wake_until TO PUBLIC;

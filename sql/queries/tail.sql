@@ -25,12 +25,17 @@ SELECT coalesce(array_agg(virtualtransaction), '{}') AS open_transactions
 
 -- name: request_wakeups
 -- Requests that transactions that write to the outbox notify its tails, for a number of seconds from now.
+-- Without a durable commit: a tail must not wait for a synchronous standby, and a request that is lost is renewed.
+WITH quick AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 SELECT setval(($1::text || '_wake_until')::regclass,
-              (extract(epoch FROM clock_timestamp()) * 1000000)::bigint + $2::integer * 1000000) AS wake_until;
+              (extract(epoch FROM clock_timestamp()) * 1000000)::bigint + $2::integer * 1000000) AS wake_until
+  FROM quick;
 
 -- name: cancel_wakeups
 -- Cancels a wakeup request unless another tail has made a later one, which the value would show.
+WITH quick AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 SELECT setval(($1::text || '_wake_until')::regclass, 1) AS wake_until
+  FROM quick
  WHERE pg_sequence_last_value(($1::text || '_wake_until')::regclass) = $2::bigint;
 
 -- name: bounds
