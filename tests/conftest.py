@@ -46,6 +46,8 @@ hypothesis.settings.load_profile("untimed")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server-version", type=int, default=18, choices=(15, 16, 17, 18), help="PostgreSQL to test on")
+    parser.addoption("--rounds", type=int, default=20, help="rounds of each slow failover test")
+    parser.addoption("--stall", type=float, default=30.0, help="seconds for which slow failover tests stall a standby")
     parser.addoption(
         "--keep-server",
         action="store_true",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 
@@ -56,6 +57,14 @@ def add(sql: Sql, number: int = 1, table: str = "lease_events", **values: Any) -
         [*row.values()],
     )
     return [event_id for (event_id,) in rows.fetchall()]
+
+
+def add_named(sql: Sql, number: int) -> list[str]:
+    """Inserts events of one new execution each; returns these."""
+    names = [str(uuid4()) for _ in range(number)]
+    for name in names:
+        add(sql, execution_id=name)
+    return names
 
 
 def add_and_roll_back(sql: Sql, number: int = 1, table: str = "lease_events") -> list[int]:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import psycopg
 import pytest
@@ -19,8 +18,8 @@ from pgcoord_cli.core.embedded.installation import Installation
 from pgcoord_cli.core.embedded.server import temporary_server
 from pgcoord_cli.settings import Settings
 from tests.asking import until, value
-from tests.faults.replication import Pair, standby_of
-from tests.faults.tail_process import Sql, StartTail, add, tail_starter, until_asleep
+from tests.faults.replication import Pair, a_pair
+from tests.faults.tail_process import Sql, StartTail, add, add_named, tail_starter, until_asleep
 
 if TYPE_CHECKING:
     from tests.conftest import Answer, Call
@@ -57,14 +56,6 @@ def executions(answer: Answer) -> list[str]:
     """The executions of the events that were printed."""
     assert answer.code == 0, answer
     return [json.loads(line)["execution_id"] for line in answer.out.splitlines()]
-
-
-def add_named(sql: Sql, number: int) -> list[str]:
-    """Inserts events of one new execution each; returns these."""
-    names = [str(uuid4()) for _ in range(number)]
-    for name in names:
-        add(sql, execution_id=name)
-    return names
 
 
 def restart_identity(sql: Sql) -> None:
@@ -220,11 +211,9 @@ def test_i21_a_running_tail_ends_after_a_crash_that_lost_what_it_had_delivered(
 def test_i21_a_running_tail_ends_after_a_failover_that_lost_what_it_had_delivered(
     installation: Installation, start: StartTail
 ) -> None:
-    with temporary_server(installation) as primary:
-        # Before the standby is made: PostgreSQL may promote one without the first page of a new unlogged sequence.
-        upgrade(Settings(dsn=primary.dsn))
-        with standby_of(primary, installation) as standby:
-            fail_over_under_a_tail(Pair(primary, standby), start)
+    with a_pair(installation) as pair:
+        upgrade(Settings(dsn=pair.primary.dsn))
+        fail_over_under_a_tail(pair, start)
 
 
 def fail_over_under_a_tail(pair: Pair, start: StartTail) -> None:
