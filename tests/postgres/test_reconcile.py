@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
+from psycopg.errors import InsufficientPrivilege, LockNotAvailable
 
+from pgcoord_cli.core.database import grants
+from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.flows import executions, reconcile
 from pgcoord_cli.core.flows.dispatch import Advanced, dispatch_completion
 from pgcoord_cli.core.flows.flow_file import FlowPlan
@@ -354,6 +360,117 @@ def test_a_tick_that_loses_its_connection_raises_and_records_no_failure(
     with mortal_session(settings) as mortal, pytest.raises(psycopg.OperationalError):
         dependency(mortal, NOW, Errors())
     assert everything(sql) == before
+
+
+# -- trouble that passes
+
+
+def assert_works_again(flow: Flow, conn: Conn, sql: Conn) -> None:
+    """Asserts that no attempt was counted, and that the next tick dispatches the event of a."""
+    assert everything(sql)["dispatch_failures"] == []
+    assert tick(conn).reconciled == 1
+    assert flow.state("b") == "eligible"
+
+
+def test_i17_events_whose_rows_are_locked_for_many_ticks_are_dispatched_afterwards(
+    make: Make, settings: Settings, sql: Conn
+) -> None:
+    """The lock outlasts lock_timeout at each tick, and does not concern the event of another flow."""
+    locked, free = make(plan("a b", "a>b")), make(plan("a b", "a>b"))
+    with mortal_session(settings, lock_timeout="1ms") as conn:
+        with sql.transaction():
+            sql.execute("SELECT FROM edge_groups WHERE flow_id = %s FOR UPDATE", [locked.flow_id])
+            locked.end("a")
+            free.end("a")
+            for _ in range(QUARANTINE_AFTER + 2):
+                errors = Errors()
+                with pytest.raises(LockNotAvailable):
+                    dependency(conn, NOW, errors)
+                assert errors.calls == []
+                with mortal_session(settings) as other:
+                    other.execute("UPDATE dispatch_failures SET retry_at = '-infinity'")
+            assert free.state("b") == "eligible"
+        assert_works_again(locked, conn, sql)
+
+
+def test_i17_events_are_dispatched_once_a_right_is_given_back(make: Make, settings: Settings, sql: Conn) -> None:
+    flow = make(plan("a b", "a>b"))
+    flow.end("a")
+    role = f"operator_{uuid.uuid4().hex[:8]}"
+    sql.execute(f"CREATE ROLE {role} LOGIN".encode())
+    with command_session(settings, "migrate grant", writes=True) as granting:
+        grants.grant(granting, {"operator": [role]}, dry_run=False)
+    as_operator = replace(settings, dsn=make_conninfo(settings.dsn, user=role))
+    with mortal_session(as_operator) as conn:
+        sql.execute(f"REVOKE UPDATE ON completion_events FROM {role}".encode())
+        for _ in range(QUARANTINE_AFTER + 2):
+            with pytest.raises(InsufficientPrivilege):
+                dependency(conn, NOW, Errors())
+            end_pauses(sql)
+        sql.execute(f"GRANT UPDATE ON completion_events TO {role}".encode())
+        assert_works_again(flow, conn, sql)
+
+
+PASSING = ["25006", "3F000", "40001", "42501", "42P01", "53100", "53200", "53300", "55P03", "57014", "58030", "XX000"]
+"""SQLSTATEs of trouble of the server, the session or the role."""
+
+EVENTS_OWN = ["09000", "21000", "22023", "23514", "27000", "44000", "54000", "P0001"]
+"""SQLSTATEs of an event that cannot be dispatched."""
+
+
+def refuse_with(sql: Conn, state: str) -> None:
+    """Makes the counting of every edge fail with that SQLSTATE."""
+    sql.execute(
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN RAISE EXCEPTION 'refused' USING ERRCODE = '{state}'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON edges FOR EACH ROW EXECUTE FUNCTION refuse();
+        """.encode()
+    )
+
+
+@pytest.mark.parametrize("state", PASSING)
+def test_i17_trouble_of_the_server_counts_for_no_event(make: Make, conn: Conn, sql: Conn, state: str) -> None:
+    flow = make(plan("a b c", "a>b"))
+    refuse_with(sql, state)
+    flow.end("a")
+    flow.end("c")
+    errors = Errors()
+    with pytest.raises(psycopg.Error, match="refused"):
+        dependency(conn, NOW, errors)
+    assert errors.calls == []
+    repair(sql)
+    assert everything(sql)["dispatch_failures"] == []
+    assert tick(conn).reconciled in (1, 2)
+    assert (flow.state("b"), flow.undispatched()) == ("eligible", [])
+
+
+@pytest.mark.parametrize("state", EVENTS_OWN)
+def test_i17_an_error_in_the_data_of_an_event_counts_for_that_event(
+    make: Make, conn: Conn, sql: Conn, state: str
+) -> None:
+    flow = make(plan("a b c", "a>b"))
+    refuse_with(sql, state)
+    flow.end("a")
+    flow.end("c")
+    errors = Errors()
+    assert dependency(conn, NOW, errors) == Tick(scanned=2, reconciled=1, errors=1)
+    assert errors.calls == [(flow.event("a"), "refused (attempt 1)")]
+
+
+def test_i17_a_tick_ends_some_time_after_trouble_began(
+    make: Make, conn: Conn, sql: Conn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without time to go on, it raises at the second event that it cannot dispatch, and tries none after that."""
+    monkeypatch.setattr(reconcile, "GO_ON_SECONDS", 0.0)
+    flow = make(plan("a b c d e f g", "a>d b>e"))
+    refuse_with(sql, "55P03")
+    flow.end("a")
+    flow.end("b")
+    flow.end("c")
+    with pytest.raises(LockNotAvailable):
+        dependency(conn, NOW, Errors())
+    assert flow.undispatched() == [flow.event(name) for name in "abc"]
 
 
 # -- leases

@@ -40,6 +40,42 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.02, 0.16
 TRANSIENT = ("40001", "40P01", "55P03")
 """SQLSTATE of serialization_failure, deadlock_detected and lock_not_available."""
 
+SHORT_LOCK_TIMEOUT = "50ms"
+"""For an event of a transaction that has already failed: the others shall not wait for the locks on its rows."""
+
+EVENT_FAULT_CLASSES = {
+    "09": "triggered_action_exception: a trigger fails on the rows that the event changes",
+    "21": "cardinality_violation: a query of a trigger finds several rows for one of the event's",
+    "22": "data_exception: a value of the event, its edges or its policy cannot be computed with",
+    "23": "integrity_constraint_violation: a constraint refuses what the event would change",
+    "27": "triggered_data_change_violation: a trigger changes the rows that the event changes",
+    "44": "with_check_option_violation: a view refuses what the event would change",
+    "54": "program_limit_exceeded: a row or an index entry of the event is too large",
+    "P0": "plpgsql_error: a trigger raises an error for the rows that the event changes",
+}
+"""The classes of SQLSTATE that belong to the event: the same dispatch fails again, whatever the server's state is.
+
+Only these count as failed attempts. All others belong to the server, the session or the role, and pass without a change
+of the event: 08, 57 and 58 (connection, cancellation, operating system), 25 (read-only), 40 and 55P03 (conflicts and
+locks), 42 and 3F (a right or a table that is missing), 53 (resources), XX (internal errors).
+"""
+
+OWN_ROWS = ("40", "55", "57", "XX")
+"""Classes of trouble that may concern the rows of one event only: a lock on them, or a statement that takes too long.
+
+The connection is not lost: `is_connection_lost` finds the others of class 57.
+"""
+
+
+def belongs_to_event(error: psycopg.Error) -> bool:
+    """Whether a dispatch failed because of the event itself, so that only a change of the data or a trigger helps."""
+    return (error.sqlstate or "")[:2] in EVENT_FAULT_CLASSES
+
+
+def may_concern_one_event(error: psycopg.Error) -> bool:
+    """Whether other events may be dispatched although this error, which does not belong to the event, has occurred."""
+    return (error.sqlstate or "")[:2] in OWN_ROWS
+
 
 class Advanced(NamedTuple):
     """The event was claimed by this call, and `edges` edges were counted for it, 0 if no execution depends on it."""
@@ -75,3 +111,10 @@ def dispatch_all(conn: Connection[Any], event_ids: Sequence[int]) -> dict[int, i
         with closing(Wakeup()) as wakeup:
             wakeup.wait(backoff.next_pause())
     raise AssertionError
+
+
+def dispatch_unless_locked(conn: Connection[Any], event_id: int) -> bool:
+    """Dispatches one event, with SHORT_LOCK_TIMEOUT; returns whether it was claimed. Raises psycopg's errors."""
+    with conn.transaction():
+        conn.execute(f"SET LOCAL lock_timeout = '{SHORT_LOCK_TIMEOUT}'")
+        return bool(conn.execute(sql("flows", "dispatch"), [[event_id]]).fetchall())

@@ -4,6 +4,9 @@
   clock; younger ones are being dispatched normally. Events are dispatched EVENTS_A_TRANSACTION in a transaction. If
   such a transaction fails, its events are dispatched one by one, so that a bad event affects only itself: its failure
   is recorded, it backs off, and after QUARANTINE_AFTER attempts it is quarantined until an operator has it retried.
+  Only failures that belong to the event count (`dispatch.EVENT_FAULT_CLASSES`). Trouble that passes, such as a lock or
+  a missing right, changes nothing about the events: the tick raises it, after it has dispatched the events that the
+  trouble does not concern.
 - **lease-expiry** ends execution leases that have expired, and makes their executions eligible again.
 - **sibling-cancel** cancels executions that a satisfied group with `cancel_remaining` no longer needs.
 - **orphaned-commits** marks pending commit requests of superseded epochs, older than the retention, as orphaned, while
@@ -16,6 +19,8 @@ Each skips rows that another transaction has locked, and returns how many rows i
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -24,7 +29,12 @@ import psycopg
 from psycopg import Connection
 from psycopg.rows import dict_row
 
-from pgcoord_cli.core.flows.dispatch import dispatch_all
+from pgcoord_cli.core.flows.dispatch import (
+    belongs_to_event,
+    dispatch_all,
+    dispatch_unless_locked,
+    may_concern_one_event,
+)
 from pgcoord_cli.core.gc import DEFAULT_RETENTION, orphan_batch
 from pgcoord_cli.db.connection import is_connection_lost
 from pgcoord_cli.db.sqlfiles import sql
@@ -34,6 +44,9 @@ _log = logging.getLogger("pgcoord.reconcile")
 EVENTS_A_TRANSACTION = 100
 QUARANTINE_AFTER = 8
 """Failed attempts to dispatch an event before it is quarantined."""
+
+GO_ON_SECONDS = 5.0
+"""How long a tick dispatches other events after trouble that may concern one event only."""
 
 MAX_LOST_LEASES = 5
 """An execution whose lease expires more often than this fails."""
@@ -77,7 +90,7 @@ def ignore_error(_event: int, _why: str) -> None:
 
 
 def dependency(conn: Connection[Any], scope: Scope, on_error: OnError) -> Tick:
-    """Dispatches stale undispatched events, the oldest first. Raises psycopg's error when the connection is lost."""
+    """Dispatches stale undispatched events, the oldest first. Raises psycopg's errors that belong to no event."""
     bounds = [scope.stale_threshold_ms, scope.batch_limit, scope.namespace, scope.instance_tag]
     # Read before the dispatches and without locks: what another session dispatches meanwhile counts as a no-op.
     events = [row[0] for row in conn.execute(sql("reconcile", "undispatched"), bounds)]
@@ -85,27 +98,56 @@ def dependency(conn: Connection[Any], scope: Scope, on_error: OnError) -> Tick:
     filtered = 0
     if scope.namespace or scope.instance_tag:
         filtered = _number(conn, "filtered", bounds)
-    tick = Tick(scanned=len(events), filtered=filtered)
+    tick, passing = Tick(scanned=len(events), filtered=filtered), PassingTrouble()
     for chunk in _chunks(events, EVENTS_A_TRANSACTION):
-        tick += _dispatch_chunk(conn, chunk, on_error)
+        tick += _dispatch_chunk(conn, chunk, on_error, passing)
+    passing.raise_first()
     return tick
 
 
-def _dispatch_chunk(conn: Connection[Any], events: Sequence[int], on_error: OnError) -> Tick:
+class PassingTrouble:
+    """Trouble of a tick that does not belong to an event, but may concern the rows of some events only."""
+
+    def __init__(self) -> None:
+        self._first: psycopg.Error | None = None
+        self._ends_at = math.inf
+
+    def set_aside(self, error: psycopg.Error) -> None:
+        """Leaves an event to a later tick. Raises `error` if that is not one event's or has lasted for too long."""
+        if is_connection_lost(error) or not may_concern_one_event(error) or time.monotonic() >= self._ends_at:
+            raise self._first or error
+        if self._first is None:
+            self._first, self._ends_at = error, time.monotonic() + GO_ON_SECONDS
+
+    def raise_first(self) -> None:
+        """Raises the first error that was set aside, if any."""
+        if self._first:
+            raise self._first
+
+
+def _dispatch_chunk(conn: Connection[Any], events: Sequence[int], on_error: OnError, passing: PassingTrouble) -> Tick:
     try:
         claimed = len(dispatch_all(conn, events))
     except psycopg.Error as error:
-        # Says nothing about the events, and every further statement would fail in the same way.
-        if is_connection_lost(error):
-            raise
-        if len(events) == 1:
-            return _note_failure(conn, events[0], error, on_error)
+        if not belongs_to_event(error) and (is_connection_lost(error) or not may_concern_one_event(error)):
+            raise  # says nothing about the events, and every further statement would fail in the same way
         # One by one: the refused transaction does not say which of its events was the cause.
         tick = Tick()
         for event in events:
-            tick += _dispatch_chunk(conn, [event], on_error)
+            tick += _dispatch_one(conn, event, on_error, passing)
         return tick
     return Tick(reconciled=claimed, noop=len(events) - claimed)
+
+
+def _dispatch_one(conn: Connection[Any], event: int, on_error: OnError, passing: PassingTrouble) -> Tick:
+    try:
+        is_claimed = dispatch_unless_locked(conn, event)
+    except psycopg.Error as error:
+        if belongs_to_event(error):
+            return _note_failure(conn, event, error, on_error)
+        passing.set_aside(error)
+        return Tick()
+    return Tick(reconciled=int(is_claimed), noop=int(not is_claimed))
 
 
 def _note_failure(conn: Connection[Any], event: int, error: psycopg.Error, on_error: OnError) -> Tick:
