@@ -368,9 +368,10 @@ async def test_a_watch_of_a_transaction_that_is_cancelled_reset_or_dropped_fails
         gc.collect()
         with pytest.raises(TransactionCancelled):
             await asyncio.wait_for(watch, TIMEOUT)
-    watches = []
+    watches, kept = [], []
 
     async def work(tr: Transaction) -> None:
+        kept.append(tr)
         watches.append(await tr.watch(b"k"))
         raise LookupError
 

@@ -167,6 +167,7 @@ async def test_a_callback_of_the_listener_that_raises_ends_no_channel(
     assert await at_once(put(db, a=b"1"), put(db, b=b"2")) in ([1, 2], [2, 1])
     assert raised
     assert await at_once(put(db, c=b"3")) == [3]
+    assert db._listener._task and not db._listener._task.done()
 
 
 # -- watches
