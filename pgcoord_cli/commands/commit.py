@@ -7,8 +7,9 @@ from uuid import UUID
 
 import typer
 
-from pgcoord_cli.commands.framework import Limit, command, identifier, noun, output_of
+from pgcoord_cli.commands.framework import Limit, command, duration, identifier, noun, output_of
 from pgcoord_cli.errors import ConditionFalse, UsageError
+from pgcoord_cli.settings import LONGEST_DURATION
 
 app = noun("Show commit requests and their outcomes.")
 
@@ -73,24 +74,65 @@ def show(
 
 
 @command(app, "explain")
-def explain(ctx: typer.Context, request_id: RequestId) -> None:
+def explain(
+    ctx: typer.Context,
+    request_id: Annotated[
+        str | None, typer.Argument(metavar="REQUEST_ID", help="The UUID of the request, made by its client.")
+    ] = None,
+    hot: Annotated[
+        bool,
+        typer.Option("--hot", help="List the keys over which the most requests conflicted."),
+    ] = False,
+    since: Annotated[
+        str, typer.Option("--since", metavar="DURATION", help="With --hot: only requests of this last time.")
+    ] = "10m",
+    limit: Limit = 20,
+) -> None:
     """Show what a request read and wrote, its outcome, and the commit that it conflicted with.
+
+    With --hot, list the keys that the most requests conflicted over, and their numbers of conflicts. At most the newest
+    10,000 requests are read for it.
 
     \b
     Examples:
       pgcoord commit explain 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f
       pgcoord commit explain 7f8d2c9e-5a6b-4c3d-9e1f-0a2b3c4d5e6f -o json
+      pgcoord commit explain --hot --since 1h --limit 5
     """
+    if (request_id is None) != hot:
+        raise UsageError("give either REQUEST_ID or --hot", hint="list request ids with: pgcoord commit list")
+    if request_id is None:
+        _list_conflicting_keys(ctx, duration("--since", longest=LONGEST_DURATION)(since), limit)
+    else:
+        _explain(ctx, _request_id(request_id))
+
+
+def _explain(ctx: typer.Context, request_id: UUID) -> None:
     from pgcoord_cli.core.commits import explain as explaining
     from pgcoord_cli.core.database import session
 
     settings, out = output_of(ctx)
-    wanted = _request_id(request_id)
     with session.command_session(settings, "commit explain", writes=False) as conn:
-        explanation = explaining.explain(conn, wanted)
+        explanation = explaining.explain(conn, request_id)
     if explanation is None:
-        raise _absent(wanted)
+        raise _absent(request_id)
     out.document(explanation)
+
+
+def _list_conflicting_keys(ctx: typer.Context, seconds: float | None, limit: int) -> None:
+    from pgcoord_cli.core.commits.conflicting_keys import conflicting_keys
+    from pgcoord_cli.core.database import session
+
+    settings, out = output_of(ctx)
+    with session.command_session(settings, "commit explain", writes=False) as conn:
+        found = conflicting_keys(conn, seconds, limit)
+    out.rows(
+        ["key", "conflicts", "last_at", "encoding"],
+        [key.record() for key in found.keys],
+        empty=f"no conflicts among {found.requests} requests",
+    )
+    if found.is_cut:
+        out.note(f"only the newest {found.requests} requests were read")
 
 
 def _request_id(text: str) -> UUID:

@@ -136,16 +136,31 @@ SELECT id, request_id, status, commit_version, read_version, epoch, reason, crea
 -- The payload of one request: its reads and mutations.
 SELECT payload FROM commit_requests WHERE request_id = $1::uuid;
 
--- name: commits_between
--- The stored commits with versions above $1 and up to $2, in version order.
-SELECT request_id, commit_version, payload
+-- name: requests_before
+-- Requests with ids below $1, newest first; the payloads of those that were committed above version $3.
+SELECT request_id, commit_version, id, CASE WHEN commit_version > $3::bigint THEN payload END AS payload
   FROM commit_requests
- WHERE status = 'committed' AND commit_version > $1::bigint AND commit_version <= $2::bigint
- ORDER BY commit_version;
+ WHERE id < $1::bigint
+ ORDER BY id DESC
+ LIMIT $2::integer;
 
--- name: version_before
--- The highest version that was committed when a request was settled; 0: none.
-SELECT coalesce(max(earlier.commit_version), 0) AS version
-  FROM commit_requests AS earlier, commit_requests AS request
- WHERE request.request_id = $1::uuid AND earlier.status = 'committed'
-   AND earlier.resolved_at <= request.resolved_at;
+-- name: requests_after
+-- Requests with ids above $1, oldest first; the payloads of those that were committed above version $3 before request $4 was settled. is_later: enqueued only after that.
+SELECT other.request_id, other.commit_version, other.id, other.created_at > request.resolved_at AS is_later,
+       CASE WHEN other.commit_version > $3::bigint AND other.resolved_at <= request.resolved_at
+            THEN other.payload END AS payload
+  FROM (SELECT resolved_at FROM commit_requests WHERE id = $4::bigint) AS request
+ CROSS JOIN commit_requests AS other
+ WHERE other.id > $1::bigint
+ ORDER BY other.id
+ LIMIT $2::integer;
+
+-- name: newest_requests
+-- Requests with ids below $1, newest first; the payloads of commits and conflicts. is_wanted: enqueued in the last $3 seconds (null: any).
+SELECT id, status, read_version, commit_version, created_at,
+       ($3::double precision IS NULL OR created_at >= clock_timestamp() - make_interval(secs => $3::double precision)) AS is_wanted,
+       CASE WHEN status IN ('committed', 'conflict') THEN payload END AS payload
+  FROM commit_requests
+ WHERE id < $1::bigint
+ ORDER BY id DESC
+ LIMIT $2::integer;

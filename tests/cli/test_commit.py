@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import uuid
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 
+from pgcoord_cli.core.commits.codec import Request, encode
 from pgcoord_cli.core.commits.requests import Status
 
 if TYPE_CHECKING:
@@ -103,9 +105,28 @@ def test_an_unknown_request_is_a_false_condition(call: Call) -> None:
     assert call("show", str(unknown)).out == ""
 
 
+def test_the_keys_with_the_most_conflicts_are_listed(call: Call, sql: psycopg.Connection[Any]) -> None:
+    for key, minutes in ((b"older", 30), (b"hot", 0), (b"\xff", 0), (b"hot", 0)):
+        sql.execute(
+            "UPDATE commit_requests SET payload = %s, created_at = created_at - %s WHERE request_id = %s",
+            [encode(Request((key,), (), (), ())), timedelta(minutes=minutes), store(sql, "conflict")],
+        )
+    listed = call("explain", "--hot", "-o", "json").document
+    assert [(key["key"], key["conflicts"], key["encoding"]) for key in listed] == [
+        ("hot", 2, "utf-8"), ("ff", 1, "hex"),
+    ]  # fmt: skip
+    listed = call("explain", "--hot", "--since", "1h", "--limit", "1", "-o", "json").document
+    assert [key["key"] for key in listed] == ["hot"]
+    assert len(call("explain", "--hot", "--since", "1h", "-o", "json").document) == 3
+    assert call("explain", "--hot", "--since", "1ms") == (0, "", "no conflicts among 0 requests\n")
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        (("explain",), "give either REQUEST_ID or --hot"),
+        (("explain", str(uuid.uuid4()), "--hot"), "give either REQUEST_ID or --hot"),
+        (("explain", "--hot", "--since", "soon"), "--since"),
         (("show", "1234"), "REQUEST_ID: '1234' is not a UUID"),
         (("show", ""), "REQUEST_ID: '' is not a UUID"),
         (("show", "\udcff"), r"REQUEST_ID: '\udcff' is not a UUID"),

@@ -185,8 +185,18 @@ EXPECTED = {
     ),
     "commits.stored_values": Shape("bytea[]", "key bytea, value bytea"),
     "commits.payload": Shape("uuid", "payload bytea"),
-    "commits.commits_between": Shape("bigint, bigint", "request_id uuid, commit_version bigint, payload bytea"),
-    "commits.version_before": Shape("uuid", "version bigint"),
+    "commits.requests_before": Shape(
+        "bigint, integer, bigint", "request_id uuid, commit_version bigint, id bigint, payload bytea"
+    ),
+    "commits.requests_after": Shape(
+        "bigint, integer, bigint, bigint",
+        "request_id uuid, commit_version bigint, id bigint, is_later boolean, payload bytea",
+    ),
+    "commits.newest_requests": Shape(
+        "bigint, integer, double precision",
+        "id bigint, status text, read_version bigint, commit_version bigint, created_at timestamptz, "
+        "is_wanted boolean, payload bytea",
+    ),
     "commits.window_commits": Shape(
         "bigint, bigint", "id bigint, commit_version bigint, payload bytea, resolved_at timestamptz"
     ),

@@ -22,8 +22,9 @@ from tests.postgres.test_queries import UTILITY, every_statement, filled
 LOWEST = {
     # Reads data and payloads, submits requests, inserts events, owns names and subscriptions.
     "client": {
-        "commits": "enqueue enqueue_again commit_directly claim stored_values window_commits payload commits_between",
-        "kv": "read_keys read_snapshot read_at read_keys_at version_at read_range read_range_reverse",
+        "commits": "enqueue enqueue_again commit_directly claim stored_values window_commits payload "
+        "requests_before requests_after newest_requests",
+        "kv": "read_keys read_snapshot read_at read_keys_at version_at read_range read_range_reverse watched_range",
         "locks": "name_key",
         "outbox": "append_lease_event append_completion_event",
         "subscriptions": "acquire save set_position remove",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -14,6 +14,16 @@ from pgcoord_cli.core.commits.conflict_window import ConflictWindow
 from pgcoord_cli.core.commits.mutations import with_stamps, writes_of
 from pgcoord_cli.core.commits.requests import CommitRequest, Status, find_request
 from pgcoord_cli.db.sqlfiles import sql
+
+PAGE = 500
+"""Requests that one statement reads."""
+
+MAX_PAGES = 200
+"""Pages that are read at most on each side of a request."""
+
+
+NOT_STORED = "garbage-collected since"
+"""Why the conflicting commit is not shown."""
 
 
 class ConflictingCommit(NamedTuple):
@@ -41,7 +51,7 @@ def explain(conn: Connection[Any], request_id: UUID) -> dict[str, Any] | None:
     record |= {"reads": _reads(request), "writes": _writes(request)}
     if found.status == Status.CONFLICT:
         commit = _conflicting_commit(conn, found, request)
-        record["lost_to"] = commit._asdict() if commit else {"request_id": None, "reason": "garbage-collected since"}
+        record["lost_to"] = commit._asdict() if commit else {"request_id": None, "reason": NOT_STORED}
     return record
 
 
@@ -77,12 +87,51 @@ def _interval(interval: Range) -> str:
 
 def _conflicting_commit(conn: Connection[Any], found: CommitRequest, request: Request) -> ConflictingCommit | None:
     """Returns the first stored commit above the read version that wrote a key or range that the request read."""
-    (last,) = conn.execute(sql("commits", "version_before"), [found.request_id]).fetchone() or (0,)
-    for request_id, version, payload in conn.execute(sql("commits", "commits_between"), [found.read_version, last]):
-        keys, ranges = writes_of(with_stamps(codec.decode(payload), version))
-        if wrote := list(_overlap(request, keys, ranges)):
-            return ConflictingCommit(request_id, version, wrote)
-    return None
+    first: ConflictingCommit | None = None
+    for request_id, version, payload in _commits_around(conn, found):
+        if first is None or version < first.commit_version:
+            keys, ranges = writes_of(with_stamps(codec.decode(payload), version))
+            if wrote := list(_overlap(request, keys, ranges)):
+                first = ConflictingCommit(request_id, version, wrote)
+    return first
+
+
+Commit = tuple[UUID, int, bytes]
+"""Request id, commit version and payload."""
+
+
+def _commits_around(conn: Connection[Any], found: CommitRequest) -> Iterator[Commit]:
+    """Yields the commits above the read version of a request that were settled before it, in no particular order.
+
+    No index has the versions, which every commit would have to maintain. But requests are claimed in the order of
+    their ids, so versions ascend with ids but for requests that became visible late: those that are wanted have ids
+    near the one of the request. At most MAX_PAGES pages are read on each side.
+    """
+    yield from _earlier_commits(conn, found)
+    yield from _overtaking_commits(conn, found)
+
+
+def _earlier_commits(conn: Connection[Any], found: CommitRequest) -> Iterator[Commit]:
+    """Yields commits with lower ids, down to a page of which all commits were visible to the request's reads."""
+    last_id = found.id
+    for _ in range(MAX_PAGES):
+        page = conn.execute(sql("commits", "requests_before"), [last_id, PAGE, found.read_version]).fetchall()
+        yield from ((request_id, version, payload) for request_id, version, _, payload in page if payload is not None)
+        versions = [version for _, version, _, _ in page if version is not None]
+        if len(page) < PAGE or (versions and max(versions) <= found.read_version):
+            return
+        last_id = page[-1][2]
+
+
+def _overtaking_commits(conn: Connection[Any], found: CommitRequest) -> Iterator[Commit]:
+    """Yields commits with higher ids that were settled before the request, up to a page that was enqueued later."""
+    last_id = found.id
+    for _ in range(MAX_PAGES):
+        page = conn.execute(sql("commits", "requests_after"), [last_id, PAGE, found.read_version, found.id]).fetchall()
+        yield from ((request_id, version, payload) for request_id, version, *_, payload in page if payload is not None)
+        if len(page) < PAGE or all(is_later for *_, is_later, _ in page):
+            return
+        last_id = page[-1][2]
 
 
 def _overlap(request: Request, keys: list[bytes], ranges: list[Range]) -> Iterable[str]:
