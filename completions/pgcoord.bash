@@ -104,6 +104,10 @@ _pgcoord_command() {
             options="--status --limit $options"
             valued="--status --limit $valued"
             ;;
+        'pgcoord commit explain')
+            options="--hot --since --limit $options"
+            valued="--since --limit $valued"
+            ;;
         'pgcoord flow')
             commands='create show list cancel'
             ;;

@@ -115,6 +115,8 @@ function __pgcoord_takes_value
         'pgcoord kv range --limit' \
         'pgcoord commit list --status' \
         'pgcoord commit list --limit' \
+        'pgcoord commit explain --since' \
+        'pgcoord commit explain --limit' \
         'pgcoord flow show --format' \
         'pgcoord flow list --namespace' \
         'pgcoord flow list --limit' \
@@ -323,6 +325,9 @@ complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'show' -d 'Show the ou
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit'" -a 'explain' -d 'Show what a request read and wrote, its outcome, and the commit that it conflicted with.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l status -r -f -d 'Only requests with this status: pending, committed, conflict, too_old, rejected, orphaned.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord commit list'" -l limit -r -f -d 'Most rows to list.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord commit explain'" -l hot -d 'List the keys over which the most requests conflicted.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord commit explain'" -l since -r -f -d 'With --hot: only requests of this last time.'
+complete -c pgcoord -n "__pgcoord_at 'pgcoord commit explain'" -l limit -r -f -d 'Most rows to list.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord flow'" -a 'create' -d 'Create a flow from a file: executions, the edges between them, and their join policies.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord flow'" -a 'show' -d 'Draw a flow with the states of its executions.'
 complete -c pgcoord -n "__pgcoord_at 'pgcoord flow'" -a 'list' -d 'List flows, newest first, with the numbers of their executions, unfinished and failed.'

@@ -36,6 +36,7 @@ NEED_A_SCHEMA = {
     "leader assert": ("--epoch", "1"),
     "kv get": ("key",), "kv set": ("key", "value"), "kv clear": ("key",), "kv clear-range": ("key", "kez"),
     "kv add": ("key", "1"), "kv range": (), "kv export": (), "kv load": ("/dev/null",),
+    "kv txn": ("docs/transaction.jsonl",), "kv watch": ("key", "--max", "1"),
     "commit list": (), "commit show": (str(uuid.uuid4()),), "commit explain": (str(uuid.uuid4()),),
     "gc commit-requests": (), "gc lease-events": (), "gc completion-events": (), "gc all": (), "bench": (),
     "flow create": ("docs/flow.yaml",), "flow list": (),
@@ -151,7 +152,7 @@ def test_every_command_works_beside_an_unknown_migration_that_is_not_breaking(
     add_newer_migration(settings, breaking=False)
     start_leader("one").wait_for("elected epoch")
     special = {
-        "leader run", "leader step-down", "leader assert", "commit show", "commit explain", "kv get", "bench",
+        "leader run", "leader step-down", "leader assert", "commit show", "commit explain", "kv get", "kv txn", "bench",
         "flow show", "flow cancel", "worker run", "lock who", "lock break", "subscription show", "subscription set",
         "subscription reset", *(name for name in NEED_A_SCHEMA if name.startswith("execution ")),
     }  # fmt: skip
