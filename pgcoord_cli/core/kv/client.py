@@ -15,7 +15,8 @@ it waits.
 leader: it commits as of the version that it read.
 
 **Retries.** `Database.run` runs the transaction again while it conflicts. The transactions of one Database that run
-the same read-modify-write of a contended key do so one after the other (`core.kv.hot_keys`).
+the same read-modify-write of a contended key do so one after the other (`core.kv.hot_keys`). Where most attempts
+at other work conflict, fewer are in flight at once (`core.kv.admission`).
 
 `core.kv.blocking` is the same client for programs without an event loop.
 """
@@ -33,6 +34,7 @@ from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.database.async_listener import AsyncListener
 from pgcoord_cli.core.database.pool import Pool
 from pgcoord_cli.core.database.session import answer_timeout, open_session_async
+from pgcoord_cli.core.kv.admission import Admission
 from pgcoord_cli.core.kv.hot_keys import HotKeys, Ticket
 from pgcoord_cli.core.kv.key_selector import KeySelector
 from pgcoord_cli.core.kv.leader_check import LeaderCheck
@@ -114,6 +116,7 @@ class Database:
         self._listener = AsyncListener(self._open_connection)
         self._submitter = Submitter(settings.schema, self._pool, self._listener)
         self._hot_keys = HotKeys()
+        self._admission = Admission()
         self._watcher = Watcher(settings.schema, self._reader, self._listener)
         self._leader = LeaderCheck(settings.schema, self._pool, self._listener)
 
@@ -192,7 +195,7 @@ class Database:
         retries = 0
         while True:
             try:
-                return await self._attempt(work, chosen)
+                return await self._attempt(work, chosen, run_again=retries > 0)
             except (Conflict, TooOld, OutcomeUnknown) as error:
                 if retries == chosen.retry_limit or not chosen.is_retryable(error):
                     raise
@@ -200,21 +203,24 @@ class Database:
             retries += 1
             await backoff.pause()
 
-    async def _attempt(self, work: Callable[[Transaction], Awaitable[T]], options: TransactionOptions) -> T:
+    async def _attempt(
+        self, work: Callable[[Transaction], Awaitable[T]], options: TransactionOptions, *, run_again: bool
+    ) -> T:
         ticket = self._hot_keys.ticket(work)
         transaction = self._transaction(options, ticket)
         if ticket is None:
             return await _work_and_commit(work, transaction)
-        with ticket:
-            try:
-                result = await _work_and_commit(work, transaction)
-            except Conflict:
-                if transaction.wrote_ticket_key:
-                    ticket.conflicted()
-                raise
-            if not transaction.wrote_ticket_key:
-                ticket.only_read()
-            return result
+        async with self._admission.slot(ticket.kind, run_again=run_again):
+            with ticket:
+                try:
+                    result = await _work_and_commit(work, transaction)
+                except Conflict:
+                    if transaction.wrote_ticket_key:
+                        ticket.conflicted()
+                    raise
+                if not transaction.wrote_ticket_key:
+                    ticket.only_read()
+                return result
 
 
 async def _work_and_commit(work: Callable[[Transaction], Awaitable[T]], transaction: Transaction) -> T:
