@@ -837,6 +837,7 @@ CREATE TABLE pgcoord.leader_lease (
     leader_addr text,
     holds_lock boolean DEFAULT false NOT NULL,
     server_started_at timestamp with time zone,
+    wal_history text,
     durable_version bigint DEFAULT 0 NOT NULL,
     conflict_floor bigint DEFAULT 0 NOT NULL,
     window_start_id bigint DEFAULT 0 NOT NULL,
@@ -862,6 +863,8 @@ COMMENT ON COLUMN pgcoord.leader_lease.last_term_id IS 'Id of the term that bega
 COMMENT ON COLUMN pgcoord.leader_lease.holds_lock IS 'Whether the leader has the leader lock: only then does the end of its session free the lease.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.server_started_at IS 'Start time of the postmaster on which the term began; on a promoted standby or a restored copy it differs, and the lease is void.';
+
+COMMENT ON COLUMN pgcoord.leader_lease.wal_history IS 'System identifier and timeline of the server on which the term began; they differ after a promotion or a restore.';
 
 COMMENT ON COLUMN pgcoord.leader_lease.durable_version IS 'Version of the last committed transaction; 0 on a new database.';
 

@@ -9,6 +9,7 @@ CREATE TABLE leader_lease (
     leader_addr       text,
     holds_lock        boolean     NOT NULL DEFAULT false,
     server_started_at timestamptz,
+    wal_history       text,
     durable_version   bigint      NOT NULL DEFAULT 0,
     conflict_floor    bigint      NOT NULL DEFAULT 0,
     window_start_id   bigint      NOT NULL DEFAULT 0,
@@ -29,6 +30,7 @@ COMMENT ON COLUMN leader_lease.term_id IS 'Random id of the present term; null w
 COMMENT ON COLUMN leader_lease.last_term_id IS 'Id of the term that began last, kept when the lease is released: clients read under it.';
 COMMENT ON COLUMN leader_lease.holds_lock IS 'Whether the leader has the leader lock: only then does the end of its session free the lease.';
 COMMENT ON COLUMN leader_lease.server_started_at IS 'Start time of the postmaster on which the term began; on a promoted standby or a restored copy it differs, and the lease is void.';
+COMMENT ON COLUMN leader_lease.wal_history IS 'System identifier and timeline of the server on which the term began; they differ after a promotion or a restore.';
 COMMENT ON COLUMN leader_lease.durable_version IS 'Version of the last committed transaction; 0 on a new database.';
 COMMENT ON COLUMN leader_lease.conflict_floor IS 'A request whose read version is below this is always too_old.';
 COMMENT ON COLUMN leader_lease.window_start_id IS 'Every commit with a version above conflict_floor has a request id above this.';

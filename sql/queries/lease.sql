@@ -89,7 +89,12 @@ SELECT CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remo
 -- name: take_over
 -- Begins a new term with the next epoch and closes the one before. No row: the lease has not expired, and the caller does not hold the leader lock ($3).
 WITH previous AS (
-    SELECT *, clock_timestamp() AS moment, gen_random_uuid() AS new_term_id FROM leader_lease WHERE id = 1 FOR UPDATE
+    SELECT *, clock_timestamp() AS moment, gen_random_uuid() AS new_term_id,
+           concat((SELECT system_identifier FROM pg_control_system()), '/',
+                  substring(pg_walfile_name(pg_current_wal_insert_lsn()) FOR 8)) AS new_wal_history
+      FROM leader_lease
+     WHERE id = 1
+       FOR UPDATE
 ), closed AS (
     UPDATE leader_history AS history
        SET ended_at = previous.moment, last_version = previous.durable_version,
@@ -101,7 +106,7 @@ WITH previous AS (
     UPDATE leader_lease AS lease
        SET epoch = previous.epoch + 1, term_id = previous.new_term_id, last_term_id = previous.new_term_id,
            leader_addr = $1::text, holds_lock = $3::boolean, server_started_at = pg_postmaster_start_time(),
-           acquired_at = previous.moment, renewed_at = previous.moment,
+           wal_history = previous.new_wal_history, acquired_at = previous.moment, renewed_at = previous.moment,
            expires_at = previous.moment + make_interval(secs => $2::double precision)
       FROM previous
      WHERE lease.id = previous.id
@@ -112,6 +117,14 @@ WITH previous AS (
 ), opened AS (
     INSERT INTO leader_history (epoch, term_id, leader_addr, acquired_at, first_version)
     SELECT epoch, term_id, leader_addr, acquired_at, durable_version + 1 FROM taken
+), revived AS (
+    -- A promoted standby or a restored copy may lack the settlement of a request that it has as pending, and the client may
+    -- have been told that it was not committed. It must not be committed here (rule I3): its client runs it again.
+    UPDATE commit_requests AS request
+       SET status = 'too_old', resolved_at = clock_timestamp(), reason = 'enqueued before a failover or a restore'
+      FROM taken, previous
+     WHERE request.status = 'pending' AND request.id > previous.queue_floor_id
+       AND previous.wal_history <> previous.new_wal_history
 ), readable AS (
     -- After a crash nothing is left of the replaced values, and of this row, until now.
     INSERT INTO kv_undo_floor (floor, next_floor)

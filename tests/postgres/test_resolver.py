@@ -485,6 +485,17 @@ def test_i2_what_a_lost_term_committed_is_too_old_although_its_epoch_and_version
     assert statuses == ["committed", *["too_old"] * 4, "committed", "committed"]
 
 
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_i3_a_request_that_was_pending_before_a_failover_is_not_committed_after_it(
+    sql: Sql, leader_conn: psycopg.Connection[Any], leader: Resolver, is_copy: bool
+) -> None:
+    number = submit(sql, writes(b"k"))
+    if is_copy:  # the client may have been told `conflict` by a settlement that did not reach this copy
+        sql.execute("UPDATE leader_lease SET wal_history = regexp_replace(wal_history, '.$', 'F')")
+    drain(Resolver(leader_conn, begin_term(leader_conn)))
+    assert outcome(sql, number).status == ("too_old" if is_copy else "committed")
+
+
 def commit_each(sql: Sql, leader: Resolver, *keys: bytes) -> None:
     for key in keys:
         submit(sql, writes(key), leader.durable_version)
