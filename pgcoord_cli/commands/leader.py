@@ -161,7 +161,8 @@ def wait(ctx: typer.Context, timeout: WaitLimit = "30s") -> None:
 
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
-    with session.command_session(settings, "leader wait", writes=False) as conn:
+    # It writes nothing, but a standby refuses LISTEN: refused here instead of until the time is up.
+    with session.command_session(settings, "leader wait", writes=True) as conn:
         lease = leader_status.await_leader(settings, conn, "leader wait", seconds)
     out.document({"epoch": lease.epoch, "leader_addr": lease.leader_addr})
 

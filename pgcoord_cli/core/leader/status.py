@@ -81,14 +81,15 @@ def watch_status(settings: Settings, seconds: float, show: Callable[[dict[str, d
 
     Raises the error of the first session; later trouble is logged and retried (rule I17).
     """
-    open_session(settings, "leader status", writes=False).close()
+    # writes=True here and below: it writes nothing, but a standby refuses LISTEN, for good.
+    open_session(settings, "leader status", writes=True).close()
     with closing(Wakeup()) as wakeup:
         outage = Outage(_log, "the status is unknown", "the status is known")
         supervisor = Supervisor(wakeup, lambda: False, outage=outage)
 
         def watch() -> str | None:
             try:
-                with command_session(settings, "leader status", writes=False) as conn:
+                with command_session(settings, "leader status", writes=True) as conn:
                     notifications = listen(conn, [channels.leadership(settings.schema)], wakeup)
                     while True:
                         document = status_document(conn)
@@ -136,13 +137,14 @@ def await_leader(
 ) -> Lease:
     """Does the same as `wait_for_leader` for a command whose purpose is the wait itself: raises TimedOut.
 
-    When `conn`, a session of `command`, is lost, or a statement fails, it is closed and the wait goes on over another.
+    `conn` must be of a primary, because a standby refuses LISTEN. When `conn`, a session of `command`, is lost, or a
+    statement fails, it is closed and the wait goes on over another.
     """
     deadline = time.monotonic() + seconds
     first = [conn]
 
     def attempt(recovered: Callable[[], None]) -> Lease:
-        session = first.pop() if first else open_session(settings, command, writes=False)
+        session = first.pop() if first else open_session(settings, command, writes=True)
         with mapped_errors(), closing(session):
             read_lease(session)
             recovered()
