@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.database.channels import POLL_SECONDS
 
 STALL_SECONDS = 2.0
@@ -18,7 +19,7 @@ class StallDetector:
     """How long a tail has been at one gap: spaces its reads out, and detects once a gap that it is held up."""
 
     def __init__(self) -> None:
-        self._recheck = FIRST_RECHECK
+        self._rechecks = Backoff(FIRST_RECHECK, POLL_SECONDS)
         self._begins_at: float | None = None
 
     @property
@@ -29,7 +30,7 @@ class StallDetector:
     def record(self, *, has_moved: bool, is_at_gap: bool) -> None:
         """Records the result of a read."""
         if has_moved:
-            self._recheck = FIRST_RECHECK
+            self._rechecks.reset()
         # A gap at which the tail arrives by moving is another gap, and gets its own STALL_SECONDS.
         if has_moved or not is_at_gap:
             self._begins_at = None
@@ -38,8 +39,7 @@ class StallDetector:
 
     def next_recheck(self) -> float:
         """Returns the seconds until the next read, which double from call to call until the tail moves."""
-        seconds, self._recheck = self._recheck, min(self._recheck * 2, POLL_SECONDS)
-        return seconds
+        return self._rechecks.next_pause()
 
     def has_begun(self) -> bool:
         """Returns True once for each gap that stayed for STALL_SECONDS."""
