@@ -27,6 +27,8 @@ from pgcoord_cli.core.commits.recent_commits import CONFLICT_WINDOW
 
 KEYS = 10_000
 SCAN = 100
+WALK = 20
+"""Reads of a transaction of dependent reads."""
 
 Work = Callable[[Connection[Any], int], None]
 
@@ -56,6 +58,11 @@ CREATE TABLE baseline_ranges (
 def key_of(number: int) -> bytes:
     """Returns one of the ten thousand keys by its number."""
     return b"k%05d" % number
+
+
+def next_number(number: int, value: int, keys: int) -> int:
+    """Returns the number of the key that a dependent read reads next, after this key with this value."""
+    return (number * 31 + value + 7) % keys
 
 
 def prepare(dsn: str) -> bool:
@@ -89,6 +96,17 @@ def scan_and_write(conn: Connection[Any], keys: int) -> None:
         conn.execute("UPDATE baseline_kv SET value = %s WHERE key = %s", [b"%d" % (int(value) + 1), key])
 
 
+def walk_and_write(conn: Connection[Any], keys: int) -> None:
+    """Reads twenty keys one after the other, each named by the value before it, and writes the last one."""
+    number, value = random.randrange(keys), 0
+    with conn.transaction():
+        for step in range(WALK):
+            number = next_number(number, value, keys) if step else number
+            row = conn.execute("SELECT value FROM baseline_kv WHERE key = %s", [key_of(number)]).fetchone()
+            value = int(row[0]) if row else 0
+        conn.execute("UPDATE baseline_kv SET value = %s WHERE key = %s", [b"%d" % (value + 1), key_of(number)])
+
+
 def superseded_write(conn: Connection[Any], keys: int) -> None:
     """Increments one of `keys` keys under the exclusion constraint."""
     key = key_of(random.randrange(keys))
@@ -115,6 +133,18 @@ def prune_ranges(dsn: str, stop: threading.Event) -> None:
             versions.append((time.monotonic(), version))
             while versions[0][0] < time.monotonic() - CONFLICT_WINDOW.total_seconds():
                 conn.execute("DELETE FROM baseline_ranges WHERE upper(versions) < %s", [versions.popleft()[1]])
+
+
+def run_superseded(dsn: str, keys: int, workers: int, seconds: float) -> Result:
+    """Measures the superseded design, while old ranges are pruned."""
+    stop = threading.Event()
+    pruner = threading.Thread(target=prune_ranges, args=(dsn, stop))
+    pruner.start()
+    try:
+        return run_workers(dsn, superseded_write, keys, workers, seconds, serializable=False)
+    finally:
+        stop.set()
+        pruner.join()
 
 
 def run_workers(dsn: str, work: Work, keys: int, workers: int, seconds: float, *, serializable: bool) -> Result:

@@ -1,177 +1,110 @@
-"""Commits through pgcoord and through three baselines, in one run on one server: `python -m benchmarks.commits`.
+"""Commits through pgcoord and through its alternatives, in turn on one machine: `python -m benchmarks.commits`.
 
-Workloads: read-modify-write of one of 10,000 keys; the same on 10 hot keys; scan 100 keys and write one of them. Each
-runs with 1, 32 and 256 transactions in flight; the baselines have at most 32 connections, like a pool. With one in
-flight, a client commits directly; "by leader" is the same with direct commits disabled. Durability is on everywhere.
-Prints rates, percentiles and ratios, and writes them as JSON with `--json FILE`.
+Workloads: read-modify-write of one of 10,000 keys; the same on 10 hot keys; scan 100 keys and write one of them; read
+20 keys one after the other and write the last. Each runs with 1, 32 and 256 transactions in flight; the baselines have
+at most 32 connections, like a pool. With one in flight, a client commits directly; "by leader" is the same with direct
+commits disabled. Durability is on everywhere.
+
+After them: commits beside 600,000 settled requests and on a fresh table (`--history N`, which may be repeated; 0 leaves
+it out), and from a set to its watch. Each is measured `--rounds` times in turn; rates and latencies are medians, ratios
+the medians of the ratios of each round.
+
+`--table` measures what the goals, rows 1 to 10, compare, and nothing else. `--json FILE` writes everything.
 
 The superseded design needs btree_gist, which the embedded PostgreSQL lacks: `--server-version 15` runs on a local
-installation that has it. `--history N` resolves N requests first; `--old-snapshot` holds a snapshot open meanwhile.
+installation that has it. etcd is measured if it is installed: `pip install -e '.[bench]'`. `--old-snapshot` holds a
+snapshot open meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
-import random
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import NamedTuple
 
 import psycopg
 from tabulate import tabulate
 
-from benchmarks import baselines
-from benchmarks.baselines import KEYS, SCAN, key_of
-from benchmarks.measuring import Result, Stopwatch, resident_bytes
-from pgcoord_cli.core.database import session
+from benchmarks import baselines, etcd, history
+from benchmarks.goals import Cell, goals, records, table
+from benchmarks.measuring import Result, resident_bytes
+from benchmarks.workloads import WORKLOADS, Workload, leading, run_by_leader, run_pgcoord, set_to_watch, write_keys
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import find_installation
 from pgcoord_cli.core.embedded.server import temporary_server
-from pgcoord_cli.core.kv.client import Database, Transaction, open_database
-from pgcoord_cli.core.kv.direct_commit import DirectCommitBackoff
-from pgcoord_cli.core.leader import status as leader_status
 from pgcoord_cli.settings import Settings
 
 POOL = 32
-
-
-class Workload(NamedTuple):
-    """The transaction of a workload: a scan or a read-modify-write, and the number of keys it chooses from."""
-
-    name: str
-    keys: int
-    scan: bool = False
-
-
-WORKLOADS = {
-    "rmw-10k": Workload("rmw-10k", KEYS),
-    "rmw-hot10": Workload("rmw-hot10", 10),
-    "scan100-write1": Workload("scan100-write1", KEYS, scan=True),
-}
 IN_FLIGHT = (1, 32, 256)
+HISTORY = 600_000
+
+Contestants = Mapping[str, Callable[[], Result]]
 
 
-def transaction_of(workload: Workload) -> Callable[[Transaction], Awaitable[None]]:
-    """Returns the workload as the work of a pgcoord transaction."""
+class Place(NamedTuple):
+    """Where the measurements run: the server, its programs, whether it has btree_gist, and etcd's port, if it runs."""
 
-    async def read_modify_write(transaction: Transaction) -> None:
-        key = key_of(random.randrange(workload.keys))
-        transaction.set(key, b"%d" % (int(await transaction.get(key) or 0) + 1))
-
-    async def scan_and_write(transaction: Transaction) -> None:
-        first = random.randrange(workload.keys - SCAN)
-        rows = await transaction.get_range(key_of(first), key_of(first + SCAN))
-        key, value = rows[random.randrange(len(rows))]
-        transaction.set(key, b"%d" % (int(value) + 1))
-
-    return scan_and_write if workload.scan else read_modify_write
+    settings: Settings
+    bin_dir: Path
+    has_gist: bool
+    etcd_port: int | None
 
 
-async def drive(database: Database, workload: Workload, in_flight: int, seconds: float) -> Result:
-    """Runs `in_flight` tasks that commit one transaction after the other, for `seconds`."""
-    watch = Stopwatch(seconds)
-    work = transaction_of(workload)
+class Run:
+    """Measures the chosen cells in turn, and keeps their results."""
 
-    async def worker() -> None:
-        while watch.is_running():
-            began = time.perf_counter()
-            await database.run(work, retry_limit=100_000)
-            watch.note(began)
+    def __init__(self, rounds: int, wanted: frozenset[Cell] | None) -> None:
+        self._rounds = rounds
+        self._wanted = wanted
+        self.measured: dict[Cell, list[Result]] = {}
 
-    await asyncio.gather(*(worker() for _ in range(in_flight)))
-    return watch.result()
-
-
-def run_pgcoord(settings: Settings, workload: Workload, in_flight: int, seconds: float) -> Result:
-    """Measures the workload through one client in this process, after a short warm-up."""
-
-    async def run() -> Result:
-        async with await open_database(settings, "benchmark") as database:
-            await drive(database, workload, in_flight, min(1.0, seconds / 4))
-            return await drive(database, workload, in_flight, seconds)
-
-    return asyncio.run(run())
+    def measure(self, workload: str, in_flights: Mapping[int, Contestants]) -> None:
+        """Measures every contestant of a workload once, then all of them again, until all rounds are done."""
+        cells = {
+            Cell(workload, in_flight, who): run
+            for in_flight, contestants in in_flights.items()
+            for who, run in contestants.items()
+        }
+        chosen = {cell: run for cell, run in cells.items() if self._wanted is None or cell in self._wanted}
+        for _ in range(self._rounds if chosen else 0):
+            for cell, run in chosen.items():
+                self.measured.setdefault(cell, []).append(run())
+        done = {cell: self.measured[cell] for cell in chosen}
+        if done:
+            print(tabulate(records(done), headers="keys"), file=sys.stderr, flush=True)
 
 
-@contextmanager
-def leading(settings: Settings) -> Iterator[int]:
-    """Runs a leader in a process of its own within the block; yields its process id."""
-    environment = os.environ | {"PGCOORD_DSN": settings.dsn}
-    process = subprocess.Popen([sys.executable, "-m", "pgcoord_cli", "leader", "run", "-q"], env=environment)
-    try:
-        with session.command_session(settings, "benchmark", writes=False) as conn:
-            leader_status.wait_for_leader(conn, settings.schema, 30)
-        yield process.pid
-    finally:
-        process.terminate()
-        process.wait()
-
-
-async def fill(settings: Settings, requests: int) -> None:
-    """Writes the ten thousand keys, and then resolves at least `requests` requests."""
-    async with await open_database(settings, "benchmark") as database:
-        for start in range(0, KEYS, 1000):
-            await database.run(lambda tr, start=start: _set_all(tr, start))  # type: ignore[misc]
-        done = 0
-        while done < requests:
-            result = await drive(database, WORKLOADS["rmw-10k"], 256, 5.0)
-            done += int(result.per_second * 5)
-            print(f"  history: {done} of {requests}", file=sys.stderr)
-
-
-async def _set_all(transaction: Transaction, start: int) -> None:
-    for number in range(start, start + 1000):
-        transaction.set(key_of(number), b"0")
-
-
-def measure(
-    settings: Settings, bin_dir: Path, workload: Workload, in_flight: int, seconds: float, *, superseded: bool
-) -> dict[str, Result]:
-    """Measures pgcoord and every baseline on one workload, one after the other."""
-    workers = min(in_flight, POOL)
-    work = baselines.scan_and_write if workload.scan else baselines.read_modify_write
-    script = "scan" if workload.scan else "rmw"
-    found = {
-        "pgcoord": run_pgcoord(settings, workload, in_flight, seconds),
-        "serializable": baselines.run_workers(settings.dsn, work, workload.keys, workers, seconds, serializable=True),
-        "pgbench": baselines.run_pgbench(bin_dir, settings.dsn, script, workload.keys, workers, seconds),
+def contestants(place: Place, workload: Workload, in_flight: int, seconds: float) -> Contestants:
+    """Returns what to measure on a workload, by name: pgcoord and every baseline that can run it."""
+    dsn, keys, workers = place.settings.dsn, workload.keys, min(in_flight, POOL)
+    found: dict[str, Callable[[], Result]] = {
+        "pgcoord": partial(run_pgcoord, place.settings, workload, in_flight, seconds),
+        "serializable": partial(
+            baselines.run_workers, dsn, workload.psycopg, keys, workers, seconds, serializable=True
+        ),
     }
+    if workload.pgbench:
+        found["pgbench"] = partial(baselines.run_pgbench, place.bin_dir, dsn, workload.pgbench, keys, workers, seconds)
     if in_flight == 1:
-        with patch.object(DirectCommitBackoff, "admits", return_value=False):
-            found["by leader"] = run_pgcoord(settings, workload, in_flight, seconds)
-    if superseded and not workload.scan:
-        stop = threading.Event()
-        pruner = threading.Thread(target=baselines.prune_ranges, args=(settings.dsn, stop))
-        pruner.start()
-        found["superseded"] = baselines.run_workers(
-            settings.dsn, baselines.superseded_write, workload.keys, workers, seconds, serializable=False
-        )
-        stop.set()
-        pruner.join()
+        found["by leader"] = partial(run_by_leader, place.settings, workload, in_flight, seconds)
+    if workload.is_update and place.has_gist:
+        found["superseded"] = partial(baselines.run_superseded, dsn, keys, workers, seconds)
+    if workload.is_update and place.etcd_port:
+        found["etcd"] = partial(etcd.read_modify_write, place.etcd_port, keys, in_flight, seconds)
     return found
 
 
-def rows_of(workload: Workload, in_flight: int, found: dict[str, Result]) -> list[dict[str, Any]]:
-    """Returns one record for each of them; `ratio` is pgcoord's rate over theirs, `latency_ratio` the same for p50."""
-    ours = found["pgcoord"]
-    return [
-        {"workload": workload.name, "in_flight": in_flight, "who": who}
-        | result.as_record()
-        | {
-            "ratio": round(ours.per_second / result.per_second, 2) if result.per_second else None,
-            "latency_ratio": round(ours.p50_ms / result.p50_ms, 2) if result.p50_ms else None,
-        }
-        for who, result in found.items()
-    ]
+def watch_contestants(place: Place, seconds: float) -> Contestants:
+    """Returns what to measure from a set to its watch."""
+    found: dict[str, Callable[[], Result]] = {"pgcoord": partial(set_to_watch, place.settings, seconds)}
+    if place.etcd_port:
+        found["etcd"] = partial(etcd.put_to_watch, place.etcd_port, seconds)
+    return found
 
 
 @contextmanager
@@ -186,42 +119,83 @@ def old_snapshot(dsn: str, wanted: bool) -> Iterator[None]:
         yield
 
 
-def main() -> None:
-    """Parses the call, runs the measurements, prints and writes them."""
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Parses the call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server-version", type=int, default=18)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--workload", choices=WORKLOADS, action="append")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workload", choices=WORKLOADS, action="append", help="only this one, without what follows")
     parser.add_argument("--in-flight", type=int, action="append")
-    parser.add_argument("--history", type=int, default=0)
+    parser.add_argument("--history", type=int, action="append", help="settled requests; may be repeated; 0: none")
+    parser.add_argument("--table", action="store_true", help="only what the goals compare")
     parser.add_argument("--old-snapshot", action="store_true")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
+    # A call that chooses a workload measures that alone, unless it names a history too.
+    options.history = [n for n in options.history or ([] if options.workload else [HISTORY]) if n]
+    return options
+
+
+def main() -> None:
+    """Runs the measurements, prints and writes them."""
+    options = parse()
+    chosen = goals(options.history)
+    compared = frozenset(cell for goal in chosen for cell in (goal.ours, goal.theirs))
+    run = Run(options.rounds, compared if options.table else None)
     installation = find_installation(options.server_version)
-    with temporary_server(installation) as server:
-        rows = _run(Settings(dsn=server.dsn), installation.bin_dir, options)
-    print(tabulate(rows, headers="keys"))
+    with ExitStack() as stack:
+        server = stack.enter_context(temporary_server(installation))
+        settings = Settings(dsn=server.dsn)
+        _measure_workloads(run, _place(stack, settings, installation.bin_dir), options)
+        for requests in options.history:
+            _measure_history(run, settings, requests, options)
+    found = {"goals": table(chosen, run.measured), "measurements": records(run.measured)}
+    compared_rows = [row for row in found["goals"] if options.table or row["ratio"] is not None]
+    for rows in (found["measurements"], compared_rows):
+        print(tabulate(rows, headers="keys") + "\n")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        options.json.write_text(json.dumps(found, indent=2))
 
 
-def _run(settings: Settings, bin_dir: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _place(stack: ExitStack, settings: Settings, bin_dir: Path) -> Place:
     upgrade(settings)
-    superseded = baselines.prepare(settings.dsn)
-    if not superseded:
+    has_gist = baselines.prepare(settings.dsn)
+    if not has_gist:
         print("no btree_gist on this server: the superseded design is left out", file=sys.stderr)
-    rows: list[dict[str, Any]] = []
-    with leading(settings) as leader_pid:
-        asyncio.run(fill(settings, options.history))
-        with old_snapshot(settings.dsn, options.old_snapshot):
+    lacking = etcd.missing()
+    if lacking:
+        print(f"etcd is left out; install {lacking}", file=sys.stderr)
+    port = None if lacking else stack.enter_context(etcd.etcd_server())
+    return Place(settings, bin_dir, has_gist, port)
+
+
+def _measure_workloads(run: Run, place: Place, options: argparse.Namespace) -> None:
+    with leading(place.settings) as leader_pid:
+        write_keys(place.settings)
+        with old_snapshot(place.settings.dsn, options.old_snapshot):
             for name in options.workload or WORKLOADS:
-                for in_flight in options.in_flight or IN_FLIGHT:
-                    workload = WORKLOADS[name]
-                    found = measure(settings, bin_dir, workload, in_flight, options.seconds, superseded=superseded)
-                    rows += rows_of(workload, in_flight, found)
-                    print(tabulate(rows[-len(found) :], headers="keys"), file=sys.stderr)
+                run.measure(
+                    name,
+                    {
+                        in_flight: contestants(place, WORKLOADS[name], in_flight, options.seconds)
+                        for in_flight in options.in_flight or IN_FLIGHT
+                    },
+                )
+            if not options.workload:
+                run.measure("set-to-watch", {1: watch_contestants(place, options.seconds)})
         print(f"leader: {resident_bytes(leader_pid) / 2**20:.0f} MiB resident", file=sys.stderr)
-    return rows
+
+
+def _measure_history(run: Run, settings: Settings, requests: int, options: argparse.Namespace) -> None:
+    with history.databases(settings, requests) as (full, fresh):
+        run.measure(
+            history.name_of(requests),
+            {
+                in_flight: history.contestants(full, fresh, in_flight, options.seconds)
+                for in_flight in history.IN_FLIGHT
+            },
+        )
 
 
 if __name__ == "__main__":
