@@ -6,8 +6,8 @@
         database.run(lambda transaction: transaction.add(b"visits", (1).to_bytes(8, "little")))
 
 `Database`, `Transaction` and `Watch` are those of `pgcoord_cli`, with calls that block instead of coroutines. One
-Database serves all threads of a program; `pgcoord_cli.core.kv.blocking` describes how. Errors and `KeySelector` are
-those of `pgcoord_cli`.
+Database serves all threads of a program; `pgcoord_cli.core.kv.blocking` describes how. Errors, `KeySelector`
+and `TransactionOptions` are those of `pgcoord_cli`.
 """
 
 from pgcoord_cli.core.kv.blocking import Database, Transaction, Watch, connect
