@@ -97,13 +97,14 @@ def test_i14_on_a_standby_commands_read_and_change_nothing(
         "leader wait": 9, "leader status --watch": 9,  # a standby sends no notifications
         "kv get key": 0, "kv get key --at 0": 9, "kv range": 0, "kv export": 0,
         "commit list": 0, f"commit show {REQUEST_ID}": 3, f"commit explain {REQUEST_ID}": 3,
+        "commit explain --hot": 0,
         "migrate status --check": 0, "migrate verify": 0, "migrate up --dry-run": 0,
         "migrate grant --reader postgres --dry-run": 0, "gc commit-requests --dry-run": 0,
     }  # fmt: skip
     writing = (
         "leader run", "leader step-down", "kv set key other", "kv clear key", "kv clear-range a z", "kv add key 1",
         "kv load /dev/null", "migrate up", "migrate grant --reader postgres", "gc commit-requests", "bench",
-        "leader step-down --wait", "kv watch key", "tail completion", "lock run name true --wait 1m",
+        "kv txn docs/transaction.jsonl", "leader step-down --wait", "kv watch key", "tail completion", "lock run name true --wait 1m",
         "worker run", "reconcile --loop",
     )  # fmt: skip
     before = everything(primary.dsn)

@@ -116,7 +116,9 @@ def _earlier_commits(conn: Connection[Any], found: CommitRequest) -> Iterator[Co
     last_id = found.id
     for _ in range(MAX_PAGES):
         page = conn.execute(sql("commits", "requests_before"), [last_id, PAGE, found.read_version]).fetchall()
-        yield from ((request_id, version, payload) for request_id, version, _, payload in page if payload is not None)
+        # Ascending, so that the first one that is found spares the caller most others of the page.
+        commits = ((request_id, version, payload) for request_id, version, _, payload in reversed(page))
+        yield from (commit for commit in commits if commit[2] is not None)
         versions = [version for _, version, _, _ in page if version is not None]
         if len(page) < PAGE or (versions and max(versions) <= found.read_version):
             return
