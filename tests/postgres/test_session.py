@@ -104,8 +104,8 @@ def test_i14_on_a_standby_commands_read_and_change_nothing(
     writing = (
         "leader run", "leader step-down", "kv set key other", "kv clear key", "kv clear-range a z", "kv add key 1",
         "kv load /dev/null", "migrate up", "migrate grant --reader postgres", "gc commit-requests", "bench",
-        "kv txn docs/transaction.jsonl", "leader step-down --wait", "kv watch key", "tail completion", "lock run name true --wait 1m",
-        "worker run", "reconcile --loop",
+        "kv txn docs/transaction.jsonl", "leader step-down --wait", "kv watch key", "tail completion",
+        "lock run name true --wait 1m", "worker run", "reconcile --loop",
     )  # fmt: skip
     before = everything(primary.dsn)
     with standby_of(primary, installation) as standby:
