@@ -916,16 +916,12 @@ def test_i3_a_request_that_may_have_arrived_and_cannot_be_sent_again_has_an_unkn
 
 @pytest.fixture
 def no_notifications(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes client and leader listen to other channels than those that are notified, with a shorter poll interval."""
-    listen = AsyncListener.listen
-
-    async def listen_elsewhere(listener: AsyncListener, channel: str, on_news: Callable[[], None]) -> None:
-        await listen(listener, f"never notified: {channel}", on_news)
+    """Makes the client ignore notifications and the leader listen to no channel, with a shorter poll interval."""
 
     def listen_to_nothing(conn: psycopg.Connection[Any], _channels: Sequence[str], wakeup: Wakeup) -> Listener:
         return Listener(conn, wakeup)
 
-    monkeypatch.setattr(AsyncListener, "listen", listen_elsewhere)
+    monkeypatch.setattr(AsyncListener, "_on_notify", lambda *_: None)
     monkeypatch.setattr(candidate, "listen", listen_to_nothing)
     monkeypatch.setattr(channels, "POLL_SECONDS", 0.1)
 

@@ -7,6 +7,10 @@ whichever comes first, while notifications are passed on as they arrive. Because
 is there, and again whenever a channel was added, a channel that is asked for at any moment, during a reconnect too, is
 listened to before its caller continues.
 
+**Idle.** Whatever waits for a channel calls `listen` or `keep` again and again, once in a poll interval. A heartbeat
+since whose predecessor neither was called ends the task: it forgets all channels and closes the connection, in one step
+of the event loop, and the next call of `listen` starts another.
+
 A silent socket is not trusted: once in a heartbeat the task runs a statement, and replaces a connection that does not
 answer.
 """
@@ -45,10 +49,13 @@ class ChannelSubscription(NamedTuple):
 class AsyncListener:
     """Calls the callback of a channel at each notification, and after every (re)connect."""
 
-    def __init__(self, opener: Opener) -> None:
+    def __init__(self, opener: Opener, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
         self.trouble: str | None = None
         """Why there is no connection at the moment, after a failed attempt."""
         self._opener = opener
+        self._heartbeat_seconds = heartbeat_seconds
+        self._is_used = False
+        """Whether `listen` or `keep` was called since the last heartbeat."""
         self._channels: dict[str, ChannelSubscription] = {}
         self._listening: set[str] = set()
         self._wake = asyncio.Event()
@@ -60,15 +67,22 @@ class AsyncListener:
         """Returns once the channel is listened to; retries while the server is away.
 
         Raises the errors that a retry does not mend: missing rights, an unknown schema, an unsuitable server.
+        A caller that goes on waiting for notifications repeats the call, or calls `keep`, once in a poll interval.
         """
         if self._closed:
             raise ConnectionFailed(CLOSED)
+        self._is_used = True
         if channel not in self._channels:
             self._channels[channel] = ChannelSubscription(on_news, asyncio.get_running_loop().create_future())
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         self._wake.set()
         await asyncio.shield(self._channels[channel].listened)
+
+    def keep(self, channel: str) -> bool:
+        """Keeps the connection for a heartbeat more; returns whether the channel is still listened to."""
+        self._is_used = True
+        return channel in self._channels and self._channels[channel].listened.done()
 
     async def close(self) -> None:
         """Ends the task and its connection."""
@@ -82,6 +96,8 @@ class AsyncListener:
         while True:
             try:
                 await self._connect_and_serve(backoff)
+                if not self._channels:
+                    return
                 self._outage.failed("connection lost")
             except (psycopg.OperationalError, ConnectionFailed, TimeoutError) as error:
                 self.trouble = _reason(error)
@@ -116,7 +132,7 @@ class AsyncListener:
             connection.close()
 
     async def _serve(self, connection: CallbackConnection) -> None:
-        """Serves the channels over one connection until it breaks."""
+        """Serves the channels over one connection until it breaks, or nothing has used them for a heartbeat."""
         await self._listen_to_new(connection)
         self._outage.ended()
         # Only now: what was committed before LISTEN took effect is seen by the reads that these callbacks start.
@@ -124,6 +140,11 @@ class AsyncListener:
             subscription.on_news()
         while True:
             if not await self._is_woken():
+                if not self._is_used:
+                    # No await from here to the end of the task: `listen` finds the task done, or a channel kept.
+                    self._channels.clear()
+                    return
+                self._is_used = False
                 await connection.fetch("SELECT 1", [])
             if not connection.is_open:
                 return
@@ -144,7 +165,7 @@ class AsyncListener:
     async def _is_woken(self) -> bool:
         """Returns True at a new channel or a lost connection, False after a heartbeat without either."""
         try:
-            async with asyncio.timeout(HEARTBEAT_SECONDS):
+            async with asyncio.timeout(self._heartbeat_seconds):
                 await self._wake.wait()
         except TimeoutError:
             return False

@@ -3,6 +3,9 @@
 A statement takes a free connection. Where none is free, another is opened, up to the pool's size, and the statement
 runs on whichever is ready first. A connection belongs to one statement at a time and to none in between, so that a
 program that thinks between two statements holds none.
+
+A connection that was not used for IDLE_SECONDS is given back to the server, the last one too; the next statement opens
+another. Both happen within one step of the event loop, so no statement can be on a connection that is closed as idle.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ _log = logging.getLogger("pgcoord.pool")
 FIRST_PAUSE, LAST_PAUSE = 1.0, 5.0
 """Seconds between attempts to open one more connection while others work."""
 
+IDLE_SECONDS = 10.0
+"""Seconds after its last statement at which a connection is closed."""
+
 CLOSED = "this client was closed"
 
 Opener = Callable[[], Awaitable[AsyncConnection[Any]]]
@@ -35,16 +41,21 @@ Opener = Callable[[], Awaitable[AsyncConnection[Any]]]
 class Pool:
     """At most `size` connections, opened when first needed; `opener` opens one, or raises why it cannot.
 
-    A statement without an answer for `timeout` seconds counts as a lost connection; None: no limit.
+    A statement without an answer for `timeout` seconds counts as a lost connection; None: no limit. A connection that
+    is not used for `idle_seconds` is closed.
     """
 
-    def __init__(self, opener: Opener, size: int, timeout: float | None = None) -> None:
+    def __init__(
+        self, opener: Opener, size: int, timeout: float | None = None, idle_seconds: float = IDLE_SECONDS
+    ) -> None:
         self._opener = opener
         self._size = size
         self._timeout = timeout
+        self._idle_seconds = idle_seconds
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._connections: set[CallbackConnection] = set()
-        self._free: list[CallbackConnection] = []
-        """Used as a stack: the server process used last has its caches warm."""
+        self._free: dict[CallbackConnection, float] = {}
+        """With the time since when each is free. Used as a stack: the server process used last has its caches warm."""
         self._waiting: deque[PendingStatement] = deque()
         self._openings: set[asyncio.Task[CallbackConnection]] = set()
         self._backoff = Backoff(FIRST_PAUSE, LAST_PAUSE)
@@ -72,6 +83,8 @@ class Pool:
         if os.getpid() != self._opened_by:
             return  # its sockets are closed, and the tasks belong to the parent's event loop
         self._closed = True
+        if self._idle_timer:
+            self._idle_timer.cancel()
         for opening in self._openings:
             opening.cancel()
         await asyncio.gather(*self._openings, return_exceptions=True)
@@ -82,7 +95,7 @@ class Pool:
 
     def _advance(self) -> None:
         while self._waiting and self._free:
-            statement, connection = self._waiting.popleft(), self._free.pop()
+            statement, connection = self._waiting.popleft(), self._free.popitem()[0]
             connection.run(statement._replace(done=partial(self._on_answer, connection, statement.done)))
         while self._waiting and self._closed:
             loop = asyncio.get_running_loop()
@@ -94,7 +107,7 @@ class Pool:
 
     def _on_answer(self, connection: CallbackConnection, done: Callable[[Answer], None], answer: Answer) -> None:
         if connection.is_open:
-            self._free.append(connection)
+            self._set_free(connection)
         else:
             self._forget(connection)
             _log.debug("a connection was lost; %d are left", len(self._connections))
@@ -135,10 +148,28 @@ class Pool:
     def _add(self, connection: CallbackConnection) -> None:
         connection.on_lost = partial(self._forget, connection)
         self._connections.add(connection)
-        self._free.append(connection)
+        self._set_free(connection)
 
     def _forget(self, connection: CallbackConnection) -> None:
         # From now on another connection may be opened in its place.
         self._connections.discard(connection)
-        if connection in self._free:
-            self._free.remove(connection)
+        self._free.pop(connection, None)
+
+    def _set_free(self, connection: CallbackConnection) -> None:
+        loop = asyncio.get_running_loop()
+        self._free[connection] = loop.time()
+        # One timer for all, and not one for each statement: when it fires, it checks which were not used since.
+        if self._idle_timer is None:
+            self._idle_timer = loop.call_later(self._idle_seconds, self._on_idle_timer)
+
+    def _on_idle_timer(self) -> None:
+        """Closes the connections that were not used for `idle_seconds`."""
+        self._idle_timer = None
+        loop = asyncio.get_running_loop()
+        used_before = loop.time() - self._idle_seconds
+        for connection in [free for free, since in self._free.items() if since <= used_before]:
+            self._forget(connection)
+            connection.close()
+        if self._free:
+            # The free ones are in the order in which they became free.
+            self._idle_timer = loop.call_at(next(iter(self._free.values())) + self._idle_seconds, self._on_idle_timer)

@@ -8,7 +8,7 @@
 
 **Connections.** A Database is a few connections that any number of transactions share. Reads and submissions that are
 asked for while a statement is in flight go out together in the next one, and no transaction holds a connection while
-it waits.
+it waits. Connections that are not used for some seconds are given back, the last one too.
 
 **Commit.** `core.kv.transaction` says what a transaction sees, `core.kv.submissions` how the leader commits it, and
 `core.kv.direct_commit` how a client without competitors commits by itself. A transaction that wrote nothing needs no
@@ -31,8 +31,8 @@ from typing import Any, Self, TypeVar, Unpack
 from psycopg import AsyncConnection
 
 from pgcoord_cli.core.concurrency.backoff import Backoff
-from pgcoord_cli.core.database.async_listener import AsyncListener
-from pgcoord_cli.core.database.pool import Pool
+from pgcoord_cli.core.database.async_listener import HEARTBEAT_SECONDS, AsyncListener
+from pgcoord_cli.core.database.pool import IDLE_SECONDS, Pool
 from pgcoord_cli.core.database.session import answer_timeout, open_session_async
 from pgcoord_cli.core.kv.admission import Admission
 from pgcoord_cli.core.kv.hot_keys import HotKeys, Ticket
@@ -111,9 +111,9 @@ class Database:
         self._application = application
         # The server itself ends a statement at its timeout; 0 is no limit.
         limit = settings.statement_timeout
-        self._pool = Pool(self._open_connection, pool_size, limit + ANSWER_SECONDS if limit else None)
+        self._pool = Pool(self._open_connection, pool_size, limit + ANSWER_SECONDS if limit else None, IDLE_SECONDS)
         self._reader = SnapshotReader(self._pool)
-        self._listener = AsyncListener(self._open_connection)
+        self._listener = AsyncListener(self._open_connection, HEARTBEAT_SECONDS)
         self._submitter = Submitter(settings.schema, self._pool, self._listener)
         self._hot_keys = HotKeys()
         self._admission = Admission()

@@ -41,8 +41,9 @@ class LeaderCheck:
             raise NoLeader(f"no leader was elected within {seconds:g}s", hint=RUN_HINT) from None
 
     async def _wait(self) -> None:
-        await self._listener.listen(self._channel, self._news.set)
         while True:
+            # Each time, because a listener that is not used gives its connection back.
+            await self._listener.listen(self._channel, self._news.set)
             # Cleared before the read: an election during the read causes another one.
             self._news.clear()
             if await self._is_held():

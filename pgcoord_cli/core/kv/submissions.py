@@ -153,7 +153,6 @@ class Submitter:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._pending: dict[bytes, PendingCommit] = {}
-        self._is_listening = False
         self._direct_backoff = direct_commit.DirectCommitBackoff()
         self._batcher = Batcher(self._send, self._refuse, BATCH_LIMIT, _payload_bytes, BATCH_BYTES)
         self._asking = SingleFlight(self._ask, FIRST_PAUSE, LAST_PAUSE)
@@ -251,6 +250,7 @@ class Submitter:
         self._on_news()
         waiting = [commit.deadline for commit in self._pending.values() if not commit.outcome.done()]
         if waiting and not self._closed:
+            self._listener.keep(self._reply_channel.decode())
             self._set_timer(min(waiting))
 
     def _give_up(self, commits: Sequence[PendingCommit], why: str) -> None:
@@ -271,7 +271,7 @@ class Submitter:
         batch = [commit for commit in batch if not commit.outcome.done()]
         if not batch:
             self._batcher.succeeded()
-        elif not self._is_listening:
+        elif not self._listener.keep(self._reply_channel.decode()):
             self._listening = asyncio.create_task(self._listen_and_send(batch))
         elif self._may_commit_directly(batch[0]):
             self._commit_directly(batch[0])
@@ -289,7 +289,6 @@ class Submitter:
                 self._refuse(commit, trouble)
             self._batcher.failed()
         else:
-            self._is_listening = True
             # Through the batcher, which isolates a commit that cannot be turned into a statement.
             self._batcher.add_first(batch)
             self._batcher.succeeded()
