@@ -31,9 +31,8 @@ def bench(
       pgcoord bench --in-flight 1 --duration 10s
       pgcoord bench --keys 10 -o json
     """
-    import asyncio
-
     from pgcoord_cli.core.bench import Bench
+    from pgcoord_cli.core.concurrency import event_loop
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.leader import status as leader_status
 
@@ -42,7 +41,7 @@ def bench(
     with session.command_session(settings, "bench", writes=True) as conn:
         leader_status.wait_for_leader(conn, settings.schema, 10)
     with progress_bar(out, "committing", round(length)) as advance:
-        result = asyncio.run(Bench(length, in_flight, keys, advance).run(settings))
+        result = event_loop.run(Bench(length, in_flight, keys, advance).run(settings))
     out.document({"bench": result._asdict()})
     if not out.is_json:
         out.note(f"commits per second in each tenth of the run: {plot(result.rates)}")

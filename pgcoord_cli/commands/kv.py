@@ -458,16 +458,15 @@ def load(
       pgcoord kv load accounts.jsonl
       pgcoord kv export | pgcoord kv load - --schema other
     """
-    import asyncio
-
     from pgcoord_cli.commands.standard_input import stdin_bytes
+    from pgcoord_cli.core.concurrency import event_loop
     from pgcoord_cli.core.kv import bulk
 
     settings, out = output_of(ctx)
     seconds = duration("--timeout")(timeout) or 0
     source = bulk.Source(stdin_bytes(), "stdin", None, None) if file == "-" else bulk.open_source(file)
     with source.stream, progress_bar(out, "loading", source.size) as advance:
-        loaded = asyncio.run(bulk.load(settings, source, batch_size, seconds, advance))
+        loaded = event_loop.run(bulk.load(settings, source, batch_size, seconds, advance))
     out.document(loaded._asdict())
 
 
@@ -560,8 +559,7 @@ def _run_under_leader(
     settings: Settings, out: Output, name: str, commit: Callable[[Database], Coroutine[Any, Any, T]], seconds: float
 ) -> T:
     """Waits for a leader and runs `commit`; returns its result. Raises NoLeader after `seconds`."""
-    import asyncio
-
+    from pgcoord_cli.core.concurrency import event_loop
     from pgcoord_cli.core.kv.client import open_database
 
     is_led = False
@@ -574,7 +572,7 @@ def _run_under_leader(
             return await commit(database)
 
     try:
-        return asyncio.run(wait_and_commit())
+        return event_loop.run(wait_and_commit())
     except KeyboardInterrupt:
         if is_led:
             out.warn("the commit request may have been sent already; see its outcome with: pgcoord commit list")

@@ -27,6 +27,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from pgcoord_cli.core.concurrency import event_loop
 from pgcoord_cli.errors import ConnectionFailed, UsageError
 
 R = TypeVar("R")
@@ -141,7 +142,7 @@ def wait_for(future: Future[T]) -> T:
 def _run(opener: ResourceOpener[R], started: Future[_Loop], opened: Future[R]) -> None:
     """Runs the loop until its main task ends."""
     try:
-        asyncio.run(_serve(opener, started, opened))
+        event_loop.run(_serve(opener, started, opened))
     except asyncio.CancelledError:  # stopped before the resource was open
         opened.cancel()
     except BaseException as error:

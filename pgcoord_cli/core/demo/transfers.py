@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pgcoord_cli.core import gc
+from pgcoord_cli.core.concurrency import event_loop
 from pgcoord_cli.core.database import session
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.demo import flow as demo_flow
@@ -70,7 +71,7 @@ def run(settings: Settings, reporter: Reporter) -> DemoResult:
         reporter.detail(_describe_leader(settings))
         bank = Bank(settings, reporter, candidates)
         reporter.step(f"Transfer money between {ACCOUNTS} accounts: {CLIENTS} clients, {TRANSFERS} transfers")
-        result = asyncio.run(bank.run())
+        result = event_loop.run(bank.run())
         reporter.step("Check the leader and collect garbage")
         reporter.detail(_describe_leader(settings))
         reporter.detail(_collect(settings))
