@@ -152,6 +152,7 @@ async def test_an_attempt_that_is_cancelled_while_it_is_admitted_gives_its_slot_
 @in_loop
 async def test_attempts_that_take_long_do_not_starve_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SLOT_SECONDS", 0.01)
+    monkeypatch.setattr(module, "KEPT_SECONDS", 0.0)
     admission, holders = await contended()
     those = await attempts(admission, 3 * FEWEST)
     while not all(admitted(those)):
@@ -159,23 +160,59 @@ async def test_attempts_that_take_long_do_not_starve_the_others(monkeypatch: pyt
     assert not any(holder.task.done() for holder in holders)
     for attempt in holders + those:
         await attempt.end()
+    await settled()
     assert admission._kinds == {}
 
 
 @in_loop
-async def test_work_that_is_no_longer_in_flight_is_forgotten() -> None:
+async def test_the_limit_of_work_that_is_no_longer_in_flight_is_kept_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "KEPT_SECONDS", 3600.0)
+    admission, holders = await contended()
+    for _ in range(3):
+        for attempt in holders:
+            await attempt.end()
+        holders = await attempts(admission, FEWEST)
+        [waiting] = await attempts(admission, 1)
+        assert admitted([*holders, waiting]) == [True] * FEWEST + [False]
+        holders.append(waiting)
+
+
+@in_loop
+async def test_limited_work_that_is_in_flight_again_is_not_forgotten_until_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "KEPT_SECONDS", 3600.0)
+    admission, holders = await contended()
+    for attempt in holders:
+        await attempt.end()
+    monkeypatch.setattr(module, "KEPT_SECONDS", 0.0)
+    holders = await attempts(admission, FEWEST)
+    admission._on_kept(KIND)  # as the timer does
+    assert admission.kind(KIND).limit == FEWEST
+    for attempt in holders:
+        await attempt.end()
+    assert admission._kinds == {}
+
+
+@in_loop
+async def test_work_that_is_no_longer_in_flight_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_SECONDS", 0.0)
     admission, holders = await contended()
     [waiting] = await attempts(admission, 1)
     for attempt in holders:
         await attempt.end()
     assert admission._kinds
     await waiting.end()
+    await settled()
     assert admission._kinds == {}
     assert all(admitted(await attempts(admission, 1000)))
 
 
 @in_loop
-async def test_work_whose_attempts_are_all_cancelled_is_forgotten() -> None:
+async def test_work_whose_attempts_are_all_cancelled_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_SECONDS", 0.0)
     admission, holders = await contended()
     [waiting] = await attempts(admission, 1)
     for attempt in holders:
@@ -186,4 +223,5 @@ async def test_work_whose_attempts_are_all_cancelled_is_forgotten() -> None:
     waiting.task.cancel()
     await asyncio.gather(waiting.task, return_exceptions=True)
     assert not waiting.is_admitted
+    await settled()
     assert admission._kinds == {}

@@ -14,8 +14,8 @@ So work that sleeps, or waits for another transaction of its kind, delays the ot
 **Nested transactions** never wait: their parent may hold the slot that they would wait for. A transaction that the work
 of another starts has no ticket (`hot_keys.Ticket`), and takes no slot.
 
-**Memory.** A kind of work is forgotten when none of its attempts is in flight or waits: there is no contention then,
-and the next conflicts set a limit anew.
+**Memory.** A kind of work is forgotten when none of its attempts is in flight or waits; if it was limited, not before
+KEPT_SECONDS later, so that the next burst of calls need not find its limit anew.
 
 None of this decides the outcome of a commit: an attempt that is admitted too early costs a conflict, never a lost
 update.
@@ -33,6 +33,9 @@ from pgcoord_cli.errors import Conflict
 
 SLOT_SECONDS = 0.5
 """Seconds after which an attempt no longer counts as being in flight."""
+
+KEPT_SECONDS = 1.0
+"""Seconds for which the limit of a kind of work is kept at least, once none of its attempts is in flight."""
 
 
 class Admission:
@@ -53,8 +56,22 @@ class Admission:
         return found
 
     def forget_if_idle(self, kind: object) -> None:
-        """Removes a kind of work of which no attempt is in flight or waits."""
-        if (found := self._kinds.get(kind)) and found.is_idle:
+        """Removes a kind of work of which no attempt is in flight or waits: at once, or later if it is limited."""
+        found = self._kinds.get(kind)
+        if not found or not found.is_idle or found.is_kept:
+            return
+        if found.limit is None:
+            found.close()
+            del self._kinds[kind]
+        else:
+            # One timer at a time: calls that follow each other end one by one, thousands of them a second.
+            found.is_kept = True
+            asyncio.get_running_loop().call_later(KEPT_SECONDS, self._on_kept, kind)
+
+    def _on_kept(self, kind: object) -> None:
+        found = self._kinds[kind]
+        found.is_kept = False
+        if found.is_idle:
             found.close()
             del self._kinds[kind]
 
@@ -94,6 +111,8 @@ class KindOfWork:
 
     def __init__(self) -> None:
         self._limit = ConflictLimit()
+        self.is_kept = False
+        """Whether a timer of `Admission` decides when it is forgotten."""
         # The slots that count, oldest first, with the time at which each stops to count.
         self._in_flight: dict[Slot, float] = {}
         self._run_again: deque[tuple[Slot, asyncio.Future[None]]] = deque()
