@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
 from benchmarks.measuring import Result
-from benchmarks.workloads import WORKLOADS, leading, run_pgcoord, write_keys
+from benchmarks.workloads import WORKLOADS, leading, run_by_leader, run_pgcoord, write_keys
 from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.settings import Settings
 
@@ -43,14 +44,22 @@ def name_of(requests: int) -> str:
     return f"rmw-10k beside {requests}"
 
 
-def fill(dsn: str, requests: int) -> None:
-    """Inserts settled requests, and vacuums and analyses them as autovacuum would."""
-    with psycopg.connect(dsn, autocommit=True) as conn:
+def fill(settings: Settings, requests: int) -> None:
+    """Inserts settled requests beside a leader, and vacuums and analyses them as autovacuum would."""
+    with psycopg.connect(settings.dsn, autocommit=True) as conn:
         conn.execute("SET synchronous_commit = off")
         for first in range(1 - requests, 1, CHUNK):
             conn.execute(FILL, {"first": first, "last": min(first + CHUNK - 1, 0)})
+            _raise_queue_floor(settings, conn)
         conn.execute("VACUUM (ANALYZE) pgcoord.commit_requests")
         conn.execute("CHECKPOINT")  # the pages are not written during the measurement
+
+
+def _raise_queue_floor(settings: Settings, conn: psycopg.Connection[Any]) -> None:
+    """Commits until the leader's queue floor has passed what was inserted: a leader never settles so many at once."""
+    (last_id,) = conn.execute("SELECT max(id) FROM pgcoord.commit_requests").fetchone() or (0,)
+    while conn.execute("SELECT FROM pgcoord.leader_lease WHERE queue_floor_id < %s", [last_id]).fetchone():
+        run_by_leader(settings, WORKLOADS["rmw-10k"], 32, 0.2)
 
 
 @contextmanager
@@ -63,7 +72,7 @@ def databases(server: Settings, requests: int) -> Iterator[tuple[Settings, Setti
             write_keys(settings)
             # The leader has prepared its statements by now.
             run_pgcoord(settings, WORKLOADS["rmw-10k"], 32, 0.5)
-        fill(full.dsn, requests)
+        fill(full, requests)
         yield full, fresh
 
 

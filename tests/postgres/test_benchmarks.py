@@ -47,7 +47,9 @@ def test_a_set_reaches_its_watch(settings: Settings) -> None:
 @needs_leader
 def test_commits_go_on_beside_a_history_that_was_filled_in(settings: Settings, sql: psycopg.Connection[Any]) -> None:
     write_keys(settings)
-    history.fill(settings.dsn, 1_000)
+    history.fill(settings, 1_000)
+    (floor,) = sql.execute("SELECT queue_floor_id FROM leader_lease")
+    assert floor[0] >= 1_000
     assert run_by_leader(settings, WORKLOADS["rmw-10k"], 2, 0.5).per_second > 0
     (settled,) = sql.execute("SELECT count(*) FROM commit_requests WHERE commit_version <= 0 OR status = 'conflict'")
     assert settled[0] >= 1_000
