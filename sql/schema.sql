@@ -914,7 +914,8 @@ CREATE SEQUENCE pgcoord.lease_events_wake_until
 
 CREATE TABLE pgcoord.lock_names (
     lock_key bigint NOT NULL,
-    lock_name text NOT NULL
+    lock_name text NOT NULL,
+    CONSTRAINT name_has_1_to_200_characters CHECK (((char_length(lock_name) >= 1) AND (char_length(lock_name) <= 200)))
 );
 
 COMMENT ON TABLE pgcoord.lock_names IS 'The name that each advisory lock key belongs to: for lists, and to refuse a second name with the same key.';
@@ -946,7 +947,14 @@ CREATE TABLE pgcoord.subscriptions (
     fence_id uuid,
     passed jsonb,
     filters jsonb,
-    updated_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+    updated_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT fence_is_not_negative CHECK ((fence >= 0)),
+    CONSTRAINT filters_are_an_object CHECK ((jsonb_typeof(filters) = 'object'::text)),
+    CONSTRAINT name_has_1_to_200_characters CHECK (((char_length(subscription_name) >= 1) AND (char_length(subscription_name) <= 200))),
+    CONSTRAINT outbox_exists CHECK ((outbox = ANY (ARRAY['lease_events'::text, 'completion_events'::text]))),
+    CONSTRAINT passed_identifies_an_event CHECK (((passed IS NULL) OR (((jsonb_typeof((passed -> 'event_id'::text)) = 'number'::text) AND ((passed ->> 'event_id'::text) ~ '^[0-9]{1,19}$'::text) AND (jsonb_typeof((passed -> 'execution_id'::text)) = 'string'::text) AND (jsonb_typeof((passed -> 'committed_at_ms'::text)) = 'number'::text) AND ((passed ->> 'committed_at_ms'::text) ~ '^-?[0-9]{1,19}$'::text) AND (((passed ->> 'event_id'::text))::numeric <= ('9223372036854775807'::bigint)::numeric)) IS TRUE))),
+    CONSTRAINT position_in_an_outbox_is_not_negative CHECK (((outbox IS NULL) OR (last_position >= 0))),
+    CONSTRAINT updated_at_is_a_date CHECK (((EXTRACT(epoch FROM updated_at) >= (0)::numeric) AND (EXTRACT(epoch FROM updated_at) <= ('253402300799'::bigint)::numeric)))
 );
 
 COMMENT ON TABLE pgcoord.subscriptions IS 'The checkpoint of each subscription; only the owner of its lock moves it, and a save moves it forward only.';

@@ -9,7 +9,23 @@ CREATE TABLE subscriptions (
     fence_id          uuid,
     passed            jsonb,
     filters           jsonb,
-    updated_at        timestamptz NOT NULL DEFAULT clock_timestamp()
+    updated_at        timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- Clients may write any row. What the commands and garbage collection could not read is refused here.
+    CONSTRAINT name_has_1_to_200_characters CHECK (char_length(subscription_name) BETWEEN 1 AND 200),
+    CONSTRAINT outbox_exists CHECK (outbox IN ('lease_events', 'completion_events')),
+    -- Without an outbox, positions are the application's own, of any sign.
+    CONSTRAINT position_in_an_outbox_is_not_negative CHECK (outbox IS NULL OR last_position >= 0),
+    CONSTRAINT fence_is_not_negative CHECK (fence >= 0),
+    -- A missing member makes the comparisons null, which a CHECK without IS TRUE would pass.
+    CONSTRAINT passed_identifies_an_event CHECK (passed IS NULL OR (
+        jsonb_typeof(passed -> 'event_id') = 'number' AND passed ->> 'event_id' ~ '^[0-9]{1,19}$'
+        AND jsonb_typeof(passed -> 'execution_id') = 'string'
+        AND jsonb_typeof(passed -> 'committed_at_ms') = 'number' AND passed ->> 'committed_at_ms' ~ '^-?[0-9]{1,19}$'
+        AND (passed ->> 'event_id')::numeric <= 9223372036854775807
+    ) IS TRUE),
+    CONSTRAINT filters_are_an_object CHECK (jsonb_typeof(filters) = 'object'),
+    -- From 1970 to 9999, in seconds: other times cannot be shown.
+    CONSTRAINT updated_at_is_a_date CHECK (extract(epoch FROM updated_at) BETWEEN 0 AND 253402300799)
 );
 
 COMMENT ON TABLE subscriptions IS 'The checkpoint of each subscription; only the owner of its lock moves it, and a save moves it forward only.';

@@ -9,7 +9,9 @@ INSERT INTO subscriptions AS subscription (subscription_name, outbox, fence, fen
 SELECT $1::text, $2::text, 1, gen_random_uuid(), $3::text::jsonb FROM durable
 ON CONFLICT (subscription_name) DO UPDATE
    SET fence = subscription.fence + 1, fence_id = excluded.fence_id,
-       outbox = coalesce(subscription.outbox, excluded.outbox),
+       -- A row with positions of the application's own does not become one of an outbox.
+       outbox = CASE WHEN subscription.outbox IS NULL AND subscription.last_position IS NULL THEN excluded.outbox
+                     ELSE subscription.outbox END,
        filters = coalesce(subscription.filters, excluded.filters), updated_at = clock_timestamp()
 RETURNING fence, fence_id, last_position, outbox, passed::text, filters::text;
 

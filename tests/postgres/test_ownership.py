@@ -313,7 +313,7 @@ def test_a_fence_at_its_maximum_is_reported(settings: Settings, sql: Conn) -> No
     sql.execute("UPDATE subscriptions SET fence = 9223372036854775807")
     with pytest.raises(PgcoordError, match="the fence of 'mailer' is at its maximum"):
         acquire_leadership(settings.dsn, "mailer")
-    assert value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+    until(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0)
     sql.execute("UPDATE subscriptions SET fence = 1")
     assert acquire_leadership(settings.dsn, "mailer").fence == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,9 +22,11 @@ from pgcoord_cli.core.database.migrations import apply
 from pgcoord_cli.core.database.session import command_session, migration_session
 from pgcoord_cli.core.events import subscriptions
 from pgcoord_cli.core.events.cursor import from_cursor
+from pgcoord_cli.core.events.history import MAX_EXECUTION_ID, PassedEvent
 from pgcoord_cli.core.events.notices import Notice
 from pgcoord_cli.core.events.outbox import COMPLETION, LEASE, Outbox
 from pgcoord_cli.core.events.subscriptions import Subscription, checkpoint
+from pgcoord_cli.core.locks.ownership import acquire_leadership
 from pgcoord_cli.errors import Busy, ConnectionFailed, Fenced, UsageError
 from pgcoord_cli.settings import Settings
 from tests.asking import TIMEOUT, until
@@ -277,3 +280,94 @@ def test_the_privileges_of_a_client_are_enough(settings: Settings, sql: Conn, ac
     with pytest.raises(Busy, match="by pid"):
         acquire(settings=service)
     assert row_of(sql) == (1, 3)
+
+
+# -- values that a client wrote itself
+
+EVENT = {"event_id": 3, "execution_id": "e", "committed_at_ms": 1}
+
+
+@pytest.mark.parametrize(
+    ("column", "bad", "constraint"),
+    [
+        ("subscription_name", "", "name_has_1_to_200_characters"),
+        ("subscription_name", "x" * 201, "name_has_1_to_200_characters"),
+        ("outbox", "kv", "outbox_exists"),
+        ("outbox", "", "outbox_exists"),
+        ("last_position", -1, "position_in_an_outbox_is_not_negative"),
+        ("fence", -1, "fence_is_not_negative"),
+        *(
+            ("passed", text, "passed_identifies_an_event")
+            for text in (
+                "null",
+                "[]",
+                "{}",
+                '"text"',
+                *(
+                    json.dumps(EVENT | change)
+                    for change in (
+                        {"event_id": None},
+                        {"event_id": "3"},
+                        {"event_id": -3},
+                        {"event_id": 3.5},
+                        {"event_id": 2**63},
+                        {"execution_id": 7},
+                        {"committed_at_ms": "now"},
+                        {"committed_at_ms": 10**30},
+                    )
+                ),
+            )
+        ),
+        *(("filters", text, "filters_are_an_object") for text in ("null", "[]", '"text"', "7")),
+        *(
+            ("updated_at", text, "updated_at_is_a_date")
+            for text in ("infinity", "-infinity", "10000-01-02", "0044-03-15 BC")
+        ),
+    ],
+)
+def test_a_value_that_no_command_could_read_is_refused(column: str, bad: Any, constraint: str, sql: Conn) -> None:
+    values = {"subscription_name": "mailer", "outbox": "lease_events", "last_position": 3} | {column: bad}
+    names = SQL(", ").join(map(Identifier, values))
+    insert = SQL("INSERT INTO subscriptions ({}) VALUES ({})").format(names, SQL(", ").join([SQL("%s")] * len(values)))
+    with pytest.raises(psycopg.errors.CheckViolation) as refused:
+        sql.execute(insert, list(values.values()))
+    assert refused.value.diag.constraint_name == constraint
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201])
+def test_a_lock_name_that_no_command_takes_is_refused(name: str, sql: Conn) -> None:
+    with pytest.raises(psycopg.errors.CheckViolation, match="name_has_1_to_200_characters"):
+        sql.execute("INSERT INTO lock_names VALUES (1, %s)", [name])
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [
+        PassedEvent(3, "", 0),
+        PassedEvent(2**63 - 1, 'a "quoted" é name', 2**63 - 1),
+        PassedEvent(1, "e" * MAX_EXECUTION_ID, -(2**63)),
+    ],
+)
+def test_every_event_that_a_tail_can_pass_is_saved_and_shown(passed: PassedEvent, acquire: Owners, sql: Conn) -> None:
+    acquire(name="x" * 200).save(passed.event_id, passed)
+    (stored,) = sql.execute("SELECT passed::text FROM subscriptions").fetchone() or (None,)
+    assert PassedEvent.from_json(stored or "") == passed
+    assert str(passed).startswith(f"execution {passed.execution_id}, inserted at ")
+
+
+def test_positions_of_an_application_may_be_negative_and_are_no_cursors(settings: Settings, reader: Conn) -> None:
+    with acquire_leadership(settings.dsn, "mailer") as owner:
+        owner.checkpoint.save(-7)
+        assert owner.checkpoint.load() == -7
+    (listed,) = subscriptions.list_subscriptions(reader)
+    assert (listed["last_position"], listed["cursor"]) == (-7, None)
+
+
+def test_the_row_of_an_application_does_not_become_one_of_a_tail(
+    settings: Settings, sql: Conn, acquire: Owners
+) -> None:
+    with acquire_leadership(settings.dsn, "mailer") as owner:
+        owner.checkpoint.save(7)
+    with pytest.raises(UsageError, match="'mailer' is a subscription of no outbox, not of lease_events"):
+        acquire()
+    assert sql.execute("SELECT outbox, last_position FROM subscriptions").fetchone() == (None, 7)

@@ -56,8 +56,11 @@ class PassedEvent(NamedTuple):
             return None
 
     def __str__(self) -> str:
-        inserted = datetime.fromtimestamp(self.committed_at_ms / 1000, UTC)
-        return f"execution {self.execution_id}, inserted at {inserted:%Y-%m-%d %H:%M:%S.%f}Z"
+        try:
+            inserted = f"{datetime.fromtimestamp(self.committed_at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S.%f}Z"
+        except (ValueError, OverflowError, OSError):  # a client may have inserted any number
+            inserted = f"{self.committed_at_ms} ms since 1970"
+        return f"execution {self.execution_id}, inserted at {inserted}"
 
 
 class Place(NamedTuple):

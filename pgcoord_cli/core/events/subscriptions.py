@@ -214,7 +214,8 @@ def list_subscriptions(conn: Connection[Any], name: str | None = None) -> list[d
     records = conn.cursor(row_factory=dict_row).execute(sql("subscriptions", "list"), [name]).fetchall()
     for record in records:
         position = record["last_position"]
-        record["cursor"] = None if position is None else to_cursor(position)
+        # Without an outbox, a position is the application's own: it may be negative, which no cursor is.
+        record["cursor"] = None if position is None or position < 0 else to_cursor(position)
     return records
 
 
