@@ -525,6 +525,9 @@ def _show_lag(settings: Settings, out: Output, outbox: Outbox, call: Call) -> No
     with session.command_session(settings, "tail", writes=False) as conn:
         document = lag_document(conn, outbox, *_given_position(conn, outbox, call))
     out.document(document)
+    holder = document["holder"]
+    if holder and holder["since"] is None and holder["application"] is not None:
+        out.note("since is hidden: to see that of other roles, this role needs a GRANT of pg_read_all_stats")
     if call.max_lag is not None and document["lag"] > call.max_lag:
         raise ConditionFalse(f"the lag of {document['lag']} events exceeds {call.max_lag}", answered=True)
 

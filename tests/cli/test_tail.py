@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pgcoord_cli.core.events.tail import BATCH_LIMIT
 from pgcoord_cli.settings import Settings
@@ -901,6 +903,23 @@ def test_lag_names_the_transactions_that_hold_a_tail_up(lag: Callable[..., Answe
     assert (measured["lag"], measured["head"]) == (1, cursor(2))
     assert measured["holder"].keys() == {"pid", "application", "since"}
     assert (measured["holder"]["pid"], measured["holder"]["application"]) == (writer.info.backend_pid, "slow service")
+
+
+def test_what_a_role_may_not_see_of_a_writer_is_said(
+    lag: Callable[..., Answer], start: StartTail, call: Call, settings: Settings, sql: Sql, writer: Sql
+) -> None:
+    role = f"reader_{uuid.uuid4().hex[:8]}"
+    sql.execute(f"CREATE ROLE {role} LOGIN")
+    assert call("migrate", "grant", "--reader", role).code == 0
+    add(sql)
+    reader = make_conninfo(settings.dsn, user=role)
+    hidden = lag("--from", cursor(0), "--dsn", reader)
+    assert hidden.document["holder"]["since"] is None
+    assert "since is hidden" in hidden.err
+    assert "needs a GRANT of pg_read_all_stats" in hidden.err
+    assert lag("--from", cursor(0)).err == ""
+    said = start("lease", "--from-start", "-o", "plain", "--dsn", reader).message("held up")
+    assert "(slow service), open since a time that only a role with pg_read_all_stats sees" in said
 
 
 def test_a_lag_above_the_maximum_is_exit_code_3(lag: Callable[..., Answer], sql: Sql) -> None:

@@ -39,7 +39,8 @@ ANSWER_TIMEOUT_SECONDS = 8.0
 class BlockingTransaction(NamedTuple):
     """An open transaction that may still commit an event of an outbox.
 
-    `since` is when it began. A prepared transaction has no `pid`; its `application` is its global identifier.
+    `since` is when it began: None if this role may not see that, or if the session has just ended, which then has no
+    `application`. A prepared transaction has no `pid`; its `application` is its global identifier.
     """
 
     pid: int | None
@@ -49,7 +50,14 @@ class BlockingTransaction(NamedTuple):
     def __str__(self) -> str:
         who = f"prepared transaction {self.application}" if self.pid is None else f"pid {self.pid}"
         application = f" ({self.application})" if self.pid and self.application else ""
+        if self.is_hidden:
+            return f"{who}{application}, open since a time that only a role with pg_read_all_stats sees"
         return who + application + (f", open since {self.since:%Y-%m-%d %H:%M:%S %Z}" if self.since else "")
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether PostgreSQL hides from this role, which is no member of pg_read_all_stats, when it began."""
+        return self.since is None and self.application is not None
 
 
 class Bounds(NamedTuple):
