@@ -119,6 +119,8 @@ def status(
     with session.command_session(settings, "leader status", writes=False) as conn:
         document = leader_status.status_document(conn)
     out.document(document)
+    if document["health"]["hidden"]:
+        out.note(document["health"]["hidden"])
     if not document["health"]["healthy"]:
         hint = None if document["leader"]["held"] else leader_status.RUN_HINT
         raise ConditionFalse(document["health"]["reason"], hint=hint, answered=True)

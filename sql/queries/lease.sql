@@ -68,11 +68,13 @@ SELECT activity.pid, activity.application_name AS application, activity.usename:
  ORDER BY activity.xact_start NULLS LAST, activity.pid;
 
 -- name: waits_for_standby
--- For how many seconds the longest waiting commit of pgcoord has waited for a synchronous standby, among the sessions that this role may see; and the standbys' setting.
-SELECT max(extract(epoch FROM clock_timestamp() - state_change))::double precision AS seconds,
-       current_setting('synchronous_standby_names') AS standbys
+-- For how many seconds the longest waiting commit of pgcoord has waited for a synchronous standby, among the sessions that this role may see; the standbys' setting; and how many sessions of pgcoord this role may not see.
+SELECT max(extract(epoch FROM clock_timestamp() - state_change))
+           FILTER (WHERE wait_event = 'SyncRep')::double precision AS seconds,
+       current_setting('synchronous_standby_names') AS standbys,
+       count(*) FILTER (WHERE backend_start IS NULL) AS hidden_sessions
   FROM pg_stat_activity
- WHERE datname = current_database() AND application_name LIKE 'pgcoord/%' AND wait_event = 'SyncRep';
+ WHERE datname = current_database() AND application_name LIKE 'pgcoord/%';
 
 -- name: make_commits_durable
 -- Makes the commits of this session wait for the WAL flush if its default does not; a stronger default stays.

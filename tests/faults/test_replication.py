@@ -7,10 +7,12 @@ import signal
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pgcoord_cli.core.database.session import command_session
 from pgcoord_cli.core.database.upgrade import upgrade
@@ -168,6 +170,10 @@ def test_i16_leader_status_says_that_commits_wait_for_a_standby(
     pair: Pair, settings: Settings, start_leader: StartLeader, cli: Any
 ) -> None:
     start_leader("first", "--ttl", "60s", settings=settings).wait_for("elected epoch 1")
+    with pair.on(pair.primary) as sql:
+        sql.execute("CREATE ROLE status_reader LOGIN")
+    assert cli("migrate", "grant", "--reader", "status_reader", settings=settings).returncode == 0
+    reader = replace(settings, dsn=make_conninfo(settings.dsn, user="status_reader"))
     pair.confirm_commits()
 
     async def scenario(db: Database) -> None:
@@ -177,6 +183,9 @@ def test_i16_leader_status_says_that_commits_wait_for_a_standby(
             await until_async(lambda: value(sql, WAITING, "client"))
             status = await asyncio.to_thread(cli, "leader", "status", settings=settings)
             assert "synchronous standby" in status.stdout
+            assert "pg_read_all_stats" not in status.stderr
+            status = await asyncio.to_thread(cli, "leader", "status", settings=reader)
+            assert "may be missing here: to see it, this role needs a GRANT of pg_read_all_stats" in status.stderr
             pair.resume()
             await commit
 

@@ -257,7 +257,7 @@ EXPECTED = {
     "lease.lease_holders": Shape(
         "", "pid integer, application text, role text, waits_for_standby boolean, seconds double precision"
     ),
-    "lease.waits_for_standby": Shape("", "seconds double precision, standbys text"),
+    "lease.waits_for_standby": Shape("", "seconds double precision, standbys text, hidden_sessions bigint"),
     "lease.lock_lease": Shape("", "synchronous_commit text"),
     "lease.take_over": Shape(
         "text, double precision, boolean, text",

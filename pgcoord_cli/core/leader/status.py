@@ -38,10 +38,13 @@ RUN_HINT = "start a leader with: pgcoord leader run"
 
 
 def status_document(conn: Connection[Any]) -> dict[str, dict[str, Any]]:
-    """Returns lease, queue and health under the keys that scripts count on. Times and ages are the server's."""
+    """Returns lease, queue and health under the keys that scripts count on. Times and ages are the server's.
+
+    `hidden` under `health` is what this role may not see of other sessions, and the right that it lacks, or None.
+    """
     lease = read_lease(conn)
     pending, oldest = conn.execute(sql("commits", "queue_state")).fetchone() or (0, None)
-    stalled, standbys = conn.execute(sql("lease", "waits_for_standby")).fetchone() or (None, "")
+    stalled, standbys, hidden = conn.execute(sql("lease", "waits_for_standby")).fetchone() or (None, "", 0)
     reason = _unhealthy_reason(lease, oldest)
     # This explains the other reasons, and is the one that an operator can act on: the leader's commit holds the lease
     # row until the standby has confirmed it, so neither renewals nor other candidates get on (rule I16).
@@ -61,8 +64,18 @@ def status_document(conn: Connection[Any]) -> dict[str, dict[str, Any]]:
             "expires_in_seconds": lease.expires_in_seconds,
         },
         "queue": {"pending": pending, "oldest_pending_seconds": oldest},
-        "health": {"healthy": reason is None, "reason": reason},
+        "health": {"healthy": reason is None, "reason": reason, "hidden": _hidden(hidden, standbys)},
     }
+
+
+def _hidden(sessions: int, standbys: str) -> str | None:
+    """Returns what this role may not see, for a message, or None if that cannot change the status."""
+    if not sessions or not standbys:
+        return None
+    return (
+        f"what {sessions} sessions of other roles wait for is hidden, so a commit that waits for a synchronous standby "
+        f"({standbys}) may be missing here: to see it, this role needs a GRANT of pg_read_all_stats"
+    )
 
 
 def _unhealthy_reason(lease: Lease, oldest_pending_seconds: float | None) -> str | None:
