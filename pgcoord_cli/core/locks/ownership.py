@@ -280,16 +280,16 @@ class Ownership:
         """
         if os.getpid() != self._pid or self._conn.closed:
             return
+        name, fields = self.subscription_name, _fields(self.subscription_name, self.fence)
         try:
             # The end of a connection is noticed by the server a moment later; its answer to a statement is not late.
-            key = subscription_lock(self._schema, self.subscription_name)
+            key = subscription_lock(self._schema, name)
             Pipeline(self._conn, RELEASE_SECONDS).fetch(sql("locks", "unlock"), [key.to_bytes(8, "big", signed=True)])
         except psycopg.Error as error:
-            _log.debug("the session of %r is lost: %s", self.subscription_name, error)
+            _log.debug("the session of %r is lost: %s", name, error, extra=fields)
         finally:
             self._conn.close()
-        name, fence = self.subscription_name, self.fence
-        _log.info("%r is released, with fence %d", name, fence, extra=_fields(name, fence))
+        _log.info("%r is released, with fence %d", name, self.fence, extra=fields)
 
     def __enter__(self) -> Self:
         return self
