@@ -58,7 +58,7 @@ def fill(settings: Settings, requests: int) -> None:
 def _raise_queue_floor(settings: Settings, conn: psycopg.Connection[Any]) -> None:
     """Commits until the leader's queue floor has passed what was inserted: a leader never settles so many at once."""
     (last_id,) = conn.execute("SELECT max(id) FROM pgcoord.commit_requests").fetchone() or (0,)
-    while conn.execute("SELECT FROM pgcoord.leader_lease WHERE queue_floor_id < %s", [last_id]).fetchone():
+    while conn.execute("SELECT 1 FROM pgcoord.leader_lease WHERE queue_floor_id < %s", [last_id]).fetchone():
         run_by_leader(settings, WORKLOADS["rmw-10k"], 32, 0.2)
 
 
