@@ -25,7 +25,7 @@ from pgcoord_cli.core.database.upgrade import upgrade
 from pgcoord_cli.core.embedded.installation import Installation
 from pgcoord_cli.core.embedded.server import EmbeddedServer, temporary_server
 from pgcoord_cli.settings import Settings
-from tests.asking import until
+from tests.asking import until, value
 from tests.faults.program_process import environment
 from tests.faults.stalling_proxy import StallingProxy
 from tests.faults.tail_process import (
@@ -78,6 +78,28 @@ def test_i10_a_terminated_session_is_reported_and_replaced_and_no_event_is_misse
     after = add(sql, 3)
     assert tail.ids(3) == after
     assert tail.process.poll() is None
+
+
+@pytest.mark.parametrize("ended_by", ["pg_cancel_backend", "pg_terminate_backend"])
+def test_i17_a_tail_whose_first_read_meets_a_locked_table_waits(
+    sql: Sql, settings: Settings, start: StartTail, ended_by: str
+) -> None:
+    """The first session was not refused, so a tail that follows stays; with --no-follow it ends."""
+    before = add(sql, 2)
+    waiting = f"FROM pg_stat_activity WHERE application_name = '{TAIL}' AND wait_event_type = 'Lock'"
+    with connected(settings) as locker, locker.transaction():
+        locker.execute("LOCK pgcoord.lease_events, pgcoord.outbox_floors IN ACCESS EXCLUSIVE MODE")
+        tail, short = start("--from-start"), start("--from-start", "--no-follow")
+        until(lambda: value(sql, f"SELECT count(*) = 2 {waiting}"))
+        sql.execute(f"SELECT {ended_by}(pid) {waiting}".encode())
+        lost = tail.record("disconnected")
+        assert short.ended()[0] == (124 if ended_by == "pg_cancel_backend" else 4)
+    assert int(lost["cursor"][2:], 16) == 0
+    assert "; not started yet" in tail.message("disconnected")
+    assert tail.record("connected")
+    assert tail.ids(2) == before
+    after = add(sql)
+    assert tail.ids(1) == after
 
 
 def test_without_json_a_lost_connection_is_reported_on_stderr(sql: Sql, settings: Settings) -> None:

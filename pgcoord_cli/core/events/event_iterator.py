@@ -144,9 +144,10 @@ def tail(
     without, it ends after the events that were committed when it began.
 
     Raises UsageError for a malformed argument. The first `next` raises ConnectionFailed, SchemaMissing,
-    UnsuitableServer, and UsageError if `start` lies beyond the last event; any may raise CursorExpired, if garbage
-    collection has deleted events that come next. A connection that is lost later is reopened; `report` is called with a
-    Notice then, and when an open transaction holds the tail up.
+    PermissionDenied, UnsuitableServer, and UsageError if `start` lies beyond the last event; any may raise
+    CursorExpired, if garbage collection has deleted events that come next. Later trouble, such as a lost connection
+    or a locked table, is ridden out; `report` is called with a Notice then, and when an open transaction holds the tail
+    up.
     """
     settings = resolve_arguments(dsn, schema)
     return EventIterator(

@@ -31,8 +31,8 @@ LOOK_BACK ids, and leaves out the events that were visible at the start. A start
 event of that time on.
 
 **Lost connections** and failed statements close the connection. The tail reports it, backs off, reconnects and
-continues from its position; a right that was taken away is waited for, too. An error of the first connection is
-raised instead.
+continues from its position; a right that was taken away is waited for, too. An error of the first connection, and a
+refusal before the first read, are raised instead.
 
 **A loss.** A crash of the server, a failover or a restore may take events away that have been delivered, and the
 sequence hands their ids out again. A tail therefore never advances beyond the highest visible id, and remembers the
@@ -77,7 +77,7 @@ from pgcoord_cli.core.events.tail_connection import (
 from pgcoord_cli.core.events.watermark import Watermark
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.sqlfiles import sql
-from pgcoord_cli.errors import CursorExpired, PgcoordError
+from pgcoord_cli.errors import PERMANENT_ERRORS, CursorExpired, PgcoordError, UnsuitableServer
 from pgcoord_cli.settings import Settings
 
 _log = logging.getLogger("pgcoord.tail")
@@ -93,6 +93,9 @@ GAP_LIMIT = 50
 
 PACE_SECONDS = 0.005
 """Seconds between two reads of a tail that finds several events each time."""
+
+REFUSALS = (*PERMANENT_ERRORS, UnsuitableServer)
+"""Errors that end a tail before its first read."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between attempts to connect."""
@@ -167,15 +170,18 @@ class Tail:
     def batches(self) -> Iterator[Batch]:
         """Yields batches until `stop`, the end, or, without `follow`, until the tail has caught up.
 
-        The first batch is empty and holds the position at which the tail starts. Raises ConnectionFailed, SchemaMissing
-        and UnsuitableServer before that, UsageError if the start lies beyond the last event, and CursorExpired if
-        garbage collection has deleted events after the position. A connection that is lost later is reported and
-        reopened.
+        The first batch is empty and holds the position at which the tail starts. Raises ConnectionFailed if the first
+        connection fails, SchemaMissing, UnsuitableServer and PermissionDenied before the first batch, UsageError if the
+        start lies beyond the last event, and CursorExpired if garbage collection has deleted events after the position.
+        Later trouble, such as a lost connection or a locked table, is reported and ridden out; without `follow` only
+        after the first batch.
         """
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        has_connected = False
         while not self._stopping:
             try:
                 with closing(TailConnection(self._settings, self._outbox, self._wakeup)) as connection:
+                    has_connected = True
                     if self._watermark is None:
                         self._watermark = self._begin(connection)
                         yield Batch([], self._watermark.position, self._passed)
@@ -186,14 +192,21 @@ class Tail:
                     yield from self._read_on(connection, self._watermark, backoff)
                     return
             except PgcoordError as error:
-                # Without a position there is nothing to continue from, and one of another history means nothing. All
-                # else is ridden out: a right that was taken away may be given back (rule I17).
-                if self._watermark is None or isinstance(error, CursorExpired):
+                if not has_connected or self._is_final(error):
                     raise
                 self._is_interrupted = True
-                self._outage.failed(f"{error.reason}; resuming after {self._cursor}", cursor=self._cursor)
+                then = "not started yet" if self._watermark is None else f"resuming after {self._cursor}"
+                self._outage.failed(f"{error.reason}; {then}", cursor=self._cursor)
                 self._notify("disconnected", error.message)
             self._wakeup.wait(backoff.next_pause())
+
+    def _is_final(self, error: PgcoordError) -> bool:
+        """Whether an error after the first connection ends the tail; all others are ridden out (rule I17)."""
+        if isinstance(error, CursorExpired):  # a position of another history means nothing
+            return True
+        # Before the first read a refusal is the caller's mistake; later a right that was taken away may be given back.
+        # Without `follow` any trouble ends a tail that has delivered nothing.
+        return self._watermark is None and (not self._follow or isinstance(error, REFUSALS))
 
     # -- start and end
 
