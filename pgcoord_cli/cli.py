@@ -11,13 +11,14 @@ from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import typer
 
 from pgcoord_cli.commands.framework import LazyGroup, NoCommandGiven, root_group
 from pgcoord_cli.commands.parameters import help_hint
 from pgcoord_cli.errors import PgcoordError, Termination, UsageError, interruption
+from pgcoord_cli.process_end import end_process
 from pgcoord_cli.settings import ColorMode, OutputFormat
 
 HELP = """Coordination kept in PostgreSQL, and the operations command for it.
@@ -67,7 +68,7 @@ def root() -> Root:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs one call and returns its exit code. Errors are reported, not raised."""
+    """Runs one call and returns its exit code; a negative one is a signal (`process_end`). Errors are reported."""
     try:
         with root().make_context("pgcoord", list(argv)) as ctx:
             ctx.command.invoke(ctx)
@@ -79,12 +80,19 @@ def run(argv: Sequence[str]) -> int:
     except (typer.TyperException, PgcoordError, KeyboardInterrupt, typer.Abort, OSError) as error:
         with suppress(OSError):  # stderr cannot be written: the exit code is all that is left
             _report(error, argv)
-        return _failure(error).exit_code
+        return _exit_code(error)
     finally:
         if "pgcoord_cli.render.log" in sys.modules:  # not loaded by a call that ended before its command began
             from pgcoord_cli.render.log import stop_logging
 
             stop_logging()
+
+
+def _exit_code(error: BaseException) -> int:
+    # A prompt turns Ctrl-C into Abort, which is also the end of the input.
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        return -(signal.SIGTERM if _terminations else signal.SIGINT)
+    return _failure(error).exit_code
 
 
 def _report(error: BaseException, argv: Sequence[str]) -> None:
@@ -141,10 +149,10 @@ def main() -> NoReturn:
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt as again:  # a second signal, while the first one was being handled
-        code = _failure(again).exit_code
+        code = _exit_code(again)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    sys.exit(_flush(code))
+    end_process(_flush(code))
 
 
 def _prepare_streams() -> None:
@@ -167,14 +175,24 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _flush(code: int) -> int:
-    """Flushes stdout and stderr, and returns the exit code. A closed pipe is no failure; a full disk is."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError as error:
-            # Python flushes again at exit; to /dev/null, so that it does not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            if code == 0 and not isinstance(error, BrokenPipeError):
-                print(f"error: cannot write: {error.strerror}", file=sys.stderr)
-                code = PgcoordError.exit_code
+    """Flushes stdout and stderr, and returns the exit code.
+
+    A full disk under stdout is a failure, a closed pipe is none. Trouble with stderr never changes the code.
+    """
+    trouble = _flush_stream(sys.stdout)
+    if code == 0 and trouble and not isinstance(trouble, BrokenPipeError):
+        code = PgcoordError.exit_code
+        with suppress(OSError):
+            print(f"error: cannot write: {trouble.strerror}", file=sys.stderr)
+    _flush_stream(sys.stderr)
     return code
+
+
+def _flush_stream(stream: TextIO) -> OSError | None:
+    try:
+        stream.flush()
+    except OSError as error:
+        # Python flushes again at exit; to /dev/null, so that it does not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None

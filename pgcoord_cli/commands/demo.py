@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,7 +45,6 @@ def demo(
 
     settings, out = output_of(ctx)
     reporter = TerminalReporter(out)
-    signal.signal(signal.SIGTERM, _as_exit)
     reporter.step("Start a temporary PostgreSQL server")
     with _server(keep=keep) as server:
         reporter.detail(f"PostgreSQL {server.version()}, on a Unix socket, durability on")
@@ -55,10 +53,6 @@ def demo(
         _show(out, result)
         if keep:
             _print_commands_to_try(out, server)
-
-
-def _as_exit(number: int, _frame: Any) -> None:
-    raise SystemExit(128 + number)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ EXIT_CODES = {
     124: "timed out",
     126: "a command given to pgcoord cannot be executed",
     127: "a command given to pgcoord was not found",
-    130: "interrupted (Ctrl-C); 143 when terminated, except that SIGTERM ends a daemon with 0",
+    130: "died of SIGINT (Ctrl-C), as a shell shows it; 143 of SIGTERM, which ends a daemon with 0; 141 of SIGPIPE",
 }
 
 ENVIRONMENT = {
@@ -318,13 +318,18 @@ def stop_on_signals(stop: Callable[[], None], times: int = 1) -> list[int]:
 
 
 def daemon_exit_code(received: Sequence[int], code: int = 0) -> int:
-    """Returns the exit code of a daemon that `received` signals: 0 after SIGTERM, 130 after SIGINT, without any `code`.
+    """Returns the exit code of a daemon that `received` signals: 0 after SIGTERM, without any `code`.
 
-    A service manager stops a daemon with SIGTERM, so that to end by it is success.
+    A service manager stops a daemon with SIGTERM, so that to end by it is success. Of SIGINT the daemon dies.
     """
     if not received:
         return code
-    return 0 if received[0] == signal.SIGTERM else 128 + received[0]
+    return 0 if received[0] == signal.SIGTERM else -received[0]
+
+
+def ended_by_signal(number: int) -> typer.Exit:
+    """Returns the exception that makes the process die of a signal once it has cleaned up (`process_end`)."""
+    return typer.Exit(-number)
 
 
 def event_writer(out: Output) -> Callable[[Mapping[str, Any]], None]:
@@ -351,13 +356,42 @@ def event_writer(out: Output) -> Callable[[Mapping[str, Any]], None]:
     return write
 
 
-def stop_without_reader(stop: Callable[[], None]) -> None:
-    """Calls `stop` when the reader of stdout closes its pipe (`| head`), even if nothing is written."""
+class StdoutReader:
+    """The reader of stdout, if that is a pipe."""
+
+    def __init__(self, *, is_needed: bool) -> None:
+        self.is_needed = is_needed
+        """Whether there is more to write, so that it matters if the reader has gone."""
+        self.is_gone = False
+
+
+@contextmanager
+def stdout_reader(stop: Callable[[], None] = lambda: None, *, is_needed: bool = True) -> Iterator[StdoutReader]:
+    """Calls `stop` when the reader of stdout closes its pipe (`| head`) within the block, even if nothing is written.
+
+    A reader that is gone ends the block silently. If it is still needed, the process dies of SIGPIPE like any filter.
+    """
+    reader = StdoutReader(is_needed=is_needed)
+
+    def on_end() -> None:
+        reader.is_gone = True
+        stop()
+
+    _watch_stdout(on_end)
+    try:
+        yield reader
+    except BrokenPipeError:
+        reader.is_gone = True
+    if reader.is_gone and reader.is_needed:
+        raise ended_by_signal(signal.SIGPIPE)
+
+
+def _watch_stdout(on_end: Callable[[], None]) -> None:
     from pgcoord_cli.render.events import watch_reader
 
     with suppress(OSError, ValueError):
         if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
-            Thread(target=watch_reader, args=[stop], daemon=True).start()
+            Thread(target=watch_reader, args=[on_end], daemon=True).start()
 
 
 def spare_the_collector() -> None:

@@ -12,11 +12,12 @@ from pgcoord_cli.commands.framework import (
     Limit,
     command,
     duration,
+    ended_by_signal,
     noun,
     output_of,
     progress_bar,
+    stdout_reader,
     stop_on_signals,
-    stop_without_reader,
 )
 from pgcoord_cli.errors import ConditionFalse, UsageError
 
@@ -342,12 +343,13 @@ def _print_each(changes: KeyChanges, out: Output, most: int | None, *, as_hex: b
 
     stream = ChangeStream(out)
     received = stop_on_signals(changes.stop)
-    stop_without_reader(changes.stop)
-    stream.begin()
-    for entry in islice(changes.changes(), most):
-        stream.write(reading.show(entry, as_hex=as_hex))
+    with stdout_reader(changes.stop) as reader:
+        stream.begin()
+        for number, entry in enumerate(islice(changes.changes(), most), start=1):
+            stream.write(reading.show(entry, as_hex=as_hex))
+            reader.is_needed = number != most
     if received:
-        raise typer.Exit(128 + received[0])
+        raise ended_by_signal(received[0])
 
 
 def _run_for_each(
@@ -373,7 +375,7 @@ def _run_for_each(
             if code is None:
                 break
     if received:
-        raise typer.Exit(128 + received[0])
+        raise ended_by_signal(received[0])
 
 
 @command(app, "txn")

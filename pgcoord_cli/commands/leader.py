@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +16,15 @@ from pgcoord_cli.commands.framework import (
     command,
     daemon_exit_code,
     duration,
+    ended_by_signal,
     event_writer,
     noun,
     output_of,
     spare_the_collector,
+    stdout_reader,
     stop_on_signals,
 )
-from pgcoord_cli.errors import ConditionFalse, interruption
+from pgcoord_cli.errors import ConditionFalse, Termination
 from pgcoord_cli.settings import Settings, check_text
 
 if TYPE_CHECKING:
@@ -138,9 +141,10 @@ def _watch(settings: Settings, out: Output, seconds: float) -> NoReturn:
         out.next_document(document)
 
     try:
-        watch_status(settings, seconds, show)
+        with stdout_reader():
+            watch_status(settings, seconds, show)
     except KeyboardInterrupt as stop:
-        raise typer.Exit(interruption(stop).exit_code) from None
+        raise ended_by_signal(signal.SIGTERM if isinstance(stop, Termination) else signal.SIGINT) from None
 
 
 LeaderEpoch = Annotated[int, typer.Option("--epoch", metavar="N", help="The expected epoch of the leader.")]

@@ -11,11 +11,12 @@ import typer
 
 from pgcoord_cli.commands.framework import (
     command,
+    ended_by_signal,
     noun,
     output_of,
     spare_the_collector,
+    stdout_reader,
     stop_on_signals,
-    stop_without_reader,
 )
 from pgcoord_cli.errors import ConditionFalse, CursorExpired, HistoryChanged, UsageError
 from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_duration
@@ -398,24 +399,26 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Pos
             checkpoint.stop()
 
     received = stop_on_signals(stop)
-    stop_without_reader(tail.stop)
     spare_the_collector()
-    stream.begin()
     left = call.most
     position = None
-    for batch in tail.batches():
-        events, position, passed = batch.events[:left], batch.position, batch.passed
-        if left is not None and len(events) == left and events:
-            position, passed = events[-1].event_id, PassedEvent.of(events[-1])
-        checks.warn_of(events)
-        stream.write(events)
-        if checkpoint:
-            checkpoint.save(position, passed)
-        if left is not None and (left := left - len(events)) == 0:
-            break
+    with stdout_reader(tail.stop, is_needed=not call.no_follow) as reader:
+        stream.begin()
+        for batch in tail.batches():
+            events, position, passed = batch.events[:left], batch.position, batch.passed
+            if left is not None and len(events) == left and events:
+                position, passed = events[-1].event_id, PassedEvent.of(events[-1])
+            checks.warn_of(events)
+            stream.write(events)
+            is_last = left is not None and (left := left - len(events)) == 0
+            reader.is_needed &= not is_last
+            if checkpoint:
+                checkpoint.save(position, passed)
+            if is_last:
+                break
     if received:
         _log_how_to_resume(outbox, call, position)
-        raise typer.Exit(128 + received[0])
+        raise ended_by_signal(received[0])
 
 
 def _follow_with_command(tail: Tail, outbox: Outbox, call: Call, store: PositionStore) -> None:
@@ -444,14 +447,14 @@ def _follow_with_command(tail: Tail, outbox: Outbox, call: Call, store: Position
                     raise typer.Exit(code)
                 if code is None:
                     _log().info(RESUMES)
-                    raise typer.Exit(128 + received[0])
+                    raise ended_by_signal(received[0])
                 store.save(part[-1].event_id, PassedEvent.of(part[-1]))
             if left is not None and (left := left - len(events)) == 0:
                 break
             store.save(batch.position, batch.passed)
         if received:
             _log().info(RESUMES)
-            raise typer.Exit(128 + received[0])
+            raise ended_by_signal(received[0])
 
 
 def _parts(events: list[Event], size: int) -> Iterator[list[Event]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -10,12 +11,13 @@ from pgcoord_cli.commands.framework import (
     command,
     daemon_exit_code,
     duration,
+    ended_by_signal,
     event_writer,
     noun,
     output_of,
     stop_on_signals,
 )
-from pgcoord_cli.errors import UsageError
+from pgcoord_cli.errors import PgcoordError, UsageError
 from pgcoord_cli.settings import check_text
 
 app = noun("Run commands for executions as they become eligible.")
@@ -50,8 +52,9 @@ def run(
     The environment of a command has PGCOORD_EXECUTION_ID, PGCOORD_LEASE_ID, PGCOORD_LEASE_EPOCH, PGCOORD_FLOW_ID,
     PGCOORD_EXECUTION_NAME and PGCOORD_ATTEMPT. When its lease is lost, its process group is terminated. Ctrl-C and
     SIGTERM wait for the running commands; a second one terminates them and makes their executions eligible again. After
-    SIGTERM the exit code is 0, with --once 143. With -o json, stdout of the commands goes to stderr. With --once, the
-    exit code is that of the command that made an execution fail, the last one of several; 0 if no execution failed.
+    SIGTERM the exit code is 0, except with --once, and 1 if the result of a command could not be reported. With -o
+    json, stdout of the commands goes to stderr. With --once, the exit code is that of the command that made an
+    execution fail, the last one of several; 0 if no execution failed.
 
     \b
     Examples:
@@ -76,6 +79,11 @@ def run(
     worker = Worker(settings, options, lambda event: write(event._asdict()))
     received = stop_on_signals(worker.stop, times=2)
     code = worker.run()
+    if worker.lost_results and received[:1] == [signal.SIGTERM]:  # a death of SIGINT is no success anyway
+        raise PgcoordError(
+            f"the results of {worker.lost_results} commands could not be reported",
+            hint="their executions run again when their leases have expired",
+        )
     if once and received:
-        raise typer.Exit(128 + received[0])
+        raise ended_by_signal(received[0])
     raise typer.Exit(daemon_exit_code(received, code))

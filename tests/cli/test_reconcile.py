@@ -248,7 +248,7 @@ def ticks(lines: Lines) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
 def test_a_loop_ends_on_a_signal_in_the_middle_of_its_interval(
     settings: Settings, number: signal.Signals, code: int
 ) -> None:

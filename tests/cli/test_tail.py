@@ -376,7 +376,7 @@ def test_the_cursor_passes_filtered_events(show: Show, tmp_path: Path) -> None:
 # -- signals, and readers that close the pipe
 
 both = pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+    ("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGTERM)], ids=["SIGINT", "SIGTERM"]
 )
 
 
@@ -427,7 +427,7 @@ def test_with_a_checkpoint_the_same_command_resumes(
 def test_quiet_suppresses_the_note_on_how_to_resume(start: StartTail, sql: Sql) -> None:
     tail = start("lease", "--from-start", "-q")
     until_asleep(sql)
-    assert tail.end(signal.SIGTERM) == (143, [], "")
+    assert tail.end(signal.SIGTERM) == (-signal.SIGTERM, [], "")
 
 
 def run_piped(settings: Settings, words: str, reader: str) -> tuple[int, str, str]:
@@ -445,12 +445,29 @@ def run_piped(settings: Settings, words: str, reader: str) -> tuple[int, str, st
 def test_head_ends_the_tail_silently(settings: Settings, sql: Sql, number: int, output: str) -> None:
     add(sql, number)
     code, out, err = run_piped(settings, f"lease --from-start -o {output}", "head -1")
-    assert (code, out.count("\n"), err) == (0, 1, "")
+    assert (code, out.count("\n"), err) == (128 + signal.SIGPIPE, 1, "")
     assert cursor(1) in out
 
 
+@pytest.mark.parametrize("option", ["--no-follow", "--max 1"])
+def test_head_is_no_failure_of_a_tail_that_ends_by_itself(settings: Settings, sql: Sql, option: str) -> None:
+    add(sql, 5_000)
+    code, out, err = run_piped(settings, f"lease --from-start {option} -o json", "head -1")
+    assert (code, out.count("\n"), err) == (0, 1, "")
+
+
+def test_i10_a_position_does_not_move_past_what_could_be_written(settings: Settings, sql: Sql, tmp_path: Path) -> None:
+    file = tmp_path / "cursor"
+    words = f"lease --from-start --cursor-file {file}"
+    add(sql, 2)
+    run_piped(settings, f"{words} --max 2", "cat")
+    add(sql, 5_000)
+    assert run_piped(settings, f"{words} -o json", "head -1 >/dev/null")[0] == 128 + signal.SIGPIPE
+    assert file.read_text().split()[0] == cursor(2), "no batch fits into a pipe"
+
+
 def test_a_reader_that_reads_nothing_ends_the_tail_silently(settings: Settings) -> None:
-    assert run_piped(settings, "lease --from-start", "true") == (0, "", "")
+    assert run_piped(settings, "lease --from-start", "true") == (128 + signal.SIGPIPE, "", "")
 
 
 # -- checkpoints
@@ -831,7 +848,7 @@ def test_i10_the_transactions_that_hold_a_tail_up_are_a_record_in_json(start: St
     assert datetime.fromisoformat(holder["since"]) == began
     writer.rollback()
     assert tail.ids(1) == [2]
-    assert tail.end(signal.SIGTERM)[0] == 143
+    assert tail.end(signal.SIGTERM)[0] == -signal.SIGTERM
 
 
 def test_i10_without_following_it_ends_before_a_held_up_event_and_reports_it(show: Show, sql: Sql, writer: Sql) -> None:

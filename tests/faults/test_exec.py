@@ -75,7 +75,7 @@ def test_a_signal_ends_the_command_and_leaves_the_position(start: StartTail, sql
     words = ("--cursor-file", str(file), "--exec", "--", "sh", "-c", "cat; exec sleep 60")
     running = start("lease", "--from-start", *words)
     running.line()
-    assert running.end(signal.SIGTERM)[0] == 143
+    assert running.end(signal.SIGTERM)[0] == -signal.SIGTERM
     assert file.read_text().startswith("020000000000000000")
 
 

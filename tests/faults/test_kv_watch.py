@@ -80,7 +80,7 @@ def test_a_key_is_printed_at_once_and_at_each_change(start: StartWatch, call: Ca
     assert record(watch) == ("a", "", 3)
     call("kv", "clear", "a")
     assert record(watch) == ("a", None, 4)
-    assert watch.end(signal.SIGTERM)[:2] == (143, [])
+    assert watch.end(signal.SIGTERM)[:2] == (-signal.SIGTERM, [])
 
 
 def test_a_prefix_is_printed_in_key_order_and_only_what_changes(start: StartWatch, sql: Sql) -> None:
@@ -89,7 +89,7 @@ def test_a_prefix_is_printed_in_key_order_and_only_what_changes(start: StartWatc
     assert [record(watch), record(watch)] == [("p/a", "1", 1), ("p/b", "2", 1)]
     commit(sql, **{"p/c": "3", "p/b": None, "p/a": "1", "q": None})
     assert [record(watch), record(watch)] == [("p/b", None, 2), ("p/c", "3", 2)]
-    assert watch.end(signal.SIGINT)[:2] == (130, [])
+    assert watch.end(signal.SIGINT)[:2] == (-signal.SIGINT, [])
 
 
 def test_the_present_state_can_be_left_out(start: StartWatch, sql: Sql) -> None:
@@ -211,7 +211,7 @@ def test_a_watch_survives_a_restart_of_the_server(
     with psycopg.connect(own_settings.dsn, autocommit=True) as sql:
         commit(sql, a="2")
         assert record(watch) == ("a", "2", 2)
-    assert watch.end(signal.SIGTERM)[:2] == (143, [])
+    assert watch.end(signal.SIGTERM)[:2] == (-signal.SIGTERM, [])
 
 
 def test_i21_a_version_that_goes_back_is_said(start: StartWatch, sql: Sql) -> None:
@@ -291,7 +291,7 @@ def test_a_command_that_cannot_be_run(command: str, code: int, call: Call) -> No
     assert (ended.code, "cannot run" in ended.err) == (code, True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_is_forwarded_to_the_command(
     number: int, code: int, start: StartWatch, sql: Sql, tmp_path: Path
 ) -> None:

@@ -283,7 +283,7 @@ def keeper_sessions(sql: Sql) -> set[int]:
 # -- leaders that are stopped
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, -signal.SIGINT)])
 def test_a_stopped_leader_releases_its_lease_at_once(
     settings: Settings, sql: Sql, two_leaders: TwoLeaders, number: signal.Signals, code: int
 ) -> None:

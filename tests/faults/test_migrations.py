@@ -121,7 +121,7 @@ def test_ctrl_c_while_waiting_for_the_lock_ends_the_run_with_nothing_written(
     until(admin, WAITING_RUNS, lambda rows: rows == [1])
     process.send_signal(signal.SIGINT)
     data, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130
+    assert process.returncode == -signal.SIGINT
     assert told in data
     assert "Traceback" not in err
     assert tables(admin) == set()
@@ -132,7 +132,8 @@ def test_ctrl_c_while_waiting_for_the_lock_ends_the_run_with_nothing_written(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+    ("number", "code"),
+    [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_a_signal_in_a_migration_leaves_neither_row_nor_objects(
     number: signal.Signals, code: int, empty_settings: Settings, admin: psycopg.Connection[Any], start: StartProgram

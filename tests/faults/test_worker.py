@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
 
+from pgcoord_cli.core.database.session import command_session
+from pgcoord_cli.core.embedded.server import EmbeddedServer
 from pgcoord_cli.core.flows import executions, flows
 from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.flows.reconcile import Scope, lease_expiry
@@ -380,10 +383,35 @@ def test_i19_the_second_signal_terminates_the_command_and_releases_its_execution
     assert value(flow.sql, "SELECT count(*) FROM execution_leases") == 0
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGINT, -signal.SIGINT)])
+def test_i17_the_second_signal_ends_a_worker_that_cannot_report_a_result(
+    number: signal.Signals, code: int, own_settings: Settings, own_server: EmbeddedServer, gate: Path, watch: Watch
+) -> None:
+    """The first one does not: the server may come back."""
+    with (
+        psycopg.connect(own_settings.dsn, autocommit=True, options="-c search_path=pgcoord") as sql,
+        command_session(own_settings, "test", writes=True) as conn,
+        starter(ProgramProcess, ["worker", "run"], lambda: own_settings) as start,
+    ):
+        command = f"echo $$ > {watch.path}; cat {gate}"
+        Flow(conn, sql, FlowPlan(None, None, [PlannedExecution("a", ["sh", "-c", command], 1)], [], {}))
+        worker = start("--lease", "1h", "-v")
+        watch.until_started()
+        own_server.stop("immediate")
+        open_gate(gate)
+        worker.message("interrupted: ")
+        worker.signal(number)
+        for _ in range(2):
+            worker.message("interrupted: ")  # it tries again
+        worker.signal(number)
+        worker.message("a: lost: the result, exit status 0, is not reported: ")
+        assert worker.ended()[0] == code
+
+
 def test_sigint_ends_an_idle_worker(start: StartWorker, sql: Conn) -> None:
     worker = start()
     until_dispatching(sql)
-    assert worker.end(signal.SIGINT)[0] == 130
+    assert worker.end(signal.SIGINT)[0] == -signal.SIGINT
 
 
 # -- dispatch

@@ -15,7 +15,8 @@ meanwhile is reported over the new connection; the fence decides whether it stil
 have it: its slots dispatch before each claim.
 
 **Stopping.** After the first request the worker claims nothing more, and ends when the running commands have ended. The
-second request terminates the commands; their executions become eligible again.
+second request terminates the commands; their executions become eligible again. Results that cannot be reported at that
+moment are lost, and their executions run again when their leases have expired.
 """
 
 from __future__ import annotations
@@ -140,6 +141,11 @@ class Worker:
         for slot in self._slots:
             slot.stop(terminate=self._stop_requests > 1)
 
+    @property
+    def lost_results(self) -> int:
+        """The number of results that could not be reported before the second call of `stop`."""
+        return self._group.lost_results
+
     def run(self) -> int:
         """Runs until stopped, or with `once` until no execution is eligible or in back-off.
 
@@ -169,6 +175,8 @@ class SlotGroup:
         """The error that ends the worker."""
         self.exit_code = 0
         """Of the command whose execution failed last."""
+        self.lost_results = 0
+        """Commands that have ended, and whose results the server has not got."""
         self.outage = Outage(_log, "interrupted", "working")
         """Shared, so that a lost server is not logged once by each slot."""
         self._wakeups: list[Wakeup] = []
@@ -337,7 +345,10 @@ class Slot:
         return True
 
     def _report_result(self, claim: Claim, result: ExitResult, conn: Connection[Any]) -> None:
-        """Ends the execution by the result; reconnects and repeats until the server has confirmed it."""
+        """Ends the execution by the result; reconnects and repeats until the server has confirmed it.
+
+        A request to terminate ends that, too: the result is lost then, and the lease expires.
+        """
         backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         with ExitStack() as opened:
             while True:
@@ -354,7 +365,13 @@ class Slot:
                 except PgcoordError as error:
                     self._group.outage.failed(error.reason, source=claim.lease_id, **_fields(claim))
                     self._report(_event("trouble", claim, error.message))
-                    self._wakeup.wait(backoff.next_pause())
+                    self._wakeup.wait(0.0 if self._terminating else backoff.next_pause())
+                    if self._terminating:
+                        self._group.lost_results += 1
+                        self._report_claim(
+                            "lost", claim, f"the result, {result.reason}, is not reported: {error.message}"
+                        )
+                        return
                     # A failure here shows again at the next attempt, which reports it.
                     with suppress(PgcoordError):
                         conn = opened.enter_context(closing(open_session(self._settings, "worker", writes=True)))

@@ -15,7 +15,7 @@ import select
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from signal import SIGTERM
+from signal import SIGHUP, SIGINT, SIGTERM
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -43,6 +43,9 @@ ANSWER_TIMEOUT_SECONDS = 5.0
 """How long a heartbeat may go unanswered before the connection, and with it the lock, counts as lost."""
 
 
+ENDING_SIGNALS = {SIGINT, SIGTERM, SIGHUP}
+"""Signals that end this process, too, when they have ended the command. Others, like SIGQUIT, would dump core."""
+
 SHORTEST_WAIT = 0.001
 """Seconds; a wait of 0 would be none at all."""
 
@@ -69,6 +72,7 @@ class LockRun:
         self._options = options
         self._wakeup = Wakeup()
         self._signals: list[int] = []
+        self._forwarded: set[int] = set()
 
     def signal(self, number: int) -> None:
         """Passes a signal on to the command's process group."""
@@ -76,7 +80,10 @@ class LockRun:
         self._wakeup.set()
 
     def run(self, started: Callable[[], None] = lambda: None) -> int:
-        """Runs the command and returns its exit code as a shell counts it; calls `started` once the lock is held.
+        """Runs the command and returns its exit code; calls `started` once the lock is held.
+
+        The code is that of a shell, 128 plus the number of a signal that ended the command; it is the negative number
+        if this process has received that signal, too, and passed it on.
 
         Raises LockNotAcquired, and has not run the command; LockLost, and has terminated it; PgcoordError if it cannot
         be started.
@@ -95,7 +102,8 @@ class LockRun:
                     self._end(group)
         code = group.exit_code
         assert code is not None
-        return code if code >= 0 else 128 - code
+        # Ended together with its command, as by a Ctrl-C in a terminal.
+        return code if code >= 0 or -code in self._forwarded & ENDING_SIGNALS else 128 - code
 
     def _hold(self) -> tuple[Connection[Any], dict[str, str]]:
         """Takes the lock; returns the connection that holds it, and the environment of the command.
@@ -161,7 +169,8 @@ class LockRun:
 
     def _pass_signals_on(self, group: ProcessGroup) -> None:
         while self._signals:
-            group.signal(self._signals.pop(0))
+            self._forwarded.add(number := self._signals.pop(0))
+            group.signal(number)
 
     def _end(self, group: ProcessGroup) -> None:
         """Terminates the command, and kills what is left after the grace; passes signals on until then."""
