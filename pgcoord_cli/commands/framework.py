@@ -143,6 +143,14 @@ class PgcoordCommand(_Declared, TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         return self.take_over_conversion(super().get_params(ctx))
 
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command. A UsageError that has no hint gets one that names the command's help."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            error.hint = error.hint or help_hint(ctx)
+            raise
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [each for each in self.params if isinstance(each, TyperArgument)]
         return [*filter(None, [self.options_metavar]), *map(usage_word, arguments)]
@@ -261,7 +269,7 @@ def identifier(text: str, argument: str, hint: str | None = None) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        raise UsageError(f"{argument}: {text!r} is not a UUID", hint=hint) from None
+        raise UsageError(f"{argument}: {text[:80]!r} is not a UUID", hint=hint) from None
 
 
 def row_count(option: str) -> Callable[[int], int]:

@@ -116,6 +116,7 @@ def who(ctx: typer.Context, name: LockName) -> None:
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
+    ownership.check_name(name, "NAME")
     with session.command_session(settings, "lock who", writes=False) as conn:
         holder = ownership.holder_of(conn, settings.schema, name)
     out.document({"name": name} | holder._asdict())
@@ -143,6 +144,7 @@ def break_(
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
+    ownership.check_name(name, "NAME")
     with session.command_session(settings, "lock break", writes=True) as conn:
         if not yes:
             holder = ownership.holder_of(conn, settings.schema, name)

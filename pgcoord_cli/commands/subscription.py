@@ -46,9 +46,11 @@ def show(ctx: typer.Context, name: SubscriptionName) -> None:
     """
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.events import subscriptions
+    from pgcoord_cli.core.locks.ownership import check_name
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
+    check_name(name, "NAME")
     with session.command_session(settings, "subscription show", writes=False) as conn:
         out.document(subscriptions.subscription_record(conn, settings.schema, name))
 
@@ -71,9 +73,11 @@ def set_(
     """
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.events import subscriptions
+    from pgcoord_cli.core.locks.ownership import check_name
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
+    check_name(name, "NAME")
     wanted = _position(position)
     with session.command_session(settings, "subscription set", writes=True) as conn:
         before = subscriptions.set_position(conn, settings.schema, name, wanted, force=force)
@@ -81,12 +85,13 @@ def set_(
 
 
 def _position(text: str) -> int:
-    from pgcoord_cli.core.events.cursor import MAX_POSITION, from_cursor, looks_like_cursor
+    from pgcoord_cli.core.events.cursor import MALFORMED_HINT, MAX_POSITION, from_cursor, looks_like_cursor
 
     if looks_like_cursor(text):
         return from_cursor(text, "CURSOR")
-    if not text.isdecimal() or int(text) > MAX_POSITION:
-        raise UsageError(f"CURSOR: {text!r} is neither a cursor nor an event id")
+    # Python refuses to convert more than 4,300 digits.
+    if not text.isdecimal() or len(text) > len(str(MAX_POSITION)) or int(text) > MAX_POSITION:
+        raise UsageError(f"CURSOR: {text[:80]!r} is neither a cursor nor an event id", hint=MALFORMED_HINT)
     return int(text)
 
 
@@ -104,9 +109,11 @@ def reset(
     """
     from pgcoord_cli.core.database import session
     from pgcoord_cli.core.events import subscriptions
+    from pgcoord_cli.core.locks.ownership import check_name
 
     settings, out = output_of(ctx)
     check_text(name, "NAME")
+    check_name(name, "NAME")
     if not force:
         raise UsageError("a reset deletes the checkpoint, which cannot be restored", hint="add --force")
     with session.command_session(settings, "subscription reset", writes=True) as conn:

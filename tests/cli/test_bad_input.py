@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from typer.core import TyperOption
+from typer.core import TyperArgument, TyperOption
 
 from pgcoord_cli.commands.global_options import GLOBAL_NAMES
 from pgcoord_cli.settings import Settings
@@ -229,3 +229,70 @@ def test_no_error_of_a_real_process_shows_a_password(
         assert failed.returncode != 0
         assert SECRET not in failed.stdout + failed.stderr
         assert "Traceback" not in failed.stderr
+
+
+# Every positional argument
+
+POSITIONS = [
+    (name, index, argument.name)
+    for name, command in zip(NAMES, LEAVES.values(), strict=True)
+    for index, argument in enumerate(each for each in command.params if isinstance(each, TyperArgument))
+]
+# No null byte: an argument of a process cannot contain one.
+VALUES = {"no UTF-8": "\udcff", "empty": "", "huge": "9" * 5000, "terminal": "\x1b[31m"}
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize(
+    ("name", "index", "argument"), POSITIONS, ids=[f"{name} {last}" for name, _, last in POSITIONS]
+)
+def test_no_value_of_an_argument_is_a_traceback(
+    name: str, index: int, argument: str, value: str, offline: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Exit code 2 names the argument; a value that is accepted gets as far as the server, which is not there."""
+    words = list(ARGUMENTS.get(name, ()))
+    words[index : index + 1] = [value]
+    answer = offline(*name.split(), *words)
+    assert "Traceback" not in answer.err
+    assert "\x1b" not in answer.err
+    assert answer.code in (2, 4), answer
+    assert answer.out == ""
+    assert ("hint: " if answer.code == 2 else "the address comes from PGCOORD_DSN") in answer.err
+
+
+@pytest.mark.parametrize("value", ["", "x" * 201, "a\0b", "\udcff"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("lock", "run", "", "true"), ("lock", "who", ""), ("lock", "break", "", "--yes"), ("subscription", "show", ""),
+        ("subscription", "set", "", "1"), ("subscription", "reset", "", "--force"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_name_that_no_lock_can_have_is_refused(words: tuple[str, ...], value: str, offline: Call) -> None:
+    assert_refused(offline(*(word or value for word in words)), "NAME: ")
+
+
+# The environment
+
+BAD_VALUES = {
+    "SCHEMA": ("", "a b", "\udcff"),
+    "OUTPUT": ("", "xml", "\udcff"),
+    "COLOR": ("", "purple", "\udcff"),
+    "LOG_FORMAT": ("", "xml", "\udcff"),
+    "CONNECT_TIMEOUT": ("", "soon", "\udcff"),
+    "STATEMENT_TIMEOUT": ("", "soon", "\udcff"),
+    "LOCK_TIMEOUT": ("", "soon", "\udcff"),
+    "DSN": ("host", "\udcff"),
+}
+
+
+@pytest.mark.parametrize("variable", BAD_VALUES)
+def test_every_variable_with_a_bad_value_is_named(variable: str, offline: Call) -> None:
+    for value in BAD_VALUES[variable]:
+        answer = offline("leader", "status", **{f"PGCOORD_{variable}": value})
+        if value:
+            assert_refused(answer, f"PGCOORD_{variable}: ")
+        else:  # counts as unset
+            assert answer.code == 4
+        assert "Traceback" not in answer.err
