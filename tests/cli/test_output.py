@@ -161,8 +161,8 @@ def test_flags_win_over_the_environment_and_that_over_the_defaults(call: Call, s
     assert call("kv", "range", PGCOORD_QUIET="0").err != ""
     assert call("kv", "range", "--dsn", "host=/nowhere").code == 4
     assert call("kv", "range", "--dsn", settings.dsn, PGCOORD_DSN="host=/nowhere").code == 0
-    assert call("kv", "range", PGCOORD_SCHEMA="elsewhere").code == 2
-    assert call("--schema", "elsewhere", "kv", "range").code == 2
+    assert call("kv", "range", PGCOORD_SCHEMA="elsewhere").code == 7
+    assert call("--schema", "elsewhere", "kv", "range").code == 7
     assert call("kv", "range", "--schema", "pgcoord", PGCOORD_SCHEMA="elsewhere").code == 0
     assert call("kv", "range", PGCOORD_COLOR="sometimes").code == 2
 
