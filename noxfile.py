@@ -36,6 +36,12 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def coverage(session: nox.Session) -> None:
+    """Run all tests except the slow ones, and print which lines and branches they leave out."""
+    session.run("pytest", "--cov=pgcoord_cli", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, types, imports, and that all generated files are up to date."""
     session.run("ruff", "check", ".")
