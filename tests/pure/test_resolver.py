@@ -44,18 +44,22 @@ mutations = st.one_of(
     keys.map(lambda key: Mutation(Op.SET_VERSIONSTAMPED_VALUE, key, b"?" * 10 + b"\0\0\0\0")),
     ordered_ranges.map(lambda bounds: Mutation(Op.CLEAR_RANGE, *bounds)),
 )
-requests = st.builds(
-    Request,
-    st.lists(keys_to_read, max_size=2).map(tuple),
-    st.lists(ordered_ranges, max_size=1).map(tuple),
-    st.lists(ordered_ranges, max_size=1).map(tuple),
-    st.lists(mutations, max_size=2).map(tuple),
-)
-
-
 def without_conflicts_at(request: Request, places: set[int]) -> Request:
     return request._replace(no_conflict=tuple(sorted(place for place in places if place < len(request.mutations))))
 
+
+requests = st.builds(
+    without_conflicts_at,
+    st.builds(
+        Request,
+        st.lists(keys_to_read, max_size=2).map(tuple),
+        st.lists(ordered_ranges, max_size=1).map(tuple),
+        st.lists(ordered_ranges, max_size=1).map(tuple),
+        st.lists(mutations, max_size=2).map(tuple),
+        st.just(()),
+    ),
+    st.just(set[int]()) | st.sets(st.integers(0, 1)),
+)
 
 GARBAGE = b"\x01\xc1"
 
@@ -87,7 +91,9 @@ def keys_read(request: Request) -> set[bytes]:
 def keys_written(request: Request, version: int) -> set[bytes]:
     """The keys of UNIVERSE that a request writes, computed apart from the resolver, so that an omission there shows."""
     written = set().union(*map(covered, request.write_ranges))
-    for op, key, operand in request.mutations:
+    for place, (op, key, operand) in enumerate(request.mutations):
+        if place in request.no_conflict:
+            continue
         if op == Op.SET_VERSIONSTAMPED_KEY:
             written.add(b"b" + versionstamp(version))
         else:
