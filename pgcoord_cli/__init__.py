@@ -3,6 +3,7 @@
     from pgcoord_cli import connect, tail, acquire_leadership
 
 Transactions: `connect` opens a Database for asyncio; `pgcoord_cli.sync` has the same with calls that block.
+Keys: `Subspace` packs tuples into keys that sort like them; `pgcoord_cli.tuples` has the functions for it.
 Events: `tail` and `tail_async` follow an outbox, `append_lease_event` and `append_completion_event` write to one.
 Locks: `acquire_leadership` takes the ownership of a name. Flows: `open_flows` creates flows and claims executions.
 Every error is a PgcoordError.
@@ -11,11 +12,13 @@ Each of them takes the database alike: a connection string of libpq and a schema
 PGCOORD_DSN, PGCOORD_SCHEMA and libpq's environment, as on the command line.
 
 The names of `__all__` are loaded when they are first used, so that `import pgcoord_cli` and catching an error cost
-nothing. Everything that is not in `__all__` here or in `pgcoord_cli.sync` is private to the project:
+nothing. Everything that is not in `__all__` here, in `pgcoord_cli.sync` or in `pgcoord_cli.tuples` is private
+to the project:
 
     cli         the command tree; the only place where an error becomes an exit code
     commands/   one file per noun: parse, open, call core, render
     sync        the blocking face of the transaction client
+    tuples      keys made of tuples
     render/     records to table, plain, json, jsonl, csv, markdown
     core/       the four systems: protocols in prose, verbs, frozen records
     db/         connections and named SQL statements; knows nothing of what they mean
@@ -48,7 +51,9 @@ if TYPE_CHECKING:
     from pgcoord_cli.core.kv.client import Database, connect
     from pgcoord_cli.core.kv.key_selector import KeySelector
     from pgcoord_cli.core.kv.options import TransactionOptions
+    from pgcoord_cli.core.kv.subspace import Subspace
     from pgcoord_cli.core.kv.transaction import Transaction
+    from pgcoord_cli.core.kv.tuple_encoding import Versionstamp
     from pgcoord_cli.core.kv.watches import Watch
     from pgcoord_cli.core.locks.ownership import Checkpoint, Ownership, acquire_leadership
     from pgcoord_cli.errors import (
@@ -119,6 +124,7 @@ __all__ = [
     "SchemaMissing",
     "SchemaUnknown",
     "StartPosition",
+    "Subspace",
     "TimeLimit",
     "TimedOut",
     "TooOld",
@@ -130,6 +136,7 @@ __all__ = [
     "UsageError",
     "UsedDuringCommit",
     "ValueTooLarge",
+    "Versionstamp",
     "Watch",
     "acquire_leadership",
     "append_completion_event",
@@ -153,7 +160,9 @@ _MODULES = {
     "core.kv.client": ("Database", "connect"),
     "core.kv.key_selector": ("KeySelector",),
     "core.kv.options": ("TransactionOptions",),
+    "core.kv.subspace": ("Subspace",),
     "core.kv.transaction": ("Transaction",),
+    "core.kv.tuple_encoding": ("Versionstamp",),
     "core.kv.watches": ("Watch",),
     "core.locks.ownership": ("Checkpoint", "Ownership", "acquire_leadership"),
 }

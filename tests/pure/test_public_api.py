@@ -11,6 +11,7 @@ import pytest
 
 import pgcoord_cli
 import pgcoord_cli.sync
+import pgcoord_cli.tuples
 from pgcoord_cli import (
     Conflict,
     Database,
@@ -31,6 +32,7 @@ from pgcoord_cli import (
 NAMES = {
     # transactions
     "connect", "Database", "KeySelector", "Transaction", "TransactionOptions", "Watch",
+    "Subspace", "Versionstamp",
     # events
     "tail", "tail_async", "append_completion_event", "append_lease_event", "AsyncEventIterator", "CompletionEvent",
     "Event", "EventIterator", "Filters", "LeaseEvent", "Notice", "StartPosition",
@@ -64,6 +66,9 @@ def test_the_names_are_pinned() -> None:
     assert set(pgcoord_cli.__all__) == NAMES
     assert len(pgcoord_cli.__all__) == len(NAMES)
     assert set(pgcoord_cli.sync.__all__) == {"connect", "Database", "KeySelector", "Transaction", "Watch"}
+    assert set(pgcoord_cli.tuples.__all__) == {
+        "SingleFloat", "Subspace", "Versionstamp", "pack", "pack_with_versionstamp", "range_of", "unpack",
+    }  # fmt: skip
 
 
 def test_every_error_is_public_or_of_commands() -> None:
@@ -81,8 +86,10 @@ def test_every_error_is_public_or_of_commands() -> None:
 def test_a_star_import_gives_each_name_and_no_other() -> None:
     printed = python("from pgcoord_cli import *\nprint(*sorted(name for name in globals() if name[:2] != '__'))")
     assert set(printed.split()) == NAMES
-    printed = python("from pgcoord_cli.sync import *\nprint(*sorted(name for name in globals() if name[:2] != '__'))")
-    assert set(printed.split()) == set(pgcoord_cli.sync.__all__)
+    for module in (pgcoord_cli.sync, pgcoord_cli.tuples):
+        load = f"from {module.__name__} import *"
+        printed = python(f"{load}\nprint(*sorted(name for name in globals() if name[:2] != '__'))")
+        assert set(printed.split()) == set(module.__all__)
 
 
 def test_the_package_and_its_errors_load_nothing_heavy() -> None:
@@ -90,6 +97,11 @@ def test_the_package_and_its_errors_load_nothing_heavy() -> None:
     loaded = set(python(f"{load}\nprint(*sys.modules)").split())
     assert loaded & HEAVY == set()
     assert {name for name in loaded if name.startswith("pgcoord_cli")} == {"pgcoord_cli", "pgcoord_cli.errors"}
+
+
+def test_tuples_load_no_database() -> None:
+    loaded = set(python("import sys, pgcoord_cli.tuples\nprint(*sys.modules)").split())
+    assert loaded & {"psycopg", "typer", "rich", "asyncio"} == set()
 
 
 def test_no_name_loads_the_terminal() -> None:
@@ -106,7 +118,7 @@ def test_any_other_name_is_no_attribute() -> None:
 
 
 def test_every_name_says_what_it_is() -> None:
-    for module in (pgcoord_cli, pgcoord_cli.sync):
+    for module in (pgcoord_cli, pgcoord_cli.sync, pgcoord_cli.tuples):
         for name in module.__all__:
             value = getattr(module, name)
             assert getdoc(value), name
