@@ -26,14 +26,14 @@ def blocks(document: str, language: str) -> list[str]:
 
 PROGRAMS = [
     (document, number)
-    for document in ("docs/client.md", "docs/tails.md", "docs/locks.md", "docs/flows.md")
+    for document in ("docs/client.md", "docs/recipes.md", "docs/tails.md", "docs/locks.md", "docs/flows.md")
     for number in range(len(blocks(document, "python")))
 ]
 
 
 def test_every_page_has_its_programs() -> None:
     assert [document for document, _ in PROGRAMS] == [
-        *["docs/client.md"] * 3, *["docs/tails.md"] * 2, "docs/locks.md", "docs/flows.md",
+        *["docs/client.md"] * 3, *["docs/recipes.md"] * 3, *["docs/tails.md"] * 2, "docs/locks.md", "docs/flows.md",
     ]  # fmt: skip
 
 
@@ -51,7 +51,10 @@ def test_the_programs_of_the_readme_run(settings: Settings, start_leader: StartL
     assert printed == ["[(b'alice', b'-10'), (b'bob', b'10')]\n", "b'hello'\n"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/client.md", "docs/tails.md", "docs/locks.md", "docs/flows.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/client.md", "docs/recipes.md", "docs/tails.md", "docs/locks.md", "docs/flows.md"],
+)
 def test_programs_in_the_documentation_use_only_public_names(document: str) -> None:
     assert not re.search(r"pgcoord_cli\.core|`core\.", (ROOT / document).read_text())
     imported = [line for program in blocks(document, "python") for line in program.splitlines() if "pgcoord" in line]
