@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from pgcoord_cli.core.kv.options import TransactionOptions
     from pgcoord_cli.core.kv.subspace import Subspace
     from pgcoord_cli.core.kv.transaction import Transaction
+    from pgcoord_cli.core.kv.transactional import transactional
     from pgcoord_cli.core.kv.tuple_encoding import Versionstamp
     from pgcoord_cli.core.kv.watches import Watch
     from pgcoord_cli.core.locks.ownership import Checkpoint, Ownership, acquire_leadership
@@ -145,6 +146,7 @@ __all__ = [
     "open_flows",
     "tail",
     "tail_async",
+    "transactional",
 ]
 
 _MODULES = {
@@ -162,6 +164,7 @@ _MODULES = {
     "core.kv.options": ("TransactionOptions",),
     "core.kv.subspace": ("Subspace",),
     "core.kv.transaction": ("Transaction",),
+    "core.kv.transactional": ("transactional",),
     "core.kv.tuple_encoding": ("Versionstamp",),
     "core.kv.watches": ("Watch",),
     "core.locks.ownership": ("Checkpoint", "Ownership", "acquire_leadership"),

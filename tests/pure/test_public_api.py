@@ -31,7 +31,7 @@ from pgcoord_cli import (
 
 NAMES = {
     # transactions
-    "connect", "Database", "KeySelector", "Transaction", "TransactionOptions", "Watch",
+    "connect", "Database", "KeySelector", "Transaction", "TransactionOptions", "Watch", "transactional",
     "Subspace", "Versionstamp",
     # events
     "tail", "tail_async", "append_completion_event", "append_lease_event", "AsyncEventIterator", "CompletionEvent",
@@ -65,7 +65,9 @@ def python(text: str) -> str:
 def test_the_names_are_pinned() -> None:
     assert set(pgcoord_cli.__all__) == NAMES
     assert len(pgcoord_cli.__all__) == len(NAMES)
-    assert set(pgcoord_cli.sync.__all__) == {"connect", "Database", "KeySelector", "Transaction", "Watch"}
+    assert set(pgcoord_cli.sync.__all__) == {
+        "connect", "Database", "KeySelector", "Transaction", "Watch", "transactional",
+    }  # fmt: skip
     assert set(pgcoord_cli.tuples.__all__) == {
         "SingleFloat", "Subspace", "Versionstamp", "pack", "pack_with_versionstamp", "range_of", "unpack",
     }  # fmt: skip
@@ -136,10 +138,28 @@ async def typed_asynchronous(database: Database) -> None:
         return await transaction.get(b"key")
 
     value: bytes | None = await database.run(work)
+    value = await typed_asynchronous_transactional(database)
     another: Database = await connect("host=localhost", schema="pgcoord", application="typed")
     async for event in tail_async("completion", start=StartPosition.cursor("02" + 16 * "0")):
         outcome: str = event.outcome
         print(value, another, outcome)
+
+
+@pgcoord_cli.sync.transactional(retry_limit=3)
+def typed_transactional(tr: pgcoord_cli.sync.Transaction, divisor: int) -> int:
+    value: bytes | None = tr[b"key"]
+    for key, each in tr[b"a":b"b"]:
+        count: bytes = key + each
+        print(count)
+    return len(value or b"") // divisor
+
+
+@pgcoord_cli.transactional
+async def typed_asynchronous_transactional(tr: Transaction) -> bytes | None:
+    async for key, each in tr[:b"b":-1]:
+        count: bytes = key + each
+        print(count)
+    return await tr[b"key"]
 
 
 def typed_blocking() -> None:
@@ -148,6 +168,8 @@ def typed_blocking() -> None:
 
     with pgcoord_cli.sync.connect() as database:
         length: int = database.run(work)
+    halved: int = typed_transactional(database, 2)
+    print(halved)
     for event in tail("lease", filters=Filters(kinds=["expired"]), follow=False):
         lease: LeaseEvent = event
         event_type: str = event.event_type

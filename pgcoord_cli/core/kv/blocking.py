@@ -25,17 +25,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from functools import wraps
+from inspect import iscoroutinefunction, unwrap
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar, Unpack
+from typing import Any, Generic, NamedTuple, Self, TypeVar, Unpack, overload
 
 from pgcoord_cli.core.commits.codec import Op
 from pgcoord_cli.core.concurrency.loop_thread import LoopThread, wait_for
 from pgcoord_cli.core.kv import client
+from pgcoord_cli.core.kv.checks import as_bytes, as_slice
 from pgcoord_cli.core.kv.client import POOL_SIZE
 from pgcoord_cli.core.kv.hot_keys import inside_attempt
 from pgcoord_cli.core.kv.key_selector import KeySelector
 from pgcoord_cli.core.kv.options import OptionChanges, TransactionOptions
+from pgcoord_cli.core.kv.reading import prefix_range
+from pgcoord_cli.core.kv.transactional import TransactionArgument, Work
 from pgcoord_cli.core.kv.writing import WriteMethods
 from pgcoord_cli.errors import Conflict, ConnectionFailed, OutcomeUnknown, TooOld
 from pgcoord_cli.settings import resolve_arguments
@@ -237,6 +242,30 @@ class Transaction(WriteMethods):
             lambda _: self._transaction.get_range(begin, end, limit=limit, reverse=reverse, snapshot=snapshot)
         )
 
+    def get_range_startswith(
+        self, prefix: bytes, *, limit: int | None = None, reverse: bool = False, snapshot: bool = False
+    ) -> list[tuple[bytes, bytes]]:
+        """Returns the keys that begin with a prefix, and their values, as `get_range` does."""
+        begin, end = prefix_range(as_bytes(prefix, "a prefix"))
+        return self.get_range(begin, end, limit=limit, reverse=reverse, snapshot=snapshot)
+
+    @overload
+    def __getitem__(self, item: bytes) -> bytes | None: ...
+
+    @overload
+    def __getitem__(self, item: slice) -> Iterator[tuple[bytes, bytes]]: ...
+
+    def __getitem__(self, item: bytes | slice) -> bytes | Iterator[tuple[bytes, bytes]] | None:
+        """`transaction[key]` is `get`, `for key, value in transaction[begin:end]` is `range`.
+
+        A begin that is left out is the first key, an end that is left out the last one; either may be a KeySelector. A
+        step of -1 gives descending order; raises ValueError for a step other than 1 and -1.
+        """
+        if isinstance(item, slice):
+            begin, end, reverse = as_slice(item)
+            return self.range(begin, end, reverse=reverse)
+        return self.get(item)
+
     def range(
         self,
         begin: bytes | KeySelector,
@@ -351,3 +380,43 @@ class Watch:
     def cancel(self) -> None:
         """Ends the watch; a thread that waits for it gets ConnectionFailed."""
         self._thread.call_soon(self._watch.cancel)
+
+
+@overload
+def transactional(function: Callable[..., T], /, **options: Unpack[OptionChanges]) -> Callable[..., T]: ...
+
+
+@overload
+def transactional(**options: Unpack[OptionChanges]) -> Callable[[Callable[..., T]], Callable[..., T]]: ...
+
+
+def transactional(function: Callable[..., T] | None = None, /, **options: Unpack[OptionChanges]) -> Any:
+    """Decorates a function that is given a Database or a Transaction, as `pgcoord_cli.transactional`, by plain calls.
+
+    The argument is the one named `tr` or `transaction`, else the first; of a method, the first after `self` or `cls`.
+    Given a Database, the function runs by `Database.run`: it is given a transaction, which is then committed, and runs
+    again after a conflict. Given a Transaction, it joins it: the caller of the outermost function commits and retries.
+
+    The options are those of TransactionOptions, as in `@transactional(retry_limit=3)`; a function that joins a
+    transaction does not change its options. Raises TypeError for a function without such an argument, for a generator
+    and for a coroutine function, UsageError for an option out of range.
+    """
+    TransactionOptions(**options)
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        argument = TransactionArgument(function)
+        if iscoroutinefunction(unwrap(function)):
+            raise TypeError("a coroutine function would run after the commit; it needs pgcoord_cli.transactional")
+
+        @wraps(function)
+        def in_transaction(*args: Any, **named: Any) -> T:
+            call, given = argument.bind(args, named)
+            if isinstance(given, Transaction):
+                return function(*args, **named)
+            if isinstance(given, Database):
+                return given.run(Work(function, call, argument.name), **options)
+            raise argument.refusal(given)
+
+        return in_transaction
+
+    return decorate if function is None else decorate(function)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pgcoord_cli.core.commits import codec
 from pgcoord_cli.core.commits.codec import Mutation, Op, Undecodable
@@ -80,6 +81,16 @@ def as_selector(selector: object) -> KeySelector:
 def as_bound(bound: object, what: str) -> bytes | KeySelector:
     """Returns the bound of a range, with its key as bytes. Raises TypeError, which names `what`."""
     return as_selector(bound) if isinstance(bound, KeySelector) else as_bytes(bound, what)
+
+
+def as_slice(item: slice) -> tuple[Any, Any, bool]:
+    """Returns begin, end and whether to read backwards, of `[begin:end:step]`. Raises ValueError for another step.
+
+    A begin that is left out is b"", and an end that is left out None, past the last key. The bounds are not checked.
+    """
+    if item.step not in (None, 1, -1):
+        raise ValueError(f"the step of a range of keys is 1, or -1 for descending order, not {item.step!r}")
+    return b"" if item.start is None else item.start, item.stop, item.step == -1
 
 
 def as_mutation(op: Op, key: object, operand: object) -> Mutation:

@@ -23,8 +23,9 @@ its size; the sizes of keys and values are those of `core.commits.codec`. Each l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from time import monotonic
+from typing import overload
 
 from pgcoord_cli.core.commits import codec
 from pgcoord_cli.core.commits.codec import Op, Range, Request
@@ -32,10 +33,12 @@ from pgcoord_cli.core.commits.mutations import versionstamp
 from pgcoord_cli.core.concurrency.backoff import Backoff
 from pgcoord_cli.core.kv.checks import (
     as_bound,
+    as_bytes,
     as_key,
     as_mutation,
     as_range,
     as_selector,
+    as_slice,
     limits_checked,
 )
 from pgcoord_cli.core.kv.hot_keys import Ticket
@@ -45,6 +48,7 @@ from pgcoord_cli.core.kv.lifetime import CANCELLED, Life
 from pgcoord_cli.core.kv.options import TransactionOptions
 from pgcoord_cli.core.kv.own_writes import OwnWrites
 from pgcoord_cli.core.kv.range_scan import RangeScan
+from pgcoord_cli.core.kv.reading import prefix_range
 from pgcoord_cli.core.kv.snapshots import PendingRead, ReadSet, ReadVersion, Snapshot, SnapshotReader
 from pgcoord_cli.core.kv.submissions import Outcome, Submission, Submitter, new_request_id
 from pgcoord_cli.core.kv.watches import TransactionWatches, Watch, Watcher
@@ -187,6 +191,30 @@ class Transaction(WriteMethods):
         """
         pages = self.pages(begin, end, page_rows=None, limit=limit, reverse=reverse, snapshot=snapshot)
         return [row async for page in pages for row in page]
+
+    async def get_range_startswith(
+        self, prefix: bytes, *, limit: int | None = None, reverse: bool = False, snapshot: bool = False
+    ) -> list[tuple[bytes, bytes]]:
+        """Returns the keys that begin with a prefix, and their values, as `get_range` does."""
+        begin, end = prefix_range(as_bytes(prefix, "a prefix"))
+        return await self.get_range(begin, end, limit=limit, reverse=reverse, snapshot=snapshot)
+
+    @overload
+    def __getitem__(self, item: bytes) -> Awaitable[bytes | None]: ...
+
+    @overload
+    def __getitem__(self, item: slice) -> AsyncIterator[tuple[bytes, bytes]]: ...
+
+    def __getitem__(self, item: bytes | slice) -> Awaitable[bytes | None] | AsyncIterator[tuple[bytes, bytes]]:
+        """`await transaction[key]` is `get`, `async for key, value in transaction[begin:end]` is `range`.
+
+        A begin that is left out is the first key, an end that is left out the last one; either may be a KeySelector. A
+        step of -1 gives descending order; raises ValueError for a step other than 1 and -1.
+        """
+        if isinstance(item, slice):
+            begin, end, reverse = as_slice(item)
+            return self.range(begin, end, reverse=reverse)
+        return self.get(item)
 
     async def range(
         self,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from pgcoord_cli.core.commits.codec import Op
-from pgcoord_cli.core.kv.checks import as_bytes
+from pgcoord_cli.core.kv.checks import as_bytes, as_slice
+from pgcoord_cli.core.kv.reading import prefix_range
 
 
 class WriteMethods(ABC):
@@ -19,6 +20,9 @@ class WriteMethods(ABC):
     else, and KeyTooLarge, ValueTooLarge or Rejected for an argument that no commit would accept; nothing is buffered
     then.
     """
+
+    # Python would otherwise iterate by calling __getitem__ with 0, 1, 2 and so on; `key in transaction` would not end.
+    __iter__ = None
 
     @abstractmethod
     def mutate(self, op: Op, key: bytes, operand: bytes | None) -> None:
@@ -48,6 +52,26 @@ class WriteMethods(ABC):
     def clear_range(self, begin: bytes, end: bytes | None) -> None:
         """Removes every key from `begin` up to but without `end` (None: to the last key)."""
         self.mutate(Op.CLEAR_RANGE, begin, end)
+
+    def clear_range_startswith(self, prefix: bytes) -> None:
+        """Removes every key that begins with a prefix; with b"", every key."""
+        self.clear_range(*prefix_range(as_bytes(prefix, "a prefix")))
+
+    def __setitem__(self, key: bytes, value: bytes) -> None:
+        """`transaction[key] = value` is `set`."""
+        self.set(key, value)
+
+    def __delitem__(self, item: bytes | slice) -> None:
+        """`del transaction[key]` is `clear`, `del transaction[begin:end]` is `clear_range`.
+
+        A begin that is left out is the first key, an end that is left out the last one. Raises ValueError for a step
+        other than 1 and -1.
+        """
+        if isinstance(item, slice):
+            begin, end, _ = as_slice(item)
+            self.clear_range(begin, end)
+        else:
+            self.clear(item)
 
     def add(self, key: bytes, operand: bytes) -> None:
         """Adds an unsigned little-endian number; the result has the operand's length. An absent key counts as zero."""
