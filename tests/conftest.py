@@ -68,7 +68,7 @@ def installation(pytestconfig: pytest.Config) -> Installation:
     return find_installation(pytestconfig.getoption("--server-version"))
 
 
-SHARED_SERVER = {"fsync": "off", "full_page_writes": "off"}
+SHARED_SERVER = {"fsync": "off", "full_page_writes": "off", "max_wal_size": "128MB"}
 """The shared server never crashes, and most of a test's time went into flushing the database that it makes and drops.
 
 Tests of what survives a crash have a server of their own, with durability on.

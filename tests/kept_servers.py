@@ -7,6 +7,7 @@ Each process of a run (`-n`) starts servers of its own; the workers hand what th
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import subprocess
 import sys
@@ -83,10 +84,21 @@ def new_server(
         yield running
 
 
+MEMORY, WANTED_BYTES = Path("/dev/shm"), 4 * 2**30
+"""The file system in memory, used if it has room: a database is copied there in a twentieth of the CPU time."""
+
+
+@cache
+def fast_directory() -> str | None:
+    """Returns the parent of the servers' directories; None: the default of `tempfile`."""
+    has_room = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > WANTED_BYTES
+    return str(MEMORY) if has_room else None
+
+
 @contextmanager
 def copied_server(installation: Installation, settings: Mapping[str, str]) -> Iterator[EmbeddedServer]:
     """A server on a copy of a cluster that each process makes once: a copy takes a tenth of the time of initdb."""
-    root = Path(tempfile.mkdtemp(prefix="pgcoord-test-"))
+    root = Path(tempfile.mkdtemp(prefix="pgcoord-test-", dir=fast_directory()))
     server = EmbeddedServer(root, installation, settings)
     try:
         root.chmod(0o711)  # the server's account has to pass through
@@ -101,7 +113,7 @@ def copied_server(installation: Installation, settings: Mapping[str, str]) -> It
 @cache
 def new_cluster(installation: Installation) -> Path:
     """Returns the data directory of a stopped cluster, which is removed when this process ends."""
-    root = Path(tempfile.mkdtemp(prefix="pgcoord-test-"))
+    root = Path(tempfile.mkdtemp(prefix="pgcoord-test-", dir=fast_directory()))
     root.chmod(0o711)
     server = EmbeddedServer(root, installation)
     atexit.register(server.destroy)

@@ -44,6 +44,8 @@ mutations = st.one_of(
     keys.map(lambda key: Mutation(Op.SET_VERSIONSTAMPED_VALUE, key, b"?" * 10 + b"\0\0\0\0")),
     ordered_ranges.map(lambda bounds: Mutation(Op.CLEAR_RANGE, *bounds)),
 )
+
+
 def without_conflicts_at(request: Request, places: set[int]) -> Request:
     return request._replace(no_conflict=tuple(sorted(place for place in places if place < len(request.mutations))))
 
