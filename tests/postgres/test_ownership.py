@@ -315,7 +315,8 @@ def test_a_fence_at_its_maximum_is_reported(settings: Settings, sql: Conn) -> No
         acquire_leadership(settings.dsn, "mailer")
     until(lambda: value(sql, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0)
     sql.execute("UPDATE subscriptions SET fence = 1")
-    assert acquire_leadership(settings.dsn, "mailer").fence == 2
+    with acquire_leadership(settings.dsn, "mailer") as owner:
+        assert owner.fence == 2
 
 
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\0b"])
