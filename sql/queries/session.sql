@@ -63,7 +63,7 @@ SELECT pg_catalog.pg_backend_pid() AS backend_pid,
        pg_catalog.pg_is_in_recovery() AS in_recovery,
        pg_catalog.to_regclass(pg_catalog.concat(pg_catalog.quote_ident($1::pg_catalog.text), '.schema_migrations'))
            IS NOT NULL AS has_ledger,
-       -- The search path that a migration gave to this trigger function: the old name after ALTER SCHEMA … RENAME.
+       -- The search path that a migration gave to this trigger function: the old name after ALTER SCHEMA RENAME.
        (SELECT pg_catalog.btrim(pinned.name, '"')
           FROM pg_catalog.pg_proc AS function
           JOIN pg_catalog.pg_namespace AS schema ON schema.oid OPERATOR(pg_catalog.=) function.pronamespace

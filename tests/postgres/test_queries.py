@@ -399,6 +399,10 @@ def test_every_file_is_statements_headed_by_a_name_and_a_line_of_purpose() -> No
         assert path.read_text() == "\n".join(f"-- name: {s.name}\n-- {s.purpose}\n{s.text};\n" for s in stored), path
 
 
+def test_every_statement_is_ascii_so_that_it_can_be_sent_to_a_database_of_any_encoding() -> None:
+    assert [name for name, statement in every_statement() if not statement.text.isascii()] == []
+
+
 def test_no_statement_is_more_than_one() -> None:
     assert [name for name, statement in every_statement() if ";" in statement.text] == []
 
