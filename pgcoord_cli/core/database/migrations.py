@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
@@ -192,6 +192,9 @@ def _take_lock(conn: Connection[Any], key: int, lock_timeout: float, on_wait: Ca
         return
     if holder := lock_holder(conn, key):
         on_wait(holder)
+    # An interrupt closes the connection without cancelling the statement, and the session would wait on for the lock.
+    with suppress(psycopg.errors.InvalidParameterValue):  # the server's operating system cannot report it
+        conn.execute(sql("locks", "check_client"))
     try:
         # The timeout is the transaction's, so that later statements keep their own; the lock is the session's.
         with conn.transaction():
@@ -203,6 +206,7 @@ def _take_lock(conn: Connection[Any], key: int, lock_timeout: float, on_wait: Ca
         raise Busy(
             f"another migration run holds the lock: {holder}", hint="wait for it to end, or raise --lock-timeout"
         ) from None
+    conn.execute("RESET client_connection_check_interval")  # no commit may be given up because its client is gone
 
 
 def apply(
