@@ -60,9 +60,7 @@ def record(watch: ProgramProcess) -> tuple[str, str | None, int]:
 
 def until_waiting(sql: Sql) -> None:
     """Waits until the watch has read, and waits for a notification."""
-    waiting = (
-        "application_name = %s AND datname = current_database() AND state = 'idle' AND query ~ 'AS watched ON'"
-    )
+    waiting = "application_name = %s AND datname = current_database() AND state = 'idle' AND query ~ 'AS watched ON'"
     until(lambda: value(sql, f"SELECT count(*) FROM pg_stat_activity WHERE {waiting}", SESSION) == 1)
 
 

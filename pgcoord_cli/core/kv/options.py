@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypedDict, Unpack
+from functools import lru_cache
+from typing import Any, TypedDict, Unpack
 
 from pgcoord_cli.core.commits.codec import MAX_TRANSACTION_BYTES
 from pgcoord_cli.errors import Conflict, OutcomeUnknown, TooOld, UsageError
@@ -58,11 +59,21 @@ class TransactionOptions:
 
     def changed(self, **changes: Unpack[OptionChanges]) -> TransactionOptions:
         """Returns the options with some of them changed. Raises UsageError for a value out of range."""
-        return replace(self, **changes) if changes else self
+        if not changes:
+            return self
+        try:
+            return _changed(self, tuple(changes.items()))
+        except TypeError:  # unhashable: no number either, which the check says
+            return replace(self, **changes)
 
     def is_retryable(self, error: BaseException) -> bool:
         """Whether a transaction that ended with this error is to be run again."""
         return isinstance(error, Conflict | TooOld) or (self.retry_unknown and isinstance(error, OutcomeUnknown))
+
+
+@lru_cache(maxsize=256)  # the same few options are asked for with every transaction
+def _changed(options: TransactionOptions, changes: tuple[tuple[str, Any], ...]) -> TransactionOptions:
+    return replace(options, **dict(changes))
 
 
 def _check(name: str, value: float, least: float, greatest: float) -> None:

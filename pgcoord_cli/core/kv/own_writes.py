@@ -11,7 +11,7 @@ A read sees the stored rows with the transaction's writes applied. Three kinds o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pgcoord_cli.core.commits.codec import VERSIONSTAMP_BYTES, Mutation, Op, Range
@@ -73,11 +73,11 @@ class OwnWrites:
         parts = _alternating(self._effect.cleared_in(begin, end) if self.mutations else iter(()), begin, end)
         return iter(reversed(list(parts))) if reverse else parts
 
-    def over(self, rows: Mapping[bytes, bytes], part: Range, *, reverse: bool) -> list[tuple[bytes, bytes]]:
+    def over(self, rows: Sequence[tuple[bytes, bytes]], part: Range, *, reverse: bool) -> Sequence[tuple[bytes, bytes]]:
         """Returns the rows of a part as the writes leave them, in the order of the read; `rows` are all stored ones."""
         if not self.mutations:
-            return list(rows.items())
-        return sorted(self._effect.over(rows, *part).items(), reverse=reverse)
+            return rows
+        return sorted(self._effect.over(dict(rows), *part).items(), reverse=reverse)
 
     def conflicts(self, part: Range) -> Iterator[Range]:
         """Yields what a read of this part depends on: all of it, without the keys that the writes decide."""

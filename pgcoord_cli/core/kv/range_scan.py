@@ -84,7 +84,7 @@ class RangeScan:
         return seen[1], part[1]
 
     def _page(self, stored: Sequence[tuple[bytes, bytes]], seen: Range, *, is_cleared: bool = False) -> ScannedPage:
-        rows = self._own.over(dict(stored), seen, reverse=self._reverse)
+        rows = self._own.over(stored, seen, reverse=self._reverse)
         if self._missing is not None:
             if len(rows) >= self._missing:  # what lies beyond the last row does not matter
                 rows = rows[: self._missing]

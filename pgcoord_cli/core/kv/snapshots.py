@@ -18,6 +18,7 @@ the next one (`core.concurrency.batcher`).
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -293,24 +294,24 @@ def _snapshot_now(keys: list[bytes], ranges: list[RangeRead], found: list[Row]) 
     if not ranges:
         values.update((key, value) for _, _, _, key, value in found if key is not None)
         return Snapshot(version, values, {})
-    rows: dict[int, dict[bytes, bytes | None]] = {}
+    # By the undecoded number of the part, since there are many rows and few parts.
+    rows: defaultdict[bytes | None, dict[bytes, bytes]] = defaultdict(dict)
     for _, _, _, part, key, value in found:
-        if key is not None:
-            place = integer(part)
-            if place == 0:  # the single keys
-                values[key] = value
-            else:
-                rows.setdefault(place, {})[key] = value
-    pages = {interval: _page(interval, rows.get(place, {}), {}) for place, interval in enumerate(ranges, start=1)}
+        if key is not None and value is not None:
+            rows[part][key] = value
+    values.update(rows[int8(0)])  # the single keys
+    pages = {interval: _page(interval, rows[int8(place)], {}) for place, interval in enumerate(ranges, start=1)}
     return Snapshot(version, values, pages)
 
 
-def _page(interval: RangeRead, rows: Mapping[bytes, bytes | None], replaced: Mapping[bytes, bytes | None]) -> Page:
+def _page(interval: RangeRead, rows: Mapping[bytes, bytes], replaced: Mapping[bytes, bytes | None]) -> Page:
     """Returns the rows of a range with the values that some of them had before; None: absent."""
     # A statement merges its parts in any order.
-    keys = sorted({**rows, **replaced}, reverse=interval.reverse)
-    values = ((key, replaced[key] if key in replaced else rows[key]) for key in keys)
-    before = tuple((key, value) for key, value in values if value is not None)
+    if replaced:
+        values = sorted({**rows, **replaced}.items(), reverse=interval.reverse)
+        before = tuple((key, value) for key, value in values if value is not None)
+    else:
+        before = tuple(sorted(rows.items(), reverse=interval.reverse))
     has_more = interval.limit is not None and len(rows) >= interval.limit
     if has_more:  # cut off after the last of the rows, and replaced values are those up to there
         last = min(rows, default=b"") if interval.reverse else max(rows, default=b"")
@@ -344,7 +345,7 @@ class _Found(NamedTuple):
     """The rows of a `read_at`, by the places of what was read."""
 
     values: dict[int, bytes | None]
-    rows: dict[int, dict[bytes, bytes | None]]
+    rows: dict[int, dict[bytes, bytes]]
     replaced: dict[int, dict[bytes, bytes | None]]
 
     @classmethod
@@ -357,8 +358,10 @@ class _Found(NamedTuple):
             if place < 0:
                 found.values[-place] = value
             elif key is not None:
-                side = found.replaced if place % 2 else found.rows
-                side.setdefault(place // 2, {})[key] = value
+                if place % 2:
+                    found.replaced.setdefault(place // 2, {})[key] = value
+                elif value is not None:
+                    found.rows.setdefault(place // 2, {})[key] = value
         return found
 
     def snapshot(

@@ -27,6 +27,8 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from time import monotonic
 from typing import overload
 
+import psycopg
+
 from pgcoord_cli.core.commits import codec
 from pgcoord_cli.core.commits.codec import Op, Range, Request
 from pgcoord_cli.core.commits.mutations import versionstamp
@@ -40,6 +42,7 @@ from pgcoord_cli.core.kv.checks import (
     as_selector,
     as_slice,
     limits_checked,
+    rejection,
 )
 from pgcoord_cli.core.kv.hot_keys import Ticket
 from pgcoord_cli.core.kv.key_selector import KeySelector
@@ -53,7 +56,7 @@ from pgcoord_cli.core.kv.snapshots import PendingRead, ReadSet, ReadVersion, Sna
 from pgcoord_cli.core.kv.submissions import Outcome, Submission, Submitter, new_request_id
 from pgcoord_cli.core.kv.watches import TransactionWatches, Watch, Watcher
 from pgcoord_cli.core.kv.writing import WriteMethods
-from pgcoord_cli.db.connection import mapped_errors
+from pgcoord_cli.db.connection import translate
 from pgcoord_cli.errors import (
     CommitRefused,
     Conflict,
@@ -190,7 +193,10 @@ class Transaction(WriteMethods):
         `get`.
         """
         pages = self.pages(begin, end, page_rows=None, limit=limit, reverse=reverse, snapshot=snapshot)
-        return [row async for page in pages for row in page]
+        rows: list[tuple[bytes, bytes]] = []
+        async for page in pages:
+            rows += page
+        return rows
 
     async def get_range_startswith(
         self, prefix: bytes, *, limit: int | None = None, reverse: bool = False, snapshot: bool = False
@@ -320,12 +326,11 @@ class Transaction(WriteMethods):
 
     async def _snapshot_of(self, first: PendingRead) -> Snapshot:
         try:
-            with mapped_errors():
-                return await first.snapshot()
-        except PgcoordError:
+            return await first.snapshot()
+        except (PgcoordError, psycopg.Error) as error:
             if self._first is first:
                 self._first = None  # the next read tries again
-            raise
+            raise translate(error) if isinstance(error, psycopg.Error) else error from None
 
     def _check_time(self) -> None:
         limit = self.options.time_limit_seconds
@@ -456,8 +461,10 @@ class Transaction(WriteMethods):
             tuple(self._own.mutations),
             tuple(self._no_conflict),
         )
-        with limits_checked():
+        try:
             payload = codec.encode(request)
+        except codec.Undecodable as error:
+            raise rejection(error) from None
         if len(payload) > self.options.size_limit_bytes:
             raise TransactionTooLarge(f"the transaction has {len(payload)} of {self.options.size_limit_bytes} bytes")
         return Submission(new_request_id(), read.epoch, read.term_id, read.version, payload, request)
