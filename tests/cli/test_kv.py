@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 from pgcoord_cli.core.commits.codec import MAX_KEY_BYTES, MAX_VALUE_BYTES
+from tests.asking import until
 
 if TYPE_CHECKING:
     from tests.conftest import Call, Cli, LeaderProcess, StartLeader
@@ -246,6 +247,8 @@ def test_i3_a_commit_under_a_frozen_leader_is_unknown_and_can_be_queried(
     ask = (*hint[1].split(), "-o", "json")
     assert json.loads(cli(*ask).stdout)["status"] == "pending"
     leader.signal(signal.SIGCONT)
+    # Before another commit, which would be a direct one while the leader has not looked at the queue yet.
+    until(lambda: queue(sql) != [(hint[2], "pending")])
     assert call("set", "c", "d").code == 0
     answer = json.loads(cli(*ask).stdout)
     assert (answer["status"], answer["commit_version"]) == ("committed", 1)
