@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from pgcoord_cli.core.events.outbox import append_completion_event
 from pgcoord_cli.core.flows import executions
 from pgcoord_cli.core.flows.dispatch import TRIES, Advanced, NoOp, dispatch_all, dispatch_completion
+from pgcoord_cli.core.flows.dispatcher import CompletionDispatcher
 from pgcoord_cli.core.flows.flow_file import FlowPlan, PlannedExecution
 from pgcoord_cli.core.flows.join_policy import JoinPolicy, OnSatisfied, PolicyKind
 from pgcoord_cli.errors import Fenced
 from pgcoord_cli.settings import Settings
-from tests.asking import TIMEOUT, value
+from tests.asking import TIMEOUT, until, value
 from tests.postgres.flow_world import (
     ANY,
     ANY_CANCEL,
@@ -62,6 +63,15 @@ def test_i9_a_dispatched_or_missing_event_is_a_no_op(make: Make, sql: Conn) -> N
         assert dispatch_completion(flow.conn, nothing) == NoOp()
     assert dispatch_all(flow.conn, []) == {}
     assert everything(sql) == before
+
+
+def test_i9_a_dispatcher_begins_with_what_was_committed_before_it(make: Make, settings: Settings) -> None:
+    flow = make(plan("a b c", "a>b b>c"))
+    flow.end("a")
+    with CompletionDispatcher(settings, pytest.fail).running():
+        until(lambda: flow.state("b") == "eligible")
+        flow.end("b")
+        until(lambda: flow.state("c") == "eligible")
 
 
 def test_i9_a_completion_of_an_unknown_execution_counts_no_edge(conn: Conn, sql: Conn) -> None:

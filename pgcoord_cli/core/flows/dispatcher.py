@@ -1,8 +1,9 @@
 """The completion dispatcher: tails the completion events and dispatches each as soon as it is committed.
 
-It starts from now and keeps no cursor. An event that it misses, because it was not running or because a dispatch
-failed, has no dispatch time, and the reconciler dispatches it (`core.flows.reconcile`). Any number of dispatchers may
-run at once; each event is claimed by one of them.
+It keeps no cursor: an event that has not been dispatched has no dispatch time. When its tail has begun, from now, it
+dispatches those that were committed before, so that none is missed between the two. An event whose dispatch fails is
+left to the reconciler (`core.flows.reconcile`). Any number of dispatchers may run at once; each event is claimed by one
+of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pgcoord_cli.core.events.notices import Notice
 from pgcoord_cli.core.events.outbox import COMPLETION
 from pgcoord_cli.core.events.tail import Tail
 from pgcoord_cli.core.flows.dispatch import dispatch_all
+from pgcoord_cli.core.flows.reconcile import dispatch_backlog
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.errors import ConnectionFailed, PgcoordError
 from pgcoord_cli.settings import Settings
@@ -73,7 +75,10 @@ class CompletionDispatcher:
             if self._stopping:  # stopped before there was a tail to stop
                 return None
             try:
-                for batch in self._tail.batches():
+                batches = self._tail.batches()
+                next(batches, None)  # from here on the tail delivers every event
+                self._dispatch_earlier()
+                for batch in batches:
                     self._supervisor.recovered()
                     ids = [event.event_id for event in batch.events]
                     # Short transactions: each holds its edge groups locked until it commits.
@@ -85,6 +90,18 @@ class CompletionDispatcher:
 
     def _on_trouble(self, trouble: str) -> None:
         self._on_error(f"only the reconciler dispatches events until this passes: {trouble}")
+
+    def _dispatch_earlier(self) -> None:
+        """Dispatches what was committed before the tail began."""
+        self._supervisor.recovered()
+        try:
+            with mapped_errors():
+                self._conn = self._conn or open_session(self._settings, "dispatch", writes=True)
+                dispatch_backlog(self._conn, lambda: self._stopping)
+        except PgcoordError as error:
+            self._failures.failed(error.message)
+            self._on_error(f"earlier events are left to the reconciler: {error.message}")
+            self._close()
 
     def _dispatch(self, ids: Sequence[int]) -> None:
         try:

@@ -105,6 +105,12 @@ def dependency(conn: Connection[Any], scope: Scope, on_error: OnError) -> Tick:
     return tick
 
 
+def dispatch_backlog(conn: Connection[Any], is_over: Callable[[], bool] = lambda: False) -> None:
+    """Dispatches undispatched events, however young, until a tick dispatches none; what fails is left to later ones."""
+    while not is_over() and dependency(conn, Scope(stale_threshold_ms=0), ignore_error).reconciled:
+        pass
+
+
 class PassingTrouble:
     """Trouble of a tick that does not belong to an event, but may concern the rows of some events only."""
 

@@ -44,7 +44,7 @@ from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.flows import executions
 from pgcoord_cli.core.flows.dispatcher import CompletionDispatcher
 from pgcoord_cli.core.flows.executions import Claim
-from pgcoord_cli.core.flows.reconcile import Scope, dependency, ignore_error
+from pgcoord_cli.core.flows.reconcile import dispatch_backlog
 from pgcoord_cli.db.binary import float8, int8
 from pgcoord_cli.db.connection import mapped_errors
 from pgcoord_cli.db.pipeline import Pipeline
@@ -468,10 +468,3 @@ def execution_environment(claim: Claim) -> dict[str, str]:
         "PGCOORD_EXECUTION_NAME": claim.name,
         "PGCOORD_ATTEMPT": str(claim.attempt),
     }
-
-
-def dispatch_backlog(conn: Connection[Any]) -> None:
-    """Dispatches undispatched events until a tick dispatches none; failures are left to the reconciler."""
-    # No threshold: nothing else may be dispatching the newest events, and the next claim needs them dispatched.
-    while dependency(conn, Scope(stale_threshold_ms=0), ignore_error).reconciled:
-        pass
