@@ -2,7 +2,7 @@
 
 **Reading.** The first read fixes the read version: the durable version of the snapshot that it read in. Every other
 read is of that version too: later ones, those that run at the same time, snapshot reads, ranges, key selectors
-(rule I4; `core.kv.snapshots`). So a transaction always sees one consistent state, and holds no connection between its
+(rule I4; `core.kv.read_view`). So a transaction always sees one consistent state, and holds no connection between its
 reads. Its reads see its own writes (`core.kv.own_writes`).
 
 **Snapshot reads** (`snapshot=True`) see the same state but add no read conflict: what they returned may be written by
@@ -24,10 +24,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from time import monotonic
 from typing import overload
-
-import psycopg
 
 from pgcoord_cli.core.commits import codec
 from pgcoord_cli.core.commits.codec import Op, Range, Request
@@ -51,19 +48,17 @@ from pgcoord_cli.core.kv.lifetime import CANCELLED, Life
 from pgcoord_cli.core.kv.options import TransactionOptions
 from pgcoord_cli.core.kv.own_writes import OwnWrites
 from pgcoord_cli.core.kv.range_scan import RangeScan
+from pgcoord_cli.core.kv.read_view import ReadView
 from pgcoord_cli.core.kv.reading import prefix_range
-from pgcoord_cli.core.kv.snapshots import PendingRead, ReadSet, ReadVersion, Snapshot, SnapshotReader
+from pgcoord_cli.core.kv.snapshots import ReadSet, ReadVersion, Snapshot, SnapshotReader
 from pgcoord_cli.core.kv.submissions import Outcome, Submission, Submitter, new_request_id
 from pgcoord_cli.core.kv.watches import TransactionWatches, Watch, Watcher
 from pgcoord_cli.core.kv.writing import WriteMethods
-from pgcoord_cli.db.connection import translate
 from pgcoord_cli.errors import (
     CommitRefused,
     Conflict,
     ConnectionFailed,
-    PgcoordError,
     Rejected,
-    TimeLimit,
     TooOld,
     TransactionCancelled,
     TransactionTooLarge,
@@ -112,10 +107,7 @@ class Transaction(WriteMethods):
         """Begins a life: nothing read, nothing written."""
         self._life = Life()
         self._ticket = ticket
-        self._version: ReadVersion | None = None
-        # The read that fixes the version, until it is known.
-        self._first: PendingRead | None = None
-        self._began = 0.0
+        self._view = ReadView(self._reader, self.options.time_limit_seconds)
         self._values: dict[bytes, bytes | None] = {}
         # Dictionaries in place of sets: they keep the order of the reads, so that no payload depends on hashes.
         self._read_keys: dict[bytes, None] = {}
@@ -131,7 +123,7 @@ class Transaction(WriteMethods):
     @property
     def read_version(self) -> int | None:
         """The version that all reads are of; None before the first read."""
-        return self._version.version if self._version else None
+        return self._view.version.version if self._view.version else None
 
     async def set_read_version(self, version: int) -> None:
         """Makes all reads be of a version that was committed: of a commit of one's own, or of another transaction.
@@ -142,12 +134,8 @@ class Transaction(WriteMethods):
         """
         life = self._life
         life.check_usable()
-        if self._version or self._first:
-            raise Rejected("the transaction has a read version already")
-        self._began = monotonic()
-        found = await self._reader.version_at(version)
+        await self._view.fix(version)
         life.check_usable()
-        self._version = found
 
     @property
     def versionstamp(self) -> bytes:
@@ -289,56 +277,9 @@ class Transaction(WriteMethods):
         What it returned would be checked by no commit.
         """
         life = self._life
-        snapshot = await self._read_at_version(read_set, ticket)
+        snapshot = await self._view.read(read_set, ticket)
         life.check_usable()
         return snapshot
-
-    async def _read_at_version(self, read_set: ReadSet, ticket: Ticket | None = None) -> Snapshot:
-        """Reads at the read version, which the first read fixes. Raises TimeLimit, TooOld and ConnectionFailed."""
-        if self._version is None and (self._first is None or not self._first.is_sent):
-            return await self._read_first(read_set, ticket)
-        if self._version is None and self._first:
-            first = self._first
-            version = (await self._snapshot_of(first)).version
-            if self._first is not first:  # reset meanwhile
-                return await self._reader.read(read_set, version)
-            self._version = version
-        self._check_time()
-        return await self._reader.read(read_set, self._version)
-
-    async def _read_first(self, read_set: ReadSet, ticket: Ticket | None) -> Snapshot:
-        """Reads at the version that this read fixes, together with all that are asked for before it is sent."""
-        if self._first is None:
-            self._began = monotonic()
-            first = self._first = PendingRead(read_set, None)
-            try:
-                if ticket and read_set.keys:
-                    await ticket.acquire(read_set.keys[0])
-            finally:  # also if this task is cancelled: others may have joined the read
-                self._reader.start(first)
-        else:
-            first = self._first
-            first.join(read_set)
-        found = await self._snapshot_of(first)
-        if self._first is first:  # not reset meanwhile
-            self._version = found.version
-        return found
-
-    async def _snapshot_of(self, first: PendingRead) -> Snapshot:
-        try:
-            return await first.snapshot()
-        except (PgcoordError, psycopg.Error) as error:
-            if self._first is first:
-                self._first = None  # the next read tries again
-            raise translate(error) if isinstance(error, psycopg.Error) else error from None
-
-    def _check_time(self) -> None:
-        limit = self.options.time_limit_seconds
-        if monotonic() - self._began > limit:
-            raise TimeLimit(
-                f"the transaction began more than {limit:g}s ago",
-                hint="run it again, with less work between its first read and its commit",
-            )
 
     # -- conflicts that the caller adds
 
@@ -425,13 +366,13 @@ class Transaction(WriteMethods):
         if life.request:  # submitted before, with an unknown outcome
             life.request = self._submitter.begin_again(life.request, self.options.commit_seconds)
         else:
-            read_version = self._version or await self._read_version_only()
+            read_version = self._view.version or await self._read_version_only()
             life.check_committing()
             # Without writes nothing is submitted: all reads were of one version, where the transaction takes effect.
             if not self._own and not self._write_ranges:
                 life.committed(read_version.version, wrote=False)
                 return read_version.version
-            self._check_time()
+            self._view.check_time()
             submission = self._submission(read_version)
             if self.options.require_leader:
                 await self._leader.require()
@@ -449,7 +390,7 @@ class Transaction(WriteMethods):
         """Fixes the version of a transaction that read nothing. Raises ConnectionFailed after `commit_seconds`."""
         try:
             async with asyncio.timeout(self.options.commit_seconds):
-                return (await self._read_at_version(ReadSet())).version
+                return (await self._view.read(ReadSet())).version
         except TimeoutError:
             raise ConnectionFailed("the server does not answer", hint="nothing was written") from None
 
