@@ -323,6 +323,7 @@ ALLOWED = {
     ("core/database/migrations.py", "BEGIN;"),
     ("core/database/migrations.py", "COMMIT;"),
     ("commands/kv.py", "BEGIN"),  # the name of an argument
+    ("commands/kv_options.py", "BEGIN"),
     ("core/database/pooler_check.py", "BEGIN; "),
     ("core/database/pooler_check.py", "COMMIT;"),
     ("core/database/grants.py", "CREATE ROLE"),  # of a hint
