@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import closing, suppress
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
+from pgcoord_cli.commands import tail_options
 from pgcoord_cli.commands.framework import (
     command,
     ended_by_signal,
@@ -18,26 +17,38 @@ from pgcoord_cli.commands.framework import (
     stdout_reader,
     stop_on_signals,
 )
+from pgcoord_cli.commands.tail_options import (
+    Attempts,
+    BatchSize,
+    Call,
+    CursorFileOption,
+    Exec,
+    FromOption,
+    FromStart,
+    InstanceTag,
+    Lag,
+    Max,
+    MaxLag,
+    Namespace,
+    NoFollow,
+    Partition,
+    Since,
+    SubscriptionOption,
+    Until,
+    Words,
+)
 from pgcoord_cli.errors import ConditionFalse, CursorExpired, HistoryChanged, UsageError
-from pgcoord_cli.settings import LONGEST_DURATION, Settings, check_text, parse_duration
+from pgcoord_cli.settings import Settings, check_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from logging import Logger
 
-    from pgcoord_cli.core.events.filters import Filters
     from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.core.events.notices import Notice
     from pgcoord_cli.core.events.outbox import Event, Outbox
-    from pgcoord_cli.core.events.start_position import StartPosition
     from pgcoord_cli.core.events.tail import Tail
     from pgcoord_cli.render import Output
-
-DIGIT = b"\0"
-"""Replaces every hexadecimal digit before comparison; a text in PostgreSQL never contains it."""
-
-DIGITS_MARKED = bytes.maketrans(b"0123456789abcdefABCDEF", DIGIT * 22)
-SHAPE_OF_UUID = b"-".join(DIGIT * length for length in (8, 4, 4, 4, 12)) + b"\n"
 
 RESUMES = "stopped; the same command resumes here"
 
@@ -47,87 +58,6 @@ UNCHECKED = (
 )
 
 app = noun("Follow an event outbox from a cursor on, without missing an event.")
-
-FromOption = Annotated[
-    str | None, typer.Option("--from", metavar="CURSOR", help="Start after this cursor. [default: from now on]")
-]
-FromStart = Annotated[bool, typer.Option("--from-start", help="Start at the oldest event that is stored.")]
-Since = Annotated[
-    str | None,
-    typer.Option(
-        "--since", metavar="TIME", help="Start at the first event inserted this long ago (10m) or at this time."
-    ),
-]
-Until = Annotated[
-    str | None,
-    typer.Option(
-        "--until",
-        metavar="TIME|CURSOR",
-        help="End with the events inserted before this time (at most now), or at this cursor.",
-    ),
-]
-Max = Annotated[int | None, typer.Option("--max", metavar="N", min=1, help="End after N events.")]
-NoFollow = Annotated[bool, typer.Option("--no-follow", help="End when all stored events have been printed.")]
-Partition = Annotated[list[int] | None, typer.Option("--partition", metavar="N", help="Only these; repeatable.")]
-Namespace = Annotated[list[str] | None, typer.Option("--namespace", metavar="NS", help="Only these; repeatable.")]
-InstanceTag = Annotated[list[str] | None, typer.Option("--instance-tag", metavar="V", help="Only these; repeatable.")]
-CursorFileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--cursor-file",
-        metavar="FILE",
-        help="Resume from the cursor in FILE, and save it there. FILE is a regular file, used by one tail at a time.",
-    ),
-]
-SubscriptionOption = Annotated[
-    str | None,
-    typer.Option(
-        "--subscription", metavar="NAME", help="Resume from the checkpoint NAME in the database, and save it there."
-    ),
-]
-Lag = Annotated[bool, typer.Option("--lag", help="Only print the number of events after the given cursor.")]
-MaxLag = Annotated[
-    int | None, typer.Option("--max-lag", metavar="N", min=0, help="With --lag: exit 3 if there are more events.")
-]
-
-Exec = Annotated[
-    bool, typer.Option("--exec", help="Run CMD for each event, which is on its stdin; exit code 0 moves the position.")
-]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch", metavar="N", min=1, help="With --exec: at most N events for each run.")
-]
-Attempts = Annotated[
-    int | None,
-    typer.Option(
-        "--attempts", metavar="N", min=1, help="With --exec: exit after N failed runs in a row. [default: no limit]"
-    ),
-]
-Words = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- CMD...]", help="With --exec: the command and its arguments.")
-]
-
-
-class Call(NamedTuple):
-    """The options of one call, which both commands share."""
-
-    from_cursor: str | None
-    from_start: bool
-    since: str | None
-    until: str | None
-    most: int | None
-    no_follow: bool
-    partitions: list[int]
-    namespaces: list[str]
-    instance_tags: list[str]
-    kinds: list[str]
-    cursor_file: Path | None
-    subscription: str | None
-    lag: bool
-    max_lag: int | None
-    exec_: bool
-    batch: int | None
-    attempts: int | None
-    words: list[str]
 
 
 class PositionStore(Protocol):
@@ -225,7 +155,7 @@ _register("completion", "--outcome", "OUTCOME", COMPLETION_HELP)
 
 def _tail(ctx: typer.Context, outbox: Outbox, call: Call) -> None:
     settings, out = output_of(ctx, is_daemon=not call.lag)
-    _check(call)
+    tail_options.check(call)
     _warn_of_unknown_kinds(outbox, call.kinds)
     if call.lag:
         _show_lag(settings, out, outbox, call)
@@ -273,44 +203,6 @@ def _resume_hint(call: Call, error: CursorExpired) -> str | None:
     return None
 
 
-def _check(call: Call) -> None:
-    starts = {"--from": call.from_cursor, "--from-start": call.from_start or None, "--since": call.since}
-    if len(given := [name for name, value in starts.items() if value is not None]) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude each other", hint="give one place to start from")
-    if call.cursor_file and call.subscription:
-        raise UsageError(
-            "--cursor-file and --subscription exclude each other", hint="give one place to store the cursor"
-        )
-    if call.max_lag is not None and not call.lag:
-        raise UsageError("--max-lag requires --lag")
-    _check_exec(call)
-    filters = {
-        "--namespace": call.namespaces,
-        "--instance-tag": call.instance_tags,
-        "--event-type or --outcome": call.kinds,
-    }
-    for option, values in filters.items():
-        for value in values:
-            check_text(value, option)
-
-
-def _check_exec(call: Call) -> None:
-    if not call.exec_:
-        given = {"--batch": call.batch, "--attempts": call.attempts, "CMD": call.words or None}
-        if unused := [name for name, value in given.items() if value is not None]:
-            raise UsageError(f"{' and '.join(unused)} requires --exec", hint="write: --exec -- CMD...")
-        return
-    if not call.words:
-        raise UsageError("--exec needs a command", hint="write: --exec -- CMD...")
-    if call.lag:
-        raise UsageError("--exec and --lag exclude each other")
-    if not call.cursor_file and call.subscription is None:
-        raise UsageError(
-            "--exec needs a place to store the position",
-            hint="give --subscription NAME or --cursor-file FILE: the next tail has to know what was handled",
-        )
-
-
 def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call) -> PositionStore | None:
     from pgcoord_cli.core.events.cursor_file import CursorFile
     from pgcoord_cli.core.events.subscriptions import Subscription
@@ -323,14 +215,10 @@ def _open_checkpoint(settings: Settings, out: Output, outbox: Outbox, call: Call
     if call.subscription is not None:
         check_text(call.subscription, "--subscription")
         name = check_name(call.subscription, "--subscription")
-        return Subscription(settings, name, outbox, lambda notice: _report(out, notice, call), filters=_filters(call))
+        return Subscription(
+            settings, name, outbox, lambda notice: _report(out, notice, call), filters=tail_options.filters(call)
+        )
     return None
-
-
-def _filters(call: Call) -> Filters:
-    from pgcoord_cli.core.events.filters import Filters
-
-    return Filters(call.partitions, call.namespaces, call.instance_tags, call.kinds)
 
 
 def _make_tail(
@@ -342,45 +230,12 @@ def _make_tail(
     return Tail(
         settings,
         outbox,
-        start=_start(call) if position is None else StartPosition.position(position, passed),
-        until=None if call.until is None else _until(call.until),
-        filters=_filters(call),
+        start=tail_options.start(call) if position is None else StartPosition.position(position, passed),
+        until=None if call.until is None else tail_options.until(call.until),
+        filters=tail_options.filters(call),
         follow=not call.no_follow,
         report=lambda notice: _report(out, notice, call),
     )
-
-
-def _start(call: Call) -> StartPosition:
-    from pgcoord_cli.core.events.cursor import from_cursor
-    from pgcoord_cli.core.events.start_position import StartPosition
-
-    if call.from_cursor is not None:
-        return StartPosition.position(from_cursor(call.from_cursor, "--from"))
-    if call.since is not None:
-        return StartPosition.time(_moment(call.since, "--since"))
-    return StartPosition.beginning() if call.from_start else StartPosition.now()
-
-
-def _until(text: str) -> StartPosition:
-    from pgcoord_cli.core.events.cursor import from_cursor, looks_like_cursor
-    from pgcoord_cli.core.events.start_position import StartPosition
-
-    if looks_like_cursor(text):
-        return StartPosition.position(from_cursor(text, "--until"))
-    return StartPosition.time(_moment(text, "--until"))
-
-
-def _moment(text: str, option: str) -> datetime | timedelta:
-    """Parses `10m` (ago) or a time in ISO 8601, in UTC if it has no zone. Raises UsageError."""
-    with suppress(ValueError):
-        moment = datetime.fromisoformat(text)
-        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    try:
-        return timedelta(seconds=parse_duration(text, option, LONGEST_DURATION))
-    except UsageError as error:
-        raise UsageError(
-            error.message, hint="give a duration, like 10m for 10 minutes ago, or a time, like 2026-01-31T12:00Z"
-        ) from None
 
 
 # -- following
@@ -388,6 +243,7 @@ def _moment(text: str, option: str) -> datetime | timedelta:
 
 def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: PositionStore | None) -> None:
     """Writes each batch and then saves its position, so that a saved position has been written."""
+    from pgcoord_cli.core.events.event_checks import EventChecks
     from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.render.events import EventStream
 
@@ -424,6 +280,7 @@ def _follow(tail: Tail, out: Output, outbox: Outbox, call: Call, checkpoint: Pos
 def _follow_with_command(tail: Tail, outbox: Outbox, call: Call, store: PositionStore) -> None:
     """Runs the command for each batch and saves the position once the command has handled it."""
     from pgcoord_cli.core.concurrency.delivery import Delivery
+    from pgcoord_cli.core.events.event_checks import EventChecks
     from pgcoord_cli.core.events.history import PassedEvent
     from pgcoord_cli.render.events import json_line_maker
 
@@ -481,41 +338,6 @@ def _report(out: Output, notice: Notice, call: Call) -> None:
         else:
             record["holders"] = [holder._asdict() for holder in notice.holders]
         out.next_document(record)
-
-
-class EventChecks:
-    """Warns of events with unknown kinds or malformed execution ids, which are printed all the same; once each."""
-
-    def __init__(self, outbox: Outbox) -> None:
-        self._known = set(outbox.kinds)
-        self._warned_of_ids = False
-
-    def warn_of(self, events: list[Event]) -> None:
-        """Warns once per unknown kind, and once of an execution id that is no UUID."""
-        if not {event.kind for event in events} <= self._known:
-            self._warn_of_kinds(events)
-        if not self._warned_of_ids:
-            self._warn_of_ids(events)
-
-    def _warn_of_kinds(self, events: list[Event]) -> None:
-        for event in events:
-            if event.kind not in self._known:
-                self._known.add(event.kind)
-                _log().warning("event %d: %r is not a known kind of event", event.event_id, event.kind)
-
-    def _warn_of_ids(self, events: list[Event]) -> None:
-        if not are_uuids([event.execution_id for event in events]):
-            first = next(event for event in events if not are_uuids([event.execution_id]))
-            self._warned_of_ids = True
-            _log().warning(
-                "event %d: execution id %r is not a UUID; others are not reported", first.event_id, first.execution_id
-            )
-
-
-def are_uuids(ids: Sequence[str]) -> bool:
-    """Whether all texts are UUIDs. Checks a whole batch in two passes over bytes, since a catch-up has millions."""
-    lines = "".join(f"{text}\n" for text in ids).encode()
-    return lines.translate(DIGITS_MARKED) == SHAPE_OF_UUID * len(ids)
 
 
 # -- lag
