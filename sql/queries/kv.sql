@@ -85,7 +85,7 @@ SELECT lease.epoch, lease.last_term_id, lease.durable_version,
 SELECT lease.epoch, lease.last_term_id, lease.durable_version,
        (SELECT floor FROM kv_undo_floor WHERE id = 1) AS readable_from,
        coalesce((SELECT valid_through FROM kv_undo WHERE key IS NULL AND valid_through >= $1::bigint
-                  ORDER BY valid_through LIMIT 1), lease.durable_version) AS version
+                  ORDER BY key, valid_through LIMIT 1), lease.durable_version) AS version -- the order of the index
   FROM leader_lease AS lease
  WHERE lease.id = 1;
 

@@ -10,11 +10,14 @@ import psycopg
 import pytest
 
 from pgcoord_cli.core.commits.codec import MAX_KEY_BYTES
+from pgcoord_cli.core.database.session import open_session
 from pgcoord_cli.core.kv.client import Database, Transaction
 from pgcoord_cli.core.kv.key_selector import KeySelector
 from pgcoord_cli.core.leader import resolver
+from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.errors import Conflict, Rejected, TooOld
 from pgcoord_cli.settings import Settings
+from tests.asking import value
 from tests.postgres.commit_scenarios import Data, Sql, needs_leader, put, scenario_test
 
 
@@ -293,6 +296,26 @@ async def test_a_version_that_was_not_committed_cannot_be_read(db: Database) -> 
 
 
 # -- the replaced values
+
+
+@pytest.mark.parametrize("analysed", [False, True])
+@pytest.mark.parametrize("planned_once", [False, True])
+def test_i20_a_read_at_a_version_reads_one_replaced_value_of_many(
+    settings: Settings, sql: Sql, planned_once: bool, analysed: bool
+) -> None:
+    for key in ("'hot'", "NULL"):
+        sql.execute(f"INSERT INTO kv_undo SELECT i % 2, {key}, i, 'x' FROM generate_series(1, 20000) AS i")
+    sql.execute("UPDATE leader_lease SET durable_version = 30000")
+    if analysed:
+        sql.execute("ANALYZE")
+    fetched = "SELECT sum(seq_tup_read + idx_tup_fetch) FROM pg_stat_xact_user_tables WHERE relname LIKE 'kv_undo__'"
+    with open_session(settings, "test", writes=True) as conn, conn.transaction():
+        if planned_once:
+            conn.execute(statement("session", "plan_once"))
+        found = conn.execute(statement("kv", "version_at"), [100]).fetchone()
+        assert found is not None and found[-1] == 100
+        conn.execute(statement("kv", "read_keys_at"), [[b"hot"], [100], None]).fetchone()
+        assert int(value(conn, fetched)) <= 4
 
 
 def grow(sql: Sql) -> None:
