@@ -366,7 +366,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION pgcoord.keep_undo(leader_epoch bigint, leader_term uuid) RETURNS void
+CREATE FUNCTION pgcoord.keep_undo(leader_epoch bigint, leader_term uuid) RETURNS text
     LANGUAGE plpgsql
     SET search_path TO 'pgcoord', 'pg_temp'
     SET synchronous_commit TO 'off'
@@ -383,14 +383,14 @@ BEGIN
     is_off := lease.undo_part IS NULL;
     filled_bytes := pg_relation_size(CASE lease.undo_part WHEN 0 THEN 'kv_undo_0' ELSE 'kv_undo_1' END::regclass);
     IF lease.id IS NULL THEN
-        RETURN;
+        RETURN NULL;
     ELSIF kept.id IS NULL AND NOT is_off THEN
         INSERT INTO kv_undo_floor (floor, next_floor) VALUES (lease.durable_version, lease.durable_version)
         ON CONFLICT DO NOTHING;
-        RETURN;
+        RETURN NULL;
     ELSIF kept.changed_at > clock_timestamp() - interval '10 s'
           OR NOT is_off AND filled_bytes < 2000000 THEN
-        RETURN;
+        RETURN NULL;
     END IF;
     BEGIN
         IF is_off OR lease.undo_part = 1 THEN
@@ -417,7 +417,9 @@ BEGIN
             UPDATE kv_undo_floor SET floor = 9223372036854775807;
         END IF;
         UPDATE kv_undo_floor SET changed_at = clock_timestamp();
+        RETURN CASE SQLSTATE WHEN '42501' THEN SQLERRM END;
     END;
+    RETURN '';
 END
 $$;
 

@@ -93,8 +93,9 @@ $$;
 
 -- Has the partitions of kv_undo take turns if the one that is filled has grown and the other holds nothing but values older
 -- than every transaction's time limit. Called by the leader between its batches. Nothing here has to survive a crash, so
--- that the commit waits for no flush and no standby while it locks the lease row.
-CREATE FUNCTION keep_undo(leader_epoch bigint, leader_term uuid) RETURNS void
+-- that the commit waits for no flush and no standby while it locks the lease row. Returns which
+-- right is missing; an empty text if it emptied a partition; null if it is not time to.
+CREATE FUNCTION keep_undo(leader_epoch bigint, leader_term uuid) RETURNS text
 LANGUAGE plpgsql SET search_path FROM CURRENT SET synchronous_commit = off SET lock_timeout = '50ms' AS $$
 DECLARE
     lease record;
@@ -107,14 +108,14 @@ BEGIN
     is_off := lease.undo_part IS NULL;
     filled_bytes := pg_relation_size(CASE lease.undo_part WHEN 0 THEN 'kv_undo_0' ELSE 'kv_undo_1' END::regclass);
     IF lease.id IS NULL THEN
-        RETURN;
+        RETURN NULL;
     ELSIF kept.id IS NULL AND NOT is_off THEN
         INSERT INTO kv_undo_floor (floor, next_floor) VALUES (lease.durable_version, lease.durable_version)
         ON CONFLICT DO NOTHING;
-        RETURN;
+        RETURN NULL;
     ELSIF kept.changed_at > clock_timestamp() - interval '10 s'
           OR NOT is_off AND filled_bytes < 2000000 THEN
-        RETURN;
+        RETURN NULL;
     END IF;
     BEGIN
         IF is_off OR lease.undo_part = 1 THEN
@@ -141,7 +142,9 @@ BEGIN
             UPDATE kv_undo_floor SET floor = 9223372036854775807;
         END IF;
         UPDATE kv_undo_floor SET changed_at = clock_timestamp();
+        RETURN CASE SQLSTATE WHEN '42501' THEN SQLERRM END;
     END;
+    RETURN '';
 END
 $$;
 

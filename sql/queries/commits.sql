@@ -74,8 +74,8 @@ SELECT write_data($1::bytea[], $2::bytea[], $3::bytea[], $4::bytea[], $5::bytea[
  WHERE id = 1;
 
 -- name: keep_undo
--- Empties the older part of the replaced values from time to time.
-SELECT keep_undo($1::bigint, $2::uuid);
+-- Empties the older part of the replaced values from time to time; returns the right that is missing, an empty text if it did, null if it is not time to.
+SELECT keep_undo($1::bigint, $2::uuid) AS missing;
 
 -- name: settle
 -- Settles a batch under the fence: statuses, durable version, floors, notifications; SQLSTATE PC001 to PC003 when it must not.

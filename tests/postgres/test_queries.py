@@ -172,7 +172,7 @@ EXPECTED = {
     ),
     "commits.queue_writers": Shape("", "last_id bigint, writers text[]"),
     "commits.write_data": Shape("bytea[], bytea[], bytea[], bytea[], bytea[], bigint", "write_data void"),
-    "commits.keep_undo": Shape("bigint, uuid", "keep_undo void"),
+    "commits.keep_undo": Shape("bigint, uuid", "missing text"),
     "commits.commit_directly": Shape(
         "uuid, bigint, uuid, bigint, bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], bytea[], text",
         "version bigint, answered_at timestamptz",

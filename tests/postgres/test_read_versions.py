@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from pgcoord_cli.core.commits.codec import MAX_KEY_BYTES
-from pgcoord_cli.core.database.session import open_session
+from pgcoord_cli.core.database import grants
+from pgcoord_cli.core.database.session import command_session, open_session
 from pgcoord_cli.core.kv.client import Database, Transaction
 from pgcoord_cli.core.kv.key_selector import KeySelector
-from pgcoord_cli.core.leader import resolver
+from pgcoord_cli.core.leader import lease, resolver
+from pgcoord_cli.core.leader.resolver import Resolver
 from pgcoord_cli.db.sqlfiles import sql as statement
 from pgcoord_cli.errors import Conflict, Rejected, TooOld
 from pgcoord_cli.settings import Settings
@@ -374,6 +378,34 @@ async def test_i20_a_session_that_reads_for_long_delays_the_turn_but_no_commit(
     assert turn(sql) == (0, 0), "the next attempt comes later"
     grow(sql)
     assert turn(sql) == (1, 0)
+
+
+def test_i20_an_operator_can_empty_the_replaced_values_and_without_the_right_the_leader_says_so(
+    settings: Settings, sql: Sql, caplog: pytest.LogCaptureFixture
+) -> None:
+    sql.execute("DROP ROLE IF EXISTS leading_role; CREATE ROLE leading_role LOGIN")
+    with command_session(settings, "migrate grant", writes=True) as conn:
+        grants.grant(conn, {"operator": ["leading_role"]}, dry_run=False)
+    operator = replace(settings, dsn=make_conninfo(settings.dsn, user="leading_role"))
+    with caplog.at_level("INFO"), open_session(operator, "leader run", writes=True) as conn:
+        term = lease.take_over(conn, "pgcoord", "test", 600, lock_held=True)
+        assert term
+        leader = Resolver(conn, term)
+        grow(sql)
+        leader._keep_undo()
+        assert sql.execute("SELECT undo_part FROM leader_lease").fetchone() == (1,)
+        sql.execute("REVOKE TRUNCATE ON kv_undo_0 FROM leading_role")
+        for _ in range(2):
+            grow(sql)
+            leader._keep_undo()
+            leader._keep_undo()  # not yet time to try again
+        sql.execute("GRANT TRUNCATE ON kv_undo_0 TO leading_role")
+        grow(sql)
+        leader._keep_undo()
+    told = [record.getMessage() for record in caplog.records if record.name == "pgcoord.resolver"]
+    assert len(told) == 2
+    assert "permission denied for table kv_undo_0; the schema owner can grant it" in told[0]
+    assert told[1].startswith("replaced values are emptied again, after 2 attempts")
 
 
 @needs_leader

@@ -54,6 +54,7 @@ from pgcoord_cli.core.commits.codec import Request, Undecodable
 from pgcoord_cli.core.commits.conflict_window import ConflictWindow
 from pgcoord_cli.core.commits.mutations import WriteSet
 from pgcoord_cli.core.commits.recent_commits import RecentCommits, StoredCommit
+from pgcoord_cli.core.concurrency.outage import Outage
 from pgcoord_cli.core.database.open_transactions import OpenTransactions
 from pgcoord_cli.core.leader.lease import Term
 from pgcoord_cli.db.binary import bytea_array, bytea_columns, int4, int8, int8_array, text_array
@@ -161,6 +162,7 @@ class Resolver:
         """Whether the last claim may have left requests; if not, a notification comes with the next one."""
         self._recent = self._load(term.conflict_floor, term.window_start_id)
         self._direct_commits_since_floors = 0
+        self._undo_trouble = Outage(_log, "replaced values are kept without end", "replaced values are emptied")
         self._keep_undo()
 
     @property
@@ -268,7 +270,12 @@ class Resolver:
         self._undo_kept_at = monotonic()
         # A lock that is not free within its short limit: the next call tries again.
         with mapped_fence(), suppress(psycopg.errors.LockNotAvailable):
-            self._pipeline.fetch(sql("commits", "keep_undo"), [int8(self._term.epoch), self._term.term_id.bytes])
+            term = [int8(self._term.epoch), self._term.term_id.bytes]
+            ((missing,),) = self._pipeline.fetch(sql("commits", "keep_undo"), term)
+            if missing:
+                self._undo_trouble.failed(f"{missing}; the schema owner can grant it: pgcoord migrate grant --operator")
+            elif missing is not None:
+                self._undo_trouble.ended()
 
     def _store_floors(self) -> None:
         """Stores the floors after many direct commits. Raises Fenced if the term has ended."""
